@@ -1,0 +1,26 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`. Each creates .venv by itself.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint bench
+
+demo: .venv/ready
+	$(BIN)/engrammar demo
+
+test: .venv/ready lint
+	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m slow
+
+lint: .venv/ready
+	$(BIN)/ruff check src tests
+	$(BIN)/ruff format --check src tests
+	$(BIN)/mypy
+
+bench: .venv/ready
+	$(BIN)/engrammar bench hash
+	$(BIN)/engrammar bench step
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[test]"
+	touch $@
