@@ -1,0 +1,214 @@
+"""What a memory is, as plain data: the choices (`MemoryConfig`), the integers they lead to (`Geometry`), the dialects.
+
+Imports no tensor library. Letters: N highest n-gram order, K heads per order, R rows, C row width,
+E = (N-1)*K*C the width of all rows of one token side by side (paper section 2.2).
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal, Self
+
+ROW_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0, "fp8_scale32": 1.0 + 1 / 32}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryConfig:
+    """The choices that define a conditional memory (paper sections 2.2 and 2.3). `PRESETS` holds the four dialects.
+
+    Attributes:
+        layers: 0-based indices of the blocks that read the memory, ascending.
+        max_ngram_size: highest n-gram order N; orders 2..N are looked up.
+        num_heads: heads K per order, each with a table of its own prime size.
+        head_dim: row width C.
+        rows_per_head: requested rows per head, one number per order; the sizes are the next unused primes.
+        seed: seed of the hash multipliers.
+        multipliers: where they come from: NumPy's default generator seeded per layer (the paper's demo), or
+            splitmix64 seeded by the layer's position in `layers` (Qwen).
+        compression: `normalised` maps ids that read alike to one class; `none` hashes raw ids.
+        boundary: what a look-back never crosses. `row`: the start of a row only; `dead`: any of `dead_ids` too;
+            `end`: a look-back never leaves the segment that follows one of `end_ids`.
+        fill_id: the raw id that stands for missing history (its class is hashed).
+        dead_ids: ids that break look-back and are never looked back to (`boundary="dead"`).
+        end_ids: ids that end a segment (`boundary="end"`).
+        gate: `signed_root` is sigmoid(sign(s) sqrt|s|), as in the released code; `sigmoid` is equation 4 as printed.
+        conv_kernel: taps of the causal depthwise convolution, dilated by N; 0 leaves it out.
+        conv_init: `zero` makes the branch silent at the start.
+        bias: whether the key and value projections carry a learned bias.
+        key_norm_eps: epsilon of the RMSNorm of keys and queries; None is the smallest step of the dtype.
+        conv_norm_eps: epsilon of the RMSNorm before the convolution.
+        rows_multiple: the rows of a layer are padded up to a multiple of this.
+        row_encoding: how a row is stored where it is served.
+    """
+
+    layers: tuple[int, ...]
+    rows_per_head: tuple[int, ...]
+    max_ngram_size: int = 3
+    num_heads: int = 8
+    head_dim: int = 80
+    seed: int = 0
+    multipliers: Literal["numpy", "splitmix64"] = "numpy"
+    compression: Literal["normalised", "none"] = "normalised"
+    boundary: Literal["row", "dead", "end"] = "row"
+    fill_id: int = 0
+    dead_ids: tuple[int, ...] = ()
+    end_ids: tuple[int, ...] = ()
+    gate: Literal["signed_root", "sigmoid"] = "signed_root"
+    conv_kernel: int = 4
+    conv_init: Literal["zero", "default"] = "zero"
+    bias: Literal["none", "learned"] = "none"
+    key_norm_eps: float | None = 1e-6
+    conv_norm_eps: float = 1e-6
+    rows_multiple: int = 1
+    row_encoding: Literal["fp32", "bf16", "fp8", "fp8_scale32"] = "bf16"
+
+    def __post_init__(self) -> None:
+        def require(holds: bool, setting: str, allowed: str) -> None:
+            if not holds:
+                raise ValueError(f"memory.{setting} is {getattr(self, setting)!r}; allowed: {allowed}.")
+
+        for name in ("layers", "rows_per_head", "dead_ids", "end_ids"):
+            object.__setattr__(self, name, tuple(int(v) for v in getattr(self, name)))
+        for field in fields(self):
+            choices = getattr(field.type, "__args__", ())
+            if getattr(field.type, "__origin__", None) is Literal:
+                require(getattr(self, field.name) in choices, field.name, "one of " + ", ".join(choices))
+        ascending = list(self.layers) == sorted(set(self.layers)) and min(self.layers, default=0) >= 0
+        require(bool(self.layers) and ascending, "layers", "at least one, ascending, none twice, counted from 0")
+        require(self.max_ngram_size >= 2, "max_ngram_size", "2 or more")
+        require(self.num_heads >= 1, "num_heads", "1 or more")
+        require(self.head_dim >= 1, "head_dim", "1 or more")
+        orders = self.max_ngram_size - 1
+        require(
+            len(self.rows_per_head) == orders and min(self.rows_per_head) >= 2,
+            "rows_per_head",
+            f"{orders} numbers of 2 or more, one for each order from 2 to max_ngram_size={self.max_ngram_size}",
+        )
+        require(self.conv_kernel == 0 or self.conv_kernel >= 2, "conv_kernel", "0 (no convolution) or 2 and more")
+        require(self.rows_multiple >= 1, "rows_multiple", "1 or more")
+        require((self.boundary == "dead") == bool(self.dead_ids), "dead_ids", "some with boundary='dead', else none")
+        require((self.boundary == "end") == bool(self.end_ids), "end_ids", "some with boundary='end', else none")
+
+    @property
+    def orders(self) -> range:
+        """The n-gram orders looked up: 2..N."""
+        return range(2, self.max_ngram_size + 1)
+
+    @property
+    def num_columns(self) -> int:
+        """Rows that one token touches in one layer: (N-1)*K."""
+        return len(self.orders) * self.num_heads
+
+    @property
+    def memory_dim(self) -> int:
+        """E, the width of one token's rows side by side."""
+        return self.num_columns * self.head_dim
+
+    @property
+    def conv_window(self) -> int:
+        """Positions of gated values that the convolution looks back to: (kernel-1)*N, or 0 without one."""
+        return max(self.conv_kernel - 1, 0) * self.max_ngram_size
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes of rows that one token reads over all layers, as stored in `row_encoding`."""
+        return len(self.layers) * self.memory_dim * ROW_BYTES[self.row_encoding]
+
+    def to_json(self) -> dict[str, Any]:
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Builds from `to_json`'s dict; `{"preset": NAME, ...}` starts from a dialect and replaces what is given."""
+        data = dict(data)
+        preset = data.pop("preset", None)
+        unknown = sorted(set(data) - {field.name for field in fields(cls)})
+        if unknown:
+            known = ", ".join(field.name for field in fields(cls))
+            raise ValueError(f"memory has unknown settings {', '.join(unknown)}; known are {known}.")
+        if preset is None:
+            return cls(**data)
+        if preset not in PRESETS:
+            raise ValueError(f"memory.preset is {preset!r}; allowed: {', '.join(PRESETS)}.")
+        return replace(PRESETS[preset], **data)  # type: ignore[return-value]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """The integers that fix every address. Derived once (`addressing.derive_geometry`), saved, never derived again.
+
+    Attributes:
+        num_classes: classes that ids fall into (the vocabulary size without compression).
+        fill_class: class hashed for missing history.
+        multipliers: per memory layer, N odd integers, one per look-back position.
+        table_sizes: per memory layer, per order, K primes.
+        rows_multiple: padding of a layer's rows.
+    """
+
+    num_classes: int
+    fill_class: int
+    multipliers: tuple[tuple[int, ...], ...]
+    table_sizes: tuple[tuple[tuple[int, ...], ...], ...]
+    rows_multiple: int = 1
+
+    def num_rows(self, index: int) -> int:
+        """Rows used by the index-th memory layer."""
+        return sum(map(sum, self.table_sizes[index]))
+
+    def num_stored_rows(self, index: int) -> int:
+        """Rows of the index-th memory layer with padding."""
+        return -(-self.num_rows(index) // self.rows_multiple) * self.rows_multiple
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        return cls(
+            num_classes=int(data["num_classes"]),
+            fill_class=int(data["fill_class"]),
+            multipliers=tuple(tuple(int(m) for m in layer) for layer in data["multipliers"]),
+            table_sizes=tuple(
+                tuple(tuple(int(size) for size in order) for order in layer) for layer in data["table_sizes"]
+            ),
+            rows_multiple=int(data.get("rows_multiple", 1)),
+        )
+
+
+PRESETS: dict[str, MemoryConfig] = {
+    "paper": MemoryConfig(layers=(1, 14), rows_per_head=(2_262_400,) * 2, fill_id=2),
+    "demo": MemoryConfig(
+        layers=(1, 15),
+        rows_per_head=(646_400,) * 2,
+        head_dim=64,
+        fill_id=2,
+        conv_init="default",
+        bias="learned",
+        key_norm_eps=None,
+        conv_norm_eps=1e-5,
+        row_encoding="fp32",
+    ),
+    "deepseek_v41": MemoryConfig(
+        layers=(1, 14),
+        max_ngram_size=4,
+        rows_per_head=(16_000_000,) * 3,
+        head_dim=256,
+        boundary="dead",
+        fill_id=2,
+        dead_ids=(2,),
+        conv_kernel=0,
+        row_encoding="fp8_scale32",
+    ),
+    "qwen_next": MemoryConfig(
+        layers=(1,),
+        rows_per_head=(20_000_000,) * 2,
+        head_dim=160,
+        seed=1234,
+        multipliers="splitmix64",
+        compression="none",
+        boundary="end",
+        fill_id=248_044,
+        end_ids=(248_044,),
+        rows_multiple=128,
+        row_encoding="fp8",
+    ),
+}

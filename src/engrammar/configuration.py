@@ -1,0 +1,111 @@
+"""The model's settings as a transformers config: DeepSeek-V3's, plus branches, memory, and the memory's geometry."""
+
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+from huggingface_hub.dataclasses import strict
+from numpy.typing import NDArray
+from transformers import DeepseekV3Config
+
+from engrammar.addressing import derive_geometry
+from engrammar.config import Geometry, MemoryConfig
+from engrammar.vocabulary import fingerprint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@strict
+class EngrammarConfig(DeepseekV3Config):
+    """Settings of `EngrammarForCausalLM`.
+
+    Besides DeepSeek-V3's (`hidden_size`, `n_routed_experts`, `kv_lora_rank`, ...):
+        num_branches: residual branches M; 1 is the plain residual, more is mHC.
+        hc_sinkhorn_iters, hc_eps: mHC's Sinkhorn iterations and epsilon.
+        memory: `MemoryConfig.to_json()`, or settings over a preset; None is a model without memory.
+        num_ids: ids that the class map covers (`len(tokenizer)`); defaults to `vocab_size`.
+        num_classes, fill_class: of the compressed vocabulary; needed once, to derive `geometry`.
+        geometry: `Geometry.to_json()`; derived when absent, then saved and never derived again.
+        tokenizer_sha256: `vocabulary.fingerprint` of the tokenizer that the addresses belong to.
+    """
+
+    model_type = "engrammar"
+    attribute_map = {**DeepseekV3Config.attribute_map, "hc_mult": "num_branches"}
+
+    num_branches: int = 1
+    hc_sinkhorn_iters: int = 20
+    hc_eps: float = 1e-6
+    n_group: int | None = 1
+    topk_group: int | None = 1
+    num_mtp_layers: int = 0
+    memory: dict[str, Any] | None = None
+    num_ids: int | None = None
+    num_classes: int | None = None
+    fill_class: int | None = None
+    geometry: dict[str, Any] | None = None
+    tokenizer_sha256: str | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.num_ids is None:
+            self.num_ids = self.vocab_size
+        if self.memory is not None:
+            self._resolve_memory()
+        super().__post_init__(**kwargs)
+
+    def _resolve_memory(self) -> None:
+        memory = MemoryConfig.from_json(self.memory or {})
+        if max(memory.layers) >= self.num_hidden_layers:
+            raise ValueError(
+                f"memory.layers is {list(memory.layers)}, but the model has layers 0 to {self.num_hidden_layers - 1}."
+            )
+        self.memory = memory.to_json()
+        if self.geometry is None:
+            num_classes, fill_class = self.num_classes, self.fill_class
+            if memory.compression == "none":
+                num_classes, fill_class = self.vocab_size, memory.fill_id
+            if num_classes is None or fill_class is None:
+                raise ValueError(
+                    "memory.compression is 'normalised', so the hash depends on the tokenizer: build the config with "
+                    "EngrammarConfig.for_tokenizer, or give num_classes and fill_class."
+                )
+            self.geometry = derive_geometry(memory, num_classes=num_classes, fill_class=fill_class).to_json()
+        # A memory layer keeps the last ids, and the convolution's window if it has one, beside its keys and values.
+        self.layer_types = [
+            "hybrid" if layer in memory.layers else "full_attention" for layer in range(self.num_hidden_layers)
+        ]
+        self.number_of_conv_states = 2 if memory.conv_kernel else 1
+
+    @property
+    def memory_config(self) -> MemoryConfig | None:
+        return None if self.memory is None else MemoryConfig.from_json(self.memory)
+
+    @property
+    def memory_geometry(self) -> Geometry:
+        assert self.geometry is not None
+        return Geometry.from_json(self.geometry)
+
+    @classmethod
+    def for_tokenizer(
+        cls, tokenizer: "PreTrainedTokenizerBase", classes_V: NDArray[np.int64] | None = None, **settings: Any
+    ) -> Self:
+        """A config whose vocabulary, special ids and memory addresses belong to `tokenizer`.
+
+        Args:
+            classes_V: `vocabulary.compress_vocabulary(tokenizer)`; needed where the memory is compressed.
+        """
+        settings.setdefault("vocab_size", len(tokenizer))
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            settings.setdefault(name, getattr(tokenizer, name))
+        settings |= {"num_ids": len(tokenizer), "tokenizer_sha256": fingerprint(tokenizer)}
+        if settings.get("memory") is not None and classes_V is not None:
+            memory = MemoryConfig.from_json(settings["memory"])
+            settings |= {"num_classes": int(classes_V.max()) + 1, "fill_class": int(classes_V[memory.fill_id])}
+        return cls(**settings)
+
+    def check_tokenizer(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Raises a ValueError where `tokenizer` is not the one that this model's addresses belong to."""
+        if self.tokenizer_sha256 is not None and fingerprint(tokenizer) != self.tokenizer_sha256:
+            raise ValueError(
+                f"This tokenizer ({len(tokenizer)} tokens) is not the one the model was built with: its memory would be "
+                "read at wrong rows. Use the tokenizer saved beside the model."
+            )

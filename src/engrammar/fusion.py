@@ -1,0 +1,123 @@
+"""Fusion of retrieved rows with the hidden state (paper section 2.3): keys, gate, value, convolution.
+
+Letters: B batch, T tokens, M residual branches, D hidden width, E width of a token's rows, S window positions.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engrammar.config import MemoryConfig
+
+
+class Fusion(nn.Module):
+    """One memory layer's fusion: `forward(hidden, embedding) -> what is added to the residual`.
+
+    One product serves the M keys and the value. The module keeps no state: the convolution's window comes in and the
+    caller stores it (`normed_value` is what it looks back to).
+    """
+
+    def __init__(self, config: MemoryConfig, *, hidden_size: int, num_branches: int) -> None:
+        super().__init__()
+        self.config = config
+        self.hidden_size = hidden_size
+        self.num_branches = num_branches
+        self.projection = nn.Linear(config.memory_dim, (num_branches + 1) * hidden_size, bias=config.bias == "learned")
+        self.key_norm = nn.Parameter(torch.ones(num_branches, hidden_size))
+        self.query_norm = nn.Parameter(torch.ones(num_branches, hidden_size))
+        if config.conv_kernel:
+            self.conv_norm = nn.Parameter(torch.ones(num_branches, hidden_size))
+            self.conv_weight = nn.Parameter(torch.zeros(num_branches * hidden_size, 1, config.conv_kernel))
+            if config.conv_init == "default":
+                nn.init.kaiming_uniform_(self.conv_weight, a=math.sqrt(5))  # what nn.Conv1d does
+
+    def gate(self, hidden_BTMD: Tensor, embedding_BTE: Tensor) -> tuple[Tensor, Tensor]:
+        """The gate of each branch, in 0..1, and the value it scales (equations 3 and 4).
+
+        Returns:
+            gate_BTM, value_BTD.
+        """
+        projected = self.projection(embedding_BTE.to(self.projection.weight.dtype))
+        value_BTD, key_BTMD = projected.split([self.hidden_size, self.num_branches * self.hidden_size], dim=-1)
+        key_BTMD = key_BTMD.unflatten(-1, (self.num_branches, self.hidden_size))
+        eps = self.config.key_norm_eps
+        key_BTMD = rms_norm(key_BTMD, self.key_norm, eps)
+        query_BTMD = rms_norm(hidden_BTMD, self.query_norm, eps)
+        score_BTM = (query_BTMD * key_BTMD).sum(-1) / math.sqrt(self.hidden_size)
+        if self.config.gate == "signed_root":
+            score_BTM = score_BTM.abs().clamp_min(1e-6).sqrt() * score_BTM.sign()
+        return torch.sigmoid(score_BTM), value_BTD
+
+    def gated_value(self, hidden_BTMD: Tensor, embedding_BTE: Tensor, dead_BT: Tensor | None = None) -> Tensor:
+        """gate * value per branch; exactly zero at `dead_BT` positions. Returns value_BTMD."""
+        gate_BTM, value_BTD = self.gate(hidden_BTMD, embedding_BTE)
+        if dead_BT is not None:
+            gate_BTM = gate_BTM.masked_fill(dead_BT[..., None], 0.0)
+        return gate_BTM[..., None] * value_BTD[..., None, :]
+
+    def normed_value(self, value_BTMD: Tensor) -> Tensor:
+        """What the convolution reads, channels first: [B, M*D, T]. Zero where the value is zero."""
+        return rms_norm(value_BTMD, self.conv_norm, self.config.conv_norm_eps).flatten(-2).transpose(1, 2)
+
+    def convolve(self, normed_BCS: Tensor, num_tokens: int) -> Tensor:
+        """SiLU of the causal depthwise convolution, dilated by N, for the last `num_tokens` positions (equation 5).
+
+        Args:
+            normed_BCS: [B, M*D, window + T] of `normed_value`; a shorter history is padded with zeros.
+        """
+        window = self.config.conv_window
+        normed_BCS = F.pad(normed_BCS, (window, 0))[..., -(window + num_tokens) :]
+        dilation = self.config.max_ngram_size
+        mixed = F.conv1d(normed_BCS, self.conv_weight, dilation=dilation, groups=self.conv_weight.shape[0])
+        return F.silu(mixed).transpose(1, 2).unflatten(-1, (self.num_branches, self.hidden_size))
+
+    def forward(self, hidden_BTMD: Tensor, embedding_BTE: Tensor, dead_BT: Tensor | None = None) -> Tensor:
+        """The whole of a row at once, from its start. Returns output_BTMD, to be added to the residual."""
+        value_BTMD = self.gated_value(hidden_BTMD, embedding_BTE, dead_BT)
+        if not self.config.conv_kernel:
+            return value_BTMD
+        return value_BTMD + self.convolve(self.normed_value(value_BTMD), value_BTMD.shape[1])
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float | None) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; weight may differ per branch."""
+    return F.rms_norm(x, x.shape[-1:], eps=eps) * weight
+
+
+def fuse_reference(fusion: Fusion, hidden_BTMD: Tensor, embedding_BTE: Tensor) -> Tensor:
+    """The plain twin of `Fusion.forward`: branch by branch, tap by tap, as the paper writes it."""
+    config, D = fusion.config, fusion.hidden_size
+    weights, biases = fusion.projection.weight, fusion.projection.bias
+
+    def project(slot: int) -> Tensor:
+        out = embedding_BTE @ weights[slot * D : (slot + 1) * D].T
+        return out if biases is None else out + biases[slot * D : (slot + 1) * D]
+
+    def normalise(x: Tensor, weight: Tensor, eps: float | None) -> Tensor:
+        eps = torch.finfo(x.dtype).eps if eps is None else eps
+        return x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps) * weight
+
+    value = project(0)
+    outputs = []
+    for m in range(fusion.num_branches):
+        key = normalise(project(m + 1), fusion.key_norm[m], config.key_norm_eps)
+        query = normalise(hidden_BTMD[:, :, m], fusion.query_norm[m], config.key_norm_eps)
+        score = (query * key).sum(-1, keepdim=True) / D**0.5
+        if config.gate == "signed_root":
+            score = torch.sign(score) * torch.sqrt(torch.clamp(torch.abs(score), min=1e-6))
+        gated = value / (1 + torch.exp(-score))
+        output = gated
+        if config.conv_kernel:
+            normed = normalise(gated, fusion.conv_norm[m], config.conv_norm_eps)
+            taps = fusion.conv_weight[m * D : (m + 1) * D, 0]
+            mixed = torch.zeros_like(gated)
+            for tap in range(config.conv_kernel):
+                shift = (config.conv_kernel - 1 - tap) * config.max_ngram_size
+                if shift < gated.shape[1]:
+                    delayed = torch.cat([torch.zeros_like(normed[:, :shift]), normed[:, : normed.shape[1] - shift]], 1)
+                    mixed = mixed + delayed * taps[:, tap]
+            output = gated + mixed / (1 + torch.exp(-mixed))
+        outputs.append(output)
+    return torch.stack(outputs, dim=2)

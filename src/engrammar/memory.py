@@ -1,0 +1,99 @@
+"""All of a model's retrieval in one place: token ids -> rows of every memory layer, before the first block runs.
+
+Knows nothing of hidden states; fusion knows nothing of ids. What passes between them is `Retrieved`.
+Letters: B batch, T tokens, S = N-1 positions of history, V ids, E width of a token's rows.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from engrammar.addressing import hash_ngrams, look_back
+from engrammar.config import Geometry, MemoryConfig
+from engrammar.table import MemoryTable
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retrieved:
+    """What retrieval hands to fusion.
+
+    Attributes:
+        embedding: per memory layer index in the model, embedding_BTE.
+        dead_BT: True where a position is masked (padding) and its memory must stay silent; None where none is.
+    """
+
+    embedding: dict[int, Tensor]
+    dead_BT: Tensor | None
+
+
+class Memory(nn.Module):
+    """The tables of all memory layers, and the class map that addresses them.
+
+    `class_of_id` is saved with the model, so a checkpoint addresses its rows without its tokenizer. It holds -1 until
+    `set_classes` or loading fills it; with `compression="none"` there is none.
+    """
+
+    class_of_id: Tensor | None
+
+    def __init__(self, config: MemoryConfig, geometry: Geometry, *, num_ids: int) -> None:
+        super().__init__()
+        self.config = config
+        self.geometry = geometry
+        self.tables = nn.ModuleDict(
+            {str(layer): MemoryTable(config, geometry, index) for index, layer in enumerate(config.layers)}
+        )
+        compressed = config.compression == "normalised"
+        self.register_buffer("class_of_id", torch.full((num_ids,), -1) if compressed else None)
+
+    @torch.no_grad()
+    def set_classes(self, classes_V: Tensor) -> None:
+        """Fills the class map (`vocabulary.compress_vocabulary`), checking that it belongs to this geometry."""
+        if self.class_of_id is None:
+            raise ValueError("memory.compression is 'none': this model has no class map to set.")
+        num_classes = int(classes_V.max()) + 1
+        if classes_V.shape != self.class_of_id.shape or num_classes != self.geometry.num_classes:
+            raise ValueError(
+                f"The class map has {classes_V.shape[0]} ids in {num_classes} classes, but this model was built for "
+                f"{self.class_of_id.shape[0]} ids in {self.geometry.num_classes} classes: use the tokenizer it was built with."
+            )
+        self.class_of_id.copy_(classes_V)
+
+    def addresses(
+        self, ids_BT: Tensor, history_BS: Tensor | None = None, starts_BT: Tensor | None = None
+    ) -> dict[int, Tensor]:
+        """Head-local row numbers of every memory layer: {layer: rows_BTH}. See `addressing.look_back`."""
+        looked_back = look_back(
+            ids_BT,
+            config=self.config,
+            geometry=self.geometry,
+            history_BS=history_BS,
+            classes_V=self.class_of_id,
+            starts_BT=starts_BT,
+        )
+        return {
+            layer: hash_ngrams(looked_back, config=self.config, geometry=self.geometry, layer_index=index)
+            for index, layer in enumerate(self.config.layers)
+        }
+
+    def fetch(
+        self,
+        ids_BT: Tensor,
+        *,
+        history_BS: Tensor | None = None,
+        mask_BT: Tensor | None = None,
+        starts_BT: Tensor | None = None,
+    ) -> Retrieved:
+        """Reads the rows of every memory layer for these tokens.
+
+        Args:
+            ids_BT: raw token ids; already -1 where masked.
+            history_BS: the N-1 ids before them, -1 where there are none; None at the start of a row.
+            mask_BT: True at real tokens; None when all are.
+            starts_BT: True where a packed document begins.
+        """
+        rows = self.addresses(ids_BT, history_BS, starts_BT)
+        return Retrieved(
+            embedding={layer: self.tables[str(layer)](rows_BTH) for layer, rows_BTH in rows.items()},
+            dead_BT=None if mask_BT is None else ~mask_BT,
+        )

@@ -1,0 +1,327 @@
+"""The paper's backbone as a transformers model (paper section 2.4, appendix A).
+
+Attention (MLA) and experts (DeepSeekMoE) are transformers' DeepSeek-V3 modules; ours are the multi-branch residual
+(`hyper.py`) and the memory. All retrieval happens before block 0; a block with memory fuses its rows before attention.
+Letters: B batch, T tokens, M branches, D hidden width, E width of a token's rows, S positions of history.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DeepseekV3Config, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
+    DeepseekV3Attention,
+    DeepseekV3Experts,
+    DeepseekV3MLP,
+    DeepseekV3MoE,
+    DeepseekV3RMSNorm,
+    DeepseekV3RotaryEmbedding,
+    DeepseekV3TopkRouter,
+)
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4HyperConnection, DeepseekV4HyperHead
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from engrammar.checkpoint import check_shards, is_table, write_tables
+from engrammar.configuration import EngrammarConfig
+from engrammar.fusion import Fusion
+from engrammar.hyper import Collapse, Residual
+from engrammar.memory import Memory, Retrieved
+from engrammar.table import MemoryTable
+
+IDS_STATE, CONV_STATE = 0, 1  # what a memory layer keeps in the attention cache
+
+
+class EngrammarBlock(GradientCheckpointingLayer):
+    """Memory (where the layer has one), attention, MLP or experts, each added to the residual streams."""
+
+    def __init__(self, config: EngrammarConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        memory = config.memory_config
+        self.fusion = (
+            Fusion(memory, hidden_size=config.hidden_size, num_branches=config.num_branches)
+            if memory is not None and layer_idx in memory.layers
+            else None
+        )
+        self.self_attn = DeepseekV3Attention(config, layer_idx)
+        self.mlp = (
+            DeepseekV3MLP(config) if layer_idx < config.first_k_dense_replace else DeepseekV3MoE(config)
+        )
+        self.attn_residual = Residual(config, DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps))
+        self.mlp_residual = Residual(config, DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps))
+
+    def forward(
+        self,
+        streams_BTMD: Tensor,
+        embedding_BTE: Tensor | None = None,
+        dead_BT: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **attention: Any,
+    ) -> Tensor:
+        if self.fusion is not None:
+            assert embedding_BTE is not None
+            streams_BTMD = streams_BTMD + self._recall(streams_BTMD, embedding_BTE, dead_BT, past_key_values)
+
+        def attend(x_BTD: Tensor) -> Tensor:
+            return self.self_attn(x_BTD, past_key_values=past_key_values, **attention)[0]
+
+        return self.mlp_residual(self.attn_residual(streams_BTMD, attend), self.mlp)
+
+    def _recall(
+        self, streams_BTMD: Tensor, embedding_BTE: Tensor, dead_BT: Tensor | None, cache: Cache | None
+    ) -> Tensor:
+        """Fusion with its convolution window kept in the attention cache."""
+        fusion = self.fusion
+        assert fusion is not None
+        if cache is None or not fusion.config.conv_kernel:
+            return fusion(streams_BTMD, embedding_BTE, dead_BT)
+        value_BTMD = fusion.gated_value(streams_BTMD, embedding_BTE, dead_BT)
+        normed_BCS = cache.update_conv_state(
+            fusion.normed_value(value_BTMD), self.layer_idx, CONV_STATE, conv_kernel_size=fusion.config.conv_window
+        )
+        return value_BTMD + fusion.convolve(normed_BCS, value_BTMD.shape[1])
+
+
+class EngrammarPreTrainedModel(PreTrainedModel):
+    config: EngrammarConfig
+    config_class = EngrammarConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("EngrammarBlock",)
+    _skip_keys_device_placement = ("past_key_values",)
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_record_outputs = {
+        "hidden_states": EngrammarBlock,
+        "attentions": DeepseekV3Attention,
+        "router_logits": OutputRecorder(DeepseekV3TopkRouter, index=0),
+    }
+    _keep_in_fp32_modules_strict = ("e_score_correction_bias",)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, DeepseekV3TopkRouter):
+            init.normal_(module.weight, mean=0.0, std=std)
+            init.zeros_(module.e_score_correction_bias)
+        elif isinstance(module, DeepseekV3Experts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std)
+        elif isinstance(module, DeepseekV4HyperConnection):
+            init.normal_(module.fn, mean=0.0, std=std)
+            init.zeros_(module.base)
+            init.ones_(module.scale)
+        elif isinstance(module, DeepseekV4HyperHead):
+            init.normal_(module.hc_fn, mean=0.0, std=std)
+            init.zeros_(module.hc_base)
+            init.ones_(module.hc_scale)
+        elif isinstance(module, MemoryTable):
+            init.normal_(module.weight, mean=0.0, std=std)
+        elif isinstance(module, Memory) and module.class_of_id is not None:
+            init.constant_(module.class_of_id, -1)
+        elif isinstance(module, Fusion):
+            for norm in (module.key_norm, module.query_norm):
+                init.ones_(norm)
+            if module.config.conv_kernel:
+                init.ones_(module.conv_norm)
+                if module.config.conv_init == "zero":
+                    init.zeros_(module.conv_weight)
+                else:
+                    init.kaiming_uniform_(module.conv_weight, a=5**0.5)
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+        """transformers' `save_pretrained`, with each memory table in a safetensors shard of its own."""
+        state_dict = kwargs.pop("state_dict", None) or self.state_dict()
+        tables = {name: tensor for name, tensor in state_dict.items() if is_table(name)}
+        backbone = {name: tensor for name, tensor in state_dict.items() if name not in tables}
+        super().save_pretrained(save_directory, state_dict=backbone, **kwargs)
+        if tables and kwargs.get("is_main_process", True):
+            write_tables(Path(save_directory), tables)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """transformers' `from_pretrained`, which refuses a missing or truncated shard and a missing weight.
+
+        Raises:
+            ValueError: a shard is missing or cut short, or the checkpoint lacks weights of this model.
+        """
+        if Path(pretrained_model_name_or_path).is_dir():
+            check_shards(Path(pretrained_model_name_or_path))
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
+        if info["missing_keys"]:
+            names = ", ".join(sorted(info["missing_keys"])[:3])
+            raise ValueError(
+                f"{pretrained_model_name_or_path} lacks {len(info['missing_keys'])} weights of this model "
+                f"({names}, ...): the checkpoint is incomplete or of another model; copy it again."
+            )
+        return (model, info) if wants_info else model
+
+
+class EngrammarModel(EngrammarPreTrainedModel):
+    """Embedding, blocks and final norm. Without `config.memory` it is the plain MoE (or dense) model."""
+
+    def __init__(self, config: EngrammarConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.memory: Memory | None = None
+        if config.memory_config is not None:
+            self.memory = Memory(config.memory_config, config.memory_geometry, num_ids=config.num_ids)
+        self.layers = nn.ModuleList([EngrammarBlock(config, index) for index in range(config.num_hidden_layers)])
+        self.collapse = Collapse(config)
+        self.norm = DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = DeepseekV3RotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> MoeModelOutputWithPast:
+        """Hidden states [B, T, D] of `input_ids` [B, T].
+
+        Raises:
+            ValueError: memory without `input_ids`, a mask that is not [B, positions], an id outside the vocabulary.
+        """
+        if input_ids is None:
+            if self.memory is not None:
+                raise ValueError("A model with memory looks up token ids: pass input_ids, not inputs_embeds alone.")
+            if inputs_embeds is None:
+                raise ValueError("Pass input_ids or inputs_embeds.")
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        retrieved = None if self.memory is None else self._retrieve(input_ids, attention_mask, past_key_values)
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(seen, seen + inputs_embeds.shape[1], device=inputs_embeds.device)[None]
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
+        streams_BTMD = inputs_embeds.unsqueeze(2).repeat(1, 1, self.config.num_branches, 1)
+        for block in self.layers:
+            streams_BTMD = block(
+                streams_BTMD,
+                None if retrieved is None else retrieved.embedding.get(block.layer_idx),
+                None if retrieved is None else retrieved.dead_BT,
+                past_key_values,
+                position_embeddings=position_embeddings,
+                attention_mask=mask,
+                position_ids=position_ids,
+                **kwargs,
+            )
+        return MoeModelOutputWithPast(
+            last_hidden_state=self.norm(self.collapse(streams_BTMD)), past_key_values=past_key_values
+        )
+
+    def _retrieve(self, input_ids: Tensor, attention_mask: Tensor | None, cache: Cache | None) -> Retrieved:
+        """The rows of every memory layer; the last N-1 ids live in the attention cache, stored as id + 1."""
+        assert self.memory is not None
+        num_tokens = input_ids.shape[1]
+        mask_BT = None
+        if attention_mask is not None:
+            if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
+                raise ValueError("A model with memory needs an attention_mask of shape [batch, positions].")
+            mask_BT = attention_mask[:, -num_tokens:].bool()
+            input_ids = input_ids.masked_fill(~mask_BT, -1)
+        history_BS = None
+        if cache is not None:
+            history_BS = self._update_history(input_ids, cache)
+        return self.memory.fetch(input_ids, history_BS=history_BS, mask_BT=mask_BT)
+
+    def _update_history(self, input_ids: Tensor, cache: Cache) -> Tensor:
+        """Appends `input_ids` to the ids kept in the cache and returns the N-1 before them, -1 where there are none."""
+        assert self.memory is not None
+        num_back = self.memory.config.max_ngram_size - 1
+        stored = None
+        for layer in self.memory.config.layers:  # every memory layer carries it: a layer's states are cropped together
+            if len(cache.layers) <= layer or not hasattr(cache.layers[layer], "conv_states"):
+                raise ValueError("This cache cannot hold the memory's state: use DynamicCache(config=model.config).")
+            stored = cache.update_conv_state(input_ids[:, None] + 1, layer, IDS_STATE, conv_kernel_size=num_back)
+        assert stored is not None
+        before = nn.functional.pad(stored[:, 0], (num_back, 0))[:, -(num_back + input_ids.shape[1]) :]
+        return before[:, :num_back] - 1
+
+
+class EngrammarForCausalLM(EngrammarPreTrainedModel, GenerationMixin):
+    """`EngrammarModel` with a language-model head; works with `generate`, Trainer and the Auto classes."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: EngrammarConfig) -> None:
+        super().__init__(config)
+        self.model = EngrammarModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> MoeCausalLMOutputWithPast:
+        """Logits [B, T, vocabulary] and, with `labels` [B, T] (-100 ignored), the mean cross entropy in nats."""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return MoeCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+        )
+
+
+AutoConfig.register("engrammar", EngrammarConfig)
+AutoModel.register(EngrammarConfig, EngrammarModel)
+AutoModelForCausalLM.register(EngrammarConfig, EngrammarForCausalLM)

@@ -1,0 +1,305 @@
+"""Optimisers: Muon for matrices, AdamW for the rest, an Adam for memory tables whose cost follows the touched rows.
+
+Shape letters: O output width, I input width, E experts of a stack; R rows of a table, C row width, U touched rows.
+"""
+
+import math
+import mmap
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, ParamsT
+
+Closure = Callable[[], float]
+
+# The quintic of Keller Jordan's post: its slope at zero is as steep as five steps allow, so singular values land
+# near 1 (about 0.7 to 1.2), not on it.
+NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+NEWTON_SCHULZ_STEPS = 5
+# Matrices that Muon leaves to AdamW: output head, router, depthwise convolution, hyper-connection mixers.
+ADAMW_MATRICES = re.compile(r"(^|\.)lm_head\.|(^|\.)mlp\.gate\.weight$|conv\.|(^|\.)(hc_)?fn$")
+
+
+def _evaluate(closure: Closure | None) -> float | None:
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
+def orthogonalise(update: Tensor) -> Tensor:
+    """Nearest semi-orthogonal matrix, roughly: `[O, I]` or each `[O, I]` of `[E, O, I]` -> same shape.
+
+    Newton-Schulz iteration of Jordan et al., https://kellerjordan.github.io/posts/muon; a zero matrix stays zero.
+    Returns fp32 on the CPU (where a bf16 product is very slow) and bf16 elsewhere.
+    """
+    a, b, c = NEWTON_SCHULZ_COEFFICIENTS
+    tall = update.size(-2) > update.size(-1)
+    x = update.mT if tall else update
+    x = x.float() if x.ndim == 3 else x.float().unsqueeze(0)
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # the iteration needs singular values of at most 1
+    if update.device.type != "cpu":
+        x = x.bfloat16()
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).view_as(update) if update.ndim == 3 else (x.mT if tall else x).squeeze(0)
+
+
+class Muon(Optimizer):
+    """Nesterov momentum, orthogonalised, for matrices `[O, I]` and stacks of matrices `[E, O, I]`.
+
+    Each matrix of a stack gets the update it would get alone. Weight decay is decoupled; the step is
+    `lr * 0.2 * sqrt(max(O, I))`, which matches the size of an AdamW step, so both share one lr.
+    Sources: Muon (Jordan et al., https://kellerjordan.github.io/posts/muon), step size arXiv 2502.16982.
+    Equals `torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`, which takes `[O, I]` only.
+    Raises ValueError for parameters of other dimensions and for sparse gradients.
+    """
+
+    def __init__(self, params: ParamsT, *, lr: float, weight_decay: float = 0.1, momentum: float = 0.95) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.ndim not in (2, 3):
+                    raise ValueError(f"Muon takes [O, I] or [E, O, I] parameters, got shape {tuple(param.shape)}.")
+
+    @torch.no_grad()
+    def step(self, closure: Closure | None = None) -> Any:
+        """One update of every parameter that has a gradient; returns what `closure` returns."""
+        loss = _evaluate(closure)
+        for group in self.param_groups:
+            lr, momentum = group["lr"], group["momentum"]
+            for param in group["params"]:
+                grad = param.grad
+                if grad is None:
+                    continue
+                if grad.is_sparse:
+                    raise ValueError(f"Muon takes dense gradients, got a sparse one of shape {tuple(grad.shape)}.")
+                state = self.state[param]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(grad)
+                momentum_buffer = state["momentum_buffer"].lerp_(grad, 1 - momentum)
+                update = orthogonalise(grad.lerp(momentum_buffer, momentum))
+                param.mul_(1 - lr * group["weight_decay"])
+                param.add_(update, alpha=-lr * 0.2 * math.sqrt(max(param.shape[-2:])))
+        return loss
+
+
+def _untouched_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros that take memory page by page as they are written; `torch.zeros` writes every page at once."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):  # a huge page holds thousands of rows: one touched row would claim 2 MiB
+        pages.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
+
+
+class RowAdam(Optimizer):
+    """Lazy Adam for memory tables `[R, C]` with sparse gradients: time and memory follow the U touched rows.
+
+    A row with a gradient at every step follows `torch.optim.Adam`. A row without one does not change by a bit, and
+    this is the difference from a dense Adam: there, momentum keeps moving rows after their last touch, and `exp_avg`
+    and `exp_avg_sq` decay once a step; here they decay once a touch. The step count for the bias correction is
+    per row, so a row's first update is a full one however late it comes. No weight decay (arXiv 2601.07372,
+    section 4).
+
+    Tables are fp32 or bf16; state and update are fp32, and a bf16 table is rounded to nearest when written, so an
+    update under about 1/256 of a weight is lost there. State is 8 bytes an element and 4 bytes a row; on the
+    CPU the operating system hands out its pages as rows are touched. A gradient's rows are coalesced once.
+    Raises ValueError for a dense gradient, and for loaded state of another shape.
+    """
+
+    def __init__(
+        self, params: ParamsT, *, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure: Closure | None = None) -> Any:
+        """One update of every touched row; returns what `closure` returns."""
+        loss = _evaluate(closure)
+        for group in self.param_groups:
+            for table_RC in group["params"]:
+                if table_RC.grad is not None:
+                    self._update_rows(table_RC, group["lr"], group["betas"], group["eps"])
+        return loss
+
+    def _update_rows(self, table_RC: Tensor, lr: float, betas: tuple[float, float], eps: float) -> None:
+        assert table_RC.grad is not None
+        if not table_RC.grad.is_sparse:
+            raise ValueError(f"RowAdam takes sparse gradients, got a dense one of shape {tuple(table_RC.shape)}.")
+        grad = table_RC.grad.coalesce()
+        assert grad.sparse_dim() == 1 and table_RC.ndim == 2, (grad.sparse_dim(), table_RC.shape)
+        rows_U, grad_UC = grad.indices()[0], grad.values().float()
+        state = self.state[table_RC]
+        if not state:
+            device = table_RC.device
+            state["step"] = _untouched_zeros(table_RC.shape[:1], torch.int32, device)
+            state["exp_avg"] = _untouched_zeros(table_RC.shape, torch.float32, device)
+            state["exp_avg_sq"] = _untouched_zeros(table_RC.shape, torch.float32, device)
+        beta1, beta2 = betas
+        step_U = state["step"].index_select(0, rows_U) + 1
+        exp_avg_UC = state["exp_avg"].index_select(0, rows_U).lerp_(grad_UC, 1 - beta1)
+        exp_avg_sq_UC = state["exp_avg_sq"].index_select(0, rows_U)
+        exp_avg_sq_UC.mul_(beta2).addcmul_(grad_UC, grad_UC, value=1 - beta2)
+        state["step"].index_copy_(0, rows_U, step_U)
+        state["exp_avg"].index_copy_(0, rows_U, exp_avg_UC)
+        state["exp_avg_sq"].index_copy_(0, rows_U, exp_avg_sq_UC)
+        # In fp64, as 1 - beta2 is a difference of close numbers: fp32 would lose 4 digits of a row's first update.
+        correction1_U1 = (1 - beta1 ** step_U.double()).float().unsqueeze(1)
+        correction2_U1 = (1 - beta2 ** step_U.double()).sqrt().float().unsqueeze(1)
+        denominator_UC = exp_avg_sq_UC.sqrt_().div_(correction2_U1).add_(eps)
+        update_UC = exp_avg_UC.div_(correction1_U1).div_(denominator_UC)
+        updated_UC = table_RC.index_select(0, rows_U).float().add_(update_UC, alpha=-lr)
+        table_RC.index_copy_(0, rows_U, updated_UC.to(table_RC.dtype))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As `Optimizer.load_state_dict`, which would cast the fp32 state of a bf16 table to bf16."""
+        super().load_state_dict({**state_dict, "state": {}})
+        saved_ids = [saved_id for group in state_dict["param_groups"] for saved_id in group["params"]]
+        tables = [table_RC for group in self.param_groups for table_RC in group["params"]]
+        for saved_id, table_RC in zip(saved_ids, tables, strict=True):
+            state = state_dict["state"].get(saved_id, {})
+            if state and state["exp_avg"].shape != table_RC.shape:
+                raise ValueError(
+                    f"Saved state is for a table of shape {tuple(state['exp_avg'].shape)}, got {tuple(table_RC.shape)}."
+                )
+            if state:
+                self.state[table_RC] = {key: value.to(table_RC.device) for key, value in state.items()}
+
+
+class MixedOptimiser(Optimizer):
+    """Several optimisers behind the interface of one, for learning rate schedulers, accelerate and Trainer.
+
+    `param_groups` concatenates the inner optimisers' own group dicts, so whatever a scheduler writes into a group
+    reaches the optimiser that reads it. Groups are fixed at construction.
+    """
+
+    def __init__(self, inner: Sequence[Optimizer]) -> None:
+        super().__init__([group for optimiser in inner for group in optimiser.param_groups], {})
+        self.inner = tuple(inner)
+
+    @property
+    def state(self) -> dict[Tensor, Any]:  # type: ignore[override]
+        """State of every parameter: a new dict over the inner optimisers' own per-parameter dicts."""
+        return {param: state for optimiser in self.inner for param, state in optimiser.state.items()}
+
+    @state.setter
+    def state(self, state: dict[Tensor, Any]) -> None:
+        assert not state, "only Optimizer.__init__ sets it, to an empty dict: state lives in the inner optimisers"
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused once built: raises ValueError."""
+        if hasattr(self, "inner"):
+            raise ValueError("MixedOptimiser has fixed groups; build a new one from optimisers that hold the group.")
+        super().add_param_group(param_group)
+
+    @torch.no_grad()
+    def step(self, closure: Closure | None = None) -> Any:
+        """One step of every inner optimiser; returns what `closure` returns."""
+        loss = _evaluate(closure)
+        for optimiser in self.inner:
+            optimiser.step()
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict()` returned. Raises ValueError if names or sizes of the groups differ."""
+        saved_groups = state_dict["param_groups"]
+        saved, own = ([(g.get("name"), len(g["params"])) for g in gs] for gs in (saved_groups, self.param_groups))
+        if saved != own:
+            raise ValueError(f"Saved groups (name, number of parameters) are {saved}, this optimiser's are {own}.")
+        start = 0
+        for optimiser in self.inner:
+            groups = saved_groups[start : start + len(optimiser.param_groups)]
+            start += len(groups)
+            ids = [saved_id for group in groups for saved_id in group["params"]]
+            state = {saved_id: state_dict["state"][saved_id] for saved_id in ids if saved_id in state_dict["state"]}
+            optimiser.load_state_dict({"state": state, "param_groups": groups})
+        # Loading gave the inner optimisers new group dicts.
+        self.param_groups = [group for optimiser in self.inner for group in optimiser.param_groups]
+
+
+def build_optimiser(
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    eps: float,
+    memory_lr_scale: float = 5.0,
+    muon_momentum: float = 0.95,
+    matrices: Literal["muon", "adamw"] = "muon",
+) -> MixedOptimiser:
+    """Sort the model's trainable parameters into groups named "muon", "adamw_decay", "adamw_no_decay" and "memory".
+
+    memory: parameters with `is_memory_table = True`, `RowAdam` at `lr * memory_lr_scale`, no decay.
+    muon: matrices `[O, I]` and stacks `[E, O, I]` of the backbone, except embeddings, `lm_head`, routers
+    (`mlp.gate.weight`), depthwise convolutions (`conv.`), hyper-connections (`fn`, `hc_fn`) and stacked norm weights;
+    with matrices="adamw" they join adamw_decay. adamw_no_decay: vectors, scalars and all norm weights. adamw_decay: the
+    rest. Tied weights count once; empty groups are left out.
+    Raises ValueError for another `matrices` and for a model without trainable parameters.
+    Source: arXiv 2601.07372, section 4 (Muon for the backbone, Adam for tables at five times its lr without decay).
+    """
+    if matrices not in ("muon", "adamw"):
+        raise ValueError(f'matrices must be "muon" or "adamw", got {matrices!r}.')
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    groups: dict[str, list[nn.Parameter]] = {"muon": [], "adamw_decay": [], "adamw_no_decay": [], "memory": []}
+    for name, param in model.named_parameters():
+        if not param.requires_grad:
+            continue
+        if getattr(param, "is_memory_table", False) is True:
+            groups["memory"].append(param)
+        elif param.ndim < 2 or "norm" in name:
+            groups["adamw_no_decay"].append(param)
+        elif matrices == "adamw" or param.ndim > 3 or id(param) in embeddings or ADAMW_MATRICES.search(name):
+            groups["adamw_decay"].append(param)
+        else:
+            groups["muon"].append(param)
+    num_grouped = sum(param.numel() for group in groups.values() for param in group)
+    num_trainable = sum(param.numel() for param in model.parameters() if param.requires_grad)
+    assert num_grouped == num_trainable, (num_grouped, num_trainable)
+    if num_trainable == 0:
+        raise ValueError("The model has no trainable parameter: every requires_grad is False.")
+    inner: list[Optimizer] = []
+    if groups["muon"]:
+        muon_group = {"params": groups["muon"], "name": "muon"}
+        inner.append(Muon([muon_group], lr=lr, weight_decay=weight_decay, momentum=muon_momentum))
+    adamw_groups = [
+        {"params": groups[name], "name": name, "weight_decay": decay}
+        for name, decay in (("adamw_decay", weight_decay), ("adamw_no_decay", 0.0))
+        if groups[name]
+    ]
+    if adamw_groups:
+        inner.append(torch.optim.AdamW(adamw_groups, lr=lr, betas=betas, eps=eps))
+    if groups["memory"]:
+        memory_group = {"params": groups["memory"], "name": "memory"}
+        inner.append(RowAdam([memory_group], lr=lr * memory_lr_scale, betas=betas, eps=eps))
+    return MixedOptimiser(inner)
+
+
+@torch.no_grad()
+def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    """Scale gradients in place so that their total L2 norm is at most `max_norm`; returns the norm before, a scalar.
+
+    As `torch.nn.utils.clip_grad_norm_`, which refuses sparse gradients: those are replaced by their coalesced form
+    here, so that a row touched twice counts as one sum. `math.inf` only measures. A norm that is not finite
+    leaves the gradients as they are. Raises ValueError unless `max_norm` is over 0.
+    """
+    if not max_norm > 0:
+        raise ValueError(f"max_norm must be over 0 (math.inf only measures), got {max_norm}.")
+    values = []
+    for param in parameters:
+        if param.grad is not None and param.grad.is_sparse:
+            param.grad = param.grad.coalesce()
+            values.append(param.grad.values())
+        elif param.grad is not None:
+            values.append(param.grad)
+    norm = nn.utils.get_total_norm(values)
+    if max_norm < norm.item() < math.inf:  # False for nan
+        for value in values:
+            value.mul_((max_norm / (norm + 1e-6)).to(value.device))
+    return norm

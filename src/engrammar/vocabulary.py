@@ -1,0 +1,101 @@
+"""Vocabulary compression (paper section 2.2): token ids that read alike fall into one class.
+
+Letters: V ids of the tokenizer.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from tokenizers import Regex, normalizers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LONE_SPACE = "\ue000"  # stands for a text that is one space while Strip runs
+REPLACEMENT = "\ufffd"  # what an incomplete UTF-8 sequence decodes to
+CLASSES_FILE = "vocabulary_classes.safetensors"
+
+
+def _normaliser() -> Any:
+    """The reading of a text: the Rust normalizers in the reference's order (a Python look-alike counts otherwise)."""
+    return normalizers.Sequence(
+        [
+            normalizers.NFKC(),
+            normalizers.NFD(),
+            normalizers.StripAccents(),
+            normalizers.Lowercase(),
+            normalizers.Replace(Regex(r"[ \t\r\n]+"), " "),
+            normalizers.Replace(Regex(r"^ $"), LONE_SPACE),
+            normalizers.Strip(),
+            normalizers.Replace(LONE_SPACE, " "),
+        ]
+    )
+
+
+def compress_vocabulary(tokenizer: "PreTrainedTokenizerBase") -> NDArray[np.int64]:
+    """Maps every id of `tokenizer` to its class. (Paper section 2.2.)
+
+    An id's key is its decoded text, normalised (NFKC, NFD, no accents, lower case, runs of white space as one space,
+    stripped); its text as it is where that leaves nothing; its raw token where the text is not whole UTF-8.
+    Classes are numbered in order of first appearance.
+
+    Args:
+        tokenizer: any tokenizer that transformers loads, fast or slow, with added tokens.
+
+    Returns:
+        classes_V, int64, `len(tokenizer)` long, values 0..num_classes-1 without gaps.
+    """
+    normaliser = _normaliser()
+    texts = _decode_each(tokenizer)
+    class_of_key: dict[str, int] = {}
+    classes_V = np.empty(len(texts), dtype=np.int64)
+    for token_id, text in enumerate(texts):
+        if REPLACEMENT in text:
+            key = tokenizer.convert_ids_to_tokens(token_id)
+        else:
+            key = normaliser.normalize_str(text) or text
+        classes_V[token_id] = class_of_key.setdefault(key, len(class_of_key))
+    return classes_V
+
+
+def _decode_each(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    """The text of every single id, special tokens kept and spaces left as they are."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    single = [[token_id] for token_id in range(len(tokenizer))]
+    if backend is not None:
+        return backend.decode_batch(single, skip_special_tokens=False)
+    return [tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) for ids in single]
+
+
+def fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """A sha256 that tells one vocabulary from another: of every token with its id, added ones included."""
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
+    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
+
+
+def cached_classes(tokenizer: "PreTrainedTokenizerBase", directory: Path) -> NDArray[np.int64]:
+    """`compress_vocabulary(tokenizer)`, kept in `directory` (beside the model or the tokenizer) for the next call.
+
+    The file names the tokenizer it was made from; one made from another tokenizer, or damaged, is made anew.
+    """
+    path = directory / CLASSES_FILE
+    name = fingerprint(tokenizer)
+    if path.exists():
+        try:
+            with safe_open(path, framework="numpy") as file:
+                if (file.metadata() or {}).get("tokenizer_sha256") == name:
+                    return file.get_tensor("classes")
+        except SafetensorError:
+            pass  # damaged: what it held is a function of the tokenizer, so it is made anew
+    classes_V = compress_vocabulary(tokenizer)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    save_file({"classes": classes_V}, partial, metadata={"tokenizer_sha256": name})
+    os.replace(partial, path)
+    return classes_V
