@@ -28,9 +28,24 @@ GCIDE_LETTERS = {"ae": "æ", "oe": "œ", "AE": "Æ", "OE": "Œ", "eth": "ð", "t
 
 # Blocks of the Python manual that are instructions to its builder, not text.
 RST_HIDDEN = {"index", "toctree", "testsetup", "testcleanup", "module", "moduleauthor", "sectionauthor", "highlight"}
-RST_HIDDEN |= {"currentmodule", "only", "raw", "image", "figure", "include", "literalinclude", "tabularcolumns", "cssclass"}
+RST_HIDDEN |= {
+    "currentmodule",
+    "only",
+    "raw",
+    "image",
+    "figure",
+    "include",
+    "literalinclude",
+    "tabularcolumns",
+    "cssclass",
+}
 RST_OPENINGS = {"versionadded": "New in version ", "versionchanged": "Changed in version "}
-RST_OPENINGS |= {"deprecated": "Deprecated since version ", "seealso": "See also: ", "note": "Note: ", "warning": "Warning: "}
+RST_OPENINGS |= {
+    "deprecated": "Deprecated since version ",
+    "seealso": "See also: ",
+    "note": "Note: ",
+    "warning": "Warning: ",
+}
 
 
 @dataclass(frozen=True)
@@ -88,7 +103,9 @@ def _fetch(name: str, corpus: Corpus, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         work = tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{name}-")
     except OSError as error:
-        raise ValueError(f"cannot write to the cache folder {path.parent} ({error.strerror}): choose another") from error
+        raise ValueError(
+            f"cannot write to the cache folder {path.parent} ({error.strerror}): choose another"
+        ) from error
     with work as folder:
         root = Path(folder)
         if corpus.kind == "installed":
@@ -241,8 +258,8 @@ def _read_rst(source: str) -> str:
             continue
         hidden_depth = -1
         directive = re.match(r"\s*\.\. +(?:\|[^|]*\| +)?([\w:+.-]+?)::(?: +(.*))?$", line)
-        if line.lstrip().startswith("..") and not directive or directive and directive[1].split(":")[-1] in RST_HIDDEN:
-            hidden_depth = depth  # a comment, a link target, or a hidden block
+        if directive[1].split(":")[-1] in RST_HIDDEN if directive else line.lstrip().startswith(".. "):
+            hidden_depth = depth  # a hidden block, a comment or a link target
         elif directive:
             opening = RST_OPENINGS.get(directive[1], "")
             kept.append(" " * depth + opening + (directive[2] or ""))

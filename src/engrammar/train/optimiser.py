@@ -37,16 +37,15 @@ def orthogonalise(update: Tensor) -> Tensor:
     Returns fp32 on the CPU (where a bf16 product is very slow) and bf16 elsewhere.
     """
     a, b, c = NEWTON_SCHULZ_COEFFICIENTS
-    tall = update.size(-2) > update.size(-1)
-    x = update.mT if tall else update
-    x = x.float() if x.ndim == 3 else x.float().unsqueeze(0)
+    num_rows, num_columns = update.shape[-2:]
+    x = update.float().reshape(-1, num_rows, num_columns)
+    x = x.mT if num_rows > num_columns else x  # the smaller Gram matrix of the two
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # the iteration needs singular values of at most 1
-    if update.device.type != "cpu":
-        x = x.bfloat16()
+    x = x if x.device.type == "cpu" else x.bfloat16()
     for _ in range(NEWTON_SCHULZ_STEPS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.mT if tall else x).view_as(update) if update.ndim == 3 else (x.mT if tall else x).squeeze(0)
+    return (x.mT if num_rows > num_columns else x).reshape(update.shape)
 
 
 class Muon(Optimizer):
@@ -108,8 +107,8 @@ class RowAdam(Optimizer):
     section 4).
 
     Tables are fp32 or bf16; state and update are fp32, and a bf16 table is rounded to nearest when written, so an
-    update under about 1/256 of a weight is lost there. State is 8 bytes an element and 4 bytes a row; on the
-    CPU the operating system hands out its pages as rows are touched. A gradient's rows are coalesced once.
+    update under about 1/256 of a weight may be lost there. State is 8 bytes an element and 4 bytes a row; on the
+    CPU a page of it (4 KiB) takes memory once one of its rows is touched. A gradient is coalesced once.
     Raises ValueError for a dense gradient, and for loaded state of another shape.
     """
 
@@ -163,13 +162,13 @@ class RowAdam(Optimizer):
         saved_ids = [saved_id for group in state_dict["param_groups"] for saved_id in group["params"]]
         tables = [table_RC for group in self.param_groups for table_RC in group["params"]]
         for saved_id, table_RC in zip(saved_ids, tables, strict=True):
-            state = state_dict["state"].get(saved_id, {})
-            if state and state["exp_avg"].shape != table_RC.shape:
-                raise ValueError(
-                    f"Saved state is for a table of shape {tuple(state['exp_avg'].shape)}, got {tuple(table_RC.shape)}."
-                )
-            if state:
-                self.state[table_RC] = {key: value.to(table_RC.device) for key, value in state.items()}
+            if saved_id not in state_dict["state"]:  # never touched before the save
+                continue
+            state = {key: value.to(table_RC.device) for key, value in state_dict["state"][saved_id].items()}
+            saved_shape, shape = tuple(state["exp_avg"].shape), tuple(table_RC.shape)
+            if saved_shape != shape:
+                raise ValueError(f"Saved state is for a table of shape {saved_shape}, this table's is {shape}.")
+            self.state[table_RC] = state
 
 
 class MixedOptimiser(Optimizer):
@@ -183,8 +182,8 @@ class MixedOptimiser(Optimizer):
         super().__init__([group for optimiser in inner for group in optimiser.param_groups], {})
         self.inner = tuple(inner)
 
-    @property
-    def state(self) -> dict[Tensor, Any]:  # type: ignore[override]
+    @property  # type: ignore[override]
+    def state(self) -> dict[Tensor, Any]:
         """State of every parameter: a new dict over the inner optimisers' own per-parameter dicts."""
         return {param: state for optimiser in self.inner for param, state in optimiser.state.items()}
 
@@ -264,20 +263,17 @@ def build_optimiser(
     assert num_grouped == num_trainable, (num_grouped, num_trainable)
     if num_trainable == 0:
         raise ValueError("The model has no trainable parameter: every requires_grad is False.")
+
+    def filled(name: str, **settings: float) -> list[dict[str, Any]]:
+        return [{"params": groups[name], "name": name, **settings}] if groups[name] else []
+
     inner: list[Optimizer] = []
-    if groups["muon"]:
-        muon_group = {"params": groups["muon"], "name": "muon"}
-        inner.append(Muon([muon_group], lr=lr, weight_decay=weight_decay, momentum=muon_momentum))
-    adamw_groups = [
-        {"params": groups[name], "name": name, "weight_decay": decay}
-        for name, decay in (("adamw_decay", weight_decay), ("adamw_no_decay", 0.0))
-        if groups[name]
-    ]
-    if adamw_groups:
-        inner.append(torch.optim.AdamW(adamw_groups, lr=lr, betas=betas, eps=eps))
-    if groups["memory"]:
-        memory_group = {"params": groups["memory"], "name": "memory"}
-        inner.append(RowAdam([memory_group], lr=lr * memory_lr_scale, betas=betas, eps=eps))
+    if muon := filled("muon"):
+        inner.append(Muon(muon, lr=lr, weight_decay=weight_decay, momentum=muon_momentum))
+    if adamw := filled("adamw_decay", weight_decay=weight_decay) + filled("adamw_no_decay", weight_decay=0.0):
+        inner.append(torch.optim.AdamW(adamw, lr=lr, betas=betas, eps=eps))
+    if memory := filled("memory"):
+        inner.append(RowAdam(memory, lr=lr * memory_lr_scale, betas=betas, eps=eps))
     return MixedOptimiser(inner)
 
 

@@ -1,0 +1,413 @@
+"""Text to tokens, once: documents -> tokenizer -> flat binary shards that training reads by memory map."""
+
+import glob
+import hashlib
+import itertools
+import json
+import os
+import re
+import secrets
+import shutil
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from engrammar.train import corpora
+
+if TYPE_CHECKING:
+    import torch
+
+FORMAT_VERSION = 1
+SHARD_TOKENS = 64 * 2**20
+BATCH_DOCUMENTS = 64
+PAD, END = "<|pad|>", "<|end|>"
+PREPARE_AGAIN = "delete the folder and prepare it again"
+SUFFIXES = (".txt", ".jsonl", ".parquet")
+
+Split = Literal["train", "validation"]
+
+
+def read_documents(source: str, *, cache: Path, text_field: str = "text") -> Iterator[str]:
+    """The documents of a source in a fixed order; documents without any text are left out.
+
+    `source` is a file, folder or glob of .txt (one document a file), .jsonl or .parquet; `pocket:wiki+gcide`; or
+    `hf:NAME[:CONFIG]`, the train split of a Hugging Face dataset. Raises ValueError for anything that cannot be read.
+    """
+    kind, _, name = source.partition(":")
+    if kind == "pocket":
+        texts: Iterator[Any] = (entry.text for entry in corpora.entries(name, cache=cache))
+    elif kind == "hf":
+        texts = _read_hugging_face(name, text_field)
+    else:
+        texts = itertools.chain.from_iterable(_read_file(path, text_field) for path in _files(source))
+    return _checked(texts, source, text_field)
+
+
+def _checked(texts: Iterator[Any], source: str, text_field: str) -> Iterator[str]:
+    empty = True
+    for position, text in enumerate(texts):
+        if not isinstance(text, str) or re.search("[\ud800-\udfff]", text):  # half a surrogate pair has no UTF-8 form
+            raise ValueError(f"document {position} of {source} is not text in its field {text_field!r}: {text!r:.80}")
+        if text and not text.isspace():
+            empty = False
+            yield text
+    if empty:
+        raise ValueError(f"{source} holds no text: name a source with at least one document that is not empty")
+
+
+def _files(source: str) -> list[Path]:
+    path = Path(source)
+    if path.is_dir():
+        found = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES)
+    else:
+        found = [path] if path.exists() else sorted(map(Path, glob.glob(source, recursive=True)))
+    if not found or any(p.suffix not in SUFFIXES or not p.is_file() for p in found):
+        raise ValueError(f"no text at {source}: give {', '.join(SUFFIXES)} files (or a folder), pocket:NAME or hf:NAME")
+    return found
+
+
+def _read_file(path: Path, text_field: str) -> Iterator[Any]:
+    try:
+        if path.suffix == ".txt":
+            yield path.read_bytes().decode("utf-8")
+        elif path.suffix == ".jsonl":
+            with path.open(encoding="utf-8") as lines:
+                for line in lines:
+                    if line.strip():
+                        yield json.loads(line)[text_field]
+        else:
+            import pyarrow.parquet
+
+            for batch in pyarrow.parquet.ParquetFile(path).iter_batches(columns=[text_field]):
+                yield from batch.column(text_field).to_pylist()
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} has a row without the field {text_field!r}: name another text field") from error
+    except (ValueError, OSError) as error:  # bad UTF-8, bad JSON, bad parquet, no permission
+        raise ValueError(f"cannot read {path} as {path.suffix[1:]}: {error}") from error
+
+
+def _read_hugging_face(name: str, text_field: str) -> Iterator[Any]:
+    import datasets
+
+    path, _, config = name.partition(":")
+    try:
+        rows = datasets.load_dataset(path, config or None, split="train", streaming=True)
+        for row in rows:
+            if text_field not in row:
+                raise KeyError(f"its fields are {', '.join(row)}, and {text_field!r} is not one")
+            yield row[text_field]
+    except Exception as error:  # datasets raises many kinds: no network, unknown name, a config to choose
+        reason = (str(error.args[0] if error.args else "").splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"cannot read the dataset {name!r} from Hugging Face: {reason}") from error
+
+
+def is_validation(text: str, share: float) -> bool:
+    """Whether a document belongs to validation: a function of its own normalised text and of nothing else.
+
+    So a document never changes sides when others come or go, copies that differ only in case or spacing stay
+    together, and a larger share only moves documents from train to validation.
+    """
+    normal = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    digest = hashlib.blake2b(normal.encode("utf-8"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < share * 2**64
+
+
+def train_tokenizer(documents: Iterable[str], *, vocab_size: int, path: Path) -> None:
+    """Trains a byte-level BPE of at most `vocab_size` tokens and saves it at `path` as a transformers tokenizer.
+
+    Id 0 is <|pad|>, id 1 is <|end|> (eos and bos). The same documents give the same files, byte for byte.
+    """
+    if vocab_size < 258:
+        raise ValueError(f"vocab_size {vocab_size} is too small: 256 bytes and 2 special tokens need at least 258")
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[PAD, END], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, bos_token=END)
+    fast.save_pretrained(path)
+
+
+def _load_tokenizer(name: str | Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(name))
+    except Exception as error:  # transformers raises many kinds, with messages of many lines
+        raise ValueError(f"cannot load a tokenizer from {name}: give the folder or name of a saved one") from error
+    if not tokenizer.is_fast:
+        raise ValueError(f"the tokenizer {name} has no fast version: give one that has a tokenizer.json")
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer {name} has no eos token: set one, because it ends each document")
+    return tokenizer
+
+
+def _tokenizer_sha256(tokenizer: Any) -> str:
+    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode("utf-8")).hexdigest()
+
+
+@dataclass(frozen=True)
+class Shard:
+    file: str
+    num_tokens: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class SplitInfo:
+    num_documents: int
+    num_tokens: int
+    num_bytes: int
+    shards: tuple[Shard, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenSet:
+    """A folder of tokenised text: tokens.json, the shards it lists, and the tokenizer that made them."""
+
+    path: Path
+    dtype: str
+    vocab_size: int
+    pad_id: int
+    tokenizer_sha256: str
+    settings: dict[str, Any]  # what `prepare` was asked for: a second call must ask for the same
+    splits: dict[str, SplitInfo]
+
+    @classmethod
+    def open(cls, path: Path) -> "TokenSet":
+        """Reads tokens.json and checks that each shard is there with its whole size."""
+        file = path / "tokens.json"
+        try:
+            fields = json.loads(file.read_text(encoding="utf-8"))
+            if fields.pop("format") != FORMAT_VERSION:
+                raise ValueError("another format version")
+            for name, info in fields["splits"].items():
+                fields["splits"][name] = SplitInfo(**info | {"shards": tuple(Shard(**s) for s in info["shards"])})
+            tokens = cls(path=path, **fields)
+        except OSError as error:
+            raise ValueError(f"cannot read {file} ({error.strerror}): name a folder that `prepare` made") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{file} cannot be used ({error!r}): {PREPARE_AGAIN}") from error
+        for shard_file, shard in tokens._shards():
+            size = shard_file.stat().st_size if shard_file.is_file() else 0
+            expected = shard.num_tokens * np.dtype(tokens.dtype).itemsize
+            if size != expected:
+                raise ValueError(f"{shard_file} is {size} bytes long or missing, not {expected}: {PREPARE_AGAIN}")
+        return tokens
+
+    def _shards(self) -> Iterator[tuple[Path, Shard]]:
+        return ((self.path / shard.file, shard) for info in self.splits.values() for shard in info.shards)
+
+    @property
+    def tokenizer_path(self) -> Path:
+        return self.path / "tokenizer"
+
+    def num_tokens(self, split: Split) -> int:
+        return self.splits[split].num_tokens
+
+    def num_bytes(self, split: Split) -> int:
+        """UTF-8 bytes of the raw text: the denominator of bits per byte."""
+        return self.splits[split].num_bytes
+
+    def verify(self) -> None:
+        """Raises ValueError unless each shard still has the sha256 that was recorded when it was written."""
+        for path, shard in self._shards():
+            if (found := _file_sha256(path)) != shard.sha256:
+                raise ValueError(f"{path} has sha256 {found}, not {shard.sha256}: {PREPARE_AGAIN}")
+
+    def read(self, split: Split, start: int, stop: int) -> np.ndarray:
+        """Tokens start..stop of a split as int64, across shards; only those pages are read from disk."""
+        parts, first = [], 0
+        for shard in self.splits[split].shards:
+            low, high = max(start - first, 0), min(stop - first, shard.num_tokens)
+            if low < high:
+                parts.append(np.memmap(self.path / shard.file, self.dtype, "r")[low:high])
+            first += shard.num_tokens
+        return np.concatenate([np.zeros(0, np.int64), *parts])
+
+    def blocks(self, split: Split, length: int) -> "Blocks":
+        """A map-style torch dataset of blocks of `length` tokens; see `Blocks`."""
+        blocks = Blocks(self, split, length)
+        if length < 2 or not len(blocks):
+            have = f"{split} of {self.path} has {self.num_tokens(split)} tokens"
+            raise ValueError(f"{have}, not one block of {length}: choose a length of at least 2 that fits")
+        return blocks
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Blocks of one split as {"input_ids", "labels"}, int64 [length]; picklable, since each read opens its own map.
+
+    Train: consecutive blocks, the last partial one dropped. Validation: each block begins with the last token of the
+    one before, so the shift inside a causal LM's loss scores every token but the very first exactly once; the last
+    block is padded with label -100, and "attention_mask" marks the real tokens.
+    """
+
+    tokens: TokenSet
+    split: Split
+    length: int
+
+    def __len__(self) -> int:
+        num_tokens = self.tokens.num_tokens(self.split)
+        if self.split == "train":
+            return num_tokens // self.length
+        return max(0, -(-(num_tokens - 1) // (self.length - 1)))
+
+    def __getitem__(self, index: int) -> "dict[str, torch.Tensor]":
+        import torch
+
+        if not 0 <= index < len(self):
+            raise IndexError(f"block {index} of {len(self)}")
+        start = index * (self.length if self.split == "train" else self.length - 1)
+        ids = torch.from_numpy(self.tokens.read(self.split, start, start + self.length))
+        if self.split == "train":
+            return {"input_ids": ids, "labels": ids.clone()}
+        padding = (0, self.length - len(ids))
+        return {
+            "input_ids": torch.nn.functional.pad(ids, padding, value=self.tokens.pad_id),
+            "labels": torch.nn.functional.pad(ids, padding, value=-100),
+            "attention_mask": torch.nn.functional.pad(torch.ones_like(ids), padding),
+        }
+
+
+def prepare(
+    source: str,
+    *,
+    out: Path,
+    cache: Path,
+    tokenizer: str | Path | None = None,
+    vocab_size: int = 4096,
+    validation_share: float = 0.02,
+    limit_documents: int | None = None,
+    text_field: str = "text",
+) -> TokenSet:
+    """Tokenises a source into the folder `out`, or reuses the folder when it was made with the same settings.
+
+    Without a tokenizer, one of `vocab_size` is trained on the train documents. The folder appears whole or not at all.
+    """
+    if not 0 <= validation_share < 1:
+        raise ValueError(f"validation_share is {validation_share}: choose a number from 0 up to, not including, 1")
+    if limit_documents is not None and limit_documents < 1:
+        raise ValueError(f"limit_documents is {limit_documents}: choose at least 1, or None for all")
+    given = None if tokenizer is None else _load_tokenizer(tokenizer)
+    settings = {
+        "source": source,
+        "files_sha256": None if source.startswith(("pocket:", "hf:")) else _listing_sha256(_files(source)),
+        "text_field": text_field,
+        "tokenizer_sha256": given and _tokenizer_sha256(given),
+        "vocab_size": None if given else vocab_size,
+        "validation_share": validation_share,
+        "limit_documents": limit_documents,
+    }
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        return _reuse(out, settings)
+
+    def documents() -> Iterator[str]:
+        return itertools.islice(read_documents(source, cache=cache, text_field=text_field), limit_documents)
+
+    partial = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(f"cannot write to {out.parent} ({error.strerror}): choose another output folder") from error
+    try:
+        if given is None:
+            train_documents = (text for text in documents() if not is_validation(text, validation_share))
+            train_tokenizer(train_documents, vocab_size=vocab_size, path=partial / "tokenizer")
+            given = _load_tokenizer(partial / "tokenizer")
+        else:
+            given.save_pretrained(partial / "tokenizer")
+        fields = _write_tokens(documents(), given, partial, validation_share)
+        content = json.dumps({"format": FORMAT_VERSION, **fields, "settings": settings}, indent=1)
+        (partial / "tokens.json").write_text(content, encoding="utf-8")
+        try:
+            os.replace(partial, out)
+        except OSError:  # another process may have put the same folder there first
+            if not (out / "tokens.json").exists():
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return _reuse(out, settings)
+
+
+def _reuse(out: Path, settings: dict[str, Any]) -> TokenSet:
+    if not (out / "tokens.json").exists():
+        raise ValueError(f"{out} holds other files and no tokens.json: choose an empty or a new output folder")
+    tokens = TokenSet.open(out)
+    old = tokens.settings
+    changed = [f"{key} was {old.get(key)!r}, now {new!r}" for key, new in settings.items() if old.get(key) != new]
+    if changed:
+        raise ValueError(f"{out} was made with other settings ({'; '.join(changed)}): choose another folder")
+    return tokens
+
+
+def _listing_sha256(paths: list[Path]) -> str:
+    """Changes when a file is added, removed or rewritten."""
+    listing = [(path.as_posix(), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    return hashlib.sha256(json.dumps(listing).encode("utf-8")).hexdigest()
+
+
+def _write_tokens(documents: Iterator[str], tokenizer: Any, folder: Path, share: float) -> dict[str, Any]:
+    """Writes the shards of both splits and returns the fields of tokens.json."""
+    from tokenizers import Tokenizer
+    from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
+    fast = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    fast.no_truncation()
+    fast.no_padding()
+    fast.encode_special_tokens = True  # a document that spells <|end|> holds those characters, not the token
+    dtype = "uint16" if len(tokenizer) < 2**16 else "uint32"
+    sizes: dict[str, dict[str, int]] = {"train": {}, "validation": {}}  # split -> file -> tokens
+    num_documents, num_bytes = Counter[str](), Counter[str]()
+    progress = iter(tqdm(documents, desc="tokenising", unit=" documents", delay=2))
+    while batch := list(itertools.islice(progress, BATCH_DOCUMENTS)):
+        ids: dict[str, list[int]] = {"train": [], "validation": []}
+        for text, encoding in zip(batch, fast.encode_batch_fast(batch, add_special_tokens=False), strict=True):
+            split = "validation" if is_validation(text, share) else "train"
+            ids[split] += [*encoding.ids, tokenizer.eos_token_id]
+            num_documents[split] += 1
+            num_bytes[split] += len(text.encode("utf-8"))
+        for split in ids:
+            _append(np.array(ids[split], dtype), folder, split, sizes[split])
+    splits = {}
+    for split, files in sizes.items():
+        if not files and (split == "train" or share > 0):
+            raise ValueError(f"{split} got no document with validation_share {share}: give more documents")
+        shards = tuple(Shard(file, n, _file_sha256(folder / file)) for file, n in files.items())
+        splits[split] = asdict(SplitInfo(num_documents[split], sum(files.values()), num_bytes[split], shards))
+    pad_id = tokenizer.pad_token_id
+    return {
+        "dtype": dtype,
+        "vocab_size": len(tokenizer),
+        "pad_id": tokenizer.eos_token_id if pad_id is None else pad_id,  # padding is masked and never scored
+        "tokenizer_sha256": _tokenizer_sha256(tokenizer),
+        "splits": splits,
+    }
+
+
+def _append(ids: np.ndarray, folder: Path, split: str, shards: dict[str, int]) -> None:
+    """Adds tokens to the last shard, and to a new one each time that is full; `shards` maps file to tokens so far."""
+    while len(ids):
+        if not shards or shards[name := next(reversed(shards))] == SHARD_TOKENS:
+            name = f"{split}-{len(shards):05d}.bin"
+        num_before = shards.get(name, 0)
+        part, ids = np.split(ids, [SHARD_TOKENS - num_before])
+        with (folder / name).open("ab") as file:
+            file.write(part.tobytes())
+        shards[name] = num_before + len(part)
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
