@@ -145,7 +145,7 @@ def look_back(
         N tensors [B, T] of int64 classes.
 
     Raises:
-        ValueError: an id is not below the vocabulary size, or the class map was never set (CPU tensors only).
+        ValueError: an id is not below the vocabulary size, or the class map was never set (checked on the CPU only).
     """
     num_back = config.max_ngram_size - 1
     num_tokens = ids_BT.shape[1]
@@ -177,11 +177,15 @@ def look_back(
 
 def _classes_of(raw: Tensor, classes_V: Tensor | None, geometry: Geometry) -> Tensor:
     num_ids = geometry.num_classes if classes_V is None else classes_V.shape[0]
-    if raw.device.type == "cpu" and not torch.compiler.is_compiling() and raw.numel() and int(raw.max()) >= num_ids:
+    checked = raw.device.type == "cpu" and raw.numel() > 0 and not torch.compiler.is_compiling()
+    if checked and int(raw.max()) >= num_ids:
         raise ValueError(f"Token id {int(raw.max())} is outside the vocabulary of {num_ids} ids: use its tokenizer.")
     if classes_V is None:
         return raw
-    return classes_V[raw.clamp_min(0)]
+    classes = classes_V[raw.clamp_min(0)]
+    if checked and int(classes.min()) < 0:
+        raise ValueError("The model's class map was never set: load a checkpoint, or call memory.set_classes.")
+    return classes
 
 
 def hash_ngrams(looked_back: list[Tensor], *, config: MemoryConfig, geometry: Geometry, layer_index: int) -> Tensor:

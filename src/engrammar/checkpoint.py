@@ -61,24 +61,24 @@ def check_shards(directory: Path) -> None:
         if not path.exists():
             raise ValueError(f"Shard {path} is missing: copy it from where the checkpoint came from.")
         size, expected = path.stat().st_size, _size_by_header(path)
-        if size != expected:
+        if size != expected:  # None, where the header itself is broken, never equals
             raise ValueError(
-                f"Shard {path} is damaged: {size} bytes on disk, {expected or 'no valid header'} by its header; "
+                f"Shard {path} is damaged: {size} bytes on disk, {expected or 'unknown'} by its header; "
                 "copy it again."
             )
 
 
-def _size_by_header(path: Path) -> int:
-    """The bytes that a safetensors file should have by its own header; 0 where the header cannot be read."""
+def _size_by_header(path: Path) -> int | None:
+    """The bytes that a safetensors file should have by its own header; None where the header cannot be read."""
     with path.open("rb") as file:
         head = file.read(8)
         if len(head) < 8:
-            return 0
+            return None
         (length,) = struct.unpack("<Q", head)
         if length > path.stat().st_size:
-            return 0
+            return None
         try:
             header = json.loads(file.read(length))
             return 8 + length + max(int(t["data_offsets"][1]) for n, t in header.items() if n != "__metadata__")
         except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-            return 0
+            return None

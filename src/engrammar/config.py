@@ -159,7 +159,11 @@ class Geometry:
         return -(-self.num_rows(index) // self.rows_multiple) * self.rows_multiple
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        lists = {
+            "multipliers": [list(layer) for layer in self.multipliers],
+            "table_sizes": [[list(order) for order in layer] for layer in self.table_sizes],
+        }
+        return asdict(self) | lists
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:

@@ -13,18 +13,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from engrammar.train import corpora
 
-if TYPE_CHECKING:
-    import torch
-
 FORMAT_VERSION = 1
 SHARD_TOKENS = 64 * 2**20
-BATCH_DOCUMENTS = 64
 PAD, END = "<|pad|>", "<|end|>"
 PREPARE_AGAIN = "delete the folder and prepare it again"
 SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -45,10 +41,6 @@ def read_documents(source: str, *, cache: Path, text_field: str = "text") -> Ite
         texts = _read_hugging_face(name, text_field)
     else:
         texts = itertools.chain.from_iterable(_read_file(path, text_field) for path in _files(source))
-    return _checked(texts, source, text_field)
-
-
-def _checked(texts: Iterator[Any], source: str, text_field: str) -> Iterator[str]:
     empty = True
     for position, text in enumerate(texts):
         if not isinstance(text, str) or re.search("[\ud800-\udfff]", text):  # half a surrogate pair has no UTF-8 form
@@ -99,18 +91,17 @@ def _read_hugging_face(name: str, text_field: str) -> Iterator[Any]:
         rows = datasets.load_dataset(path, config or None, split="train", streaming=True)
         for row in rows:
             if text_field not in row:
-                raise KeyError(f"its fields are {', '.join(row)}, and {text_field!r} is not one")
+                raise ValueError(f"its fields are {', '.join(row)}, and {text_field!r} is not one")
             yield row[text_field]
     except Exception as error:  # datasets raises many kinds: no network, unknown name, a config to choose
-        reason = (str(error.args[0] if error.args else "").splitlines() or [type(error).__name__])[0]
+        reason = str(error).split("\n")[0] or type(error).__name__
         raise ValueError(f"cannot read the dataset {name!r} from Hugging Face: {reason}") from error
 
 
 def is_validation(text: str, share: float) -> bool:
     """Whether a document belongs to validation: a function of its own normalised text and of nothing else.
 
-    So a document never changes sides when others come or go, copies that differ only in case or spacing stay
-    together, and a larger share only moves documents from train to validation.
+    So it never changes sides when others come or go, and copies that differ in case or spacing stay together.
     """
     normal = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
     digest = hashlib.blake2b(normal.encode("utf-8"), digest_size=8).digest()
@@ -146,15 +137,13 @@ def _load_tokenizer(name: str | Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(str(name))
     except Exception as error:  # transformers raises many kinds, with messages of many lines
         raise ValueError(f"cannot load a tokenizer from {name}: give the folder or name of a saved one") from error
-    if not tokenizer.is_fast:
-        raise ValueError(f"the tokenizer {name} has no fast version: give one that has a tokenizer.json")
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer {name} has no eos token: set one, because it ends each document")
+    if not tokenizer.is_fast or tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer {name} needs a fast version (tokenizer.json) and an eos token: give another")
     return tokenizer
 
 
-def _tokenizer_sha256(tokenizer: Any) -> str:
-    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode("utf-8")).hexdigest()
+def _text_sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -195,14 +184,14 @@ class TokenSet:
             for name, info in fields["splits"].items():
                 fields["splits"][name] = SplitInfo(**info | {"shards": tuple(Shard(**s) for s in info["shards"])})
             tokens = cls(path=path, **fields)
+            itemsize = np.dtype(tokens.dtype).itemsize
         except OSError as error:
             raise ValueError(f"cannot read {file} ({error.strerror}): name a folder that `prepare` made") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{file} cannot be used ({error!r}): {PREPARE_AGAIN}") from error
         for shard_file, shard in tokens._shards():
             size = shard_file.stat().st_size if shard_file.is_file() else 0
-            expected = shard.num_tokens * np.dtype(tokens.dtype).itemsize
-            if size != expected:
+            if size != (expected := shard.num_tokens * itemsize):
                 raise ValueError(f"{shard_file} is {size} bytes long or missing, not {expected}: {PREPARE_AGAIN}")
         return tokens
 
@@ -240,8 +229,9 @@ class TokenSet:
         """A map-style torch dataset of blocks of `length` tokens; see `Blocks`."""
         blocks = Blocks(self, split, length)
         if length < 2 or not len(blocks):
-            have = f"{split} of {self.path} has {self.num_tokens(split)} tokens"
-            raise ValueError(f"{have}, not one block of {length}: choose a length of at least 2 that fits")
+            raise ValueError(
+                f"{split} of {self.path} ({self.num_tokens(split)} tokens) has no block of {length} tokens"
+            )
         return blocks
 
 
@@ -264,7 +254,7 @@ class Blocks:
             return num_tokens // self.length
         return max(0, -(-(num_tokens - 1) // (self.length - 1)))
 
-    def __getitem__(self, index: int) -> "dict[str, torch.Tensor]":
+    def __getitem__(self, index: int) -> dict[str, Any]:
         import torch
 
         if not 0 <= index < len(self):
@@ -301,11 +291,13 @@ def prepare(
     if limit_documents is not None and limit_documents < 1:
         raise ValueError(f"limit_documents is {limit_documents}: choose at least 1, or None for all")
     given = None if tokenizer is None else _load_tokenizer(tokenizer)
+    files = [] if source.startswith(("pocket:", "hf:")) else _files(source)
+    listing = [(path.as_posix(), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     settings = {
         "source": source,
-        "files_sha256": None if source.startswith(("pocket:", "hf:")) else _listing_sha256(_files(source)),
+        "files_sha256": _text_sha256(json.dumps(listing)),  # changes when a file is added, removed or rewritten
         "text_field": text_field,
-        "tokenizer_sha256": given and _tokenizer_sha256(given),
+        "tokenizer_sha256": given and _text_sha256(given.backend_tokenizer.to_str()),
         "vocab_size": None if given else vocab_size,
         "validation_share": validation_share,
         "limit_documents": limit_documents,
@@ -329,8 +321,8 @@ def prepare(
         else:
             given.save_pretrained(partial / "tokenizer")
         fields = _write_tokens(documents(), given, partial, validation_share)
-        content = json.dumps({"format": FORMAT_VERSION, **fields, "settings": settings}, indent=1)
-        (partial / "tokens.json").write_text(content, encoding="utf-8")
+        fields |= {"format": FORMAT_VERSION, "settings": settings}
+        (partial / "tokens.json").write_text(json.dumps(fields, indent=1), encoding="utf-8")
         try:
             os.replace(partial, out)
         except OSError:  # another process may have put the same folder there first
@@ -352,12 +344,6 @@ def _reuse(out: Path, settings: dict[str, Any]) -> TokenSet:
     return tokens
 
 
-def _listing_sha256(paths: list[Path]) -> str:
-    """Changes when a file is added, removed or rewritten."""
-    listing = [(path.as_posix(), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    return hashlib.sha256(json.dumps(listing).encode("utf-8")).hexdigest()
-
-
 def _write_tokens(documents: Iterator[str], tokenizer: Any, folder: Path, share: float) -> dict[str, Any]:
     """Writes the shards of both splits and returns the fields of tokens.json."""
     from tokenizers import Tokenizer
@@ -368,44 +354,43 @@ def _write_tokens(documents: Iterator[str], tokenizer: Any, folder: Path, share:
     fast.no_padding()
     fast.encode_special_tokens = True  # a document that spells <|end|> holds those characters, not the token
     dtype = "uint16" if len(tokenizer) < 2**16 else "uint32"
-    sizes: dict[str, dict[str, int]] = {"train": {}, "validation": {}}  # split -> file -> tokens
-    num_documents, num_bytes = Counter[str](), Counter[str]()
+    num_documents, num_tokens, num_bytes = Counter[str](), Counter[str](), Counter[str]()
     progress = iter(tqdm(documents, desc="tokenising", unit=" documents", delay=2))
-    while batch := list(itertools.islice(progress, BATCH_DOCUMENTS)):
+    while batch := list(itertools.islice(progress, 64)):
         ids: dict[str, list[int]] = {"train": [], "validation": []}
-        for text, encoding in zip(batch, fast.encode_batch_fast(batch, add_special_tokens=False), strict=True):
+        for text, encoding in zip(batch, fast.encode_batch_fast(batch, add_special_tokens=False)):
             split = "validation" if is_validation(text, share) else "train"
             ids[split] += [*encoding.ids, tokenizer.eos_token_id]
             num_documents[split] += 1
             num_bytes[split] += len(text.encode("utf-8"))
         for split in ids:
-            _append(np.array(ids[split], dtype), folder, split, sizes[split])
+            _append(np.array(ids[split], dtype), folder, split, num_tokens[split])
+            num_tokens[split] += len(ids[split])
     splits = {}
-    for split, files in sizes.items():
-        if not files and (split == "train" or share > 0):
+    for split in ("train", "validation"):
+        if not num_documents[split] and (split == "train" or share > 0):
             raise ValueError(f"{split} got no document with validation_share {share}: give more documents")
-        shards = tuple(Shard(file, n, _file_sha256(folder / file)) for file, n in files.items())
-        splits[split] = asdict(SplitInfo(num_documents[split], sum(files.values()), num_bytes[split], shards))
-    pad_id = tokenizer.pad_token_id
+        files = sorted(folder.glob(f"{split}-*.bin"))
+        shards = [Shard(f.name, f.stat().st_size // np.dtype(dtype).itemsize, _file_sha256(f)) for f in files]
+        splits[split] = asdict(SplitInfo(num_documents[split], num_tokens[split], num_bytes[split], tuple(shards)))
+    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id  # never scored
     return {
         "dtype": dtype,
         "vocab_size": len(tokenizer),
-        "pad_id": tokenizer.eos_token_id if pad_id is None else pad_id,  # padding is masked and never scored
-        "tokenizer_sha256": _tokenizer_sha256(tokenizer),
+        "pad_id": pad_id,
+        "tokenizer_sha256": _text_sha256(tokenizer.backend_tokenizer.to_str()),
         "splits": splits,
     }
 
 
-def _append(ids: np.ndarray, folder: Path, split: str, shards: dict[str, int]) -> None:
-    """Adds tokens to the last shard, and to a new one each time that is full; `shards` maps file to tokens so far."""
+def _append(ids: np.ndarray, folder: Path, split: str, num_before: int) -> None:
+    """Adds tokens after the `num_before` already written, opening a new shard wherever one is full."""
     while len(ids):
-        if not shards or shards[name := next(reversed(shards))] == SHARD_TOKENS:
-            name = f"{split}-{len(shards):05d}.bin"
-        num_before = shards.get(name, 0)
-        part, ids = np.split(ids, [SHARD_TOKENS - num_before])
-        with (folder / name).open("ab") as file:
+        number, num_in_shard = divmod(num_before, SHARD_TOKENS)
+        part, ids = np.split(ids, [SHARD_TOKENS - num_in_shard])
+        with (folder / f"{split}-{number:05d}.bin").open("ab") as file:
             file.write(part.tobytes())
-        shards[name] = num_before + len(part)
+        num_before += len(part)
 
 
 def _file_sha256(path: Path) -> str:

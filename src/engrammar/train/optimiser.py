@@ -20,7 +20,7 @@ Closure = Callable[[], float]
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
 # Matrices that Muon leaves to AdamW: output head, router, depthwise convolution, hyper-connection mixers.
-ADAMW_MATRICES = re.compile(r"(^|\.)lm_head\.|(^|\.)mlp\.gate\.weight$|conv\.|(^|\.)(hc_)?fn$")
+ADAMW_MATRICES = re.compile(r"(^|\.)lm_head\.|(^|\.)mlp\.gate\.weight$|conv(\.|_weight$)|(^|\.)(hc_)?fn$")
 
 
 def _evaluate(closure: Closure | None) -> float | None:

@@ -1,0 +1,258 @@
+"""A training run as plain settings: YAML in, dotted overrides, one function that carries it out."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
+
+import yaml
+
+if TYPE_CHECKING:
+    from engrammar.configuration import EngrammarConfig
+    from engrammar.modeling import EngrammarForCausalLM
+    from engrammar.train.data import TokenSet
+
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataRecipe:
+    """Text and tokens. `source`: files, `pocket:NAME`, or `hf:NAME` (docs/data.md)."""
+
+    source: str = "pocket:wiki"
+    tokenizer: str | None = None
+    vocab_size: int = 4096
+    validation_share: float = 0.02
+    limit_documents: int | None = None
+    sequence_length: int = 128
+    folder: str = "data"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRecipe:
+    """The model: a preset's name, `settings` over it (any of EngrammarConfig), and how its budget is split.
+
+    memory: `preset` keeps the preset's memory; `none` leaves it out; `budget` starts from the plain model and moves a
+    share 1 - rho of its inactive parameters into memory, total and active parameters equal.
+    """
+
+    preset: str = "nano"
+    memory: Literal["preset", "none", "budget"] = "preset"
+    rho: float = 0.78
+    settings: Settings = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimiserRecipe:
+    lr: float = 2e-3
+    weight_decay: float = 0.1
+    memory_lr_scale: float = 5.0
+    matrices: Literal["muon", "adamw"] = "muon"
+    balance_rate: float = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that decides a run. `trainer` holds any of transformers' TrainingArguments."""
+
+    out: str = "runs/nano"
+    seed: int = 0
+    data: DataRecipe = field(default_factory=DataRecipe)
+    model: ModelRecipe = field(default_factory=ModelRecipe)
+    optimiser: OptimiserRecipe = field(default_factory=OptimiserRecipe)
+    trainer: Settings = field(default_factory=dict)
+
+
+def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a YAML recipe (a file, or one that ships with the package by name) and applies `a.b.c=value` overrides.
+
+    Raises:
+        ValueError: no such recipe, not YAML, an unknown setting, or a value of the wrong kind.
+    """
+    path = Path(name)
+    if not path.exists():
+        shipped = resources.files("engrammar") / "recipes"
+        if not (shipped / f"{name}.yaml").is_file():
+            known = ", ".join(sorted(entry.name.removesuffix(".yaml") for entry in shipped.iterdir()))
+            raise ValueError(f"There is no recipe file {name}, and none of that name ships; shipped are: {known}.")
+        text = (shipped / f"{name}.yaml").read_text()
+    else:
+        text = path.read_text()
+    try:
+        settings = yaml.safe_load(text) or {}
+        for override in overrides:
+            key, separator, value = override.partition("=")
+            if not separator:
+                raise ValueError(f"The override {override!r} has no '=': write section.setting=value.")
+            *sections, last = key.split(".")
+            target = settings
+            for section in sections:
+                target = target.setdefault(section, {})
+                if not isinstance(target, dict):
+                    raise ValueError(f"The override {override!r} goes into {section!r}, which is not a section.")
+            target[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{name} is not valid YAML: {str(error).splitlines()[0]}.") from error
+    return _build(Recipe, settings, "")
+
+
+def _build(kind: Any, settings: Any, where: str) -> Any:
+    """Builds a (nested) recipe dataclass from plain settings, checking names and kinds."""
+    if not isinstance(settings, Mapping):
+        raise ValueError(f"{where or 'The recipe'} is {settings!r}; a section of settings is expected.")
+    hints = get_type_hints(kind)
+    known = [f.name for f in fields(kind)]
+    values = {}
+    for name, value in settings.items():
+        setting = f"{where}.{name}" if where else name
+        if name not in known:
+            raise ValueError(f"There is no setting {setting!r}; known here: {', '.join(known)}.")
+        hint = hints[name]
+        if is_dataclass(hint):
+            value = _build(hint, value, setting)
+        else:
+            value = _check(hint, value, setting)
+        values[name] = value
+    return kind(**values)
+
+
+def _check(hint: Any, value: Any, setting: str) -> Any:
+    choices = getattr(hint, "__args__", (hint,))
+    if getattr(hint, "__origin__", None) is Literal:
+        allowed, holds = ", ".join(map(str, choices)), value in choices
+    elif hint == Settings:
+        allowed, holds = "a section of settings", isinstance(value, dict)
+    else:
+        if float in choices and isinstance(value, str | int) and not isinstance(value, bool):
+            try:
+                value = float(value)  # YAML reads 1e-3 as text
+            except ValueError:
+                pass
+        allowed = " or ".join("null" if c is type(None) else c.__name__ for c in choices)
+        holds = isinstance(value, choices) and not (isinstance(value, bool) and bool not in choices)
+    if not holds:
+        raise ValueError(f"{setting} is {value!r}; allowed: {allowed}.")
+    return value
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The resolved recipe, every setting written out; `load_recipe` reads it back equal."""
+    return yaml.safe_dump(asdict(recipe), sort_keys=False)
+
+
+def check_writable(directory: Path) -> None:
+    """Makes `directory`, or raises a ValueError that says why it cannot be written."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"Cannot write to {directory} ({error.strerror}): choose another `out`.") from error
+
+
+def build_config(recipe: ModelRecipe, tokenizer: Any, classes_V: Any) -> "EngrammarConfig":
+    """The model's config for this tokenizer, by the recipe's way of splitting its budget."""
+    from engrammar.budget import solve_budget
+    from engrammar.presets import preset
+
+    own = preset(recipe.preset, tokenizer=tokenizer, classes_V=classes_V, **recipe.settings)
+    if recipe.memory == "preset":
+        return own
+    plain = preset(recipe.preset, tokenizer=tokenizer, **(recipe.settings | {"memory": None}))
+    if recipe.memory == "none":
+        return plain
+    if own.memory_config is None:
+        raise ValueError(f"model.memory is 'budget', but {recipe.preset} has no memory to size: set model.settings.memory.")
+    return solve_budget(plain, own.memory_config, rho=recipe.rho, classes_V=classes_V)
+
+
+def build_model(config: "EngrammarConfig", classes_V: Any, *, seed: int) -> "EngrammarForCausalLM":
+    """A freshly initialised model with its class map set."""
+    import torch
+    from transformers import set_seed
+
+    from engrammar.modeling import EngrammarForCausalLM
+
+    set_seed(seed)
+    model = EngrammarForCausalLM(config)
+    memory = model.model.memory
+    if memory is not None and memory.class_of_id is not None:
+        memory.set_classes(torch.from_numpy(classes_V))
+    return model
+
+
+def prepare_tokens(recipe: DataRecipe) -> "TokenSet":
+    """The recipe's text as token shards, made once and found again."""
+    from engrammar.train.data import prepare
+
+    folder = Path(recipe.folder)
+    name = recipe.source.replace("/", "_").replace(":", "-").replace("*", "_")
+    return prepare(
+        recipe.source,
+        out=folder / f"{name}-{recipe.tokenizer and Path(recipe.tokenizer).name or recipe.vocab_size}",
+        tokenizer=recipe.tokenizer,
+        vocab_size=recipe.vocab_size,
+        cache=folder / "pocket",
+        validation_share=recipe.validation_share,
+        limit_documents=recipe.limit_documents,
+    )
+
+
+def train(recipe: Recipe) -> dict[str, Any]:
+    """Carries out a recipe: data, model, training (resumed where `out` holds a checkpoint), evaluation, saving.
+
+    Returns:
+        What `out/result.json` holds: parameter counts, validation loss and bits per byte, tokens per second, the curve.
+    """
+    from transformers import AutoTokenizer, TrainingArguments
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from engrammar.budget import count_parameters
+    from engrammar.train.trainer import EngrammarTrainer
+    from engrammar.vocabulary import cached_classes
+
+    out = Path(recipe.out)
+    check_writable(out)
+    tokens = prepare_tokens(recipe.data)
+    tokenizer = AutoTokenizer.from_pretrained(tokens.tokenizer_path)
+    classes_V = cached_classes(tokenizer, Path(tokens.tokenizer_path))
+    config = build_config(recipe.model, tokenizer, classes_V)
+    model = build_model(config, classes_V, seed=recipe.seed)
+    (out / "recipe.yaml").write_text(to_yaml(recipe))
+    arguments = TrainingArguments(
+        output_dir=str(out),
+        seed=recipe.seed,
+        learning_rate=recipe.optimiser.lr,
+        weight_decay=recipe.optimiser.weight_decay,
+        report_to="none",
+        **recipe.trainer,
+    )
+    length = recipe.data.sequence_length
+    trainer = EngrammarTrainer(
+        model,
+        arguments,
+        optimiser={"memory_lr_scale": recipe.optimiser.memory_lr_scale, "matrices": recipe.optimiser.matrices},
+        balance_rate=recipe.optimiser.balance_rate,
+        bytes_per_eval_token=tokens.num_bytes("validation") / tokens.num_tokens("validation"),
+        train_dataset=tokens.blocks("train", length),
+        eval_dataset=tokens.blocks("validation", length),
+        processing_class=tokenizer,
+    )
+    outcome = trainer.train(resume_from_checkpoint=get_last_checkpoint(str(out)))
+    metrics = trainer.evaluate()
+    trainer.save_model(str(out))
+    result = {
+        **count_parameters(config).to_json(),
+        "validation_loss": metrics["eval_loss"],
+        "validation_bits_per_byte": metrics["eval_bits_per_byte"],
+        "tokens_per_second": trainer.state.global_step * arguments.train_batch_size * length
+        * arguments.gradient_accumulation_steps / outcome.metrics["train_runtime"],
+        "steps": trainer.state.global_step,
+        "curve": [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry],
+    }
+    (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    return result

@@ -1,0 +1,58 @@
+"""Settings are checked when they are made, and survive JSON."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from engrammar.addressing import derive_geometry
+from engrammar.config import PRESETS, Geometry, MemoryConfig
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_config_and_geometry_survive_json(name):
+    config = PRESETS[name]
+    assert MemoryConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+    geometry = derive_geometry(config, num_classes=98_627, fill_class=2)
+    assert Geometry.from_json(json.loads(json.dumps(geometry.to_json()))) == geometry
+
+
+def test_a_preset_takes_replacements():
+    config = MemoryConfig.from_json({"preset": "paper", "layers": [0, 2], "head_dim": 7})
+    assert config == replace(PRESETS["paper"], layers=(0, 2), head_dim=7)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"layers": []}, "layers"),
+        ({"layers": [3, 1]}, "ascending"),
+        ({"layers": [-1]}, "counted from 0"),
+        ({"max_ngram_size": 1, "rows_per_head": []}, "max_ngram_size"),
+        ({"rows_per_head": [100]}, "rows_per_head"),
+        ({"rows_per_head": [100, 1]}, "rows_per_head"),
+        ({"num_heads": 0}, "num_heads"),
+        ({"head_dim": 0}, "head_dim"),
+        ({"conv_kernel": 1}, "conv_kernel"),
+        ({"gate": "softmax"}, "one of signed_root, sigmoid"),
+        ({"boundary": "dead"}, "dead_ids"),
+        ({"end_ids": [1]}, "end_ids"),
+        ({"rows_multiple": 0}, "rows_multiple"),
+        ({"rows": 5}, "unknown settings rows"),
+        ({"preset": "mine"}, "allowed: paper, demo, deepseek_v41, qwen_next"),
+    ],
+)
+def test_contradictory_settings_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        MemoryConfig.from_json({"preset": "paper"} | settings)
+
+
+def test_bytes_per_token_are_those_of_the_released_rows():
+    assert PRESETS["deepseek_v41"].bytes_per_token == 2 * 24 * 264  # 256 fp8 values and 8 scales a row
+    assert PRESETS["qwen_next"].bytes_per_token == 16 * 160
+    assert PRESETS["paper"].bytes_per_token == 2 * 16 * 80 * 2
+
+
+def test_the_fill_class_must_be_a_class():
+    with pytest.raises(ValueError, match="fill_class is 9"):
+        derive_geometry(PRESETS["paper"], num_classes=9, fill_class=9)

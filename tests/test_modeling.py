@@ -1,0 +1,238 @@
+"""The model gives one answer however its tokens arrive: whole, in chunks, cached, in beams, padded, rolled back."""
+
+import json
+
+import pytest
+import torch
+from models import DIALECTS, END, PAD, VOCABULARY, tiny_config, tiny_model
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+
+import engrammar.checkpoint as checkpoint
+from engrammar.configuration import EngrammarConfig
+from engrammar.modeling import EngrammarForCausalLM
+
+SHAPES = [(dialect, branches) for dialect in DIALECTS for branches in (1, 3)]
+shapes = pytest.mark.parametrize(("dialect", "branches"), SHAPES)
+
+
+def random_ids(batch: int = 2, length: int = 13, seed: int = 1) -> torch.Tensor:
+    """Ids with an end-of-text inside, so that boundaries are crossed."""
+    ids = torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+    ids[0, length // 3] = END
+    return ids
+
+
+def pad_left(ids: torch.Tensor, lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keeps the first `lengths[b]` ids of each row, pushed to the right end."""
+    width = max(lengths)
+    padded = torch.full((len(lengths), width), PAD)
+    for row, length in enumerate(lengths):
+        padded[row, width - length :] = ids[row, :length]
+    mask = torch.stack([torch.arange(width) >= width - length for length in lengths]).long()
+    return padded, mask
+
+
+@shapes
+@torch.no_grad()
+def test_chunked_prefill_and_cached_decode_equal_the_whole(dialect, branches):
+    model, ids = tiny_model(dialect, branches), random_ids()
+    whole = model(ids).logits
+    for cuts in ([0, 5, 6, 7, 13], [0, 1, 12, 13], list(range(14))):
+        cache = DynamicCache(config=model.config)
+        parts = [model(ids[:, a:b], past_key_values=cache, use_cache=True).logits for a, b in zip(cuts, cuts[1:])]
+        torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-5, rtol=0)
+
+
+@shapes
+@torch.no_grad()
+def test_left_padding_changes_no_logit(dialect, branches):
+    model, ids = tiny_model(dialect, branches), random_ids(3)
+    lengths = [13, 9, 1]
+    padded, mask = pad_left(ids, lengths)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    logits = model(padded, attention_mask=mask, position_ids=positions).logits
+    cache = DynamicCache(config=model.config)
+    first = model(padded[:, :6], attention_mask=mask[:, :6], position_ids=positions[:, :6], past_key_values=cache)
+    rest = model(padded[:, 6:], attention_mask=mask, position_ids=positions[:, 6:], past_key_values=cache)
+    for row, length in enumerate(lengths):
+        alone = model(ids[row : row + 1, :length]).logits[0]
+        torch.testing.assert_close(logits[row, -length:], alone, atol=1e-5, rtol=0)
+        cached = torch.cat([first.logits, rest.logits], 1)[row, -length:]
+        torch.testing.assert_close(cached, alone, atol=1e-5, rtol=0)
+
+
+@shapes
+@torch.no_grad()
+def test_generation_with_a_cache_equals_generation_without(dialect, branches):
+    model, ids = tiny_model(dialect, branches), random_ids()
+    padded, mask = pad_left(ids, [13, 8])
+    common = {"max_new_tokens": 9, "eos_token_id": None, "pad_token_id": PAD}
+    for settings in (
+        {"do_sample": False},
+        {"do_sample": False, "num_beams": 4, "num_return_sequences": 2},
+        {"do_sample": True, "top_k": 7},
+    ):
+        outputs = []
+        for use_cache in (True, False):
+            torch.manual_seed(3)
+            outputs.append(model.generate(padded, attention_mask=mask, use_cache=use_cache, **settings, **common))
+        assert torch.equal(*outputs), settings
+    greedy = model.generate(padded, attention_mask=mask, do_sample=False, **common)
+    chunked = model.generate(padded, attention_mask=mask, do_sample=False, prefill_chunk_size=3, **common)
+    assert torch.equal(greedy, chunked)
+    assert torch.equal(greedy[0], model.generate(ids[:1], do_sample=False, **common)[0])
+
+
+@shapes
+@torch.no_grad()
+def test_rolling_back_speculation_equals_greedy(dialect, branches):
+    model, other, ids = tiny_model(dialect, branches), tiny_model(dialect, branches, seed=5), random_ids(1)
+    common = {"max_new_tokens": 17, "eos_token_id": None, "pad_token_id": PAD, "do_sample": False}
+    greedy = model.generate(ids, **common)
+    assert torch.equal(greedy, model.generate(ids, assistant_model=other, **common))
+    assert torch.equal(greedy, model.generate(ids, assistant_model=model, **common))
+    assert torch.equal(greedy, model.generate(ids, prompt_lookup_num_tokens=3, **common))
+
+
+@torch.no_grad()
+def test_a_cropped_cache_continues_as_if_the_cut_tokens_never_came():
+    model, ids = tiny_model("paper", 2), random_ids(1)
+    whole = model(ids).logits
+    cache = DynamicCache(config=model.config)
+    cache.activate_past_recording()
+    model(torch.cat([ids[:, :8], random_ids(1, 4, seed=9)], 1), past_key_values=cache)
+    cache.crop(-4)
+    torch.testing.assert_close(model(ids[:, 8:], past_key_values=cache).logits, whole[:, 8:], atol=1e-5, rtol=0)
+
+
+def test_a_reordered_cache_follows_its_beams():
+    model, ids = tiny_model("qwen_next", 2), random_ids(3)
+    with torch.no_grad():
+        cache = DynamicCache(config=model.config)
+        model(ids[:, :9], past_key_values=cache)
+        order = torch.tensor([2, 0, 0])
+        cache.reorder_cache(order)
+        logits = model(ids[order, 9:], past_key_values=cache).logits
+        torch.testing.assert_close(logits, model(ids[order]).logits[:, 9:], atol=1e-5, rtol=0)
+
+
+@shapes
+def test_gradient_checkpointing_changes_no_gradient(dialect, branches):
+    def gradients(checkpointing: bool) -> dict[str, torch.Tensor]:
+        model = tiny_model(dialect, branches).train()
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        model(random_ids(), labels=random_ids(), use_cache=False).loss.backward()
+        found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        return {name: g.to_dense() if g.is_sparse else g for name, g in found.items()}
+
+    plain, recomputed = gradients(False), gradients(True)
+    assert plain.keys() == recomputed.keys() and any("tables" in name for name in plain)
+    for name, gradient in plain.items():
+        torch.testing.assert_close(recomputed[name], gradient, atol=0, rtol=0)
+
+
+@shapes
+@torch.no_grad()
+def test_saved_and_loaded_is_the_same_to_the_last_bit(dialect, branches, tmp_path):
+    model, ids = tiny_model(dialect, branches), random_ids()
+    model.save_pretrained(tmp_path)
+    assert {"memory.tables.1.safetensors", "memory.tables.3.safetensors"} <= {p.name for p in tmp_path.iterdir()}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert isinstance(loaded, EngrammarForCausalLM)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert loaded.config.geometry == model.config.geometry
+    loaded.save_pretrained(tmp_path)  # over itself, into the same folder
+    assert torch.equal(EngrammarForCausalLM.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
+
+
+def test_a_saved_geometry_is_read_not_derived(tmp_path):
+    config = tiny_config("paper")
+    config.geometry["multipliers"][0][0] += 2
+    config.save_pretrained(tmp_path)
+    loaded = EngrammarConfig.from_pretrained(tmp_path)
+    assert loaded.memory_geometry.multipliers[0][0] == config.geometry["multipliers"][0][0]
+    assert loaded.memory_geometry != tiny_config("paper").memory_geometry
+
+
+@torch.no_grad()
+def test_a_model_sharded_by_size_keeps_its_tables_apart(tmp_path):
+    model, ids = tiny_model("paper", 2), random_ids()
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    shards = set(json.loads((tmp_path / checkpoint.INDEX).read_text())["weight_map"].values())
+    assert len(shards) > 4 and {s for s in shards if "tables" in s} == {
+        "memory.tables.1.safetensors",
+        "memory.tables.3.safetensors",
+    }
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("shard", ["memory.tables.1.safetensors", "backbone.safetensors"])
+def test_a_missing_or_cut_shard_is_named(tmp_path, shard):
+    tiny_model("paper").save_pretrained(tmp_path)
+    content = (tmp_path / shard).read_bytes()
+    for size in (0, 5, 100, len(content) - 1):
+        (tmp_path / shard).write_bytes(content[:size])
+        with pytest.raises(ValueError, match=f"{shard} is damaged"):
+            AutoModelForCausalLM.from_pretrained(tmp_path)
+    (tmp_path / shard).unlink()
+    with pytest.raises(ValueError, match=f"{shard} is missing"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_checkpoint_without_a_table_is_refused(tmp_path):
+    tiny_model("paper").save_pretrained(tmp_path)
+    index = json.loads((tmp_path / checkpoint.INDEX).read_text())
+    del index["weight_map"]["model.memory.tables.3.weight"]
+    (tmp_path / checkpoint.INDEX).write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"lacks 1 weights .*memory\.tables\.3"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    (tmp_path / checkpoint.INDEX).write_text("{")
+    with pytest.raises(ValueError, match="not a safetensors index"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    (tmp_path / checkpoint.INDEX).unlink()
+    with pytest.raises(ValueError, match="not a checkpoint"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_bad_input_is_refused_in_one_sentence():
+    model = tiny_model("paper")
+    with pytest.raises(ValueError, match="Token id 53 is outside the vocabulary of 53 ids"):
+        model(torch.tensor([[3, 53]]))
+    with pytest.raises(ValueError, match="pass input_ids"):
+        model(inputs_embeds=torch.zeros(1, 2, 32))
+    with pytest.raises(ValueError, match="attention_mask of shape"):
+        model(random_ids(), attention_mask=torch.ones(2, 1, 13, 13))
+    with pytest.raises(ValueError, match="DynamicCache\\(config=model.config\\)"):
+        model(random_ids(), past_key_values=DynamicCache())
+    with pytest.raises(ValueError, match="DynamicCache\\(config=model.config\\)"):
+        model(random_ids(), past_key_values=StaticCache(config=tiny_config(None), max_cache_len=20))
+
+
+def test_a_model_whose_class_map_was_never_set_refuses_to_run():
+    model = EngrammarForCausalLM(tiny_config("paper"))
+    with pytest.raises(ValueError, match="class map"):
+        model(random_ids())
+    with pytest.raises(ValueError, match="41 classes"):
+        model.model.memory.set_classes(torch.arange(VOCABULARY))
+
+
+@torch.no_grad()
+def test_all_retrieval_happens_before_the_first_block():
+    model, order = tiny_model("paper", 2), []
+    for layer, table in model.model.memory.tables.items():
+        table.register_forward_hook(lambda *_, layer=layer: order.append(f"table {layer}"))
+    model.model.layers[0].register_forward_pre_hook(lambda *_: order.append("block 0"))
+    model(random_ids())
+    assert order == ["table 1", "table 3", "block 0"]
+
+
+@torch.no_grad()
+def test_memory_changes_the_output_and_its_absence_leaves_the_plain_model():
+    with_memory, ids = tiny_model("paper"), random_ids()
+    plain = tiny_model(None)
+    plain.load_state_dict(with_memory.state_dict(), strict=False)
+    assert (with_memory(ids).logits - plain(ids).logits).abs().max() > 1e-3
+    for table in with_memory.model.memory.tables.values():
+        table.weight.zero_()
+    torch.testing.assert_close(with_memory(ids).logits, plain(ids).logits, atol=1e-6, rtol=0)

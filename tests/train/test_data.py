@@ -1,0 +1,432 @@
+"""Reading, splitting, tokenising and blocking, on small files made here; the test marked slow fetches a real corpus."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engrammar.train import corpora, data
+from engrammar.train.corpora import Entry
+from engrammar.train.data import TokenSet, is_validation, prepare, read_documents, train_tokenizer
+
+WORDS = ("the", "of", "a", "moss", "tern", "ridge", "copper", "water", "north", "stone", "grows", "flies")
+
+
+def make_texts(num_documents: int) -> list[str]:
+    """Different texts of uneven length, with code points of one to four bytes and the name of a special token."""
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(WORDS, rng.integers(1, 30))) + f" {i}" for i in range(num_documents)]
+    texts[3] += " naïve Ω 🜁 <|end|>\n\ttail  "
+    return texts
+
+
+def write_jsonl(path: Path, texts: list[str], field: str = "text") -> str:
+    path.write_text("".join(json.dumps({field: text}) + "\n" for text in texts), encoding="utf-8")
+    return str(path)
+
+
+def read(source: object, **settings: str) -> list[str]:
+    return list(read_documents(str(source), cache=Path("unused"), **settings))
+
+
+@pytest.fixture
+def source(tmp_path) -> str:
+    return write_jsonl(tmp_path / "texts.jsonl", make_texts(211))
+
+
+@pytest.fixture
+def make(tmp_path, source):
+    """Prepares `source` with settings that fit a small text; any of them can be replaced."""
+
+    def call(**settings) -> TokenSet:
+        defaults = {"out": tmp_path / "tokens", "cache": tmp_path, "vocab_size": 300, "validation_share": 0.2}
+        return prepare(settings.pop("source", source), **defaults | settings)
+
+    return call
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    monkeypatch.setattr(data, "SHARD_TOKENS", 101)
+
+
+def all_tokens(tokens: TokenSet, split: str) -> list[int]:
+    return tokens.read(split, 0, tokens.num_tokens(split)).tolist()
+
+
+def decode(tokens: TokenSet, ids: list[int]) -> str:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tokens.tokenizer_path).decode(ids)
+
+
+def expected_texts(split: str) -> list[str]:
+    return [text for text in make_texts(211) if is_validation(text, 0.2) == (split == "validation")]
+
+
+def test_txt_jsonl_and_parquet_give_the_same_documents(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    texts = make_texts(7)
+    (tmp_path / "txt").mkdir()
+    for i, text in enumerate(texts):
+        (tmp_path / f"txt/{i}.txt").write_bytes(text.encode())
+    pq.write_table(pa.table({"body": texts, "other": list(range(7))}), tmp_path / "a.parquet")
+    assert read(tmp_path / "txt") == read(tmp_path / "txt/*.txt") == texts
+    assert read(write_jsonl(tmp_path / "a.jsonl", texts)) == texts
+    assert read(tmp_path / "a.parquet", text_field="body") == texts
+
+
+def test_a_folder_is_read_in_the_order_of_its_names_and_odd_names_are_no_patterns(tmp_path):
+    folder = tmp_path / "part [2]"
+    folder.mkdir()
+    (folder / "b.txt").write_text("second")
+    write_jsonl(folder / "a.jsonl", ["first", "", "  \n"])
+    (folder / "notes.md").write_text("not data")
+    assert read(folder) == ["first", "second"]
+    assert read(folder / "b.txt") == ["second"]
+
+
+def test_pocket_corpora_are_a_source(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpora, "entries", lambda name, cache: [Entry("t", f"{name} in {cache.name}")])
+    assert list(read_documents("pocket:wiki+gcide", cache=tmp_path / "c")) == ["wiki+gcide in c"]
+
+
+def test_a_hugging_face_dataset_is_a_source(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "set").mkdir()
+    write_jsonl(tmp_path / "set/train.jsonl", ["one", "two"])
+    assert read(f"hf:{tmp_path}/set") == ["one", "two"]
+    with pytest.raises(ValueError, match="Hugging Face: its fields are text, and 'body' is not one"):
+        read(f"hf:{tmp_path}/set", text_field="body")
+
+
+def test_a_dataset_that_cannot_be_fetched_is_one_sentence(monkeypatch):
+    import datasets
+
+    def fail(path, config, **_):
+        raise ConnectionError(f"no route for {path}, {config}\nmany\nlines")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(ValueError, match=r"cannot read the dataset 'a/b:c' from Hugging Face: no route for a/b, c$"):
+        read("hf:a/b:c")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "x"}\n{"body": "y"}\n', "a.jsonl has a row without the field 'text'"),
+        ("a.jsonl", b'["x"]\n', "a.jsonl has a row without the field 'text'"),
+        ("a.jsonl", b'{"text": "x"}\n{"te', "cannot read .*a.jsonl as jsonl"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": 7}\n', "document 1 of .*a.jsonl is not text in its field 'text': 7"),
+        ("a.jsonl", b'{"text": "\\ud83d"}\n', "document 0 of .*a.jsonl is not text"),
+        ("a.jsonl", b"", "a.jsonl holds no text"),
+        ("a.txt", b" \n", "a.txt holds no text"),
+        ("a.txt", b"\xff\xfe", "cannot read .*a.txt as txt: 'utf-8' codec"),
+        ("a.parquet", b"PAR", "cannot read .*a.parquet as parquet"),
+        ("a.csv", b"x", "no text at .*a.csv: give .txt, .jsonl, .parquet"),
+    ],
+)
+def test_a_bad_file_is_named_in_one_sentence(name, content, message, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        read(tmp_path / name)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_path_or_parquet_column_is_named(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for missing in ("none.txt", "none/*.txt", "."):
+        with pytest.raises(ValueError, match="no text at"):
+            read(tmp_path / missing)
+    pq.write_table(pa.table({"body": ["x"]}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a.parquet has a row without the field 'text'"):
+        read(tmp_path / "a.parquet")
+
+
+def test_a_document_keeps_its_side_whatever_comes_with_it():
+    texts = make_texts(2000)
+    sides = [is_validation(text, 0.1) for text in texts]
+    assert [is_validation(text, 0.1) for text in reversed(texts)] == sides[::-1]
+    assert sides[:2] == [False, False] and 150 < sum(sides) < 250
+    assert all(is_validation(text, 0.3) for text, side in zip(texts, sides) if side)
+    assert not any(is_validation(text, 0.0) for text in texts)
+
+
+def test_copies_fall_on_the_same_side(make, tmp_path):
+    texts = make_texts(90)
+    copies = [text.upper().replace(" ", "  ") for text in texts]
+    assert [is_validation(t, 0.3) for t in texts] == [is_validation(t, 0.3) for t in copies]
+    tokens = make(source=write_jsonl(tmp_path / "copies.jsonl", texts + texts))
+    sides = [decode(tokens, all_tokens(tokens, split)).split("<|end|>")[:-1] for split in ("train", "validation")]
+    assert not set(sides[0]) & set(sides[1])
+    assert all(side.count(text) == 2 for side in sides for text in side if text in texts)
+
+
+def test_the_split_is_the_same_on_every_machine():
+    sides = ["validation" if is_validation(f"document {i}", 0.5) else "train" for i in range(16)]
+    assert "".join(side[0] for side in sides) == "vvvtttvvtvtvtttv"
+
+
+def test_a_tokenizer_is_the_same_in_every_process(tmp_path):
+    source = write_jsonl(tmp_path / "texts.jsonl", make_texts(100))
+    script = (
+        "import sys; from pathlib import Path; from engrammar.train.data import *; "
+        "train_tokenizer(read_documents(sys.argv[1], cache=Path()), vocab_size=320, path=Path(sys.argv[2]))"
+    )
+    train_tokenizer(read(source), vocab_size=320, path=tmp_path / "one")
+    environment = os.environ | {"PYTHONHASHSEED": "7", "RAYON_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", script, source, str(tmp_path / "two")], check=True, env=environment)
+    for file in (tmp_path / "one").iterdir():
+        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
+
+
+def test_special_tokens_have_their_ids_and_any_bytes_survive(tmp_path):
+    from transformers import AutoTokenizer
+
+    train_tokenizer(["only ascii"], vocab_size=258, path=tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id, len(tokenizer)) == (0, 1, 1, 258)
+    assert tokenizer.decode(tokenizer("\x00 naïve , 🜁 . \r\n ").input_ids) == "\x00 naïve , 🜁 . \r\n "
+
+
+def test_a_vocabulary_without_room_for_the_bytes_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="vocab_size 257 is too small"):
+        train_tokenizer(["x"], vocab_size=257, path=tmp_path)
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_decoded_tokens_are_the_documents_each_followed_by_end(make, small_shards, split):
+    tokens = make()
+    texts = expected_texts(split)
+    assert decode(tokens, all_tokens(tokens, split)) == "".join(text + "<|end|>" for text in texts)
+    assert all_tokens(tokens, split).count(1) == tokens.splits[split].num_documents == len(texts)
+    assert tokens.num_bytes(split) == sum(len(text.encode()) for text in texts)
+
+
+def test_train_blocks_follow_each_other_across_shards_without_a_gap(make, small_shards):
+    tokens = make()
+    assert len(tokens.splits["train"].shards) > 5
+    assert {shard.num_tokens for shard in tokens.splits["train"].shards[:-1]} == {101}
+    ids = all_tokens(tokens, "train")
+    for length in (2, 7, 101, 250, len(ids)):
+        blocks = tokens.blocks("train", length)
+        assert len(blocks) == len(ids) // length
+        assert [i for block in blocks for i in block["input_ids"].tolist()] == ids[: len(blocks) * length]
+        assert all((block["labels"] == block["input_ids"]).all() and len(block) == 2 for block in blocks)
+
+
+def test_validation_blocks_score_each_token_but_the_first_exactly_once(make, small_shards):
+    tokens = make()
+    ids = all_tokens(tokens, "validation")
+    for length in (2, 7, 101, len(ids), len(ids) + 9):
+        scored = []
+        for block in tokens.blocks("validation", length):
+            real = block["attention_mask"].bool()
+            assert block["input_ids"].shape == (length,) and real.sum() >= 2
+            assert (block["labels"][real] == block["input_ids"][real]).all()
+            assert (block["input_ids"][~real] == 0).all() and (block["labels"][~real] == -100).all()
+            scored += [label for label in block["labels"][1:].tolist() if label != -100]
+        assert scored == ids[1:]
+
+
+def test_shards_hold_the_same_tokens_whatever_their_size(make, tmp_path, monkeypatch):
+    whole = make()
+    monkeypatch.setattr(data, "SHARD_TOKENS", 13)
+    cut = make(out=tmp_path / "cut")
+    for split in ("train", "validation"):
+        assert all_tokens(cut, split) == all_tokens(whole, split)
+        files = [(cut.path / shard.file).read_bytes() for shard in cut.splits[split].shards]
+        assert b"".join(files) == (whole.path / f"{split}-00000.bin").read_bytes()
+
+
+def test_blocks_load_in_worker_processes(make):
+    from torch.utils.data import DataLoader
+
+    blocks = make().blocks("train", 16)
+    assert len(pickle.dumps(blocks)) < 5000
+    loader = DataLoader(blocks, batch_size=3, num_workers=1, multiprocessing_context="fork")
+    assert next(iter(loader))["input_ids"].tolist() == [blocks[i]["input_ids"].tolist() for i in range(3)]
+
+
+def test_a_length_that_fits_no_block_is_refused(make):
+    tokens = make(validation_share=0)
+    for split, length in (("train", 10**6), ("train", 1), ("validation", 8)):
+        with pytest.raises(ValueError, match=f"{split} of .* has no block of {length} tokens"):
+            tokens.blocks(split, length)
+    with pytest.raises(IndexError):
+        tokens.blocks("train", 8)[-1]
+
+
+def test_the_same_settings_reuse_the_folder_and_others_are_refused(make, tmp_path, monkeypatch):
+    first = make()
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "_write_tokens", lambda *_: pytest.fail("tokenised again"))
+        assert make() == first == TokenSet.open(tmp_path / "tokens")
+        for change in ({"vocab_size": 301}, {"validation_share": 0.1}, {"limit_documents": 9}):
+            (setting,) = change
+            with pytest.raises(ValueError, match=f"made with other settings .{setting} was .*choose another folder"):
+                make(**change)
+        write_jsonl(tmp_path / "texts.jsonl", make_texts(212))
+        with pytest.raises(ValueError, match="files_sha256 was"):
+            make()
+
+
+def test_a_given_tokenizer_is_used_and_copied(make, tmp_path):
+    train_tokenizer(make_texts(50), vocab_size=280, path=tmp_path / "own")
+    tokens = make(tokenizer=tmp_path / "own")
+    again = make(tokenizer=tokens.tokenizer_path, out=tmp_path / "again")
+    assert tokens.vocab_size == 280
+    assert tokens.tokenizer_sha256 == again.tokenizer_sha256 == tokens.settings["tokenizer_sha256"]
+    assert all_tokens(tokens, "train") == all_tokens(again, "train")
+
+
+def test_a_given_tokenizer_neither_truncates_nor_adds_tokens(make, tmp_path):
+    from tokenizers import Tokenizer, processors
+
+    train_tokenizer(make_texts(50), vocab_size=280, path=tmp_path / "own")
+    file = tmp_path / "own/tokenizer.json"
+    backend = Tokenizer.from_file(str(file))
+    backend.enable_truncation(4)
+    backend.enable_padding()
+    backend.post_processor = processors.TemplateProcessing(single="<|end|> $A", special_tokens=[("<|end|>", 1)])
+    backend.save(str(file))
+    tokens = make(tokenizer=tmp_path / "own")
+    assert decode(tokens, all_tokens(tokens, "train")) == "".join(t + "<|end|>" for t in expected_texts("train"))
+
+
+def test_a_tokenizer_that_cannot_serve_is_named(make, tmp_path):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    with pytest.raises(ValueError, match=r"cannot load a tokenizer from .*none"):
+        make(tokenizer=tmp_path / "none")
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE())).save_pretrained(tmp_path / "bare")
+    with pytest.raises(ValueError, match=r"bare needs .* an eos token"):
+        make(tokenizer=tmp_path / "bare")
+
+
+def test_a_large_vocabulary_takes_four_bytes_a_token(make, tmp_path):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.WordLevel({f"w{i}": i for i in range(2**16)}, unk_token="w1"))
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="w0")
+    fast.save_pretrained(tmp_path / "large")
+    source = write_jsonl(tmp_path / "a.jsonl", ["w65535", "w7"])
+    tokens = make(source=source, tokenizer=tmp_path / "large", validation_share=0)
+    assert tokens.dtype == "uint32" and all_tokens(tokens, "train") == [65535, 0, 7, 0]
+    assert tokens.pad_id == 0
+
+
+def test_an_interrupted_run_leaves_nothing(make, tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "_append", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            make()
+    assert [path.name for path in tmp_path.iterdir()] == ["texts.jsonl"]
+    (tmp_path / "tokens").mkdir()
+    make().verify()
+
+
+def test_the_first_of_two_runs_at_once_wins(make, tmp_path, monkeypatch):
+    write = data._write_tokens
+
+    def write_while_another_finishes(*arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(data, "_write_tokens", write)
+            make()
+        return write(*arguments)
+
+    monkeypatch.setattr(data, "_write_tokens", write_while_another_finishes)
+    make().verify()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["texts.jsonl", "tokens"]
+
+
+def test_a_shard_that_is_cut_missing_or_altered_is_named(make, small_shards):
+    tokens = make()
+    path = tokens.path / "train-00002.bin"
+    content = path.read_bytes()
+    path.write_bytes(content[:-2])
+    with pytest.raises(ValueError, match=r"train-00002.bin is 200 bytes long or missing, not 202: delete the folder"):
+        TokenSet.open(tokens.path)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"train-00002.bin is 0 bytes long or missing, not 202: delete the folder"):
+        TokenSet.open(tokens.path)
+    path.write_bytes(content[::-1])
+    with pytest.raises(ValueError, match=r"train-00002.bin has sha256 .*delete the folder"):
+        TokenSet.open(tokens.path).verify()
+
+
+@pytest.mark.parametrize("change", [lambda text: text[:50], lambda text: text.replace('"format": 1', '"format": 2'),
+                                    lambda _: "[]", lambda text: text.replace("uint16", "uint17"),
+                                    lambda text: text.replace("pad_id", "pad")])  # fmt: skip
+def test_a_damaged_description_is_named(make, change):
+    tokens = make()
+    file = tokens.path / "tokens.json"
+    file.write_text(change(file.read_text()))
+    with pytest.raises(ValueError, match=r"tokens.json cannot be used .*delete the folder and prepare it again"):
+        TokenSet.open(tokens.path)
+
+
+def test_a_folder_that_is_no_token_set_is_named(make, tmp_path):
+    with pytest.raises(ValueError, match=r"cannot read .*tokens.json \(No such file"):
+        TokenSet.open(tmp_path / "none")
+    (tmp_path / "tokens").mkdir()
+    (tmp_path / "tokens/thesis.tex").write_text("precious")
+    with pytest.raises(ValueError, match=r"tokens holds other files and no tokens.json"):
+        make()
+    assert (tmp_path / "tokens/thesis.tex").exists()
+
+
+def test_an_output_folder_that_cannot_be_made_is_named(make, tmp_path, source):
+    with pytest.raises(ValueError, match=r"cannot write to .*texts.jsonl \(Not a directory\): choose another output"):
+        make(out=Path(source) / "tokens")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"validation_share": 1.0}, "validation_share is 1.0"),
+        ({"limit_documents": 0}, "limit_documents is 0"),
+        ({"limit_documents": 1}, "got no document with validation_share 0.2"),
+        ({"source": "pocket:nothing"}, "unknown pocket corpus 'nothing'"),
+    ],
+)
+def test_a_setting_out_of_range_is_named_and_writes_nothing(make, tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make(**settings)
+    assert [path.name for path in tmp_path.iterdir()] == ["texts.jsonl"]
+
+
+def test_a_limit_takes_the_first_documents(make):
+    tokens = make(limit_documents=40)
+    assert sum(info.num_documents for info in tokens.splits.values()) == 40
+
+
+def test_importing_the_module_loads_no_heavy_library():
+    script = "import sys, engrammar.train.data; print({'torch', 'transformers', 'datasets'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout == "set()\n"
+
+
+@pytest.mark.slow
+def test_wikipedia_leads_become_the_tokens_that_the_manual_states(tmp_path):
+    try:
+        tokens = prepare("pocket:wiki", out=tmp_path / "tokens", cache=tmp_path, vocab_size=4096)
+    except ValueError as error:
+        if not str(error).startswith("cannot download"):
+            raise
+        pytest.skip(f"the registry is unreachable: {error}")
+    assert (tokens.num_tokens("train"), tokens.num_tokens("validation")) == (1_319_486, 28_207)
+    assert (tokens.num_bytes("train"), tokens.num_bytes("validation")) == (4_781_336, 101_169)
