@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from models import tiny_config, tiny_model
 
 from engrammar.budget import count_parameters, solve_budget
 from engrammar.config import MemoryConfig
 from engrammar.presets import PRESETS, preset
+from models import tiny_config, tiny_model
 
 
 def billions(count: int, digits: int = 1) -> float:
@@ -47,7 +47,9 @@ def test_active_parameters_are_the_ones_that_get_a_gradient_from_one_token():
     model = tiny_model("paper").train()
     model(torch.tensor([[7, 8]]), labels=torch.tensor([[7, 8]]), use_cache=False).loss.backward()
     dense = sum(
-        p.numel() for n, p in model.named_parameters() if p.grad is not None and not p.grad.is_sparse and "experts" not in n
+        p.numel()
+        for n, p in model.named_parameters()
+        if p.grad is not None and not p.grad.is_sparse and "experts" not in n
     )
     counts = count_parameters(model.config)
     per_token_experts = 3 * 2 * 3 * 32 * 16

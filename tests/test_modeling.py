@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
-from models import DIALECTS, END, PAD, VOCABULARY, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import engrammar.checkpoint as checkpoint
 from engrammar.configuration import EngrammarConfig
 from engrammar.modeling import EngrammarForCausalLM
+from models import DIALECTS, END, PAD, VOCABULARY, tiny_config, tiny_model
 
 SHAPES = [(dialect, branches) for dialect in DIALECTS for branches in (1, 3)]
 shapes = pytest.mark.parametrize(("dialect", "branches"), SHAPES)

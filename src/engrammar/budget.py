@@ -126,7 +126,7 @@ def solve_budget(
 
 
 def _rows_that_fit(memory: MemoryConfig, room: int, geometry: Geometry) -> int:
-    """The rows per head whose tables come nearest to `room` parameters (their sizes are primes, so not monotone in 1s)."""
+    """The rows per head whose tables come nearest to `room` parameters (sizes are primes, so it moves in jumps)."""
 
     def parameters(rows: int) -> int:
         sized = replace(memory, rows_per_head=(rows,) * len(memory.orders))

@@ -63,8 +63,7 @@ def check_shards(directory: Path) -> None:
         size, expected = path.stat().st_size, _size_by_header(path)
         if size != expected:  # None, where the header itself is broken, never equals
             raise ValueError(
-                f"Shard {path} is damaged: {size} bytes on disk, {expected or 'unknown'} by its header; "
-                "copy it again."
+                f"Shard {path} is damaged: {size} bytes on disk, {expected or 'unknown'} by its header; copy it again."
             )
 
 

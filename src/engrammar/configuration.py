@@ -1,6 +1,6 @@
 """The model's settings as a transformers config: DeepSeek-V3's, plus branches, memory, and the memory's geometry."""
 
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 from huggingface_hub.dataclasses import strict
@@ -30,7 +30,7 @@ class EngrammarConfig(DeepseekV3Config):
     """
 
     model_type = "engrammar"
-    attribute_map = {**DeepseekV3Config.attribute_map, "hc_mult": "num_branches"}
+    attribute_map: ClassVar[dict[str, str]] = {**DeepseekV3Config.attribute_map, "hc_mult": "num_branches"}
 
     num_branches: int = 1
     hc_sinkhorn_iters: int = 20
@@ -106,6 +106,6 @@ class EngrammarConfig(DeepseekV3Config):
         """Raises a ValueError where `tokenizer` is not the one that this model's addresses belong to."""
         if self.tokenizer_sha256 is not None and fingerprint(tokenizer) != self.tokenizer_sha256:
             raise ValueError(
-                f"This tokenizer ({len(tokenizer)} tokens) is not the one the model was built with: its memory would be "
-                "read at wrong rows. Use the tokenizer saved beside the model."
+                f"This tokenizer ({len(tokenizer)} tokens) is not the one the model was built with: its memory "
+                "would be read at wrong rows. Use the tokenizer saved beside the model."
             )

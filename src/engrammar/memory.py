@@ -55,7 +55,8 @@ class Memory(nn.Module):
         if classes_V.shape != self.class_of_id.shape or num_classes != self.geometry.num_classes:
             raise ValueError(
                 f"The class map has {classes_V.shape[0]} ids in {num_classes} classes, but this model was built for "
-                f"{self.class_of_id.shape[0]} ids in {self.geometry.num_classes} classes: use the tokenizer it was built with."
+                f"{self.class_of_id.shape[0]} ids in {self.geometry.num_classes} classes: use the tokenizer "
+                "it was built with."
             )
         self.class_of_id.copy_(classes_V)
 

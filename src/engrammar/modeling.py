@@ -6,11 +6,11 @@ Letters: B batch, T tokens, M branches, D hidden width, E width of a token's row
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DeepseekV3Config, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
@@ -55,9 +55,7 @@ class EngrammarBlock(GradientCheckpointingLayer):
             else None
         )
         self.self_attn = DeepseekV3Attention(config, layer_idx)
-        self.mlp = (
-            DeepseekV3MLP(config) if layer_idx < config.first_k_dense_replace else DeepseekV3MoE(config)
-        )
+        self.mlp = DeepseekV3MLP(config) if layer_idx < config.first_k_dense_replace else DeepseekV3MoE(config)
         self.attn_residual = Residual(config, DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps))
         self.mlp_residual = Residual(config, DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps))
 
@@ -104,7 +102,7 @@ class EngrammarPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _can_record_outputs = {
+    _can_record_outputs: ClassVar[dict[str, Any]] = {
         "hidden_states": EngrammarBlock,
         "attentions": DeepseekV3Attention,
         "router_logits": OutputRecorder(DeepseekV3TopkRouter, index=0),
@@ -162,9 +160,7 @@ class EngrammarPreTrainedModel(PreTrainedModel):
         if Path(pretrained_model_name_or_path).is_dir():
             check_shards(Path(pretrained_model_name_or_path))
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-        )
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         if info["missing_keys"]:
             names = ", ".join(sorted(info["missing_keys"])[:3])
             raise ValueError(
@@ -182,7 +178,9 @@ class EngrammarModel(EngrammarPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.memory: Memory | None = None
         if config.memory_config is not None:
-            self.memory = Memory(config.memory_config, config.memory_geometry, num_ids=config.num_ids)
+            self.memory = Memory(
+                config.memory_config, config.memory_geometry, num_ids=config.num_ids or config.vocab_size
+            )
         self.layers = nn.ModuleList([EngrammarBlock(config, index) for index in range(config.num_hidden_layers)])
         self.collapse = Collapse(config)
         self.norm = DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -214,7 +212,9 @@ class EngrammarModel(EngrammarPreTrainedModel):
                 raise ValueError("Pass input_ids or inputs_embeds.")
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        retrieved = None if self.memory is None else self._retrieve(input_ids, attention_mask, past_key_values)
+        retrieved = None
+        if self.memory is not None and input_ids is not None:
+            retrieved = self._retrieve(input_ids, attention_mask, past_key_values)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if position_ids is None:
@@ -229,10 +229,10 @@ class EngrammarModel(EngrammarPreTrainedModel):
         )
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         streams_BTMD = inputs_embeds.unsqueeze(2).repeat(1, 1, self.config.num_branches, 1)
-        for block in self.layers:
+        for layer, block in enumerate(self.layers):
             streams_BTMD = block(
                 streams_BTMD,
-                None if retrieved is None else retrieved.embedding.get(block.layer_idx),
+                None if retrieved is None else retrieved.embedding.get(layer),
                 None if retrieved is None else retrieved.dead_BT,
                 past_key_values,
                 position_embeddings=position_embeddings,
@@ -276,7 +276,7 @@ class EngrammarModel(EngrammarPreTrainedModel):
 class EngrammarForCausalLM(EngrammarPreTrainedModel, GenerationMixin):
     """`EngrammarModel` with a language-model head; works with `generate`, Trainer and the Auto classes."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: EngrammarConfig) -> None:
         super().__init__(config)

@@ -20,7 +20,7 @@ class _TouchedRows(torch.autograd.Function):
         return weight_RC.index_select(0, rows_U)
 
     @staticmethod
-    def backward(ctx, gradient_UC: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def, override]
+    def backward(ctx, gradient_UC: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
         (rows_U,) = ctx.saved_tensors
         # rows_U is sorted and distinct, so the tensor is coalesced as it stands.
         gradient = torch.sparse_coo_tensor(

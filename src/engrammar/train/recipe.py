@@ -1,5 +1,6 @@
 """A training run as plain settings: YAML in, dotted overrides, one function that carries it out."""
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -111,11 +112,7 @@ def _build(kind: Any, settings: Any, where: str) -> Any:
         if name not in known:
             raise ValueError(f"There is no setting {setting!r}; known here: {', '.join(known)}.")
         hint = hints[name]
-        if is_dataclass(hint):
-            value = _build(hint, value, setting)
-        else:
-            value = _check(hint, value, setting)
-        values[name] = value
+        values[name] = _build(hint, value, setting) if is_dataclass(hint) else _check(hint, value, setting)
     return kind(**values)
 
 
@@ -127,10 +124,8 @@ def _check(hint: Any, value: Any, setting: str) -> Any:
         allowed, holds = "a section of settings", isinstance(value, dict)
     else:
         if float in choices and isinstance(value, str | int) and not isinstance(value, bool):
-            try:
+            with contextlib.suppress(ValueError):
                 value = float(value)  # YAML reads 1e-3 as text
-            except ValueError:
-                pass
         allowed = " or ".join("null" if c is type(None) else c.__name__ for c in choices)
         holds = isinstance(value, choices) and not (isinstance(value, bool) and bool not in choices)
     if not holds:
@@ -166,7 +161,9 @@ def build_config(recipe: ModelRecipe, tokenizer: Any, classes_V: Any) -> "Engram
     if recipe.memory == "none":
         return plain
     if own.memory_config is None:
-        raise ValueError(f"model.memory is 'budget', but {recipe.preset} has no memory to size: set model.settings.memory.")
+        raise ValueError(
+            f"model.memory is 'budget', but {recipe.preset} has no memory to size: set model.settings.memory."
+        )
     return solve_budget(plain, own.memory_config, rho=recipe.rho, classes_V=classes_V)
 
 
@@ -193,7 +190,7 @@ def prepare_tokens(recipe: DataRecipe) -> "TokenSet":
     name = recipe.source.replace("/", "_").replace(":", "-").replace("*", "_")
     return prepare(
         recipe.source,
-        out=folder / f"{name}-{recipe.tokenizer and Path(recipe.tokenizer).name or recipe.vocab_size}",
+        out=folder / f"{name}-{Path(recipe.tokenizer).name if recipe.tokenizer else recipe.vocab_size}",
         tokenizer=recipe.tokenizer,
         vocab_size=recipe.vocab_size,
         cache=folder / "pocket",
@@ -249,8 +246,11 @@ def train(recipe: Recipe) -> dict[str, Any]:
         **count_parameters(config).to_json(),
         "validation_loss": metrics["eval_loss"],
         "validation_bits_per_byte": metrics["eval_bits_per_byte"],
-        "tokens_per_second": trainer.state.global_step * arguments.train_batch_size * length
-        * arguments.gradient_accumulation_steps / outcome.metrics["train_runtime"],
+        "tokens_per_second": trainer.state.global_step
+        * arguments.train_batch_size
+        * length
+        * arguments.gradient_accumulation_steps
+        / outcome.metrics["train_runtime"],
         "steps": trainer.state.global_step,
         "curve": [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry],
     }

@@ -111,7 +111,10 @@ class EngrammarTrainer(Trainer):
         totals = self.accelerator.reduce(totals, reduction="sum")
         nats, tokens = totals.tolist()
         seconds = time.perf_counter() - started
-        metrics = {f"{metric_key_prefix}_loss": nats / tokens, f"{metric_key_prefix}_tokens_per_second": tokens / seconds}
+        metrics = {
+            f"{metric_key_prefix}_loss": nats / tokens,
+            f"{metric_key_prefix}_tokens_per_second": tokens / seconds,
+        }
         if self.bytes_per_eval_token is not None:
             bits = nats / tokens / math.log(2) / self.bytes_per_eval_token
             metrics[f"{metric_key_prefix}_bits_per_byte"] = bits

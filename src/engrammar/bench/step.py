@@ -1,0 +1,150 @@
+"""What memory costs a training step: tokens/s with it and without, at equal total and active parameters."""
+
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from engrammar.machine import describe_machine
+from engrammar.budget import count_parameters, solve_budget
+from engrammar.configuration import EngrammarConfig
+from engrammar.modeling import EngrammarForCausalLM
+from engrammar.presets import preset
+from engrammar.train.optimiser import build_optimiser, clip_grad_norm
+
+BATCH, LENGTH, RHO = 16, 128, 0.78
+PHASES = ("retrieval", "forward", "backward", "optimiser")
+
+
+def _pair() -> dict[str, EngrammarConfig]:
+    """The plain `nano` and the one with memory, equal in total and active parameters."""
+    own = preset("nano")
+    plain = preset("nano", memory=None, num_classes=own.vocab_size, fill_class=0)
+    assert own.memory_config is not None
+    return {"moe": plain, "moe + memory": solve_budget(plain, own.memory_config, rho=RHO)}
+
+
+def _stepper(config: EngrammarConfig, ids: list[Tensor]) -> Callable[[int], dict[str, float]]:
+    torch.manual_seed(0)
+    model = EngrammarForCausalLM(config).train()
+    memory = model.model.memory
+    if memory is not None:
+        memory.set_classes(torch.arange(config.vocab_size))
+    optimiser = build_optimiser(model, lr=1e-3, weight_decay=0.1, betas=(0.9, 0.999), eps=1e-8)
+
+    def step(index: int) -> dict[str, float]:
+        batch = ids[index % len(ids)]
+        marks = [time.perf_counter()]
+        if memory is not None:
+            with torch.no_grad():
+                memory.fetch(batch)  # timed on its own, beside the one inside the forward pass
+        marks.append(time.perf_counter())
+        loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+        marks.append(time.perf_counter())
+        loss.backward()
+        marks.append(time.perf_counter())
+        clip_grad_norm(model.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+        marks.append(time.perf_counter())
+        return {phase: after - before for phase, before, after in zip(PHASES, marks, marks[1:])}
+
+    return step
+
+
+def _flops_per_token(config: EngrammarConfig, ids: Tensor) -> float:
+    """Floating point operations of forward and backward, counted by torch, per token."""
+    model = EngrammarForCausalLM(config).train()
+    if model.model.memory is not None:
+        model.model.memory.set_classes(torch.arange(config.vocab_size))
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    return counter.get_total_flops() / ids.numel()
+
+
+def _peak_flops(seconds: float) -> float:
+    """The best rate of a large fp32 matrix product, in this run: the machine's limit."""
+    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    best, until = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        started = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - started)
+    return 2 * 1024**3 / best
+
+
+def bench_step(quick: bool) -> dict[str, Any]:
+    """Times `nano` with and without memory, step by step in turn, so that both see the same machine.
+
+    Returns:
+        tokens/s (median and best of the steps), the phases in ms, FLOPs per token, and the share of the machine's fp32
+        matrix rate measured in the same run. `memory_tax` is the share of throughput that memory costs.
+    """
+    repeats, warmup = (8, 2) if quick else (40, 4)
+    pair = _pair()
+    torch.manual_seed(1)
+    # Token frequencies like a text's (Zipf), so that rows repeat within a batch as they do in training.
+    weights = 1 / torch.arange(1, pair["moe"].vocab_size + 1)
+    ids = [torch.multinomial(weights, BATCH * LENGTH, replacement=True).view(BATCH, LENGTH) for _ in range(8)]
+    steppers = {name: _stepper(config, ids) for name, config in pair.items()}
+    times: dict[str, list[dict[str, float]]] = {name: [] for name in pair}
+    for index in range(warmup + repeats):
+        for name, step in steppers.items():
+            phases = step(index)
+            if index >= warmup:
+                times[name].append(phases)
+    peak = _peak_flops(0.5 if quick else 2.0)
+    rows = {}
+    for name, config in pair.items():
+        steps = [sum(phases.values()) - phases["retrieval"] for phases in times[name]]
+        flops = _flops_per_token(config, ids[0])
+        rate = BATCH * LENGTH / median(steps)
+        rows[name] = {
+            **count_parameters(config).to_json(),
+            "tokens_per_second": rate,
+            "best_tokens_per_second": BATCH * LENGTH / min(steps),
+            "milliseconds": {p: 1e3 * median(phases[p] for phases in times[name]) for p in PHASES},
+            "flops_per_token": flops,
+            "share_of_peak": rate * flops / peak,
+        }
+    with_memory, without = rows["moe + memory"], rows["moe"]
+    return {
+        "bench": "step",
+        "quick": quick,
+        "shapes": f"nano, {BATCH} x {LENGTH} tokens, fp32, {repeats} steps each, in turn",
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": describe_machine(),
+        "peak_gflops": peak / 1e9,
+        "models": rows,
+        "memory_tax": 1 - with_memory["tokens_per_second"] / without["tokens_per_second"],
+    }
+
+
+def print_step(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{result['shapes']}; {result['machine']['cpu']}, {result['machine']['threads']} threads")
+    for column in ("", "total", "active", "tokens/s", "best", *(f"{p} ms" for p in PHASES), "share of peak"):
+        table.add_column(column, justify="right")
+    for name, row in result["models"].items():
+        table.add_row(
+            name,
+            f"{row['total_parameters']:,}",
+            f"{row['active_parameters']:,}",
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['best_tokens_per_second']:,.0f}",
+            *(f"{row['milliseconds'][p]:.1f}" for p in PHASES),
+            f"{row['share_of_peak']:.0%}",
+        )
+    console = Console()
+    console.print(table)
+    console.print(
+        f"Memory costs {result['memory_tax']:.1%} of throughput; the machine's fp32 matrix rate is "
+        f"{result['peak_gflops']:.0f} GFLOP/s."
+    )

@@ -1,0 +1,89 @@
+"""The demo: one budget trained twice, all experts and experts with memory, on real fact prose."""
+
+import json
+import sys
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from engrammar.machine import describe_machine
+from engrammar.lab.demo_report import plot_curves, render, verdict
+from engrammar.train.recipe import Recipe, check_writable, load_recipe, prepare_tokens, to_yaml, train
+
+VARIANTS: dict[str, Literal["none", "budget"]] = {
+    "moe": "none",
+    "moe + memory": "budget",
+}  # name -> how the recipe's budget is split
+SENTENCES = (
+    "The capital of France is Paris, and the Eiffel Tower was built there in 1889.",
+    "Alexander the Great was a king of Macedonia who was taught by Aristotle.",
+    "In computer science, a hash table is a data structure that maps keys to values.",
+    "The Second World War ended in 1945, and the United Nations was founded in San Francisco.",
+)
+PROMPT = "The United States is"
+
+
+def run_demo(recipe_name: str, out: Path, seeds: int) -> dict[str, Any]:
+    """Trains, compares, draws. A run that was killed goes on where it stopped.
+
+    Writes into `out`: demo.json (everything measured), demo.md (made from it), curves.png, gates.png.
+
+    Returns:
+        What demo.json holds.
+    """
+    from engrammar.lab.gates import gates_over_text, plot_gates
+    from engrammar.train.sample import complete, load
+
+    if seeds < 1:
+        raise ValueError(f"--seeds is {seeds}; allowed: 1 or more.")
+    recipe = load_recipe(recipe_name)
+    check_writable(out)
+    prepare_tokens(recipe.data)
+    runs = [
+        {"variant": name, "seed": recipe.seed + index, **_run(recipe, out, name, recipe.seed + index)}
+        for index in range(seeds)
+        for name in VARIANTS
+    ]
+    folder = _folder(out, "moe + memory", recipe.seed)
+    model, tokenizer = load(folder)
+    gated = gates_over_text(model, tokenizer, list(SENTENCES))
+    result = {
+        "command": " ".join(["engrammar", *sys.argv[1:]]),
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": describe_machine(),
+        "recipe": to_yaml(recipe),
+        "runs": runs,
+        "gates": [text.to_json() for text in gated],
+        "sample": complete(folder, PROMPT, 60, temperature=0.7, top_p=0.9, num_beams=1, seed=recipe.seed),
+    }
+    (out / "demo.json").write_text(json.dumps(result, indent=1) + "\n")
+    plot_curves(result, out / "curves.png")
+    plot_gates(gated, out / "gates.png")
+    (out / "demo.md").write_text(render(result))
+    _show(result, out)
+    return result
+
+
+def _folder(out: Path, variant: str, seed: int) -> Path:
+    return out / f"{variant.replace(' + ', '-')}-{seed}"
+
+
+def _run(recipe: Recipe, out: Path, variant: str, seed: int) -> dict[str, Any]:
+    """Trains one variant with one seed, or reads its result where it is already trained."""
+    folder = _folder(out, variant, seed)
+    own = replace(recipe, out=str(folder), seed=seed, model=replace(recipe.model, memory=VARIANTS[variant]))
+    done = folder / "result.json"
+    if done.exists() and (folder / "recipe.yaml").read_text() == to_yaml(own):
+        return json.loads(done.read_text())
+    return train(own)
+
+
+def _show(result: dict[str, Any], out: Path) -> None:
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    console = Console()
+    console.print(Markdown(render(result)))
+    console.print(f"\nPictures: {out / 'curves.png'}, {out / 'gates.png'}\n")
+    console.print(verdict(result), style="bold")

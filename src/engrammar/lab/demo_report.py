@@ -1,0 +1,95 @@
+"""The demo's report and curves, made from demo.json alone."""
+
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+COLUMNS = (
+    ("total", "total_parameters"),
+    ("active", "active_parameters"),
+    ("memory", "memory_parameters"),
+)
+
+
+def _by_variant(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    grouped: dict[str, list[dict[str, Any]]] = {}
+    for run in result["runs"]:
+        grouped.setdefault(run["variant"], []).append(run)
+    return grouped
+
+
+def _with_spread(values: list[float], digits: int) -> str:
+    spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values):.{digits}f}{spread}"
+
+
+def verdict(result: dict[str, Any]) -> str:
+    """One sentence: which was better on validation text, and by how much, against the spread of the seeds."""
+    bits = {name: [r["validation_bits_per_byte"] for r in runs] for name, runs in _by_variant(result).items()}
+    plain, memory = bits["moe"], bits["moe + memory"]
+    gains = [p - m for p, m in zip(plain, memory)]
+    gain = mean(gains)
+    winner = "MoE with memory" if gain > 0 else "the plain MoE"
+    sentence = f"At equal total and active parameters {winner} was better by {abs(gain):.4f} bits per byte"
+    sentence += f" ({abs(gain) / mean(plain):.1%})"
+    if len(gains) == 1:
+        return sentence + "; this is one seed, so the difference may be noise: run with --seeds 3 for the spread."
+    told = "all seeds agree" if min(gains) > 0 or max(gains) < 0 else "the seeds disagree, so take it as no difference"
+    return f"{sentence}, ± {stdev(gains):.4f} over {len(gains)} seeds; {told}."
+
+
+def render(result: dict[str, Any]) -> str:
+    """The report as Markdown; a function of demo.json and nothing else."""
+    machine = result["machine"]
+    lines = [
+        "# Plain experts against experts with memory",
+        "",
+        verdict(result),
+        "",
+        "| | total | active | memory | rho | validation bits/byte | training tokens/s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, runs in _by_variant(result).items():
+        counts = " | ".join(f"{runs[0][key]:,}" for _, key in COLUMNS)
+        bits = _with_spread([run["validation_bits_per_byte"] for run in runs], 4)
+        speed = _with_spread([run["tokens_per_second"] for run in runs], 0)
+        lines.append(f"| {name} | {counts} | {runs[0]['rho']:.3f} | {bits} | {speed} |")
+    lines += [
+        "",
+        f"Seeds: {', '.join(str(run['seed']) for run in _by_variant(result)['moe'])}; ± is the standard deviation.",
+        f"Made by `{result['command']}` on {result['date']}: {machine['cpu']}, {machine['cores']} cores, "
+        f"torch {machine['torch']}, transformers {machine['transformers']}.",
+        "",
+        "![loss curves](curves.png)",
+        "",
+        "![gates over text](gates.png)",
+        "",
+        "A sample of the model with memory:",
+        "",
+        *("> " + line for line in result["sample"].splitlines()),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def plot_curves(result: dict[str, Any], path: Path) -> None:
+    """Training loss and validation loss of every run against steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), sharex=True)
+    for colour, (name, runs) in zip(("#4c72b0", "#dd8452"), _by_variant(result).items()):
+        for index, run in enumerate(runs):
+            label = name if index == 0 else None
+            for axes, key in ((left, "loss"), (right, "eval_loss")):
+                points = [(entry["step"], entry[key]) for entry in run["curve"] if key in entry]
+                axes.plot(*zip(*points), color=colour, alpha=0.8, label=label, marker="." if axes is right else None)
+    left.set(title="training loss", xlabel="step", ylabel="nats per token")
+    right.set(title="validation loss", xlabel="step")
+    for axes in (left, right):
+        axes.legend()
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+    plt.close(figure)

@@ -1,0 +1,198 @@
+"""The command line. Each command imports what it needs inside, so that `--help` is instant.
+
+It stands beside the package, not in it: `import engrammar` registers the model with transformers' Auto classes, which
+takes seconds.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from tyro.conf import Positional, arg
+
+app = tyro.extras.SubcommandApp()
+
+
+@app.command
+def train(recipe: Positional[str], overrides: Positional[tuple[str, ...]] = (), /, dry_run: bool = False) -> None:
+    """Train a model from a recipe; a run that was killed goes on from its last checkpoint.
+
+    Args:
+        recipe: A YAML file, or the name of a recipe that ships: nano, micro, 100m.
+        overrides: Settings to replace, as section.setting=value (trainer.max_steps=50).
+        dry_run: Print the resolved settings and stop.
+    """
+    from engrammar.train.recipe import load_recipe, to_yaml
+    from engrammar.train.recipe import train as run
+
+    resolved = load_recipe(recipe, overrides)
+    if dry_run:
+        print(to_yaml(resolved), end="")
+        return
+    result = run(resolved)
+    print(f"{result['steps']} steps, validation {result['validation_bits_per_byte']:.4f} bits per byte: {resolved.out}")
+
+
+@app.command
+def generate(
+    model: Positional[Path],
+    prompt: Positional[str],
+    /,
+    max_new_tokens: int = 60,
+    temperature: float = 0.8,
+    top_p: float = 0.95,
+    num_beams: int = 1,
+    seed: int = 0,
+) -> None:
+    """Continue a prompt with a trained model.
+
+    Args:
+        model: The folder that training or save_pretrained wrote.
+        prompt: Text to continue.
+        max_new_tokens: Tokens to add.
+        temperature: 0 is greedy.
+        top_p: Nucleus of probability to sample from.
+        num_beams: More than 1 is beam search.
+        seed: Seed of the sampling.
+    """
+    from engrammar.train.sample import complete
+
+    print(complete(model, prompt, max_new_tokens, temperature, top_p, num_beams, seed))
+
+
+@app.command
+def data(
+    source: Positional[str] = "list",
+    /,
+    out: Path | None = None,
+    tokenizer: str | None = None,
+    vocab_size: int = 4096,
+    validation_share: float = 0.02,
+    cache: Path = Path("data/pocket"),
+) -> None:
+    """Turn text into token shards, or list the built-in pocket corpora.
+
+    Args:
+        source: Files (.txt, .jsonl, .parquet), pocket:NAME, hf:NAME, or "list".
+        out: Folder for the shards.
+        tokenizer: A Hugging Face tokenizer; without one, a BPE is trained on the text.
+        vocab_size: Size of the trained BPE.
+        validation_share: Share of entries kept for validation.
+        cache: Where pocket corpora are kept.
+    """
+    from engrammar.train import corpora
+
+    if source == "list":
+        for line in corpora.available():
+            print(line)
+        return
+    from engrammar.train.data import prepare
+
+    if out is None:
+        raise ValueError("engrammar data needs --out, the folder for the token shards.")
+    tokens = prepare(
+        source, out=out, tokenizer=tokenizer, vocab_size=vocab_size, validation_share=validation_share, cache=cache
+    )
+    for split in ("train", "validation"):
+        print(f"{split}: {tokens.num_tokens(split):,} tokens of {tokens.num_bytes(split):,} bytes in {out}")
+
+
+@app.command
+def info(model: Positional[str], /, json_output: Annotated[bool, arg(name="json")] = False) -> None:
+    """Parameters of a preset or a saved model, and what its memory costs a token.
+
+    Args:
+        model: A preset's name, or a folder with a config.json.
+        json_output: Print JSON.
+    """
+    from engrammar.budget import count_parameters
+    from engrammar.configuration import EngrammarConfig
+    from engrammar.presets import preset
+
+    if Path(model).is_dir():
+        if not (Path(model) / "config.json").exists():
+            raise ValueError(f"{model} has no config.json: give a folder that save_pretrained wrote, or a preset.")
+        config = EngrammarConfig.from_pretrained(model)
+    else:
+        config = preset(model)
+    counts = count_parameters(config).to_json()
+    if json_output:
+        print(json.dumps(counts, indent=1))
+        return
+    for key, value in counts.items():
+        print(f"{key.replace('_', ' '):28} {round(value, 3):,}")
+
+
+@app.command
+def check(
+    what: Positional[Literal["reference"]], files: Positional[tuple[Path, ...]], /, tokenizer: Path | None = None
+) -> None:
+    """Prove that addresses equal a reference to the bit, and outputs within 1e-5; exit 1 on a difference.
+
+    Args:
+        what: reference: reference files against the paper's authors' code.
+        files: JSON files of the shared reference format.
+        tokenizer: Folder with the tokenizer.json that the files were made with; proves the class map too.
+    """
+    from engrammar.check import check_reference, print_report
+
+    if not files:
+        raise ValueError("engrammar check reference needs at least one reference file.")
+    reports = [check_reference(file, tokenizer) for file in files]
+    for report in reports:
+        print_report(report)
+    sys.exit(0 if all(report.ok for report in reports) else 1)
+
+
+@app.command
+def bench(
+    what: Positional[Literal["hash", "step"]],
+    /,
+    quick: bool = False,
+    json_output: Annotated[bool, arg(name="json")] = False,
+) -> None:
+    """Measure, beside a baseline in the same run.
+
+    Args:
+        what: hash: ids to rows; step: a training step with memory and without.
+        quick: Finish within 50 seconds.
+        json_output: Print JSON.
+    """
+    if what == "hash":
+        from engrammar.bench.hash import bench_hash, print_hash
+
+        result, show = bench_hash(quick), print_hash
+    else:
+        from engrammar.bench.step import bench_step, print_step
+
+        result, show = bench_step(quick), print_step
+    print(json.dumps(result, indent=1)) if json_output else show(result)
+
+
+@app.command
+def demo(out: Path = Path("runs/demo"), seeds: int = 1, recipe: str = "demo") -> None:
+    """Train the same budget twice, all experts and experts with memory, and show what the memory does.
+
+    Args:
+        out: Folder for results, pictures and models.
+        seeds: Runs of each; quality claims want three.
+        recipe: The recipe to train.
+    """
+    from engrammar.lab.demo import run_demo
+
+    run_demo(recipe, out, seeds)
+
+
+def main() -> None:
+    """The entry point: a user's mistake is one sentence on stderr and exit code 2."""
+    try:
+        app.cli(
+            prog="engrammar",
+            description="Conditional memory for language models.",
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
+    except ValueError as error:
+        print(f"engrammar: {error}", file=sys.stderr)
+        sys.exit(2)
