@@ -4,6 +4,7 @@ Where the paper gives no number (MLA ranks, widths of dense layers), ours are ch
 parameters come out as printed: 26.7B, 39.5B, 4.1B in all, 3.8B active.
 """
 
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from engrammar.configuration import EngrammarConfig
@@ -133,6 +134,9 @@ def preset(
     """
     if name not in PRESETS:
         raise ValueError(f"There is no preset {name!r}; known: {', '.join(PRESETS)}.")
+    unknown = sorted(set(overrides) - {field.name for field in fields(EngrammarConfig)})
+    if unknown:
+        raise ValueError(f"{unknown[0]!r} is not a setting of EngrammarConfig; see its docstring for those there are.")
     settings = {**PRESETS[name], **overrides}
     if tokenizer is None:
         if settings.get("memory") is not None and "num_classes" not in settings and "geometry" not in settings:

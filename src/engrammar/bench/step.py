@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from engrammar.machine import describe_machine
 from engrammar.budget import count_parameters, solve_budget
 from engrammar.configuration import EngrammarConfig
+from engrammar.machine import describe_machine
 from engrammar.modeling import EngrammarForCausalLM
 from engrammar.presets import preset
 from engrammar.train.optimiser import build_optimiser, clip_grad_norm

@@ -7,8 +7,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from engrammar.machine import describe_machine
 from engrammar.lab.demo_report import plot_curves, render, verdict
+from engrammar.machine import describe_machine
 from engrammar.train.recipe import Recipe, check_writable, load_recipe, prepare_tokens, to_yaml, train
 
 VARIANTS: dict[str, Literal["none", "budget"]] = {

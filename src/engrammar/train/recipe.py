@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 import yaml
 
 if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
     from engrammar.configuration import EngrammarConfig
     from engrammar.modeling import EngrammarForCausalLM
     from engrammar.train.data import TokenSet
@@ -199,13 +201,33 @@ def prepare_tokens(recipe: DataRecipe) -> "TokenSet":
     )
 
 
+def _training_arguments(recipe: Recipe) -> "TrainingArguments":
+    import torch
+    from transformers import TrainingArguments
+
+    # YAML reads a bare `no` as false, and "no" is what transformers calls an absent strategy.
+    settings = {k: "no" if v is False and k.endswith("_strategy") else v for k, v in recipe.trainer.items()}
+    unknown = sorted(set(settings) - {field.name for field in fields(TrainingArguments)})
+    if unknown:
+        raise ValueError(f"trainer.{unknown[0]} is not one of transformers' TrainingArguments.")
+    return TrainingArguments(
+        output_dir=recipe.out,
+        seed=recipe.seed,
+        learning_rate=recipe.optimiser.lr,
+        weight_decay=recipe.optimiser.weight_decay,
+        report_to="none",
+        dataloader_pin_memory=torch.accelerator.is_available(),
+        **settings,
+    )
+
+
 def train(recipe: Recipe) -> dict[str, Any]:
     """Carries out a recipe: data, model, training (resumed where `out` holds a checkpoint), evaluation, saving.
 
     Returns:
         What `out/result.json` holds: parameter counts, validation loss and bits per byte, tokens per second, the curve.
     """
-    from transformers import AutoTokenizer, TrainingArguments
+    from transformers import AutoTokenizer
     from transformers.trainer_utils import get_last_checkpoint
 
     from engrammar.budget import count_parameters
@@ -214,20 +236,13 @@ def train(recipe: Recipe) -> dict[str, Any]:
 
     out = Path(recipe.out)
     check_writable(out)
+    arguments = _training_arguments(recipe)
     tokens = prepare_tokens(recipe.data)
     tokenizer = AutoTokenizer.from_pretrained(tokens.tokenizer_path)
     classes_V = cached_classes(tokenizer, Path(tokens.tokenizer_path))
     config = build_config(recipe.model, tokenizer, classes_V)
     model = build_model(config, classes_V, seed=recipe.seed)
     (out / "recipe.yaml").write_text(to_yaml(recipe))
-    arguments = TrainingArguments(
-        output_dir=str(out),
-        seed=recipe.seed,
-        learning_rate=recipe.optimiser.lr,
-        weight_decay=recipe.optimiser.weight_decay,
-        report_to="none",
-        **recipe.trainer,
-    )
     length = recipe.data.sequence_length
     trainer = EngrammarTrainer(
         model,

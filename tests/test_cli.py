@@ -1,0 +1,91 @@
+"""What the command line promises: quick help, JSON keys, one sentence for a mistake, an exit code that tells."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+COMMAND = [str(Path(sys.executable).parent / "engrammar")]
+
+
+def run(*arguments: str, **kwargs) -> subprocess.CompletedProcess:
+    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, cwd=ROOT, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "command", [(), ("train",), ("generate",), ("data",), ("info",), ("check",), ("bench",), ("demo",)]
+)
+def test_help_takes_under_a_second(command):
+    best = float("inf")
+    for _ in range(3):
+        started = time.perf_counter()
+        done = run(*command, "--help")
+        best = min(best, time.perf_counter() - started)
+    assert done.returncode == 0 and done.stdout.startswith("usage: engrammar")
+    assert best < 1.0
+
+
+def test_info_speaks_json():
+    counts = json.loads(run("info", "engram-27b", "--json").stdout)
+    assert counts["memory_parameters"] == 5_792_338_560
+    assert {"total_parameters", "active_parameters", "memory_rows", "bytes_per_token"} <= counts.keys()
+    assert "memory rows                  72,404,232" in run("info", "engram-27b").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("info", "giga"), "There is no preset 'giga'"),
+        (("info", "tests"), "tests has no config.json"),
+        (("generate", "tests", "Hello"), "tests has no config.json"),
+        (("train", "absent"), "There is no recipe file absent"),
+        (("train", "nano", "sed=1"), "There is no setting 'sed'"),
+        (("data", "nowhere.txt", "--out", "data/x"), "nowhere.txt"),
+        (("data", "pocket:stdlib"), "needs --out"),
+        (("check", "reference"), "at least one reference file"),
+        (("check", "reference", "absent.json"), "absent.json"),
+        (("demo", "--seeds", "0"), "--seeds is 0"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_exit_code_2(arguments, message):
+    done = run(*arguments)
+    assert done.returncode == 2, done
+    lines = [line for line in done.stderr.splitlines() if line]
+    assert len(lines) == 1 and lines[0].startswith("engrammar: ") and message in lines[0]
+
+
+def test_dry_run_prints_the_resolved_recipe():
+    done = run("train", "nano", "trainer.max_steps=3", "--dry-run")
+    assert done.returncode == 0 and "max_steps: 3" in done.stdout and "rho: 0.78" in done.stdout
+
+
+def test_data_lists_the_pocket_corpora():
+    lines = run("data").stdout.splitlines()
+    assert [line.split()[0].rstrip(":") for line in lines] == ["wiki", "gcide", "wordnet", "foldoc", "pydoc", "stdlib"]
+
+
+def test_importing_the_package_registers_the_auto_classes(tmp_path):
+    script = (
+        "import engrammar, transformers; c = transformers.AutoConfig.for_model('engrammar', vocab_size=8);"
+        "print(type(c).__name__, transformers.AutoModelForCausalLM._model_mapping[type(c)].__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.split() == ["EngrammarConfig", "EngrammarForCausalLM"], done.stderr
+
+
+def test_train_then_generate(tmp_path):
+    source = tmp_path / "text.jsonl"
+    source.write_text("\n".join(json.dumps({"text": f"Entry {i} says that {i} is a number."}) for i in range(300)))
+    out = tmp_path / "run"
+    settings = [f"out={out}", f"data.source={source}", f"data.folder={tmp_path / 'data'}", "data.vocab_size=300"]
+    settings += ["data.validation_share=0.1", "trainer.max_steps=4", "trainer.eval_strategy=no"]
+    done = run("train", "micro", *settings)
+    assert done.returncode == 0 and "bits per byte" in done.stdout, done.stderr
+    done = run("generate", str(out), "Entry 5", "--max-new-tokens", "5", "--temperature", "0")
+    assert done.returncode == 0 and done.stdout.startswith("Entry 5"), done.stderr
+    done = run("info", str(out), "--json")
+    assert json.loads(done.stdout)["memory_parameters"] > 0
