@@ -81,9 +81,6 @@ def assert_geometry_equals(geometry: Geometry, reference: dict, layers: tuple[in
     ]
 
 
-# The dialects against their sources
-
-
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
@@ -153,9 +150,6 @@ def test_the_papers_tables_have_the_papers_size(rows_per_head, billions):
     assert round(parameters / 1e9, 2) == billions
 
 
-# Geometry
-
-
 @given(
     st.lists(st.integers(2, 300), min_size=1, max_size=4),
     st.integers(1, 5),
@@ -209,9 +203,6 @@ def test_heads_lie_end_to_end():
         assert offsets[-1] + sizes[-1] == geometry.num_rows(index)
 
 
-# Three paths, one result
-
-
 @st.composite
 def configs(draw) -> MemoryConfig:
     max_ngram_size = draw(st.integers(2, 6))
@@ -261,9 +252,6 @@ def test_rows_are_head_local():
     for index in (0, 1):
         sizes = torch.tensor([size for order in geometry.table_sizes[index] for size in order])
         assert (rows_BTLH[:, :, index] >= 0).all() and (rows_BTLH[:, :, index] < sizes).all()
-
-
-# Boundaries
 
 
 def carried_history(past: list[int], starts: list[bool] | None, size: int) -> list[int]:
@@ -371,9 +359,6 @@ def test_a_class_map_that_was_never_set_is_refused():
     context = {"config": small(), "geometry": geometry_of(small()), "classes_V": torch.full((NUM_IDS,), -1)}
     with pytest.raises(ValueError, match="class map was never set"):
         look_back(torch.tensor([[1, 2]]), **context)
-
-
-# Compilation
 
 
 @pytest.mark.parametrize("boundary", ["row", "dead", "end"])

@@ -42,16 +42,19 @@ def of_order(max_ngram_size: int, **settings) -> MemoryConfig:
 @pytest.mark.parametrize("bias", ["none", "learned"])
 def test_values_and_gradients_equal_the_plain_twins(num_branches, max_ngram_size, conv_kernel, gate, bias):
     fusion = make(of_order(max_ngram_size, conv_kernel=conv_kernel, gate=gate, bias=bias), num_branches)
-    inputs = [tensor.requires_grad_() for tensor in make_inputs(fusion)]
+    inputs = make_inputs(fusion)
+    torch.testing.assert_close(fusion(*inputs), fuse_reference(fusion, *inputs), rtol=1e-5, atol=1e-5)
+    # The signed root's slope, 1/(2 sqrt|s|), magnifies fp32's rounding of a score near 0: gradients are of fp64.
+    fusion.double()
+    inputs = [tensor.double().requires_grad_() for tensor in inputs]
     wanted = [*inputs, *fusion.parameters()]
     fast, plain = fusion(*inputs), fuse_reference(fusion, *inputs)
     assert fast.shape == inputs[0].shape
-    torch.testing.assert_close(fast, plain, rtol=1e-5, atol=1e-5)
     weights = torch.randn(fast.shape, generator=torch.manual_seed(2))
     gradients = [torch.autograd.grad((output * weights).mean(), wanted) for output in (fast, plain)]
     for ours, theirs in zip(*gradients):
         assert theirs.abs().max() > 0
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(("conv_kernel", "num_tokens"), [(2, 1), (2, 2), (3, 5), (7, 3), (4, 9), (4, 10)])

@@ -59,10 +59,12 @@ def test_the_gradient_is_sparse_and_equals_the_dense_twins(batch, num_tokens, nu
     table = make_table(num_heads=num_heads)
     rows_BTH = random_rows(table, (batch, num_tokens), seed)
     scale_BTE = torch.randn(batch, num_tokens, 2 * num_heads * 5, generator=torch.manual_seed(seed))
+    handed_back = []
+    table.weight.register_hook(handed_back.append)
     (table(rows_BTH) * scale_BTE).sum().backward()
+    assert [gradient.is_coalesced() for gradient in handed_back] == [True]
     gradient = table.weight.grad
-    assert gradient.layout == torch.sparse_coo and gradient.is_coalesced()
-    assert gradient.shape == table.weight.shape
+    assert gradient.layout == torch.sparse_coo and gradient.shape == table.weight.shape
     torch.testing.assert_close(gradient.to_dense(), dense_gradient(table, rows_BTH, scale_BTE), rtol=1e-6, atol=1e-6)
 
 
@@ -72,13 +74,16 @@ def test_only_touched_rows_are_in_the_gradient_each_once_and_in_order():
     table(rows_BTH).sum().backward()
     touched = (rows_BTH + torch.tensor(table.offsets_H)).flatten().tolist()
     assert len(set(touched)) < len(touched) and len(set(touched)) < table.num_rows
-    # What torch checks of a coalesced tensor is skipped where ours is made, so it is checked here.
+    # torch forgets that a gradient is coalesced when it stores it in .grad, so the raw indices are looked at.
     gradient = table.weight.grad
-    torch.sparse_coo_tensor(gradient.indices(), gradient.values(), gradient.shape, check_invariants=True)
-    assert gradient.indices()[0].tolist() == sorted(set(touched))
+    assert gradient._indices()[0].tolist() == sorted(set(touched))
     counts = torch.bincount(torch.tensor(touched), minlength=len(table.weight))
-    expected = counts[gradient.indices()[0], None].expand(-1, 5).float()
-    assert torch.equal(gradient.values(), expected)
+    expected = counts[gradient._indices()[0], None].expand(-1, 5).float()
+    assert torch.equal(gradient._values(), expected)
+    # What torch checks of a coalesced tensor is skipped where ours is made, so it is checked here.
+    torch.sparse_coo_tensor(
+        gradient._indices(), gradient._values(), gradient.shape, is_coalesced=True, check_invariants=True
+    )
 
 
 def test_gradients_of_two_backward_passes_add_up_and_stay_sparse():
@@ -102,13 +107,13 @@ def test_two_lookups_in_one_graph_add_up_and_stay_sparse():
 
 
 def test_no_tensor_of_the_tables_size_is_made_by_a_training_step():
-    """A dense gradient of this table is 262 MB; a step may allocate what it touches, which is some kilobytes."""
+    """A dense gradient of this table is 256 MB; a step may allocate what it touches, which is some kilobytes."""
     config = MemoryConfig(layers=(0,), rows_per_head=(500_000, 500_000), num_heads=1, head_dim=64)
     table = MemoryTable(config, derive_geometry(config, num_classes=50, fill_class=0), 0)
     rows_BTH = torch.randint(0, 500_000, (2, 9, 2), generator=torch.manual_seed(0))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         table(rows_BTH).sum().backward()
-    assert table.weight.grad.values().shape == (36, 64)
+    assert table.weight.grad._values().shape == (len(rows_BTH.flatten()), 64)
     assert max(event.cpu_memory_usage for event in profile.events()) < 1_000_000
 
 
@@ -129,6 +134,16 @@ def test_a_frozen_table_gets_no_gradient():
     table = make_table()
     table.weight.requires_grad_(False)
     assert not table(random_rows(table, (2, 3))).requires_grad
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_each_layer_has_its_own_offsets_and_rows(index):
+    config = MemoryConfig(layers=(0, 4), rows_per_head=(17, 23), num_heads=3)
+    geometry = derive_geometry(config, num_classes=50, fill_class=0)
+    sizes_H = [size for order in geometry.table_sizes[index] for size in order]
+    table = MemoryTable(config, geometry, index)
+    assert table.offsets_H == tuple(sum(sizes_H[:column]) for column in range(len(sizes_H)))
+    assert len(table.weight) == table.num_rows == sum(sizes_H)
 
 
 def test_the_parameter_is_padded_and_marked_for_the_optimiser():
