@@ -10,7 +10,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import PreTrainedTokenizerFast
+
+torch.set_num_threads(1)  # small tensors: more threads only wait for each other, and the last bit depends on them
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"

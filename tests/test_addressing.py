@@ -388,3 +388,17 @@ def test_meta_tensors_give_shapes_without_reading_values():
     classes_V = torch.zeros(NUM_IDS, dtype=torch.int64, device="meta")
     rows_BTLH = rows_of(ids_BT, config, geometry_of(config), classes_V=classes_V)
     assert rows_BTLH.shape == (2, 7, 2, 9) and rows_BTLH.device.type == "meta"
+
+
+def test_a_history_of_the_wrong_length_is_refused():
+    for history in ([9, 4, 6], [6]):
+        with pytest.raises(ValueError, match=f"The history holds {len(history)} ids; give the 2 before"):
+            seen([7, 8], small(), history=history)
+
+
+def test_narrow_integers_give_the_rows_of_wide_ones():
+    context = {"config": small(), "geometry": geometry_of(small())}
+    ids_BT = torch.tensor([[NUM_IDS - 1, 5, 8, NUM_IDS - 2]])
+    wide, narrow = (look_back(ids.clone(), **context) for ids in (ids_BT, ids_BT.int()))
+    rows = [hash_ngrams(looked_back, layer_index=0, **context) for looked_back in (wide, narrow)]
+    assert torch.equal(*rows)

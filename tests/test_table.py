@@ -22,7 +22,7 @@ def make_table(num_heads: int = 3, head_dim: int = 5, rows_multiple: int = 64) -
 
 def random_rows(table: MemoryTable, shape: tuple[int, int], seed: int = 1) -> torch.Tensor:
     """Head-local rows in range, many of them repeated."""
-    ends = torch.tensor([*table.offsets_H[1:], table.num_rows])
+    ends = torch.tensor([*table.offsets_H[1:], sum(table.sizes_H)])
     sizes_H = ends - torch.tensor(table.offsets_H)
     draws = torch.rand(*shape, len(sizes_H), generator=torch.manual_seed(seed))
     return (draws * sizes_H).long()
@@ -73,7 +73,7 @@ def test_only_touched_rows_are_in_the_gradient_each_once_and_in_order():
     rows_BTH = random_rows(table, (3, 41))
     table(rows_BTH).sum().backward()
     touched = (rows_BTH + torch.tensor(table.offsets_H)).flatten().tolist()
-    assert len(set(touched)) < len(touched) and len(set(touched)) < table.num_rows
+    assert len(set(touched)) < len(touched) and len(set(touched)) < sum(table.sizes_H)
     # torch forgets that a gradient is coalesced when it stores it in .grad, so the raw indices are looked at.
     gradient = table.weight.grad
     assert gradient._indices()[0].tolist() == sorted(set(touched))
@@ -125,9 +125,19 @@ def test_a_row_out_of_range_is_an_index_error(row, grad):
     if row == "negative":
         rows_BTH[0, 1, 0] = -1
     else:
-        rows_BTH[1, 2, -1] = len(table.weight) - table.offsets_H[-1]
-    with torch.set_grad_enabled(grad), pytest.raises(IndexError):
+        rows_BTH[1, 2, 1] = table.sizes_H[1]  # a row of the next head
+    with (
+        torch.set_grad_enabled(grad),
+        pytest.raises(
+            IndexError, match=f"Row {'-1 of head 0' if row == 'negative' else f'{table.sizes_H[1]} of head 1'}"
+        ),
+    ):
         table(rows_BTH)
+
+
+def test_rows_of_another_number_of_heads_are_refused():
+    with pytest.raises(ValueError, match="Rows have 1 columns; this table has"):
+        make_table()(torch.zeros(1, 1, 1, dtype=torch.int64))
 
 
 def test_a_frozen_table_gets_no_gradient():
@@ -143,12 +153,12 @@ def test_each_layer_has_its_own_offsets_and_rows(index):
     sizes_H = [size for order in geometry.table_sizes[index] for size in order]
     table = MemoryTable(config, geometry, index)
     assert table.offsets_H == tuple(sum(sizes_H[:column]) for column in range(len(sizes_H)))
-    assert len(table.weight) == table.num_rows == sum(sizes_H)
+    assert len(table.weight) == sum(table.sizes_H) == sum(sizes_H)
 
 
 def test_the_parameter_is_padded_and_marked_for_the_optimiser():
     table = make_table(rows_multiple=64)
-    assert len(table.weight) % 64 == 0 and 0 <= len(table.weight) - table.num_rows < 64
+    assert len(table.weight) % 64 == 0 and 0 <= len(table.weight) - sum(table.sizes_H) < 64
     assert table.weight.is_memory_table
 
 

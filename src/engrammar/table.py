@@ -38,8 +38,8 @@ class MemoryTable(nn.Module):
 
     def __init__(self, config: MemoryConfig, geometry: Geometry, layer_index: int) -> None:
         super().__init__()
+        self.sizes_H = tuple(size for sizes_K in geometry.table_sizes[layer_index] for size in sizes_K)
         self.offsets_H = head_offsets(geometry, layer_index)
-        self.num_rows = geometry.num_rows(layer_index)
         self.weight = nn.Parameter(torch.empty(geometry.num_stored_rows(layer_index), config.head_dim))
         self.weight.is_memory_table = True  # type: ignore[attr-defined]
 
@@ -50,14 +50,27 @@ class MemoryTable(nn.Module):
             embedding_BTE, the rows of each token side by side, in the table's dtype.
 
         Raises:
-            IndexError: a row is out of range.
+            ValueError: not one column per head.
+            IndexError: a row is not in its head's table (checked on the CPU only).
         """
+        self._check(rows_BTH)
         rows_BTH = rows_BTH + torch.tensor(self.offsets_H, device=rows_BTH.device)
         if not (self.weight.requires_grad and torch.is_grad_enabled()):
             return nn.functional.embedding(rows_BTH, self.weight).flatten(-2)
         rows_U, inverse = torch.unique(rows_BTH, return_inverse=True)
         touched_UC = _TouchedRows.apply(self.weight, rows_U)
         return nn.functional.embedding(inverse, touched_UC).flatten(-2)
+
+    def _check(self, rows_BTH: Tensor) -> None:
+        if rows_BTH.shape[-1] != len(self.sizes_H):
+            raise ValueError(f"Rows have {rows_BTH.shape[-1]} columns; this table has {len(self.sizes_H)} heads.")
+        if rows_BTH.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        outside = (rows_BTH < 0) | (rows_BTH >= torch.tensor(self.sizes_H))
+        if outside.any():
+            *_, head = outside.nonzero()[0].tolist()
+            row = int(rows_BTH[..., head][outside[..., head]][0])
+            raise IndexError(f"Row {row} of head {head} is outside its table of {self.sizes_H[head]} rows.")
 
 
 def lookup_reference(weight_RC: Tensor, rows_BTH: Tensor, offsets_H: tuple[int, ...]) -> Tensor:

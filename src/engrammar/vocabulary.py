@@ -3,6 +3,7 @@
 Letters: V ids of the tokenizer.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -83,19 +84,23 @@ def fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
 def cached_classes(tokenizer: "PreTrainedTokenizerBase", directory: Path) -> NDArray[np.int64]:
     """`compress_vocabulary(tokenizer)`, kept in `directory` (beside the model or the tokenizer) for the next call.
 
-    The file names the tokenizer it was made from; one made from another tokenizer, or damaged, is made anew.
+    The file names the tokenizer it was made from, with its decoder, and carries a checksum; one made from another
+    tokenizer, or damaged, is made anew, since what it held is a function of the tokenizer.
     """
     path = directory / CLASSES_FILE
-    name = fingerprint(tokenizer)
-    if path.exists():
-        try:
-            with safe_open(path, framework="numpy") as file:
-                if (file.metadata() or {}).get("tokenizer_sha256") == name:
-                    return file.get_tensor("classes")
-        except SafetensorError:
-            pass  # damaged: what it held is a function of the tokenizer, so it is made anew
+    decoder = repr(getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None))
+    source = hashlib.sha256((fingerprint(tokenizer) + decoder).encode()).hexdigest()
+    with contextlib.suppress(SafetensorError, FileNotFoundError), safe_open(path, framework="numpy") as file:
+        classes_V, metadata = file.get_tensor("classes"), file.metadata() or {}
+        if metadata == {"source_sha256": source, "classes_sha256": _sha256(classes_V)}:
+            return classes_V
     classes_V = compress_vocabulary(tokenizer)
     partial = path.with_suffix(f".{os.getpid()}.partial")
-    save_file({"classes": classes_V}, partial, metadata={"tokenizer_sha256": name})
+    metadata = {"source_sha256": source, "classes_sha256": _sha256(classes_V)}
+    save_file({"classes": classes_V}, partial, metadata=metadata)
     os.replace(partial, path)
     return classes_V
+
+
+def _sha256(classes_V: NDArray[np.int64]) -> str:
+    return hashlib.sha256(np.ascontiguousarray(classes_V).astype("<i8").tobytes()).hexdigest()

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import tiny_model
 
 from engrammar.lab.demo_report import plot_curves, render, verdict
 from engrammar.lab.gates import GatedText, gates_over_text, plot_gates
+from models import tiny_model
 
 RESULTS = Path(__file__).parent.parent.parent / "results" / "demo"
 
@@ -51,7 +51,11 @@ def test_the_committed_curves_can_be_drawn_again(tmp_path):
     [
         ([2.0], [1.9], "MoE with memory was better by 0.1000 bits per byte (5.0%); this is one seed"),
         ([1.9], [2.0], "the plain MoE was better by 0.1000"),
-        ([2.0, 2.1, 2.2], [1.9, 2.0, 2.0], "better by 0.1333 bits per byte (6.3%), ± 0.0577 over 3 seeds; all seeds agree"),
+        (
+            [2.0, 2.1, 2.2],
+            [1.9, 2.0, 2.0],
+            "by 0.1333 bits per byte (6.3%), ± 0.0577 over 3 seeds; all seeds agree",
+        ),
         ([2.0, 2.0, 2.0], [1.9, 2.1, 1.9], "the seeds disagree, so take it as no difference"),
     ],
 )

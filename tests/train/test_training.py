@@ -112,7 +112,7 @@ def test_experts_are_balanced_without_a_loss(tmp_path):
 def test_bits_per_byte_follow_from_the_summed_cross_entropy(tmp_path):
     recipe = tiny_recipe(tmp_path, "trainer.max_steps=2", "trainer.save_strategy=no", "data.validation_share=0.5")
     result = train(recipe)
-    model, tokenizer = load(tmp_path / "run")
+    model, _ = load(tmp_path / "run")
     tokens = prepare_tokens(recipe.data)
     nats = scored = 0.0
     for block in tokens.blocks("validation", 32):
@@ -130,7 +130,8 @@ def test_a_trained_folder_generates_and_refuses_another_tokenizer(tmp_path):
     train(tiny_recipe(tmp_path, "trainer.max_steps=2", "trainer.save_strategy=no"))
     greedy = [complete(tmp_path / "run", "You may", 5, 0.0, 1.0, 1, seed) for seed in (0, 1)]
     assert greedy[0] == greedy[1] and greedy[0].startswith("You may")
-    train(tiny_recipe(tmp_path, "trainer.max_steps=1", "trainer.save_strategy=no", "data.vocab_size=380", f"out={tmp_path / 'b'}"))
+    settings = ("trainer.max_steps=1", "trainer.save_strategy=no", "data.vocab_size=380")
+    train(tiny_recipe(tmp_path, *settings, f"out={tmp_path / 'b'}"))
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "run" / file).write_bytes((tmp_path / "b" / file).read_bytes())
     with pytest.raises(ValueError, match="is not the one the model was built with"):

@@ -21,7 +21,7 @@ SENTENCES = (
     "In computer science, a hash table is a data structure that maps keys to values.",
     "The Second World War ended in 1945, and the United Nations was founded in San Francisco.",
 )
-PROMPT = "The United States is"
+PROMPTS = ("The United States is", "Paris is the capital", "A computer is", "The Second World War")
 
 
 def run_demo(recipe_name: str, out: Path, seeds: int) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def run_demo(recipe_name: str, out: Path, seeds: int) -> dict[str, Any]:
         "recipe": to_yaml(recipe),
         "runs": runs,
         "gates": [text.to_json() for text in gated],
-        "sample": complete(folder, PROMPT, 60, temperature=0.7, top_p=0.9, num_beams=1, seed=recipe.seed),
+        "samples": [complete(folder, prompt, 40, 0.7, 0.9, num_beams=1, seed=recipe.seed) for prompt in PROMPTS],
     }
     (out / "demo.json").write_text(json.dumps(result, indent=1) + "\n")
     plot_curves(result, out / "curves.png")

@@ -64,9 +64,9 @@ def render(result: dict[str, Any]) -> str:
         "",
         "![gates over text](gates.png)",
         "",
-        "A sample of the model with memory:",
+        "Samples of the model with memory (nucleus 0.9, temperature 0.7, first seed):",
         "",
-        *("> " + line for line in result["sample"].splitlines()),
+        *("- " + " ".join(sample.split()) for sample in result["samples"]),
         "",
     ]
     return "\n".join(lines)
