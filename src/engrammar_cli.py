@@ -172,17 +172,25 @@ def bench(
 
 
 @app.command
-def demo(out: Path = Path("runs/demo"), seeds: int = 1, recipe: str = "demo") -> None:
+def demo(
+    overrides: Positional[tuple[str, ...]] = (),
+    /,
+    out: Path = Path("runs/demo"),
+    seeds: int = 1,
+    recipe: str = "demo",
+) -> None:
     """Train the same budget twice, all experts and experts with memory, and show what the memory does.
 
     Args:
+        overrides: Settings to replace, as section.setting=value (data.source=pocket:stdlib needs no download).
         out: Folder for results, pictures and models.
         seeds: Runs of each; quality claims want three.
         recipe: The recipe to train.
     """
     from engrammar.lab.demo import run_demo
+    from engrammar.train.recipe import load_recipe
 
-    run_demo(recipe, out, seeds)
+    run_demo(load_recipe(recipe, overrides), out, seeds)
 
 
 def main() -> None:

@@ -129,7 +129,7 @@ def _measure(repeats: int) -> dict[str, Any]:
         for name, seconds in times.items()
     }
     return {
-        "bench": "hash",
+        "command": "engrammar bench hash",
         "shapes": f"{BATCH} x {LENGTH} tokens, {len(LAYERS)} layers x {CONFIG.num_columns} heads, {repeats} runs each",
         "date": datetime.now(UTC).date().isoformat(),
         "machine": describe_machine(),

@@ -117,7 +117,7 @@ def bench_step(quick: bool) -> dict[str, Any]:
         }
     with_memory, without = rows["moe + memory"], rows["moe"]
     return {
-        "bench": "step",
+        "command": "engrammar bench step",
         "quick": quick,
         "shapes": f"nano, {BATCH} x {LENGTH} tokens, fp32, {repeats} steps each, in turn",
         "date": datetime.now(UTC).date().isoformat(),

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from engrammar.lab.demo_report import plot_curves, render, verdict
 from engrammar.machine import describe_machine
-from engrammar.train.recipe import Recipe, check_writable, load_recipe, prepare_tokens, to_yaml, train
+from engrammar.train.recipe import Recipe, check_writable, prepare_tokens, to_yaml, train
 
 VARIANTS: dict[str, Literal["none", "budget"]] = {
     "moe": "none",
@@ -24,7 +24,7 @@ SENTENCES = (
 PROMPTS = ("The United States is", "Paris is the capital", "A computer is", "The Second World War")
 
 
-def run_demo(recipe_name: str, out: Path, seeds: int) -> dict[str, Any]:
+def run_demo(recipe: Recipe, out: Path, seeds: int) -> dict[str, Any]:
     """Trains, compares, draws. A run that was killed goes on where it stopped.
 
     Writes into `out`: demo.json (everything measured), demo.md (made from it), curves.png, gates.png.
@@ -37,7 +37,6 @@ def run_demo(recipe_name: str, out: Path, seeds: int) -> dict[str, Any]:
 
     if seeds < 1:
         raise ValueError(f"--seeds is {seeds}; allowed: 1 or more.")
-    recipe = load_recipe(recipe_name)
     check_writable(out)
     prepare_tokens(recipe.data)
     runs = [
@@ -83,7 +82,8 @@ def _show(result: dict[str, Any], out: Path) -> None:
     from rich.console import Console
     from rich.markdown import Markdown
 
+    report = [line for line in render(result).splitlines() if not line.startswith("![") and line != verdict(result)]
     console = Console()
-    console.print(Markdown(render(result)))
+    console.print(Markdown("\n".join(report)))
     console.print(f"\nPictures: {out / 'curves.png'}, {out / 'gates.png'}\n")
     console.print(verdict(result), style="bold")
