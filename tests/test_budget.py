@@ -6,7 +6,7 @@ import torch
 from engrammar.budget import count_parameters, solve_budget
 from engrammar.config import MemoryConfig
 from engrammar.presets import PRESETS, preset
-from models import tiny_config, tiny_model
+from models import tiny_config, tiny_memory, tiny_model
 
 
 def billions(count: int, digits: int = 1) -> float:
@@ -94,5 +94,9 @@ def test_an_unknown_preset_lists_the_known():
 def test_contradictory_model_settings_are_refused():
     with pytest.raises(ValueError, match=r"memory.layers is \[1, 14\], but the model has layers 0 to 3"):
         tiny_config("paper", memory={"preset": "paper"})
+    for name, ids in (("fill_id", 53), ("fill_id", -1), ("end_ids", [53])):
+        settings = tiny_memory("qwen_next") | {name: ids}
+        with pytest.raises(ValueError, match=f"memory.{name} is .*from 0 to 53-1"):
+            tiny_config("qwen_next", memory=settings)
     with pytest.raises(ValueError, match="depends on the tokenizer"):
         tiny_config("paper", num_classes=None)

@@ -167,6 +167,18 @@ def test_a_model_sharded_by_size_keeps_its_tables_apart(tmp_path):
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
 
 
+@torch.no_grad()
+def test_a_checkpoint_over_another_leaves_nothing_of_it(tmp_path):
+    ids, memory, plain = random_ids(), tiny_model("paper"), tiny_model(None)
+    for model, size in ((memory, "50GB"), (plain, "50GB"), (plain, "20KB"), (memory, "20KB"), (memory, "50GB")):
+        model.save_pretrained(tmp_path, max_shard_size=size)
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
+        shards = {path.name for path in tmp_path.glob("*.safetensors")}
+        index = tmp_path / checkpoint.INDEX
+        named = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {checkpoint.WHOLE}
+        assert shards == named, (size, shards ^ named)
+
+
 @pytest.mark.parametrize("shard", ["memory.tables.1.safetensors", "backbone.safetensors"])
 def test_a_missing_or_cut_shard_is_named(tmp_path, shard):
     tiny_model("paper").save_pretrained(tmp_path)

@@ -41,6 +41,18 @@ def write_tables(directory: Path, tables: Mapping[str, Tensor]) -> None:
     os.replace(partial, directory / INDEX)
 
 
+def remove_checkpoint(directory: Path) -> None:
+    """Removes the weights of an earlier checkpoint, so that none is left beside (or read instead of) the next one's.
+
+    transformers keeps a whole `model.safetensors` beside new shards, and its loader prefers it.
+    """
+    for path in (
+        *(directory / name for name in (WHOLE, INDEX, BACKBONE)),
+        *directory.glob("memory.tables.*.safetensors"),
+    ):
+        path.unlink(missing_ok=True)
+
+
 def check_shards(directory: Path) -> None:
     """Checks that every shard of a checkpoint is there and whole, reading headers only.
 

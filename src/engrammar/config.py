@@ -28,7 +28,8 @@ class MemoryConfig:
         boundary: what a look-back never crosses. `row`: the start of a row only; `dead`: any of `dead_ids` too;
             `end`: a look-back never leaves the segment that follows one of `end_ids`.
         fill_id: the raw id that stands for missing history (its class is hashed).
-        dead_ids: ids that break look-back and are never looked back to (`boundary="dead"`).
+        dead_ids: ids that break look-back and are never looked back to (`boundary="dead"`): padding, and the image ids
+            of the model at hand.
         end_ids: ids that end a segment (`boundary="end"`).
         gate: `signed_root` is sigmoid(sign(s) sqrt|s|), as in the released code; `sigmoid` is equation 4 as printed.
         conv_kernel: taps of the causal depthwise convolution, dilated by N; 0 leaves it out.
@@ -37,7 +38,7 @@ class MemoryConfig:
         key_norm_eps: epsilon of the RMSNorm of keys and queries; None is the smallest step of the dtype.
         conv_norm_eps: epsilon of the RMSNorm before the convolution.
         rows_multiple: the rows of a layer are padded up to a multiple of this.
-        row_encoding: how a row is stored where it is served.
+        row_encoding: how a row is stored where it is served; training and its checkpoints keep the model's dtype.
     """
 
     layers: tuple[int, ...]

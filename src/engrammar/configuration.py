@@ -58,6 +58,11 @@ class EngrammarConfig(DeepseekV3Config):
             raise ValueError(
                 f"memory.layers is {list(memory.layers)}, but the model has layers 0 to {self.num_hidden_layers - 1}."
             )
+        for name, ids in (("fill_id", (memory.fill_id,)), ("dead_ids", memory.dead_ids), ("end_ids", memory.end_ids)):
+            if not all(0 <= token_id < (self.num_ids or 0) for token_id in ids):
+                raise ValueError(
+                    f"memory.{name} is {list(ids)}; allowed: ids of the vocabulary, 0 to {self.num_ids}-1."
+                )
         self.memory = memory.to_json()
         if self.geometry is None:
             num_classes, fill_class = self.num_classes, self.fill_class

@@ -32,7 +32,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from engrammar.checkpoint import check_shards, is_table, write_tables
+from engrammar.checkpoint import check_shards, is_table, remove_checkpoint, write_tables
 from engrammar.configuration import EngrammarConfig
 from engrammar.fusion import Fusion
 from engrammar.hyper import Collapse, Residual
@@ -146,8 +146,11 @@ class EngrammarPreTrainedModel(PreTrainedModel):
         state_dict = kwargs.pop("state_dict", None) or self.state_dict()
         tables = {name: tensor for name, tensor in state_dict.items() if is_table(name)}
         backbone = {name: tensor for name, tensor in state_dict.items() if name not in tables}
+        is_main_process = kwargs.get("is_main_process", True)
+        if is_main_process:
+            remove_checkpoint(Path(save_directory))
         super().save_pretrained(save_directory, state_dict=backbone, **kwargs)
-        if tables and kwargs.get("is_main_process", True):
+        if tables and is_main_process:
             write_tables(Path(save_directory), tables)
 
     @classmethod
