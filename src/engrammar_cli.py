@@ -24,10 +24,11 @@ def train(recipe: Positional[str], overrides: Positional[tuple[str, ...]] = (), 
         overrides: Settings to replace, as section.setting=value (trainer.max_steps=50).
         dry_run: Print the resolved settings and stop.
     """
-    from engrammar.train.recipe import load_recipe, to_yaml
+    from engrammar.train.recipe import check_trainer, load_recipe, to_yaml
     from engrammar.train.recipe import train as run
 
     resolved = load_recipe(recipe, overrides)
+    check_trainer(resolved)
     if dry_run:
         print(to_yaml(resolved), end="")
         return
@@ -57,9 +58,12 @@ def generate(
         num_beams: More than 1 is beam search.
         seed: Seed of the sampling.
     """
-    from engrammar.train.sample import complete
+    from engrammar.train.sample import Sampling, complete, load
 
-    print(complete(model, prompt, max_new_tokens, temperature, top_p, num_beams, seed))
+    sampling = Sampling(
+        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, num_beams=num_beams, seed=seed
+    )
+    print(complete(*load(model), prompt, sampling))
 
 
 @app.command
@@ -108,15 +112,10 @@ def info(model: Positional[str], /, json_output: Annotated[bool, arg(name="json"
         json_output: Print JSON.
     """
     from engrammar.budget import count_parameters
-    from engrammar.configuration import EngrammarConfig
+    from engrammar.configuration import load_config
     from engrammar.presets import preset
 
-    if Path(model).is_dir():
-        if not (Path(model) / "config.json").exists():
-            raise ValueError(f"{model} has no config.json: give a folder that save_pretrained wrote, or a preset.")
-        config = EngrammarConfig.from_pretrained(model)
-    else:
-        config = preset(model)
+    config = load_config(Path(model)) if Path(model).is_dir() else preset(model)
     counts = count_parameters(config).to_json()
     if json_output:
         print(json.dumps(counts, indent=1))
@@ -201,6 +200,6 @@ def main() -> None:
             description="Conditional memory for language models.",
             config=(tyro.conf.FlagCreatePairsOff,),
         )
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"engrammar: {error}", file=sys.stderr)
         sys.exit(2)

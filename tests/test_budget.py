@@ -94,9 +94,9 @@ def test_an_unknown_preset_lists_the_known():
 def test_contradictory_model_settings_are_refused():
     with pytest.raises(ValueError, match=r"memory.layers is \[1, 14\], but the model has layers 0 to 3"):
         tiny_config("paper", memory={"preset": "paper"})
-    for name, ids in (("fill_id", 53), ("fill_id", -1), ("end_ids", [53])):
+    for name, ids in (("fill_id", 53), ("end_ids", [53])):
         settings = tiny_memory("qwen_next") | {name: ids}
-        with pytest.raises(ValueError, match=f"memory.{name} is .*from 0 to 53-1"):
+        with pytest.raises(ValueError, match=f"memory.{name} is .*0 to 53-1"):
             tiny_config("qwen_next", memory=settings)
     with pytest.raises(ValueError, match="depends on the tokenizer"):
         tiny_config("paper", num_classes=None)

@@ -38,7 +38,7 @@ def derive_geometry(config: MemoryConfig, *, num_classes: int, fill_class: int) 
         num_classes=num_classes,
         fill_class=fill_class,
         multipliers=multipliers,
-        table_sizes=_table_sizes(config),
+        table_sizes=table_sizes(config),
         rows_multiple=config.rows_multiple,
     )
 
@@ -77,7 +77,7 @@ def _is_prime(n: int) -> bool:
     )
 
 
-def _table_sizes(config: MemoryConfig) -> tuple[tuple[tuple[int, ...], ...], ...]:
+def table_sizes(config: MemoryConfig) -> tuple[tuple[tuple[int, ...], ...], ...]:
     """Every (layer, order, head) takes the next prime not used anywhere in the model, from rows_per_head - 1 on."""
     used: set[int] = set()
     last = [rows - 1 for rows in config.rows_per_head]

@@ -67,13 +67,19 @@ class MemoryConfig:
             if not holds:
                 raise ValueError(f"memory.{setting} is {getattr(self, setting)!r}; allowed: {allowed}.")
 
-        for name in ("layers", "rows_per_head", "dead_ids", "end_ids"):
-            object.__setattr__(self, name, tuple(int(v) for v in getattr(self, name)))
         for field in fields(self):
-            choices = getattr(field.type, "__args__", ())
+            value, choices = getattr(self, field.name), getattr(field.type, "__args__", ())
             if getattr(field.type, "__origin__", None) is Literal:
-                require(getattr(self, field.name) in choices, field.name, "one of " + ", ".join(choices))
-        ascending = list(self.layers) == sorted(set(self.layers)) and min(self.layers, default=0) >= 0
+                require(value in choices, field.name, "one of " + ", ".join(choices))
+            elif field.type is int:
+                require(type(value) is int and value >= 0, field.name, "an integer of 0 or more")
+            elif field.type in (float, float | None):
+                require(value is None or (isinstance(value, float | int) and value >= 0), field.name, "0 or more")
+            else:
+                whole = isinstance(value, list | tuple) and all(type(v) is int and v >= 0 for v in value)
+                require(whole, field.name, "a list of integers of 0 or more")
+                object.__setattr__(self, field.name, tuple(value))
+        ascending = list(self.layers) == sorted(set(self.layers))
         require(bool(self.layers) and ascending, "layers", "at least one, ascending, none twice, counted from 0")
         require(self.max_ngram_size >= 2, "max_ngram_size", "2 or more")
         require(self.num_heads >= 1, "num_heads", "1 or more")

@@ -1,5 +1,7 @@
 """The model's settings as a transformers config: DeepSeek-V3's, plus branches, memory, and the memory's geometry."""
 
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
@@ -7,7 +9,7 @@ from huggingface_hub.dataclasses import strict
 from numpy.typing import NDArray
 from transformers import DeepseekV3Config
 
-from engrammar.addressing import derive_geometry
+from engrammar.addressing import derive_geometry, table_sizes
 from engrammar.config import Geometry, MemoryConfig
 from engrammar.vocabulary import fingerprint
 
@@ -48,6 +50,14 @@ class EngrammarConfig(DeepseekV3Config):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.num_ids is None:
             self.num_ids = self.vocab_size
+        if self.num_ids > self.vocab_size:
+            raise ValueError(
+                f"vocab_size is {self.vocab_size}; the tokenizer has {self.num_ids} ids: give it at least that."
+            )
+        if self.num_branches < 1:
+            raise ValueError(f"num_branches is {self.num_branches}; allowed: 1 or more.")
+        if self.n_routed_experts < (self.num_experts_per_tok or 0):
+            raise ValueError(f"num_experts_per_tok is {self.num_experts_per_tok} of {self.n_routed_experts} experts.")
         if self.memory is not None:
             self._resolve_memory()
         super().__post_init__(**kwargs)
@@ -74,6 +84,13 @@ class EngrammarConfig(DeepseekV3Config):
                     "EngrammarConfig.for_tokenizer, or give num_classes and fill_class."
                 )
             self.geometry = derive_geometry(memory, num_classes=num_classes, fill_class=fill_class).to_json()
+        geometry, tables = self.memory_geometry, table_sizes(memory)
+        multipliers_fit = [len(m) for m in geometry.multipliers] == [memory.max_ngram_size] * len(memory.layers)
+        if geometry.table_sizes != tables or geometry.rows_multiple != memory.rows_multiple or not multipliers_fit:
+            raise ValueError(
+                "The saved geometry does not follow from the memory settings (layers, orders, heads, rows_per_head, "
+                "rows_multiple): a built model's memory cannot be resized; leave out `geometry` to build a new one."
+            )
         # A memory layer keeps the last ids, and the convolution's window if it has one, beside its keys and values.
         self.layer_types = [
             "hybrid" if layer in memory.layers else "full_attention" for layer in range(self.num_hidden_layers)
@@ -98,12 +115,20 @@ class EngrammarConfig(DeepseekV3Config):
         Args:
             classes_V: `vocabulary.compress_vocabulary(tokenizer)`; needed where the memory is compressed.
         """
+        if classes_V is not None and len(classes_V) != len(tokenizer):
+            raise ValueError(
+                f"classes_V maps {len(classes_V)} ids, the tokenizer has {len(tokenizer)}: compress it anew."
+            )
         settings.setdefault("vocab_size", len(tokenizer))
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             settings.setdefault(name, getattr(tokenizer, name))
         settings |= {"num_ids": len(tokenizer), "tokenizer_sha256": fingerprint(tokenizer)}
         if settings.get("memory") is not None and classes_V is not None:
             memory = MemoryConfig.from_json(settings["memory"])
+            if memory.fill_id >= len(classes_V):
+                raise ValueError(
+                    f"memory.fill_id is {memory.fill_id}; the tokenizer has ids 0 to {len(classes_V) - 1}."
+                )
             settings |= {"num_classes": int(classes_V.max()) + 1, "fill_class": int(classes_V[memory.fill_id])}
         return cls(**settings)
 
@@ -114,3 +139,21 @@ class EngrammarConfig(DeepseekV3Config):
                 f"This tokenizer ({len(tokenizer)} tokens) is not the one the model was built with: its memory "
                 "would be read at wrong rows. Use the tokenizer saved beside the model."
             )
+
+
+def load_config(directory: Path) -> EngrammarConfig:
+    """The config of a checkpoint folder.
+
+    Raises:
+        ValueError: the folder has no config.json, or one that is not an engrammar model's.
+    """
+    path = directory / "config.json"
+    if not path.exists():
+        raise ValueError(f"{directory} has no config.json: give a folder that training or save_pretrained wrote.")
+    try:
+        settings = json.loads(path.read_text())
+        if not isinstance(settings, dict) or settings.get("model_type") != EngrammarConfig.model_type:
+            raise ValueError("its model_type is not engrammar")
+        return EngrammarConfig.from_dict(settings)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is not the config of an engrammar model ({' '.join(str(error).split())}).") from error

@@ -61,24 +61,38 @@ class Fusion(nn.Module):
         """What the convolution reads, channels first: [B, M*D, T]. Zero where the value is zero."""
         return rms_norm(value_BTMD, self.conv_norm, self.config.conv_norm_eps).flatten(-2).transpose(1, 2)
 
-    def convolve(self, normed_BCS: Tensor, num_tokens: int) -> Tensor:
+    def convolve(self, normed_BCS: Tensor, num_tokens: int, starts_BT: Tensor | None = None) -> Tensor:
         """SiLU of the causal depthwise convolution, dilated by N, for the last `num_tokens` positions (equation 5).
 
         Args:
             normed_BCS: [B, M*D, window + T] of `normed_value`; a shorter history is padded with zeros.
+            starts_BT: True where a packed document begins (whole rows only): no tap reaches across.
         """
-        window = self.config.conv_window
+        window, dilation = self.config.conv_window, self.config.max_ngram_size
         normed_BCS = F.pad(normed_BCS, (window, 0))[..., -(window + num_tokens) :]
-        dilation = self.config.max_ngram_size
-        mixed = F.conv1d(normed_BCS, self.conv_weight, dilation=dilation, groups=self.conv_weight.shape[0])
+        if starts_BT is None:
+            mixed = F.conv1d(normed_BCS, self.conv_weight, dilation=dilation, groups=self.conv_weight.shape[0])
+        else:
+            document_BS = F.pad(starts_BT.cumsum(-1), (window, 0), value=-1)
+            mixed = torch.zeros_like(normed_BCS[..., window:])
+            for tap in range(self.config.conv_kernel):
+                seen = slice(tap * dilation, tap * dilation + num_tokens)
+                same_BT = document_BS[:, seen] == document_BS[:, window:]
+                mixed = mixed + normed_BCS[..., seen] * same_BT[:, None] * self.conv_weight[:, 0, tap, None]
         return F.silu(mixed).transpose(1, 2).unflatten(-1, (self.num_branches, self.hidden_size))
 
-    def forward(self, hidden_BTMD: Tensor, embedding_BTE: Tensor, dead_BT: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        hidden_BTMD: Tensor,
+        embedding_BTE: Tensor,
+        dead_BT: Tensor | None = None,
+        starts_BT: Tensor | None = None,
+    ) -> Tensor:
         """The whole of a row at once, from its start. Returns output_BTMD, to be added to the residual."""
         value_BTMD = self.gated_value(hidden_BTMD, embedding_BTE, dead_BT)
         if not self.config.conv_kernel:
             return value_BTMD
-        return value_BTMD + self.convolve(self.normed_value(value_BTMD), value_BTMD.shape[1])
+        return value_BTMD + self.convolve(self.normed_value(value_BTMD), value_BTMD.shape[1], starts_BT)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float | None) -> Tensor:

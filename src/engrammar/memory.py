@@ -21,10 +21,12 @@ class Retrieved:
     Attributes:
         embedding: per memory layer index in the model, embedding_BTE.
         dead_BT: True where a position is masked (padding) and its memory must stay silent; None where none is.
+        starts_BT: True where a packed document begins; None where rows are not packed.
     """
 
     embedding: dict[int, Tensor]
     dead_BT: Tensor | None
+    starts_BT: Tensor | None
 
 
 class Memory(nn.Module):
@@ -36,29 +38,34 @@ class Memory(nn.Module):
 
     class_of_id: Tensor | None
 
-    def __init__(self, config: MemoryConfig, geometry: Geometry, *, num_ids: int) -> None:
+    def __init__(self, config: MemoryConfig, geometry: Geometry, *, num_ids: int, vocab_size: int) -> None:
         super().__init__()
         self.config = config
         self.geometry = geometry
+        self.num_ids = num_ids
         self.tables = nn.ModuleDict(
             {str(layer): MemoryTable(config, geometry, index) for index, layer in enumerate(config.layers)}
         )
         compressed = config.compression == "normalised"
-        self.register_buffer("class_of_id", torch.full((num_ids,), -1) if compressed else None)
+        self.register_buffer("class_of_id", torch.full((vocab_size,), -1) if compressed else None)
 
     @torch.no_grad()
     def set_classes(self, classes_V: Tensor) -> None:
-        """Fills the class map (`vocabulary.compress_vocabulary`), checking that it belongs to this geometry."""
+        """Fills the class map (`vocabulary.compress_vocabulary`), checking that it belongs to this geometry.
+
+        Ids that the tokenizer lacks but the vocabulary is padded with take the class of missing history.
+        """
         if self.class_of_id is None:
             raise ValueError("memory.compression is 'none': this model has no class map to set.")
-        num_classes = int(classes_V.max()) + 1
-        if classes_V.shape != self.class_of_id.shape or num_classes != self.geometry.num_classes:
+        num_classes, fill_id, fill_class = int(classes_V.max()) + 1, self.config.fill_id, self.geometry.fill_class
+        whole = classes_V.shape == (self.num_ids,) and not classes_V.is_floating_point() and int(classes_V.min()) >= 0
+        if not whole or num_classes != self.geometry.num_classes or int(classes_V[fill_id]) != fill_class:
             raise ValueError(
                 f"The class map has {classes_V.shape[0]} ids in {num_classes} classes, but this model was built for "
-                f"{self.class_of_id.shape[0]} ids in {self.geometry.num_classes} classes: use the tokenizer "
+                f"{self.num_ids} ids in {self.geometry.num_classes} classes: use the tokenizer "
                 "it was built with."
             )
-        self.class_of_id.copy_(classes_V)
+        self.class_of_id.fill_(fill_class)[: self.num_ids] = classes_V
 
     def addresses(
         self, ids_BT: Tensor, history_BS: Tensor | None = None, starts_BT: Tensor | None = None
@@ -97,4 +104,5 @@ class Memory(nn.Module):
         return Retrieved(
             embedding={layer: self.tables[str(layer)](rows_BTH) for layer, rows_BTH in rows.items()},
             dead_BT=None if mask_BT is None else ~mask_BT,
+            starts_BT=starts_BT,
         )

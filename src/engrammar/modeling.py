@@ -64,12 +64,14 @@ class EngrammarBlock(GradientCheckpointingLayer):
         streams_BTMD: Tensor,
         embedding_BTE: Tensor | None = None,
         dead_BT: Tensor | None = None,
+        starts_BT: Tensor | None = None,
         past_key_values: Cache | None = None,
         **attention: Any,
     ) -> Tensor:
         if self.fusion is not None:
             assert embedding_BTE is not None
-            streams_BTMD = streams_BTMD + self._recall(streams_BTMD, embedding_BTE, dead_BT, past_key_values)
+            recalled_BTMD = self._recall(streams_BTMD, embedding_BTE, dead_BT, starts_BT, past_key_values)
+            streams_BTMD = streams_BTMD + recalled_BTMD
 
         def attend(x_BTD: Tensor) -> Tensor:
             return self.self_attn(x_BTD, past_key_values=past_key_values, **attention)[0]
@@ -77,18 +79,23 @@ class EngrammarBlock(GradientCheckpointingLayer):
         return self.mlp_residual(self.attn_residual(streams_BTMD, attend), self.mlp)
 
     def _recall(
-        self, streams_BTMD: Tensor, embedding_BTE: Tensor, dead_BT: Tensor | None, cache: Cache | None
+        self,
+        streams_BTMD: Tensor,
+        embedding_BTE: Tensor,
+        dead_BT: Tensor | None,
+        starts_BT: Tensor | None,
+        cache: Cache | None,
     ) -> Tensor:
         """Fusion with its convolution window kept in the attention cache."""
         fusion = self.fusion
         assert fusion is not None
         if cache is None or not fusion.config.conv_kernel:
-            return fusion(streams_BTMD, embedding_BTE, dead_BT)
+            return fusion(streams_BTMD, embedding_BTE, dead_BT, starts_BT)
         value_BTMD = fusion.gated_value(streams_BTMD, embedding_BTE, dead_BT)
         normed_BCS = cache.update_conv_state(
             fusion.normed_value(value_BTMD), self.layer_idx, CONV_STATE, conv_kernel_size=fusion.config.conv_window
         )
-        return value_BTMD + fusion.convolve(normed_BCS, value_BTMD.shape[1])
+        return value_BTMD + fusion.convolve(normed_BCS, value_BTMD.shape[1], starts_BT)
 
 
 class EngrammarPreTrainedModel(PreTrainedModel):
@@ -141,15 +148,17 @@ class EngrammarPreTrainedModel(PreTrainedModel):
                 else:
                     init.kaiming_uniform_(module.conv_weight, a=5**0.5)
 
-    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: Any, is_main_process: bool = True, **kwargs: Any) -> None:
         """transformers' `save_pretrained`, with each memory table in a safetensors shard of its own."""
-        state_dict = kwargs.pop("state_dict", None) or self.state_dict()
+        if kwargs.get("variant") is not None:
+            raise ValueError(f"variant is {kwargs['variant']!r}; checkpoints with memory tables have no variants.")
+        state_dict = kwargs.pop("state_dict", None)
+        state_dict = self.state_dict() if state_dict is None else state_dict
         tables = {name: tensor for name, tensor in state_dict.items() if is_table(name)}
         backbone = {name: tensor for name, tensor in state_dict.items() if name not in tables}
-        is_main_process = kwargs.get("is_main_process", True)
         if is_main_process:
             remove_checkpoint(Path(save_directory))
-        super().save_pretrained(save_directory, state_dict=backbone, **kwargs)
+        super().save_pretrained(save_directory, is_main_process, state_dict=backbone, **kwargs)
         if tables and is_main_process:
             write_tables(Path(save_directory), tables)
 
@@ -160,10 +169,26 @@ class EngrammarPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: a shard is missing or cut short, or the checkpoint lacks weights of this model.
         """
-        if Path(pretrained_model_name_or_path).is_dir():
-            check_shards(Path(pretrained_model_name_or_path))
+        folder = Path(pretrained_model_name_or_path or "", kwargs.get("subfolder", ""))
+        if pretrained_model_name_or_path is not None and folder.is_dir():
+            check_shards(folder)
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
+        except RuntimeError as error:
+            if "mismatch" not in str(error):
+                raise
+            raise ValueError(
+                f"The weights in {folder} have other shapes than its config.json says: copy the checkpoint again."
+            ) from error
+        left_over = sorted(key for key in info["unexpected_keys"] if ".fusion." in key or "memory." in key)
+        if left_over:
+            raise ValueError(
+                f"{folder} holds memory that its config.json does not name ({left_over[0]}, ...): it is of another "
+                "model; copy the checkpoint again."
+            )
         if info["missing_keys"]:
             names = ", ".join(sorted(info["missing_keys"])[:3])
             raise ValueError(
@@ -182,7 +207,10 @@ class EngrammarModel(EngrammarPreTrainedModel):
         self.memory: Memory | None = None
         if config.memory_config is not None:
             self.memory = Memory(
-                config.memory_config, config.memory_geometry, num_ids=config.num_ids or config.vocab_size
+                config.memory_config,
+                config.memory_geometry,
+                num_ids=config.num_ids or config.vocab_size,
+                vocab_size=config.vocab_size,
             )
         self.layers = nn.ModuleList([EngrammarBlock(config, index) for index in range(config.num_hidden_layers)])
         self.collapse = Collapse(config)
@@ -213,11 +241,13 @@ class EngrammarModel(EngrammarPreTrainedModel):
                 raise ValueError("A model with memory looks up token ids: pass input_ids, not inputs_embeds alone.")
             if inputs_embeds is None:
                 raise ValueError("Pass input_ids or inputs_embeds.")
+        else:
+            self._check_ids(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         retrieved = None
         if self.memory is not None and input_ids is not None:
-            retrieved = self._retrieve(input_ids, attention_mask, past_key_values)
+            retrieved = self._retrieve(input_ids, attention_mask, position_ids, past_key_values)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if position_ids is None:
@@ -237,6 +267,7 @@ class EngrammarModel(EngrammarPreTrainedModel):
                 streams_BTMD,
                 None if retrieved is None else retrieved.embedding.get(layer),
                 None if retrieved is None else retrieved.dead_BT,
+                None if retrieved is None else retrieved.starts_BT,
                 past_key_values,
                 position_embeddings=position_embeddings,
                 attention_mask=mask,
@@ -247,20 +278,48 @@ class EngrammarModel(EngrammarPreTrainedModel):
             last_hidden_state=self.norm(self.collapse(streams_BTMD)), past_key_values=past_key_values
         )
 
-    def _retrieve(self, input_ids: Tensor, attention_mask: Tensor | None, cache: Cache | None) -> Retrieved:
-        """The rows of every memory layer; the last N-1 ids live in the attention cache, stored as id + 1."""
+    def _check_ids(self, input_ids: Tensor) -> None:
+        if input_ids.device.type != "cpu" or torch.compiler.is_compiling() or not input_ids.numel():
+            return
+        for token_id in (int(input_ids.min()), int(input_ids.max())):
+            if not 0 <= token_id < self.config.vocab_size:
+                raise ValueError(
+                    f"Token id {token_id} is outside the vocabulary of {self.config.vocab_size} ids: use the tokenizer "
+                    "of this model, and an attention_mask for padding."
+                )
+
+    def _retrieve(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: Cache | None,
+    ) -> Retrieved:
+        """The rows of every memory layer; the last N-1 ids live in the attention cache, stored as id + 1.
+
+        As in transformers' attention mask, position ids that restart tell packed documents, where there is no mask and
+        nothing cached.
+        """
         assert self.memory is not None
         num_tokens = input_ids.shape[1]
-        mask_BT = None
+        seen = cache.get_seq_length() if cache is not None else 0
+        mask_BT = starts_BT = None
+        if attention_mask is None and position_ids is not None and not seen:
+            starts_BT = nn.functional.pad(position_ids[:, 1:] != position_ids[:, :-1] + 1, (1, 0), value=True)
+            starts_BT = starts_BT.expand(input_ids.shape[0], -1)
         if attention_mask is not None:
-            if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
-                raise ValueError("A model with memory needs an attention_mask of shape [batch, positions].")
+            shape = (input_ids.shape[0], seen + num_tokens)
+            if not isinstance(attention_mask, Tensor) or attention_mask.shape != shape:
+                raise ValueError(
+                    f"A model with memory needs an attention_mask of shape [batch, positions] = {list(shape)}, cached "
+                    "positions included (generate with a static cache makes another: leave cache_implementation out)."
+                )
             mask_BT = attention_mask[:, -num_tokens:].bool()
             input_ids = input_ids.masked_fill(~mask_BT, -1)
         history_BS = None
         if cache is not None:
             history_BS = self._update_history(input_ids, cache)
-        return self.memory.fetch(input_ids, history_BS=history_BS, mask_BT=mask_BT)
+        return self.memory.fetch(input_ids, history_BS=history_BS, mask_BT=mask_BT, starts_BT=starts_BT)
 
     def _update_history(self, input_ids: Tensor, cache: Cache) -> Tensor:
         """Appends `input_ids` to the ids kept in the cache and returns the N-1 before them, -1 where there are none."""

@@ -1,6 +1,4 @@
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,9 +7,8 @@ from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from engrammar.train.optimiser import Muon, RowAdam, build_optimiser, clip_grad_norm, orthogonalise
-
-ADAM = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-8}
+from engrammar.train.optimiser import Muon, build_optimiser, clip_grad_norm, orthogonalise
+from engrammar.train.row_optimisers import LazyAdam, RowAdam, Sinkhorn
 
 
 def sparse_rows(rows, values, num_rows):
@@ -139,74 +136,6 @@ def test_muon_refuses_vectors_and_sparse_gradients():
         Muon([param], lr=0.1).step()
 
 
-def test_rows_touched_at_every_step_follow_torch_adam():
-    torch.manual_seed(4)
-    table, dense = (nn.Parameter(torch.arange(91.0).view(13, 7) / 40) for _ in range(2))
-    ours, theirs = RowAdam([table], **ADAM), torch.optim.Adam([dense], **ADAM)
-    for _ in range(25):
-        rows = torch.cat([torch.randperm(13), torch.randint(13, (8,))]).tolist()  # some rows twice
-        table.grad = sparse_rows(rows, torch.randn(21, 7), 13)
-        dense.grad = table.grad.to_dense()
-        ours.step()
-        theirs.step()
-        torch.testing.assert_close(table, dense, rtol=0, atol=1e-6)
-
-
-def test_each_row_follows_an_adam_that_saw_its_touches_alone():
-    torch.manual_seed(5)
-    start = torch.randn(9, 5)
-    table = nn.Parameter(start.clone())
-    lone_rows = [nn.Parameter(start[row].clone()) for row in range(9)]
-    ours, lone_adams = RowAdam([table], **ADAM), [torch.optim.Adam([row], **ADAM) for row in lone_rows]
-    for step in range(30):
-        touched = [row for row in range(8) if torch.rand(()) < row / 8 and (row != 3 or step > 20)]
-        table.grad = sparse_rows(touched, torch.randn(len(touched), 5), 9)
-        before = table.detach().clone()
-        ours.step()
-        untouched = [row for row in range(9) if row not in touched]
-        assert torch.equal(table[untouched], before[untouched])
-        for row, gradient in zip(touched, table.grad.coalesce().values()):
-            lone_rows[row].grad = gradient
-            lone_adams[row].step()
-    torch.testing.assert_close(table, torch.stack(lone_rows), rtol=0, atol=1e-6)
-    assert torch.equal(table[[0, 8]], start[[0, 8]])
-    assert ours.state[table]["step"][3] < 9 < ours.state[table]["step"][7]
-
-
-def test_bf16_table_is_updated_in_fp32_and_rounded_once():
-    torch.manual_seed(6)
-    table = nn.Parameter(torch.randn(9, 5).bfloat16())
-    wide = nn.Parameter(table.detach().float())
-    table.grad = sparse_rows([3, 7], torch.randn(2, 5).bfloat16(), 9)
-    wide.grad = table.grad.float()
-    for param in (table, wide):
-        RowAdam([param], lr=0.5).step()
-    assert table.dtype == torch.bfloat16 and torch.equal(table, wide.bfloat16())
-
-
-def test_row_adam_refuses_a_dense_gradient():
-    table = nn.Parameter(torch.ones(9, 5))
-    table.grad = torch.ones(9, 5)
-    with pytest.raises(ValueError, match=r"sparse gradients, got a dense one of shape \(9, 5\)"):
-        RowAdam([table], lr=0.1).step()
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_state_takes_memory_for_touched_rows_only():
-    def resident_mib():
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
-
-    num_rows = 1_000_003
-    table = nn.Parameter(torch.empty(num_rows, 64))  # each of the two states is 244 MiB if written whole
-    table.grad = sparse_rows(list(range(0, num_rows, 10_000)), torch.ones(101, 64), num_rows)
-    optimiser = RowAdam([table], lr=0.1)
-    before = resident_mib()
-    optimiser.step()
-    assert resident_mib() - before < 60
-    assert optimiser.state[table]["exp_avg"].shape == (num_rows, 64)
-    assert optimiser.state[table]["exp_avg_sq"].count_nonzero() == 101 * 64
-
-
 def test_parameters_are_sorted_by_what_they_are():
     model = Model()
     optimiser = build(model)
@@ -264,11 +193,12 @@ def test_scheduler_scales_every_group_from_its_own_lr():
     assert [group["lr"] for inner in optimiser.inner for group in inner.param_groups] == [0.002, 0.002, 0.002, 0.01]
 
 
+@pytest.mark.parametrize("memory", ["adam", "row_adam", "sinkhorn"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_resumed_run_equals_an_uninterrupted_one(dtype, tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_one(dtype, memory, tmp_path):
     torch.manual_seed(8)
     model, resumed_model = Model(dtype), Model(dtype)
-    optimiser = build(model)
+    optimiser = build(model, memory=memory)
     scheduler = LambdaLR(optimiser, lambda step: 0.9**step)
     for step in range(3):
         fill_gradients(model, step)
@@ -277,7 +207,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(dtype, tmp_path):
     torch.save([model.state_dict(), optimiser.state_dict(), scheduler.state_dict()], tmp_path / "run.pt")
     saved = torch.load(tmp_path / "run.pt", weights_only=True)
     resumed_model.load_state_dict(saved[0])
-    resumed = build(resumed_model, lr=7.0)
+    resumed = build(resumed_model, lr=7.0, memory=memory)
     resumed_scheduler = LambdaLR(resumed, lambda step: 0.9**step)
     resumed.load_state_dict(saved[1])
     resumed_scheduler.load_state_dict(saved[2])
@@ -341,6 +271,19 @@ def test_groups_are_fixed_and_their_matrices_go_to_muon_or_adamw():
     assert len(optimiser.param_groups) == 4
 
 
+def test_tables_go_to_the_row_optimiser_of_that_name():
+    for memory, expected in (("adam", LazyAdam), ("row_adam", RowAdam), ("sinkhorn", Sinkhorn)):
+        inner = build(Model(torch.bfloat16), memory=memory, memory_rounding="stochastic").inner[-1]
+        assert type(inner) is expected
+        (group,) = inner.param_groups
+        assert (group["name"], group["lr"], group["rounding"]) == ("memory", 0.02, "stochastic")
+        assert group.get("betas", (0.9, group.get("beta2", 0.95))) == (0.9, 0.95)
+    with pytest.raises(ValueError, match="memory must be one of adam, row_adam, sinkhorn, got 'sgd'"):
+        build(Model(), memory="sgd")
+    with pytest.raises(ValueError, match='rounding must be "nearest" or "stochastic"'):
+        build(Model(), memory_rounding="up")
+
+
 def test_state_of_other_groups_or_another_table_is_refused():
     model = Model()
     optimiser = build(model)
@@ -354,6 +297,8 @@ def test_state_of_other_groups_or_another_table_is_refused():
     wider.memory.table.is_memory_table = True
     with pytest.raises(ValueError, match=r"shape \(11, 7\), this table.s is \(12, 7\)"):
         build(wider).load_state_dict(saved)
+    with pytest.raises(ValueError, match=r"holds \['exp_avg', .*Sinkhorn needs \['momentum_buffer'\]: check `memory`"):
+        build(Model(), memory="sinkhorn").load_state_dict(saved)
 
 
 def gradients_twice():

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import engrammar.train.trainer as trainer_module
 from engrammar.train.recipe import Recipe, load_recipe, prepare_tokens, to_yaml, train
-from engrammar.train.sample import complete, load
+from engrammar.train.sample import Sampling, complete, load
 
 ROOT = Path(__file__).parent.parent.parent
 FIXTURE = ROOT / "tests" / "fixtures" / "loss_curve.json"
@@ -128,7 +128,9 @@ def test_bits_per_byte_follow_from_the_summed_cross_entropy(tmp_path):
 
 def test_a_trained_folder_generates_and_refuses_another_tokenizer(tmp_path):
     train(tiny_recipe(tmp_path, "trainer.max_steps=2", "trainer.save_strategy=no"))
-    greedy = [complete(tmp_path / "run", "You may", 5, 0.0, 1.0, 1, seed) for seed in (0, 1)]
+    loaded = load(tmp_path / "run")
+    settings = [Sampling(max_new_tokens=5, temperature=0, seed=seed) for seed in (0, 1)]
+    greedy = [complete(*loaded, "You may", sampling) for sampling in settings]
     assert greedy[0] == greedy[1] and greedy[0].startswith("You may")
     settings = ("trainer.max_steps=1", "trainer.save_strategy=no", "data.vocab_size=380")
     train(tiny_recipe(tmp_path, *settings, f"out={tmp_path / 'b'}"))
@@ -165,6 +167,11 @@ def test_a_resolved_recipe_reads_back_equal(tmp_path):
         ("optimiser.lr=fast", "optimiser.lr is 'fast'; allowed: float"),
         ("model.memory=lots", "allowed: preset, none, budget"),
         ("data=5", "data is 5; a section of settings is expected"),
+        ("model.preset=giga", "model.preset is 'giga'; allowed: micro, nano"),
+        ("model.rho=7", "model.rho is 7"),
+        ("optimiser.memory_lr_scale=-5", "memory_lr_scale is -5"),
+        ("data.sequence_length=-3", "sequence_length is -3"),
+        ("seed=[", "The override 'seed=\[' is not valid YAML"),
         ("out.deep=5", "goes into 'out', which is not a section"),
     ],
 )
@@ -178,7 +185,9 @@ def test_a_wrong_setting_is_named(override, message):
     [
         ("trainer.max_step=5", "trainer.max_step is not one of transformers' TrainingArguments"),
         ("model.settings.hiden_size=5", "'hiden_size' is not a setting of EngrammarConfig"),
-        ("model.preset=giga", "There is no preset 'giga'"),
+        ("trainer.learning_rate=1", "its setting is optimiser.lr"),
+        ("trainer.max_steps=0", "trainer.max_steps is 0"),
+        ("data.sequence_length=512", "this model allows up to 256"),
         ("model.settings.memory.rows=5", "unknown settings rows"),
     ],
 )

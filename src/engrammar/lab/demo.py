@@ -33,7 +33,7 @@ def run_demo(recipe: Recipe, out: Path, seeds: int) -> dict[str, Any]:
         What demo.json holds.
     """
     from engrammar.lab.gates import gates_over_text, plot_gates
-    from engrammar.train.sample import complete, load
+    from engrammar.train.sample import Sampling, complete, load
 
     if seeds < 1:
         raise ValueError(f"--seeds is {seeds}; allowed: 1 or more.")
@@ -44,8 +44,8 @@ def run_demo(recipe: Recipe, out: Path, seeds: int) -> dict[str, Any]:
         for index in range(seeds)
         for name in VARIANTS
     ]
-    folder = _folder(out, "moe + memory", recipe.seed)
-    model, tokenizer = load(folder)
+    model, tokenizer = load(_folder(out, "moe + memory", recipe.seed))
+    sampling = Sampling(max_new_tokens=40, temperature=0.7, top_p=0.9, seed=recipe.seed)
     gated = gates_over_text(model, tokenizer, list(SENTENCES))
     result = {
         "command": " ".join(["engrammar", *sys.argv[1:]]),
@@ -54,7 +54,7 @@ def run_demo(recipe: Recipe, out: Path, seeds: int) -> dict[str, Any]:
         "recipe": to_yaml(recipe),
         "runs": runs,
         "gates": [text.to_json() for text in gated],
-        "samples": [complete(folder, prompt, 40, 0.7, 0.9, num_beams=1, seed=recipe.seed) for prompt in PROMPTS],
+        "samples": [complete(model, tokenizer, prompt, sampling) for prompt in PROMPTS],
     }
     (out / "demo.json").write_text(json.dumps(result, indent=1) + "\n")
     plot_curves(result, out / "curves.png")
@@ -69,13 +69,9 @@ def _folder(out: Path, variant: str, seed: int) -> Path:
 
 
 def _run(recipe: Recipe, out: Path, variant: str, seed: int) -> dict[str, Any]:
-    """Trains one variant with one seed, or reads its result where it is already trained."""
-    folder = _folder(out, variant, seed)
-    own = replace(recipe, out=str(folder), seed=seed, model=replace(recipe.model, memory=VARIANTS[variant]))
-    done = folder / "result.json"
-    if done.exists() and (folder / "recipe.yaml").read_text() == to_yaml(own):
-        return json.loads(done.read_text())
-    return train(own)
+    """Trains one variant with one seed, or finds it trained."""
+    model = replace(recipe.model, memory=VARIANTS[variant])
+    return train(replace(recipe, out=str(_folder(out, variant, seed)), seed=seed, model=model))
 
 
 def _show(result: dict[str, Any], out: Path) -> None:

@@ -52,7 +52,8 @@ def render(result: dict[str, Any]) -> str:
     for name, runs in _by_variant(result).items():
         counts = " | ".join(f"{runs[0][key]:,}" for _, key in COLUMNS)
         bits = _with_spread([run["validation_bits_per_byte"] for run in runs], 4)
-        speed = _with_spread([run["tokens_per_second"] for run in runs], 0)
+        speeds = [run["tokens_per_second"] for run in runs if run["tokens_per_second"] is not None]
+        speed = _with_spread(speeds, 0) if speeds else "not measured"
         lines.append(f"| {name} | {counts} | {runs[0]['rho']:.3f} | {bits} | {speed} |")
     lines += [
         "",

@@ -1,19 +1,25 @@
-"""Optimisers: Muon for matrices, AdamW for the rest, an Adam for memory tables whose cost follows the touched rows.
+"""Optimisers: Muon for matrices, AdamW for the rest, a row optimiser for memory tables, behind the interface of one.
 
-Shape letters: O output width, I input width, E experts of a stack; R rows of a table, C row width, U touched rows.
+Shape letters: O output width, I input width, E experts of a stack.
 """
 
 import math
-import mmap
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
-Closure = Callable[[], float]
+from engrammar.train.row_optimisers import (
+    Closure,
+    Rounding,
+    RowOptimiserKind,
+    build_row_optimiser,
+    evaluate,
+    sum_by_row,
+)
 
 # The quintic of Keller Jordan's post: its slope at zero is as steep as five steps allow, so singular values land
 # near 1 (about 0.7 to 1.2), not on it.
@@ -21,13 +27,6 @@ NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
 # Matrices that Muon leaves to AdamW: output head, router, depthwise convolution, hyper-connection mixers.
 ADAMW_MATRICES = re.compile(r"(^|\.)lm_head\.|(^|\.)mlp\.gate\.weight$|conv(\.|_weight$)|(^|\.)(hc_)?fn$")
-
-
-def _evaluate(closure: Closure | None) -> float | None:
-    if closure is None:
-        return None
-    with torch.enable_grad():
-        return closure()
 
 
 def orthogonalise(update: Tensor) -> Tensor:
@@ -68,7 +67,7 @@ class Muon(Optimizer):
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:
         """One update of every parameter that has a gradient; returns what `closure` returns."""
-        loss = _evaluate(closure)
+        loss = evaluate(closure)
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
             for param in group["params"]:
@@ -85,90 +84,6 @@ class Muon(Optimizer):
                 param.mul_(1 - lr * group["weight_decay"])
                 param.add_(update, alpha=-lr * 0.2 * math.sqrt(max(param.shape[-2:])))
         return loss
-
-
-def _untouched_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros that take memory page by page as they are written; `torch.zeros` writes every page at once."""
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_NOHUGEPAGE"):  # a huge page holds thousands of rows: one touched row would claim 2 MiB
-        pages.madvise(mmap.MADV_NOHUGEPAGE)
-    return torch.frombuffer(pages, dtype=dtype).view(shape)
-
-
-class RowAdam(Optimizer):
-    """Lazy Adam for memory tables `[R, C]` with sparse gradients: time and memory follow the U touched rows.
-
-    A row with a gradient at every step follows `torch.optim.Adam`. A row without one does not change by a bit, and
-    this is the difference from a dense Adam: there, momentum keeps moving rows after their last touch, and `exp_avg`
-    and `exp_avg_sq` decay once a step; here they decay once a touch. The step count for the bias correction is
-    per row, so a row's first update is a full one however late it comes. No weight decay (arXiv 2601.07372,
-    section 4).
-
-    Tables are fp32 or bf16; state and update are fp32, and a bf16 table is rounded to nearest when written, so an
-    update under about 1/256 of a weight may be lost there. State is 8 bytes an element and 4 bytes a row; on the
-    CPU a page of it (4 KiB) takes memory once one of its rows is touched. A gradient is coalesced once.
-    Raises ValueError for a dense gradient, and for loaded state of another shape.
-    """
-
-    def __init__(
-        self, params: ParamsT, *, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
-    ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
-
-    @torch.no_grad()
-    def step(self, closure: Closure | None = None) -> Any:
-        """One update of every touched row; returns what `closure` returns."""
-        loss = _evaluate(closure)
-        for group in self.param_groups:
-            for table_RC in group["params"]:
-                if table_RC.grad is not None:
-                    self._update_rows(table_RC, group["lr"], group["betas"], group["eps"])
-        return loss
-
-    def _update_rows(self, table_RC: Tensor, lr: float, betas: tuple[float, float], eps: float) -> None:
-        assert table_RC.grad is not None
-        if not table_RC.grad.is_sparse:
-            raise ValueError(f"RowAdam takes sparse gradients, got a dense one of shape {tuple(table_RC.shape)}.")
-        grad = table_RC.grad.coalesce()
-        assert grad.sparse_dim() == 1 and table_RC.ndim == 2, (grad.sparse_dim(), table_RC.shape)
-        rows_U, grad_UC = grad.indices()[0], grad.values().float()
-        state = self.state[table_RC]
-        if not state:
-            device = table_RC.device
-            state["step"] = _untouched_zeros(table_RC.shape[:1], torch.int32, device)
-            state["exp_avg"] = _untouched_zeros(table_RC.shape, torch.float32, device)
-            state["exp_avg_sq"] = _untouched_zeros(table_RC.shape, torch.float32, device)
-        beta1, beta2 = betas
-        step_U = state["step"].index_select(0, rows_U) + 1
-        exp_avg_UC = state["exp_avg"].index_select(0, rows_U).lerp_(grad_UC, 1 - beta1)
-        exp_avg_sq_UC = state["exp_avg_sq"].index_select(0, rows_U)
-        exp_avg_sq_UC.mul_(beta2).addcmul_(grad_UC, grad_UC, value=1 - beta2)
-        state["step"].index_copy_(0, rows_U, step_U)
-        state["exp_avg"].index_copy_(0, rows_U, exp_avg_UC)
-        state["exp_avg_sq"].index_copy_(0, rows_U, exp_avg_sq_UC)
-        # In fp64, as 1 - beta2 is a difference of close numbers: fp32 would lose 4 digits of a row's first update.
-        correction1_U1 = (1 - beta1 ** step_U.double()).float().unsqueeze(1)
-        correction2_U1 = (1 - beta2 ** step_U.double()).sqrt().float().unsqueeze(1)
-        denominator_UC = exp_avg_sq_UC.sqrt_().div_(correction2_U1).add_(eps)
-        update_UC = exp_avg_UC.div_(correction1_U1).div_(denominator_UC)
-        updated_UC = table_RC.index_select(0, rows_U).float().add_(update_UC, alpha=-lr)
-        table_RC.index_copy_(0, rows_U, updated_UC.to(table_RC.dtype))
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As `Optimizer.load_state_dict`, which would cast the fp32 state of a bf16 table to bf16."""
-        super().load_state_dict({**state_dict, "state": {}})
-        saved_ids = [saved_id for group in state_dict["param_groups"] for saved_id in group["params"]]
-        tables = [table_RC for group in self.param_groups for table_RC in group["params"]]
-        for saved_id, table_RC in zip(saved_ids, tables, strict=True):
-            if saved_id not in state_dict["state"]:  # never touched before the save
-                continue
-            state = {key: value.to(table_RC.device) for key, value in state_dict["state"][saved_id].items()}
-            saved_shape, shape = tuple(state["exp_avg"].shape), tuple(table_RC.shape)
-            if saved_shape != shape:
-                raise ValueError(f"Saved state is for a table of shape {saved_shape}, this table's is {shape}.")
-            self.state[table_RC] = state
 
 
 class MixedOptimiser(Optimizer):
@@ -200,7 +115,7 @@ class MixedOptimiser(Optimizer):
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:
         """One step of every inner optimiser; returns what `closure` returns."""
-        loss = _evaluate(closure)
+        loss = evaluate(closure)
         for optimiser in self.inner:
             optimiser.step()
         return loss
@@ -232,15 +147,19 @@ def build_optimiser(
     memory_lr_scale: float = 5.0,
     muon_momentum: float = 0.95,
     matrices: Literal["muon", "adamw"] = "muon",
+    memory: RowOptimiserKind = "adam",
+    memory_rounding: Rounding = "nearest",
 ) -> MixedOptimiser:
     """Sort the model's trainable parameters into groups named "muon", "adamw_decay", "adamw_no_decay" and "memory".
 
-    memory: parameters with `is_memory_table = True`, `RowAdam` at `lr * memory_lr_scale`, no decay.
+    memory: parameters with `is_memory_table = True`, the row optimiser called `memory` at
+    `lr * memory_lr_scale`, no decay; `memory_rounding` says how bf16 tables are written.
     muon: matrices `[O, I]` and stacks `[E, O, I]` of the backbone, except embeddings, `lm_head`, routers
     (`mlp.gate.weight`), depthwise convolutions (`conv.`), hyper-connections (`fn`, `hc_fn`) and stacked norm weights;
     with matrices="adamw" they join adamw_decay. adamw_no_decay: vectors, scalars and all norm weights. adamw_decay: the
     rest. Tied weights count once; empty groups are left out.
-    Raises ValueError for another `matrices` and for a model without trainable parameters.
+    Raises ValueError for another `matrices`, `memory` or `memory_rounding`, and for a model without trainable
+    parameters.
     Source: arXiv 2601.07372, section 4 (Muon for the backbone, Adam for tables at five times its lr without decay).
     """
     if matrices not in ("muon", "adamw"):
@@ -272,8 +191,9 @@ def build_optimiser(
         inner.append(Muon(muon, lr=lr, weight_decay=weight_decay, momentum=muon_momentum))
     if adamw := filled("adamw_decay", weight_decay=weight_decay) + filled("adamw_no_decay", weight_decay=0.0):
         inner.append(torch.optim.AdamW(adamw, lr=lr, betas=betas, eps=eps))
-    if memory := filled("memory"):
-        inner.append(RowAdam(memory, lr=lr * memory_lr_scale, betas=betas, eps=eps))
+    if tables := filled("memory"):
+        memory_lr = lr * memory_lr_scale
+        inner.append(build_row_optimiser(memory, tables, lr=memory_lr, betas=betas, eps=eps, rounding=memory_rounding))
     return MixedOptimiser(inner)
 
 
@@ -290,7 +210,7 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     values = []
     for param in parameters:
         if param.grad is not None and param.grad.is_sparse:
-            param.grad = param.grad.coalesce()
+            param.grad = sum_by_row(param.grad)
             values.append(param.grad.values())
         elif param.grad is not None:
             values.append(param.grad)

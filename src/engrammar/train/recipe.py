@@ -19,6 +19,20 @@ if TYPE_CHECKING:
     from engrammar.train.data import TokenSet
 
 Settings = dict[str, Any]
+PLACES = ("out", "data.folder")  # settings that say where, not what
+OWN_ARGUMENTS = {
+    "output_dir": "out",
+    "seed": "seed",
+    "learning_rate": "optimiser.lr",
+    "weight_decay": "optimiser.weight_decay",
+    "optim": "optimiser.matrices",
+    "report_to": "nothing: read result.json",
+}  # TrainingArguments that the recipe sets elsewhere
+
+
+def _require(setting: str, value: object, holds: bool, allowed: str) -> None:
+    if not holds:
+        raise ValueError(f"{setting} is {value!r}; allowed: {allowed}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +47,14 @@ class DataRecipe:
     sequence_length: int = 128
     folder: str = "data"
 
+    def __post_init__(self) -> None:
+        _require("data.sequence_length", self.sequence_length, self.sequence_length >= 2, "2 or more")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRecipe:
-    """The model: a preset's name, `settings` over it (any of EngrammarConfig), and how its budget is split.
+    """The model: a preset's name, `settings` over it (any of EngrammarConfig, those of `memory` over the preset's own),
+    and how its budget is split.
 
     memory: `preset` keeps the preset's memory; `none` leaves it out; `budget` starts from the plain model and moves a
     share 1 - rho of its inactive parameters into memory, total and active parameters equal.
@@ -47,6 +65,12 @@ class ModelRecipe:
     rho: float = 0.78
     settings: Settings = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        from engrammar.presets import PRESETS
+
+        _require("model.preset", self.preset, self.preset in PRESETS, ", ".join(PRESETS))
+        _require("model.rho", self.rho, 0 < self.rho <= 1, "over 0, up to 1")
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimiserRecipe:
@@ -55,6 +79,11 @@ class OptimiserRecipe:
     memory_lr_scale: float = 5.0
     matrices: Literal["muon", "adamw"] = "muon"
     balance_rate: float = 1e-3
+
+    def __post_init__(self) -> None:
+        for name in ("weight_decay", "memory_lr_scale", "balance_rate"):
+            _require(f"optimiser.{name}", getattr(self, name), getattr(self, name) >= 0, "0 or more")
+        _require("optimiser.lr", self.lr, self.lr > 0, "over 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,30 +105,36 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         ValueError: no such recipe, not YAML, an unknown setting, or a value of the wrong kind.
     """
     path = Path(name)
-    if not path.exists():
+    if not path.is_file():
         shipped = resources.files("engrammar") / "recipes"
         if not (shipped / f"{name}.yaml").is_file():
             known = ", ".join(sorted(entry.name.removesuffix(".yaml") for entry in shipped.iterdir()))
             raise ValueError(f"There is no recipe file {name}, and none of that name ships; shipped are: {known}.")
         text = (shipped / f"{name}.yaml").read_text()
     else:
-        text = path.read_text()
-    try:
-        settings = yaml.safe_load(text) or {}
-        for override in overrides:
-            key, separator, value = override.partition("=")
-            if not separator:
-                raise ValueError(f"The override {override!r} has no '=': write section.setting=value.")
-            *sections, last = key.split(".")
-            target = settings
-            for section in sections:
-                target = target.setdefault(section, {})
-                if not isinstance(target, dict):
-                    raise ValueError(f"The override {override!r} goes into {section!r}, which is not a section.")
-            target[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{name} is not valid YAML: {str(error).splitlines()[0]}.") from error
+        text = path.read_text(errors="replace")
+    settings = _parse_yaml(text, str(name))
+    if not isinstance(settings, dict):
+        raise ValueError(f"{name} holds no settings: write section: or section.setting lines.")
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        if not separator:
+            raise ValueError(f"The override {override!r} has no '=': write section.setting=value.")
+        *sections, last = key.split(".")
+        target = settings
+        for section in sections:
+            target = target.setdefault(section, {})
+            if not isinstance(target, dict):
+                raise ValueError(f"The override {override!r} goes into {section!r}, which is not a section.")
+        target[last] = _parse_yaml(value, f"The override {override!r}")
     return _build(Recipe, settings, "")
+
+
+def _parse_yaml(text: str, name: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{name} is not valid YAML: {' '.join(str(error).split())}.") from error
 
 
 def _build(kind: Any, settings: Any, where: str) -> Any:
@@ -154,9 +189,12 @@ def check_writable(directory: Path) -> None:
 def build_config(recipe: ModelRecipe, tokenizer: Any, classes_V: Any) -> "EngrammarConfig":
     """The model's config for this tokenizer, by the recipe's way of splitting its budget."""
     from engrammar.budget import solve_budget
-    from engrammar.presets import preset
+    from engrammar.presets import PRESETS, preset
 
-    own = preset(recipe.preset, tokenizer=tokenizer, classes_V=classes_V, **recipe.settings)
+    settings = dict(recipe.settings)
+    if isinstance(settings.get("memory"), dict):
+        settings["memory"] = {**(PRESETS.get(recipe.preset, {}).get("memory") or {}), **settings["memory"]}
+    own = preset(recipe.preset, tokenizer=tokenizer, classes_V=classes_V, **settings)
     if recipe.memory == "preset":
         return own
     plain = preset(recipe.preset, tokenizer=tokenizer, **(recipe.settings | {"memory": None}))
@@ -169,7 +207,7 @@ def build_config(recipe: ModelRecipe, tokenizer: Any, classes_V: Any) -> "Engram
     return solve_budget(plain, own.memory_config, rho=recipe.rho, classes_V=classes_V)
 
 
-def build_model(config: "EngrammarConfig", classes_V: Any, *, seed: int) -> "EngrammarForCausalLM":
+def build_model(config: "EngrammarConfig", classes_V: Any, seed: int) -> "EngrammarForCausalLM":
     """A freshly initialised model with its class map set."""
     import torch
     from transformers import set_seed
@@ -201,8 +239,8 @@ def prepare_tokens(recipe: DataRecipe) -> "TokenSet":
     )
 
 
-def _training_arguments(recipe: Recipe) -> "TrainingArguments":
-    import torch
+def check_trainer(recipe: Recipe) -> Settings:
+    """The recipe's TrainingArguments as transformers takes them, or a ValueError that names the wrong one."""
     from transformers import TrainingArguments
 
     # YAML reads a bare `no` as false, and "no" is what transformers calls an absent strategy.
@@ -210,6 +248,19 @@ def _training_arguments(recipe: Recipe) -> "TrainingArguments":
     unknown = sorted(set(settings) - {field.name for field in fields(TrainingArguments)})
     if unknown:
         raise ValueError(f"trainer.{unknown[0]} is not one of transformers' TrainingArguments.")
+    for name in settings:
+        if name in OWN_ARGUMENTS:
+            raise ValueError(f"trainer.{name} is not read from a recipe; its setting is {OWN_ARGUMENTS[name]}.")
+    for name in ("max_grad_norm", "max_steps"):
+        if not isinstance(settings.get(name, 1), int | float) or (settings.get(name) == 0 and name == "max_steps"):
+            raise ValueError(f"trainer.{name} is {settings[name]!r}; allowed: a number (of steps: 1 or more, or -1).")
+    return settings
+
+
+def _training_arguments(recipe: Recipe) -> "TrainingArguments":
+    import torch
+    from transformers import TrainingArguments
+
     return TrainingArguments(
         output_dir=recipe.out,
         seed=recipe.seed,
@@ -217,33 +268,52 @@ def _training_arguments(recipe: Recipe) -> "TrainingArguments":
         weight_decay=recipe.optimiser.weight_decay,
         report_to="none",
         dataloader_pin_memory=torch.accelerator.is_available(),
-        **settings,
+        **check_trainer(recipe),
     )
 
 
 def train(recipe: Recipe) -> dict[str, Any]:
-    """Carries out a recipe: data, model, training (resumed where `out` holds a checkpoint), evaluation, saving.
+    """Carries out a recipe: data, model, training, evaluation, saving.
+
+    A killed run goes on from the last checkpoint in `out` to the same bits; a finished one is not repeated.
 
     Returns:
-        What `out/result.json` holds: parameter counts, validation loss and bits per byte, tokens per second, the curve.
+        What `out/result.json` holds: parameter counts, validation loss and bits per byte, the curve, and tokens per
+        second of the steps this call made, evaluation and saving included (None where it made none).
+
+    Raises:
+        ValueError: a wrong setting, an `out` that cannot be written or that holds a run of another recipe.
     """
     from transformers import AutoTokenizer
-    from transformers.trainer_utils import get_last_checkpoint
+    from transformers.trainer_callback import TrainerState
 
     from engrammar.budget import count_parameters
+    from engrammar.modeling import EngrammarForCausalLM
     from engrammar.train.trainer import EngrammarTrainer
     from engrammar.vocabulary import cached_classes
 
     out = Path(recipe.out)
     check_writable(out)
     arguments = _training_arguments(recipe)
+    checkpoint = _last_checkpoint(recipe)
+    if (out / "result.json").exists():
+        return json.loads((out / "result.json").read_text())
     tokens = prepare_tokens(recipe.data)
     tokenizer = AutoTokenizer.from_pretrained(tokens.tokenizer_path)
     classes_V = cached_classes(tokenizer, Path(tokens.tokenizer_path))
     config = build_config(recipe.model, tokenizer, classes_V)
-    model = build_model(config, classes_V, seed=recipe.seed)
-    (out / "recipe.yaml").write_text(to_yaml(recipe))
     length = recipe.data.sequence_length
+    if length > config.max_position_embeddings:
+        raise ValueError(
+            f"data.sequence_length is {length}; this model allows up to {config.max_position_embeddings} "
+            "(model.settings.max_position_embeddings)."
+        )
+    (out / "recipe.yaml").write_text(to_yaml(recipe))
+    state = TrainerState()
+    if checkpoint is not None:
+        state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+    trained = checkpoint is not None and state.global_step >= state.max_steps
+    model = EngrammarForCausalLM.from_pretrained(checkpoint) if trained else build_model(config, classes_V, recipe.seed)
     trainer = EngrammarTrainer(
         model,
         arguments,
@@ -254,20 +324,53 @@ def train(recipe: Recipe) -> dict[str, Any]:
         eval_dataset=tokens.blocks("validation", length),
         processing_class=tokenizer,
     )
-    outcome = trainer.train(resume_from_checkpoint=get_last_checkpoint(str(out)))
+    tokens_per_second = None
+    if trained:  # killed after its last step; Trainer would make one more
+        trainer.state = state
+    else:
+        runtime = trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"]
+        steps = trainer.state.global_step - state.global_step
+        batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+        tokens_per_second = steps * batch * length / runtime
     metrics = trainer.evaluate()
     trainer.save_model(str(out))
     result = {
         **count_parameters(config).to_json(),
         "validation_loss": metrics["eval_loss"],
         "validation_bits_per_byte": metrics["eval_bits_per_byte"],
-        "tokens_per_second": trainer.state.global_step
-        * arguments.train_batch_size
-        * length
-        * arguments.gradient_accumulation_steps
-        / outcome.metrics["train_runtime"],
+        "tokens_per_second": tokens_per_second,
         "steps": trainer.state.global_step,
         "curve": [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry],
     }
     (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     return result
+
+
+def _last_checkpoint(recipe: Recipe) -> str | None:
+    """The checkpoint to go on from, if the folder holds one, after checking that it is a run of this recipe."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    out = Path(recipe.out)
+    checkpoint = get_last_checkpoint(str(out))
+    if checkpoint is None and not (out / "result.json").exists():
+        return None
+    advice = "choose another `out`, or delete that folder"
+    if not (out / "recipe.yaml").exists():
+        raise ValueError(f"{out} holds a run without its recipe.yaml: {advice}.")
+    there = _flat(yaml.safe_load((out / "recipe.yaml").read_text()))
+    here = _flat(asdict(recipe))
+    for name in sorted(there.keys() | here.keys()):
+        if name not in PLACES and there.get(name) != here.get(name):
+            raise ValueError(
+                f"{out} holds a run of another recipe ({name} is {there.get(name)!r} there, {here.get(name)!r} here): "
+                f"{advice}."
+            )
+    return checkpoint
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Settings:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: Settings = {}
+    for name, value in settings.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat

@@ -1,5 +1,6 @@
 """Text from a trained model, with the tokenizer its addresses belong to."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,37 +13,59 @@ def load(directory: Path) -> tuple[Any, Any]:
     """
     from transformers import AutoTokenizer
 
+    from engrammar.configuration import load_config
     from engrammar.modeling import EngrammarForCausalLM
 
-    if not (directory / "config.json").exists():
-        raise ValueError(f"{directory} has no config.json: give a folder that training or save_pretrained wrote.")
+    load_config(directory)
     model = EngrammarForCausalLM.from_pretrained(directory)
     if not (directory / "tokenizer.json").exists():
         raise ValueError(
             f"{directory} has no tokenizer.json: copy the tokenizer that the model was trained with there."
         )
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    except Exception as error:  # tokenizers and transformers raise many kinds
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"The tokenizer in {directory} cannot be read ({reason}): copy it again.") from error
     model.config.check_tokenizer(tokenizer)
     return model.eval(), tokenizer
 
 
-def complete(
-    directory: Path, prompt: str, max_new_tokens: int, temperature: float, top_p: float, num_beams: int, seed: int
-) -> str:
-    """The prompt and its continuation; `temperature` 0 is greedy."""
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How to continue a prompt; `temperature` 0 is greedy."""
+
+    max_new_tokens: int = 60
+    temperature: float = 0.8
+    top_p: float = 0.95
+    num_beams: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, holds, allowed in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
+            ("temperature", self.temperature >= 0, "0 or more"),
+            ("top_p", 0 < self.top_p <= 1, "over 0, up to 1"),
+            ("num_beams", self.num_beams >= 1, "1 or more"),
+        ):
+            if not holds:
+                raise ValueError(f"{name} is {getattr(self, name)}; allowed: {allowed}.")
+
+
+def complete(model: Any, tokenizer: Any, prompt: str, sampling: Sampling) -> str:
+    """The prompt and its continuation."""
     from transformers import set_seed
 
-    model, tokenizer = load(directory)
-    set_seed(seed)
-    sampling = (
-        {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
-    )
     inputs = tokenizer(prompt, return_tensors="pt")
+    if inputs.input_ids.numel() == 0:
+        raise ValueError("The prompt is empty: give at least one token to go on from.")
+    set_seed(sampling.seed)
+    how = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
     ids = model.generate(
         inputs.input_ids,
         attention_mask=inputs.attention_mask,
-        max_new_tokens=max_new_tokens,
-        num_beams=num_beams,
-        **sampling,
+        max_new_tokens=sampling.max_new_tokens,
+        num_beams=sampling.num_beams,
+        **(how if sampling.temperature > 0 else {"do_sample": False}),
     )
     return tokenizer.decode(ids[0], skip_special_tokens=True)
