@@ -147,7 +147,7 @@ def check(
 
 @app.command
 def bench(
-    what: Positional[Literal["hash", "step"]],
+    what: Positional[Literal["hash", "step", "optimiser"]],
     /,
     quick: bool = False,
     json_output: Annotated[bool, arg(name="json")] = False,
@@ -155,7 +155,7 @@ def bench(
     """Measure, beside a baseline in the same run.
 
     Args:
-        what: hash: ids to rows; step: a training step with memory and without.
+        what: hash: ids to rows; step: a training step with memory and without; optimiser: updates of touched rows.
         quick: Finish within 50 seconds.
         json_output: Print JSON.
     """
@@ -163,6 +163,10 @@ def bench(
         from engrammar.bench.hash import bench_hash, print_hash
 
         result, show = bench_hash(quick), print_hash
+    elif what == "optimiser":
+        from engrammar.bench.optimiser import bench_optimiser, print_optimiser
+
+        result, show = bench_optimiser(quick), print_optimiser
     else:
         from engrammar.bench.step import bench_step, print_step
 

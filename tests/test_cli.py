@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from models import tiny_model
+
 ROOT = Path(__file__).parent.parent
 COMMAND = [str(Path(sys.executable).parent / "engrammar")]
 
@@ -44,6 +46,9 @@ def test_info_speaks_json():
         (("generate", "tests", "Hello"), "tests has no config.json"),
         (("train", "absent"), "There is no recipe file absent"),
         (("train", "nano", "sed=1"), "There is no setting 'sed'"),
+        (("train", "tests"), "There is no recipe file tests"),
+        (("train", "nano", "trainer.max_stepz=3", "--dry-run"), "trainer.max_stepz is not one of"),
+        (("generate", "tests", "Hello", "--num-beams", "0"), "num_beams is 0"),
         (("data", "nowhere.txt", "--out", "data/x"), "nowhere.txt"),
         (("data", "pocket:stdlib"), "needs --out"),
         (("check", "reference"), "at least one reference file"),
@@ -56,6 +61,25 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(arguments, message):
     assert done.returncode == 2, done
     lines = [line for line in done.stderr.splitlines() if line]
     assert len(lines) == 1 and lines[0].startswith("engrammar: ") and message in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", "{", "is not the config of an engrammar model"),
+        ("config.json", "[]", "is not the config of an engrammar model"),
+        ("config.json", "{}", "its model_type is not engrammar"),
+        ("config.json", '{"model_type": "engrammar", "hidden_size": "big"}', "is not the config of an engrammar model"),
+        ("tokenizer.json", "{", "The tokenizer in"),
+    ],
+)
+def test_a_damaged_folder_is_one_sentence(tmp_path, name, content, message):
+    tiny_model("paper").save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / name).write_text(content)
+    command = ("info", str(tmp_path)) if name == "config.json" else ("generate", str(tmp_path), "Hello")
+    done = run(*command)
+    assert done.returncode == 2 and message in done.stderr.splitlines()[-1], done.stderr
 
 
 def test_dry_run_prints_the_resolved_recipe():

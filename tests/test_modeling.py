@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 import engrammar.checkpoint as checkpoint
 from engrammar.configuration import EngrammarConfig
 from engrammar.modeling import EngrammarForCausalLM
-from models import DIALECTS, END, PAD, VOCABULARY, tiny_config, tiny_model
+from models import DIALECTS, END, PAD, VOCABULARY, tiny_config, tiny_memory, tiny_model
 
 SHAPES = [(dialect, branches) for dialect in DIALECTS for branches in (1, 3)]
 shapes = pytest.mark.parametrize(("dialect", "branches"), SHAPES)
@@ -248,3 +248,91 @@ def test_memory_changes_the_output_and_its_absence_leaves_the_plain_model():
     for table in with_memory.model.memory.tables.values():
         table.weight.zero_()
     torch.testing.assert_close(with_memory(ids).logits, plain(ids).logits, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@torch.no_grad()
+def test_a_packed_document_equals_itself_alone(dialect):
+    """Position ids that restart tell documents apart, for attention, n-grams and convolution alike."""
+    model, first, second = tiny_model(dialect, 2), random_ids(1, 7), random_ids(1, 11, seed=4)
+    positions = torch.cat([torch.arange(7), torch.arange(11)])[None]
+    packed = model(torch.cat([first, second], 1), position_ids=positions, use_cache=False).logits
+    torch.testing.assert_close(packed[:, :7], model(first).logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(packed[:, 7:], model(second).logits, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_a_mask_of_another_width_is_refused():
+    model, ids = tiny_model("paper"), random_ids()
+    for shape in ((2, 20), (2, 1), (1, 13), (2, 13, 13)):
+        with pytest.raises(ValueError, match=r"\[batch, positions\] = \[2, 13\]"):
+            model(ids, attention_mask=torch.ones(shape))
+    cache = DynamicCache(config=model.config)
+    model(ids, past_key_values=cache)
+    with pytest.raises(ValueError, match=r"= \[2, 14\], cached positions included"):
+        model(ids[:, :1], attention_mask=torch.ones(2, 1), past_key_values=cache)
+
+
+def test_an_id_outside_the_vocabulary_is_named_with_and_without_memory():
+    for dialect in ("paper", None):
+        for token_id in (-1, VOCABULARY):
+            with pytest.raises(ValueError, match=f"Token id {token_id} is outside the vocabulary of 53 ids"):
+                tiny_model(dialect)(torch.tensor([[3, token_id]]))
+
+
+@torch.no_grad()
+def test_ids_that_pad_the_vocabulary_can_be_generated():
+    model = tiny_model("paper", vocab_size=64, num_ids=VOCABULARY)
+    logits = model(torch.tensor([[3, 60, 4]])).logits
+    assert logits.shape[-1] == 64 and torch.isfinite(logits).all()
+    assert (model.model.memory.class_of_id[VOCABULARY:] == END).all()
+
+
+def test_a_class_map_that_is_not_this_models_is_refused():
+    model, classes = tiny_model("paper"), torch.arange(VOCABULARY) % 41
+    for wrong in (classes.flip(0), classes[:-1], classes.float(), classes - 1, torch.arange(VOCABULARY)):
+        with pytest.raises(ValueError, match="use the tokenizer it was built with"):
+            model.model.memory.set_classes(wrong)
+
+
+def test_a_geometry_that_contradicts_the_settings_is_refused():
+    saved = tiny_config("paper").geometry
+    for change in ({"rows_per_head": [5000, 5000]}, {"num_heads": 3}, {"layers": [1, 2, 3]}, {"rows_multiple": 64}):
+        with pytest.raises(ValueError, match="saved geometry does not follow from the memory settings"):
+            tiny_config("paper", memory=tiny_memory("paper") | change, geometry=saved)
+
+
+def test_memory_that_the_config_does_not_name_is_refused(tmp_path):
+    tiny_model("paper").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"memory": None, "geometry": None, "layer_types": None}))
+    with pytest.raises(ValueError, match=r"holds memory that its config\.json does not name"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_size": 16}))
+    with pytest.raises(ValueError, match=r"other shapes than its config\.json says"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_saving_takes_what_transformers_takes(tmp_path):
+    model = tiny_model("paper")
+    model.save_pretrained(tmp_path / "other rank", False)
+    assert not list((tmp_path / "other rank").glob("*.safetensors"))
+    with pytest.raises(ValueError, match="no variants"):
+        model.save_pretrained(tmp_path, variant="fp16")
+    model.save_pretrained(tmp_path / "outer" / "inner")
+    loaded = EngrammarForCausalLM.from_pretrained(tmp_path / "outer", subfolder="inner")
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+
+
+def test_a_save_that_dies_leaves_no_checkpoint_of_two_halves(tmp_path, monkeypatch):
+    tiny_model("paper", seed=0).save_pretrained(tmp_path)
+
+    def dies(*_args, **_kwargs):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", dies)
+        with pytest.raises(OSError, match="No space"):
+            tiny_model("paper", seed=1).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="not a checkpoint"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)

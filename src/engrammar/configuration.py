@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from numpy.typing import NDArray
 from transformers import DeepseekV3Config
 
@@ -155,5 +156,5 @@ def load_config(directory: Path) -> EngrammarConfig:
         if not isinstance(settings, dict) or settings.get("model_type") != EngrammarConfig.model_type:
             raise ValueError("its model_type is not engrammar")
         return EngrammarConfig.from_dict(settings)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
         raise ValueError(f"{path} is not the config of an engrammar model ({' '.join(str(error).split())}).") from error

@@ -297,14 +297,14 @@ class EngrammarModel(EngrammarPreTrainedModel):
     ) -> Retrieved:
         """The rows of every memory layer; the last N-1 ids live in the attention cache, stored as id + 1.
 
-        As in transformers' attention mask, position ids that restart tell packed documents, where there is no mask and
-        nothing cached.
+        As in transformers' attention mask, position ids that restart tell packed documents, where there is neither a
+        mask nor a cache.
         """
         assert self.memory is not None
         num_tokens = input_ids.shape[1]
         seen = cache.get_seq_length() if cache is not None else 0
         mask_BT = starts_BT = None
-        if attention_mask is None and position_ids is not None and not seen:
+        if attention_mask is None and position_ids is not None and cache is None:
             starts_BT = nn.functional.pad(position_ids[:, 1:] != position_ids[:, :-1] + 1, (1, 0), value=True)
             starts_BT = starts_BT.expand(input_ids.shape[0], -1)
         if attention_mask is not None:

@@ -84,6 +84,48 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path, monkeypatch, memory):
     assert resumed["validation_loss"] == straight["validation_loss"]
 
 
+def test_a_run_killed_after_its_last_step_is_evaluated_not_trained_again(tmp_path, monkeypatch):
+    settings = ("trainer.max_steps=4", "trainer.save_steps=2")
+    straight = train(tiny_recipe(tmp_path, *settings))
+    again = tiny_recipe(tmp_path, *settings, f"out={tmp_path / 'killed'}")
+
+    class Killed(Exception):
+        pass
+
+    def dies(*_args, **_kwargs):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer_module.EngrammarTrainer, "evaluate", dies)
+        with pytest.raises(Killed):
+            train(again)
+    resumed = train(again)
+    assert resumed["steps"] == straight["steps"] == 4 and resumed["tokens_per_second"] is None
+    assert resumed["validation_loss"] == straight["validation_loss"]
+    assert train(again) == resumed  # finished: nothing is done again
+    expected, found = weights(tmp_path / "run"), weights(tmp_path / "killed")
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+
+
+def test_a_folder_with_a_run_of_another_recipe_is_refused(tmp_path):
+    settings = ("trainer.max_steps=2", "trainer.save_steps=1")
+    train(tiny_recipe(tmp_path, *settings))
+    for change in ("optimiser.lr=1e-6", "seed=5", "model.settings.memory.seed=5", "data.vocab_size=380"):
+        with pytest.raises(ValueError, match=f"holds a run of another recipe .{change.split('=')[0]} is "):
+            train(tiny_recipe(tmp_path, *settings, change))
+    moved = tiny_recipe(tmp_path, *settings, f"data.folder={tmp_path / 'elsewhere'}")
+    assert train(moved)["steps"] == 2
+    (tmp_path / "run" / "recipe.yaml").unlink()
+    with pytest.raises(ValueError, match=r"without its recipe\.yaml"):
+        train(tiny_recipe(tmp_path, *settings))
+
+
+def test_settings_of_memory_go_over_the_presets_own(tmp_path):
+    train(tiny_recipe(tmp_path, "trainer.max_steps=1", "trainer.save_strategy=no", "model.settings.memory.head_dim=8"))
+    model, _ = load(tmp_path / "run")
+    assert model.config.memory_config.head_dim == 8 and model.config.memory_config.layers == (1,)
+
+
 @pytest.mark.slow
 def test_a_hundred_seeded_steps_follow_the_recorded_curve(tmp_path):
     """Remake the fixture with: REMAKE_FIXTURE=1 .venv/bin/pytest tests/train/test_training.py -k hundred"""

@@ -78,6 +78,7 @@ class OptimiserRecipe:
     weight_decay: float = 0.1
     memory_lr_scale: float = 5.0
     matrices: Literal["muon", "adamw"] = "muon"
+    memory: Literal["adam", "row_adam", "sinkhorn"] = "adam"
     balance_rate: float = 1e-3
 
     def __post_init__(self) -> None:
@@ -317,7 +318,11 @@ def train(recipe: Recipe) -> dict[str, Any]:
     trainer = EngrammarTrainer(
         model,
         arguments,
-        optimiser={"memory_lr_scale": recipe.optimiser.memory_lr_scale, "matrices": recipe.optimiser.matrices},
+        optimiser={
+            "memory_lr_scale": recipe.optimiser.memory_lr_scale,
+            "matrices": recipe.optimiser.matrices,
+            "memory": recipe.optimiser.memory,
+        },
         balance_rate=recipe.optimiser.balance_rate,
         bytes_per_eval_token=tokens.num_bytes("validation") / tokens.num_tokens("validation"),
         train_dataset=tokens.blocks("train", length),

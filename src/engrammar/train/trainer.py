@@ -97,7 +97,15 @@ class EngrammarTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Mean cross entropy over every scored token, in nats, and bits per byte of the text."""
+        """Mean cross entropy over every scored token, in nats; for the trainer's own set also bits per byte.
+
+        A dict of sets is evaluated one by one, as transformers does.
+        """
+        if isinstance(eval_dataset, dict):
+            each = {
+                name: self.evaluate(part, None, f"{metric_key_prefix}_{name}") for name, part in eval_dataset.items()
+            }
+            return {name: value for metrics in each.values() for name, value in metrics.items()}
         loader = self.get_eval_dataloader(eval_dataset)
         model = self.accelerator.unwrap_model(self.model)
         started = time.perf_counter()
@@ -115,7 +123,7 @@ class EngrammarTrainer(Trainer):
             f"{metric_key_prefix}_loss": nats / tokens,
             f"{metric_key_prefix}_tokens_per_second": tokens / seconds,
         }
-        if self.bytes_per_eval_token is not None:
+        if self.bytes_per_eval_token is not None and eval_dataset in (None, self.eval_dataset):
             bits = nats / tokens / math.log(2) / self.bytes_per_eval_token
             metrics[f"{metric_key_prefix}_bits_per_byte"] = bits
         self.log(metrics)
