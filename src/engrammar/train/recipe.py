@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from engrammar.configuration import EngrammarConfig
     from engrammar.modeling import EngrammarForCausalLM
     from engrammar.train.data import TokenSet
+    from engrammar.train.trainer import EngrammarTrainer
 
 Settings = dict[str, Any]
 PLACES = ("out", "data.folder")  # settings that say where, not what
@@ -290,12 +291,11 @@ def train(recipe: Recipe) -> dict[str, Any]:
 
     from engrammar.budget import count_parameters
     from engrammar.modeling import EngrammarForCausalLM
-    from engrammar.train.trainer import EngrammarTrainer
     from engrammar.vocabulary import cached_classes
 
     out = Path(recipe.out)
     check_writable(out)
-    arguments = _training_arguments(recipe)
+    check_trainer(recipe)
     checkpoint = _last_checkpoint(recipe)
     if (out / "result.json").exists():
         return json.loads((out / "result.json").read_text())
@@ -315,26 +315,14 @@ def train(recipe: Recipe) -> dict[str, Any]:
         state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
     trained = checkpoint is not None and state.global_step >= state.max_steps
     model = EngrammarForCausalLM.from_pretrained(checkpoint) if trained else build_model(config, classes_V, recipe.seed)
-    trainer = EngrammarTrainer(
-        model,
-        arguments,
-        optimiser={
-            "memory_lr_scale": recipe.optimiser.memory_lr_scale,
-            "matrices": recipe.optimiser.matrices,
-            "memory": recipe.optimiser.memory,
-        },
-        balance_rate=recipe.optimiser.balance_rate,
-        bytes_per_eval_token=tokens.num_bytes("validation") / tokens.num_tokens("validation"),
-        train_dataset=tokens.blocks("train", length),
-        eval_dataset=tokens.blocks("validation", length),
-        processing_class=tokenizer,
-    )
+    trainer = _trainer(recipe, model, tokens, tokenizer)
     tokens_per_second = None
     if trained:  # killed after its last step; Trainer would make one more
         trainer.state = state
     else:
         runtime = trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"]
         steps = trainer.state.global_step - state.global_step
+        arguments = trainer.args
         batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
         tokens_per_second = steps * batch * length / runtime
     metrics = trainer.evaluate()
@@ -349,6 +337,26 @@ def train(recipe: Recipe) -> dict[str, Any]:
     }
     (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     return result
+
+
+def _trainer(recipe: Recipe, model: "EngrammarForCausalLM", tokens: "TokenSet", tokenizer: Any) -> "EngrammarTrainer":
+    from engrammar.train.trainer import EngrammarTrainer
+
+    length = recipe.data.sequence_length
+    return EngrammarTrainer(
+        model,
+        _training_arguments(recipe),
+        optimiser={
+            "memory_lr_scale": recipe.optimiser.memory_lr_scale,
+            "matrices": recipe.optimiser.matrices,
+            "memory": recipe.optimiser.memory,
+        },
+        balance_rate=recipe.optimiser.balance_rate,
+        bytes_per_eval_token=tokens.num_bytes("validation") / tokens.num_tokens("validation"),
+        train_dataset=tokens.blocks("train", length),
+        eval_dataset=tokens.blocks("validation", length),
+        processing_class=tokenizer,
+    )
 
 
 def _last_checkpoint(recipe: Recipe) -> str | None:
