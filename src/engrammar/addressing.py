@@ -5,6 +5,8 @@ never looked back to and break look-back, so "missing history", "row start", and
 Letters: B batch, T tokens, S positions of history (N-1), N highest order, K heads per order, H = (N-1)*K columns.
 """
 
+from itertools import accumulate
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -236,5 +238,4 @@ def hash_ngrams_numpy(
 
 def head_offsets(geometry: Geometry, layer_index: int) -> tuple[int, ...]:
     """Where each head's table begins in its layer's one parameter, heads end to end."""
-    sizes = [size for order in geometry.table_sizes[layer_index] for size in order]
-    return tuple(int(offset) for offset in np.concatenate([[0], np.cumsum(sizes)[:-1]]))
+    return (0, *accumulate(geometry.head_sizes(layer_index)[:-1]))

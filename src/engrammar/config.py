@@ -157,9 +157,13 @@ class Geometry:
     table_sizes: tuple[tuple[tuple[int, ...], ...], ...]
     rows_multiple: int = 1
 
+    def head_sizes(self, index: int) -> tuple[int, ...]:
+        """Table sizes of the index-th memory layer's heads, ordered by order, then head."""
+        return tuple(size for sizes_K in self.table_sizes[index] for size in sizes_K)
+
     def num_rows(self, index: int) -> int:
         """Rows used by the index-th memory layer."""
-        return sum(map(sum, self.table_sizes[index]))
+        return sum(self.head_sizes(index))
 
     def num_stored_rows(self, index: int) -> int:
         """Rows of the index-th memory layer with padding."""

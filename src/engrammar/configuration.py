@@ -85,18 +85,24 @@ class EngrammarConfig(DeepseekV3Config):
                     "EngrammarConfig.for_tokenizer, or give num_classes and fill_class."
                 )
             self.geometry = derive_geometry(memory, num_classes=num_classes, fill_class=fill_class).to_json()
-        geometry, tables = self.memory_geometry, table_sizes(memory)
-        multipliers_fit = [len(m) for m in geometry.multipliers] == [memory.max_ngram_size] * len(memory.layers)
-        if geometry.table_sizes != tables or geometry.rows_multiple != memory.rows_multiple or not multipliers_fit:
-            raise ValueError(
-                "The saved geometry does not follow from the memory settings (layers, orders, heads, rows_per_head, "
-                "rows_multiple): a built model's memory cannot be resized; leave out `geometry` to build a new one."
-            )
+        else:
+            self._check_geometry(memory)
         # A memory layer keeps the last ids, and the convolution's window if it has one, beside its keys and values.
         self.layer_types = [
             "hybrid" if layer in memory.layers else "full_attention" for layer in range(self.num_hidden_layers)
         ]
         self.number_of_conv_states = 2 if memory.conv_kernel else 1
+
+    def _check_geometry(self, memory: MemoryConfig) -> None:
+        """Table sizes follow from the settings for ever; multipliers do not (NumPy may change its stream)."""
+        geometry = self.memory_geometry
+        multipliers_fit = [len(m) for m in geometry.multipliers] == [memory.max_ngram_size] * len(memory.layers)
+        sizes_fit = geometry.table_sizes == table_sizes(memory) and geometry.rows_multiple == memory.rows_multiple
+        if not multipliers_fit or not sizes_fit:
+            raise ValueError(
+                "The saved geometry does not follow from the memory settings (layers, orders, heads, rows_per_head, "
+                "rows_multiple): a built model's memory cannot be resized; leave out `geometry` to build a new one."
+            )
 
     @property
     def memory_config(self) -> MemoryConfig | None:

@@ -245,7 +245,7 @@ class EngrammarModel(EngrammarPreTrainedModel):
             self._check_ids(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        retrieved = None
+        retrieved = Retrieved(embedding={}, dead_BT=None, starts_BT=None)
         if self.memory is not None and input_ids is not None:
             retrieved = self._retrieve(input_ids, attention_mask, position_ids, past_key_values)
         if inputs_embeds is None:
@@ -265,9 +265,9 @@ class EngrammarModel(EngrammarPreTrainedModel):
         for layer, block in enumerate(self.layers):
             streams_BTMD = block(
                 streams_BTMD,
-                None if retrieved is None else retrieved.embedding.get(layer),
-                None if retrieved is None else retrieved.dead_BT,
-                None if retrieved is None else retrieved.starts_BT,
+                retrieved.embedding.get(layer),
+                retrieved.dead_BT,
+                retrieved.starts_BT,
                 past_key_values,
                 position_embeddings=position_embeddings,
                 attention_mask=mask,

@@ -38,7 +38,7 @@ class MemoryTable(nn.Module):
 
     def __init__(self, config: MemoryConfig, geometry: Geometry, layer_index: int) -> None:
         super().__init__()
-        self.sizes_H = tuple(size for sizes_K in geometry.table_sizes[layer_index] for size in sizes_K)
+        self.sizes_H = geometry.head_sizes(layer_index)
         self.offsets_H = head_offsets(geometry, layer_index)
         self.weight = nn.Parameter(torch.empty(geometry.num_stored_rows(layer_index), config.head_dim))
         self.weight.is_memory_table = True  # type: ignore[attr-defined]
