@@ -5,6 +5,7 @@ takes seconds.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -24,8 +25,9 @@ def train(recipe: Positional[str], overrides: Positional[tuple[str, ...]] = (), 
         overrides: Settings to replace, as section.setting=value (trainer.max_steps=50).
         dry_run: Print the resolved settings and stop.
     """
+    from engrammar.train.exchange import leave_processes
     from engrammar.train.recipe import check_trainer, load_recipe, to_yaml
-    from engrammar.train.recipe import train as run
+    from engrammar.train.run import train as run
 
     resolved = load_recipe(recipe, overrides)
     check_trainer(resolved)
@@ -33,6 +35,9 @@ def train(recipe: Positional[str], overrides: Positional[tuple[str, ...]] = (), 
         print(to_yaml(resolved), end="")
         return
     result = run(resolved)
+    leave_processes()
+    if int(os.environ.get("RANK", 0)):
+        return
     print(f"{result['steps']} steps, validation {result['validation_bits_per_byte']:.4f} bits per byte: {resolved.out}")
 
 
@@ -147,7 +152,7 @@ def check(
 
 @app.command
 def bench(
-    what: Positional[Literal["hash", "step", "optimiser"]],
+    what: Positional[Literal["hash", "step", "optimiser", "sharded"]],
     /,
     quick: bool = False,
     json_output: Annotated[bool, arg(name="json")] = False,
@@ -155,22 +160,14 @@ def bench(
     """Measure, beside a baseline in the same run.
 
     Args:
-        what: hash: ids to rows; step: a training step with memory and without; optimiser: updates of touched rows.
+        what: hash: ids to rows; step: a training step, with memory and without, and against rows per head; optimiser:
+            updates of touched rows; sharded: tables over ranks.
         quick: Finish within 50 seconds.
         json_output: Print JSON.
     """
-    if what == "hash":
-        from engrammar.bench.hash import bench_hash, print_hash
+    from engrammar.bench.report import BENCHES, show
 
-        result, show = bench_hash(quick), print_hash
-    elif what == "optimiser":
-        from engrammar.bench.optimiser import bench_optimiser, print_optimiser
-
-        result, show = bench_optimiser(quick), print_optimiser
-    else:
-        from engrammar.bench.step import bench_step, print_step
-
-        result, show = bench_step(quick), print_step
+    result = BENCHES[what].run(quick)
     print(json.dumps(result, indent=1)) if json_output else show(result)
 
 

@@ -9,9 +9,9 @@ SOURCE = Path(__file__).parent.parent / "src" / "engrammar"
 FLOORS = {
     0: ("config",),
     1: ("vocabulary", "addressing", "machine"),
-    2: ("checkpoint", "store"),
+    2: ("checkpoint", "durable", "store"),
     3: ("memory", "table", "fusion"),
-    4: ("configuration", "hyper", "modeling", "presets", "budget", "attach"),
+    4: ("configuration", "hyper", "block", "modeling", "presets", "budget", "attach"),
     5: ("train", "lab", "check", "edit"),
     6: ("bench", "serve"),
     7: ("__init__",),
@@ -21,6 +21,9 @@ FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
 # Within a floor, these may import those.
 SAME_FLOOR = {
     ("memory", "table"),
+    ("block", "configuration"),
+    ("block", "hyper"),
+    ("modeling", "block"),
     ("modeling", "configuration"),
     ("modeling", "hyper"),
     ("presets", "configuration"),

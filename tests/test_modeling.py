@@ -331,8 +331,8 @@ def test_a_save_that_dies_leaves_no_checkpoint_of_two_halves(tmp_path, monkeypat
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", dies)
+        patch.setattr(checkpoint, "write_rows", dies)
         with pytest.raises(OSError, match="No space"):
             tiny_model("paper", seed=1).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="not a checkpoint"):
+    with pytest.raises(ValueError, match="checkpoint is incomplete"):
         AutoModelForCausalLM.from_pretrained(tmp_path)

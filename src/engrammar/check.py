@@ -286,6 +286,7 @@ def _output_errors(
     fusion = Fusion(config, hidden_size=reference["hidden_size"], num_branches=reference["hc_mult"])
     fusion.load_state_dict(fusion_state_from_demo(weights, reference["hc_mult"]))
     rows_BTH, hidden_BTMD = weights["hashes"], weights["hidden_states"]
+    assert table.weight is not None
     outputs = {
         "fast": fusion(hidden_BTMD, table(rows_BTH)),
         "plain": fuse_reference(fusion, hidden_BTMD, lookup_reference(table.weight, rows_BTH, table.offsets_H)),

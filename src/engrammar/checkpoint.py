@@ -1,18 +1,26 @@
-"""Checkpoint files: each memory table in a safetensors shard of its own, and shards checked before they are read."""
+"""Checkpoint files: each memory table in a safetensors shard of its own, and shards checked before they are read.
+
+A table's shard is laid out first and filled by rows, so that it never has to be in memory at once, and several
+processes fill one file. Letters: R rows of a table, U rows written or read.
+"""
 
 import json
+import math
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"
 BACKBONE = "backbone.safetensors"
+CHUNK_BYTES = 8 * 2**20  # read or written at once
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int32: "I32"}
 
 
 def is_table(name: str) -> bool:
@@ -20,8 +28,22 @@ def is_table(name: str) -> bool:
     return "memory.tables." in name
 
 
+def table_shard(name: str) -> str:
+    """The file of a table, by its weight's name."""
+    return f"{name.removeprefix('model.').removesuffix('.weight')}.safetensors"
+
+
 def write_tables(directory: Path, tables: Mapping[str, Tensor]) -> None:
-    """Adds tables to the checkpoint that transformers just wrote into `directory`: one shard each, and the index.
+    """Adds whole tables to the checkpoint that transformers just wrote into `directory`: shards and index."""
+    for name, table_RC in tables.items():
+        path = directory / table_shard(name)
+        lay_out(path, {name: (table_RC.dtype, tuple(table_RC.shape))})
+        write_rows(path, name, 0, table_RC)
+    write_index(directory, list(tables))
+
+
+def write_index(directory: Path, tables: Sequence[str]) -> None:
+    """The index of a checkpoint whose tables' shards stand beside what transformers wrote.
 
     transformers' own single file becomes `backbone.safetensors`, since its loader would read that name alone.
     """
@@ -31,14 +53,82 @@ def write_tables(directory: Path, tables: Mapping[str, Tensor]) -> None:
         os.replace(directory / WHOLE, directory / BACKBONE)
     else:
         weight_map = json.loads((directory / INDEX).read_text())["weight_map"]
-    for name, table in tables.items():
-        shard = f"{name.removeprefix('model.').removesuffix('.weight')}.safetensors"
-        save_file({name: table.detach().contiguous()}, directory / shard, metadata={"format": "pt"})
-        weight_map[name] = shard
+    weight_map |= {name: table_shard(name) for name in tables}
     size = sum((directory / shard).stat().st_size for shard in set(weight_map.values()))
     partial = directory / (INDEX + ".partial")
     partial.write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=1) + "\n")
     os.replace(partial, directory / INDEX)
+
+
+def lay_out(path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+    """A safetensors file of these tensors, all zeros; it takes disk space as rows are written."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (dtype, shape) in tensors.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPES[dtype], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
+
+
+def write_rows(path: Path, name: str, first_row: int, rows: Tensor) -> None:
+    """Writes `rows` [U, ...] into tensor `name` of a laid-out file, from `first_row` on; zeros stay holes."""
+    with path.open("rb+") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        start = 8 + length + json.loads(file.read(length))[name]["data_offsets"][0]
+        row_bytes = rows[:1].nbytes
+        for first in range(0, len(rows), per_chunk(rows)):
+            chunk = rows[first : first + per_chunk(rows)].detach().cpu().contiguous().view(torch.uint8)
+            if chunk.any():  # of the bytes: -0.0 is written
+                file.seek(start + (first_row + first) * row_bytes)
+                file.write(chunk.numpy().data)
+
+
+def read_rows(path: Path, name: str, first_row: int, out: Tensor) -> None:
+    """Fills `out` [U, ...] with rows of tensor `name`, from `first_row` on; `out` is all zeros before.
+
+    Raises:
+        ValueError: the file has no such tensor, or one of another shape or dtype.
+    """
+    with safe_open(path, framework="pt") as file:
+        part = file.get_slice(name) if name in file.keys() else None  # noqa: SIM118 (not a dict)
+        if part is None or part.get_shape()[1:] != list(out.shape[1:]) or part.get_shape()[0] < first_row + len(out):
+            shape = "none" if part is None else part.get_shape()
+            raise ValueError(f"{path} should hold {name} with rows of {list(out.shape[1:])}, but its shape is {shape}.")
+        for first in range(0, len(out), per_chunk(out)):
+            target = out[first : first + per_chunk(out)]
+            chunk = part[first_row + first : first_row + first + len(target)]
+            if chunk.dtype != out.dtype:
+                raise ValueError(f"{path} holds {name} as {chunk.dtype}; {out.dtype} is expected.")
+            if chunk.view(torch.uint8).any():
+                target.copy_(chunk)
+
+
+def load_backbone(directory: Path, model: nn.Module) -> None:
+    """Loads everything but the tables of a checkpoint into a model whose tables are elsewhere.
+
+    Raises:
+        ValueError: a shard is missing or damaged, or the checkpoint lacks weights of the model.
+    """
+    check_shards(directory)
+    shards = {WHOLE}
+    if not (directory / WHOLE).exists():
+        weight_map = json.loads((directory / INDEX).read_text())["weight_map"]
+        shards = {shard for name, shard in weight_map.items() if not is_table(name)}
+    state = {name: tensor for shard in sorted(shards) for name, tensor in load_file(directory / shard).items()}
+    result = model.load_state_dict(state, strict=False)
+    missing = set(result.missing_keys) - set(getattr(model, "all_tied_weights_keys", ()))
+    if missing or result.unexpected_keys:
+        wrong = min(missing) if missing else result.unexpected_keys[0]
+        raise ValueError(f"{directory} is a checkpoint of another model: they differ in {wrong}; copy it again.")
+
+
+def per_chunk(rows: Tensor) -> int:
+    """Rows that are read or written at once."""
+    return max(1, CHUNK_BYTES // max(1, rows[:1].nbytes))
 
 
 def remove_checkpoint(directory: Path) -> None:

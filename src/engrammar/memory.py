@@ -4,14 +4,16 @@ Knows nothing of hidden states; fusion knows nothing of ids. What passes between
 Letters: B batch, T tokens, S = N-1 positions of history, V ids, E width of a token's rows.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from engrammar.addressing import hash_ngrams, look_back
 from engrammar.config import Geometry, MemoryConfig
-from engrammar.table import MemoryTable
+from engrammar.table import MemoryTable, Rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,14 +21,18 @@ class Retrieved:
     """What retrieval hands to fusion.
 
     Attributes:
-        embedding: per memory layer index in the model, embedding_BTE.
+        waits: per memory layer index in the model, a function that waits for embedding_BTE.
         dead_BT: True where a position is masked (padding) and its memory must stay silent; None where none is.
         starts_BT: True where a packed document begins; None where rows are not packed.
     """
 
-    embedding: dict[int, Tensor]
+    waits: Mapping[int, Callable[[], Tensor]]
     dead_BT: Tensor | None
     starts_BT: Tensor | None
+
+    def wait(self, layer: int) -> Tensor | None:
+        """embedding_BTE of a layer once it is there; None for a layer without memory."""
+        return self.waits[layer]() if layer in self.waits else None
 
 
 class Memory(nn.Module):
@@ -38,16 +44,24 @@ class Memory(nn.Module):
 
     class_of_id: Tensor | None
 
-    def __init__(self, config: MemoryConfig, geometry: Geometry, *, num_ids: int, vocab_size: int) -> None:
+    def __init__(
+        self, config: MemoryConfig, geometry: Geometry, *, num_ids: int, vocab_size: int, rows: Rows = "own"
+    ) -> None:
         super().__init__()
         self.config = config
         self.geometry = geometry
         self.num_ids = num_ids
         self.tables = nn.ModuleDict(
-            {str(layer): MemoryTable(config, geometry, index) for index, layer in enumerate(config.layers)}
+            {str(layer): MemoryTable(config, geometry, index, rows) for index, layer in enumerate(config.layers)}
         )
         compressed = config.compression == "normalised"
         self.register_buffer("class_of_id", torch.full((vocab_size,), -1) if compressed else None)
+
+    def table(self, layer: int) -> MemoryTable:
+        """The table of a layer of the model."""
+        table = self.tables[str(layer)]
+        assert isinstance(table, MemoryTable)
+        return table
 
     @torch.no_grad()
     def set_classes(self, classes_V: Tensor) -> None:
@@ -100,9 +114,22 @@ class Memory(nn.Module):
             mask_BT: True at real tokens; None when all are.
             starts_BT: True where a packed document begins.
         """
-        rows = self.addresses(ids_BT, history_BS, starts_BT)
         return Retrieved(
-            embedding={layer: self.tables[str(layer)](rows_BTH) for layer, rows_BTH in rows.items()},
+            waits=self._read(self.addresses(ids_BT, history_BS, starts_BT)),
             dead_BT=None if mask_BT is None else ~mask_BT,
             starts_BT=starts_BT,
         )
+
+    def _read(self, rows: Mapping[int, Tensor]) -> dict[int, Callable[[], Tensor]]:
+        """Starts every table's reads; a source outside the model gets them all at once."""
+        tables = {layer: self.table(layer) for layer in rows}
+        source = next(iter(tables.values())).source
+        if source is None:
+            return {layer: partial(_same, tables[layer](rows_BTH)) for layer, rows_BTH in rows.items()}
+        stored = {tables[layer].name: tables[layer].stored_rows(rows_BTH) for layer, rows_BTH in rows.items()}
+        waits = source.read(stored)
+        return {layer: waits[table.name] for layer, table in tables.items()}
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor

@@ -15,14 +15,11 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     DeepseekV3Attention,
     DeepseekV3Experts,
-    DeepseekV3MLP,
-    DeepseekV3MoE,
     DeepseekV3RMSNorm,
     DeepseekV3RotaryEmbedding,
     DeepseekV3TopkRouter,
@@ -32,70 +29,13 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from engrammar.block import IDS_STATE, EngrammarBlock
 from engrammar.checkpoint import check_shards, is_table, remove_checkpoint, write_tables
 from engrammar.configuration import EngrammarConfig
 from engrammar.fusion import Fusion
-from engrammar.hyper import Collapse, Residual
+from engrammar.hyper import Collapse
 from engrammar.memory import Memory, Retrieved
-from engrammar.table import MemoryTable
-
-IDS_STATE, CONV_STATE = 0, 1  # what a memory layer keeps in the attention cache
-
-
-class EngrammarBlock(GradientCheckpointingLayer):
-    """Memory (where the layer has one), attention, MLP or experts, each added to the residual streams."""
-
-    def __init__(self, config: EngrammarConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.layer_idx = layer_idx
-        memory = config.memory_config
-        self.fusion = (
-            Fusion(memory, hidden_size=config.hidden_size, num_branches=config.num_branches)
-            if memory is not None and layer_idx in memory.layers
-            else None
-        )
-        self.self_attn = DeepseekV3Attention(config, layer_idx)
-        self.mlp = DeepseekV3MLP(config) if layer_idx < config.first_k_dense_replace else DeepseekV3MoE(config)
-        self.attn_residual = Residual(config, DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps))
-        self.mlp_residual = Residual(config, DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps))
-
-    def forward(
-        self,
-        streams_BTMD: Tensor,
-        embedding_BTE: Tensor | None = None,
-        dead_BT: Tensor | None = None,
-        starts_BT: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        **attention: Any,
-    ) -> Tensor:
-        if self.fusion is not None:
-            assert embedding_BTE is not None
-            recalled_BTMD = self._recall(streams_BTMD, embedding_BTE, dead_BT, starts_BT, past_key_values)
-            streams_BTMD = streams_BTMD + recalled_BTMD
-
-        def attend(x_BTD: Tensor) -> Tensor:
-            return self.self_attn(x_BTD, past_key_values=past_key_values, **attention)[0]
-
-        return self.mlp_residual(self.attn_residual(streams_BTMD, attend), self.mlp)
-
-    def _recall(
-        self,
-        streams_BTMD: Tensor,
-        embedding_BTE: Tensor,
-        dead_BT: Tensor | None,
-        starts_BT: Tensor | None,
-        cache: Cache | None,
-    ) -> Tensor:
-        """Fusion with its convolution window kept in the attention cache."""
-        fusion = self.fusion
-        assert fusion is not None
-        if cache is None or not fusion.config.conv_kernel:
-            return fusion(streams_BTMD, embedding_BTE, dead_BT, starts_BT)
-        value_BTMD = fusion.gated_value(streams_BTMD, embedding_BTE, dead_BT)
-        normed_BCS = cache.update_conv_state(
-            fusion.normed_value(value_BTMD), self.layer_idx, CONV_STATE, conv_kernel_size=fusion.config.conv_window
-        )
-        return value_BTMD + fusion.convolve(normed_BCS, value_BTMD.shape[1], starts_BT)
+from engrammar.table import MemoryTable, Rows, draw_rows_
 
 
 class EngrammarPreTrainedModel(PreTrainedModel):
@@ -135,7 +75,8 @@ class EngrammarPreTrainedModel(PreTrainedModel):
             init.zeros_(module.hc_base)
             init.ones_(module.hc_scale)
         elif isinstance(module, MemoryTable):
-            init.normal_(module.weight, mean=0.0, std=std)
+            if module.weight is not None and not getattr(module.weight, "_is_hf_initialized", False):
+                draw_rows_(module.weight, seed=module.init_seed, first_row=0, std=std)
         elif isinstance(module, Memory) and module.class_of_id is not None:
             init.constant_(module.class_of_id, -1)
         elif isinstance(module, Fusion):
@@ -152,8 +93,8 @@ class EngrammarPreTrainedModel(PreTrainedModel):
         """transformers' `save_pretrained`, with each memory table in a safetensors shard of its own."""
         if kwargs.get("variant") is not None:
             raise ValueError(f"variant is {kwargs['variant']!r}; checkpoints with memory tables have no variants.")
-        state_dict = kwargs.pop("state_dict", None)
-        state_dict = self.state_dict() if state_dict is None else state_dict
+        given = kwargs.pop("state_dict", None)
+        state_dict = self.state_dict() if given is None else given
         tables = {name: tensor for name, tensor in state_dict.items() if is_table(name)}
         backbone = {name: tensor for name, tensor in state_dict.items() if name not in tables}
         if is_main_process:
@@ -161,6 +102,10 @@ class EngrammarPreTrainedModel(PreTrainedModel):
         super().save_pretrained(save_directory, is_main_process, state_dict=backbone, **kwargs)
         if tables and is_main_process:
             write_tables(Path(save_directory), tables)
+        for source in (
+            {m.source for m in self.modules() if isinstance(m, MemoryTable) and m.source} if given is None else ()
+        ):
+            source.save(Path(save_directory))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -183,7 +128,12 @@ class EngrammarPreTrainedModel(PreTrainedModel):
             raise ValueError(
                 f"The weights in {folder} have other shapes than its config.json says: copy the checkpoint again."
             ) from error
-        left_over = sorted(key for key in info["unexpected_keys"] if ".fusion." in key or "memory." in key)
+        elsewhere = kwargs.get("rows") == "elsewhere"
+        left_over = sorted(
+            key
+            for key in info["unexpected_keys"]
+            if ".fusion." in key or ("memory." in key and not (elsewhere and is_table(key)))
+        )
         if left_over:
             raise ValueError(
                 f"{folder} holds memory that its config.json does not name ({left_over[0]}, ...): it is of another "
@@ -199,9 +149,12 @@ class EngrammarPreTrainedModel(PreTrainedModel):
 
 
 class EngrammarModel(EngrammarPreTrainedModel):
-    """Embedding, blocks and final norm. Without `config.memory` it is the plain MoE (or dense) model."""
+    """Embedding, blocks and final norm. Without `config.memory` it is the plain MoE (or dense) model.
 
-    def __init__(self, config: EngrammarConfig) -> None:
+    rows="elsewhere" makes the tables without their rows (`train.placement.place_tables` gives them a place).
+    """
+
+    def __init__(self, config: EngrammarConfig, rows: Rows = "own") -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.memory: Memory | None = None
@@ -211,6 +164,7 @@ class EngrammarModel(EngrammarPreTrainedModel):
                 config.memory_geometry,
                 num_ids=config.num_ids or config.vocab_size,
                 vocab_size=config.vocab_size,
+                rows=rows,
             )
         self.layers = nn.ModuleList([EngrammarBlock(config, index) for index in range(config.num_hidden_layers)])
         self.collapse = Collapse(config)
@@ -245,7 +199,7 @@ class EngrammarModel(EngrammarPreTrainedModel):
             self._check_ids(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        retrieved = Retrieved(embedding={}, dead_BT=None, starts_BT=None)
+        retrieved = Retrieved(waits={}, dead_BT=None, starts_BT=None)
         if self.memory is not None and input_ids is not None:
             retrieved = self._retrieve(input_ids, attention_mask, position_ids, past_key_values)
         if inputs_embeds is None:
@@ -265,7 +219,7 @@ class EngrammarModel(EngrammarPreTrainedModel):
         for layer, block in enumerate(self.layers):
             streams_BTMD = block(
                 streams_BTMD,
-                retrieved.embedding.get(layer),
+                retrieved.wait(layer),
                 retrieved.dead_BT,
                 retrieved.starts_BT,
                 past_key_values,
@@ -288,6 +242,16 @@ class EngrammarModel(EngrammarPreTrainedModel):
                     "of this model, and an attention_mask for padding."
                 )
 
+    def stored_rows(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """The stored rows that `forward` reads for a whole batch (no cache): per table name [B, T, H]."""
+        assert self.memory is not None
+        input_ids, _, starts_BT = _masked(input_ids, attention_mask, position_ids, None)
+        rows = self.memory.addresses(input_ids, None, starts_BT)
+        tables = {layer: self.memory.table(layer) for layer in rows}
+        return {tables[layer].name: tables[layer].stored_rows(rows_BTH) for layer, rows_BTH in rows.items()}
+
     def _retrieve(
         self,
         input_ids: Tensor,
@@ -295,30 +259,10 @@ class EngrammarModel(EngrammarPreTrainedModel):
         position_ids: Tensor | None,
         cache: Cache | None,
     ) -> Retrieved:
-        """The rows of every memory layer; the last N-1 ids live in the attention cache, stored as id + 1.
-
-        As in transformers' attention mask, position ids that restart tell packed documents, where there is neither a
-        mask nor a cache.
-        """
+        """The rows of every memory layer; the last N-1 ids live in the attention cache, stored as id + 1."""
         assert self.memory is not None
-        num_tokens = input_ids.shape[1]
-        seen = cache.get_seq_length() if cache is not None else 0
-        mask_BT = starts_BT = None
-        if attention_mask is None and position_ids is not None and cache is None:
-            starts_BT = nn.functional.pad(position_ids[:, 1:] != position_ids[:, :-1] + 1, (1, 0), value=True)
-            starts_BT = starts_BT.expand(input_ids.shape[0], -1)
-        if attention_mask is not None:
-            shape = (input_ids.shape[0], seen + num_tokens)
-            if not isinstance(attention_mask, Tensor) or attention_mask.shape != shape:
-                raise ValueError(
-                    f"A model with memory needs an attention_mask of shape [batch, positions] = {list(shape)}, cached "
-                    "positions included (generate with a static cache makes another: leave cache_implementation out)."
-                )
-            mask_BT = attention_mask[:, -num_tokens:].bool()
-            input_ids = input_ids.masked_fill(~mask_BT, -1)
-        history_BS = None
-        if cache is not None:
-            history_BS = self._update_history(input_ids, cache)
+        input_ids, mask_BT, starts_BT = _masked(input_ids, attention_mask, position_ids, cache)
+        history_BS = None if cache is None else self._update_history(input_ids, cache)
         return self.memory.fetch(input_ids, history_BS=history_BS, mask_BT=mask_BT, starts_BT=starts_BT)
 
     def _update_history(self, input_ids: Tensor, cache: Cache) -> Tensor:
@@ -335,17 +279,45 @@ class EngrammarModel(EngrammarPreTrainedModel):
         return before[:, :num_back] - 1
 
 
+def _masked(
+    input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: Cache | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Ids with -1 where masked, the mask of these positions, and where packed documents start.
+
+    As in transformers' attention mask, position ids that restart tell packed documents, where there is neither a mask
+    nor a cache.
+    """
+    num_tokens = input_ids.shape[1]
+    if attention_mask is None:
+        if position_ids is None or cache is not None:
+            return input_ids, None, None
+        starts_BT = nn.functional.pad(position_ids[:, 1:] != position_ids[:, :-1] + 1, (1, 0), value=True)
+        return input_ids, None, starts_BT.expand(input_ids.shape[0], -1)
+    shape = (input_ids.shape[0], num_tokens + (cache.get_seq_length() if cache is not None else 0))
+    if not isinstance(attention_mask, Tensor) or attention_mask.shape != shape:
+        raise ValueError(
+            f"A model with memory needs an attention_mask of shape [batch, positions] = {list(shape)}, cached "
+            "positions included (generate with a static cache makes another: leave cache_implementation out)."
+        )
+    mask_BT = attention_mask[:, -num_tokens:].bool()
+    return input_ids.masked_fill(~mask_BT, -1), mask_BT, None
+
+
 class EngrammarForCausalLM(EngrammarPreTrainedModel, GenerationMixin):
     """`EngrammarModel` with a language-model head; works with `generate`, Trainer and the Auto classes."""
 
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
 
-    def __init__(self, config: EngrammarConfig) -> None:
+    def __init__(self, config: EngrammarConfig, rows: Rows = "own") -> None:
         super().__init__(config)
-        self.model = EngrammarModel(config)
+        self.model = EngrammarModel(config, rows)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def stored_rows(self, input_ids: Tensor, **masks: Tensor) -> dict[str, Tensor]:
+        """As `EngrammarModel.stored_rows`."""
+        return self.model.stored_rows(input_ids, **masks)
 
     @can_return_tuple
     def forward(

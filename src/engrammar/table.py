@@ -3,11 +3,37 @@
 Letters: B batch, T tokens, H columns (heads over all orders), C row width, E = H*C, R rows, U distinct rows touched.
 """
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
 from engrammar.addressing import head_offsets
 from engrammar.config import Geometry, MemoryConfig
+
+INIT_BLOCK = 4096  # rows drawn from one seed
+Rows = Literal["own", "elsewhere"]  # whether a model holds its tables' rows, or something else does
+
+
+class RowSource(ABC):
+    """Holds the rows of tables outside their model: elsewhere in memory, in a file, spread over processes.
+
+    Attributes:
+        tables: per table name, the rows that this process holds, a parameter [rows, C].
+    """
+
+    tables: dict[str, nn.Parameter]
+
+    @abstractmethod
+    def read(self, rows: Mapping[str, Tensor]) -> dict[str, Callable[[], Tensor]]:
+        """Starts reading stored rows [..., H] of each table; each function waits for its embedding [..., E]."""
+
+    @abstractmethod
+    def save(self, directory: Path) -> None:
+        """Adds the tables to the checkpoint in `directory`, which already holds the rest of the model."""
 
 
 class _TouchedRows(torch.autograd.Function):
@@ -34,14 +60,21 @@ class MemoryTable(nn.Module):
 
     After backward `weight.grad` is a sparse COO tensor: each touched row once, its gradients summed. No dense gradient
     is ever made, so cost follows the touched rows. The parameter carries `is_memory_table = True` for the optimiser.
+    With rows="elsewhere" there is no parameter: `weight` is None, and rows are read from `source`, where this table is
+    called `name`.
     """
 
-    def __init__(self, config: MemoryConfig, geometry: Geometry, layer_index: int) -> None:
+    weight: nn.Parameter | None
+    source: RowSource | None = None
+    name: str = ""
+
+    def __init__(self, config: MemoryConfig, geometry: Geometry, layer_index: int, rows: Rows = "own") -> None:
         super().__init__()
         self.sizes_H = geometry.head_sizes(layer_index)
         self.offsets_H = head_offsets(geometry, layer_index)
-        self.weight = nn.Parameter(torch.empty(geometry.num_stored_rows(layer_index), config.head_dim))
-        self.weight.is_memory_table = True  # type: ignore[attr-defined]
+        self.shape = (geometry.num_stored_rows(layer_index), config.head_dim)
+        self.init_seed = int(torch.randint(2**62, (), device="cpu"))  # of `draw_rows_`
+        self.register_parameter("weight", new_table(torch.empty(self.shape)) if rows == "own" else None)
 
     def forward(self, rows_BTH: Tensor) -> Tensor:
         """Looks up head-local rows.
@@ -50,27 +83,53 @@ class MemoryTable(nn.Module):
             embedding_BTE, the rows of each token side by side, in the table's dtype.
 
         Raises:
-            ValueError: not one column per head.
+            ValueError: not one column per head, or rows that are nowhere.
             IndexError: a row is not in its head's table (checked on the CPU only).
         """
-        self._check(rows_BTH)
-        rows_BTH = rows_BTH + torch.tensor(self.offsets_H, device=rows_BTH.device)
+        rows_BTH = self.stored_rows(rows_BTH)
+        if self.source is not None:
+            return self.source.read({self.name: rows_BTH})[self.name]()
+        if self.weight is None:
+            raise ValueError("This table's rows are elsewhere: give them a place (train.placement.place_tables).")
         if not (self.weight.requires_grad and torch.is_grad_enabled()):
             return nn.functional.embedding(rows_BTH, self.weight).flatten(-2)
         rows_U, inverse = torch.unique(rows_BTH, return_inverse=True)
         touched_UC = _TouchedRows.apply(self.weight, rows_U)
         return nn.functional.embedding(inverse, touched_UC).flatten(-2)
 
-    def _check(self, rows_BTH: Tensor) -> None:
+    def stored_rows(self, rows_BTH: Tensor) -> Tensor:
+        """Rows of this layer's one parameter for head-local rows; errors as `forward`."""
         if rows_BTH.shape[-1] != len(self.sizes_H):
             raise ValueError(f"Rows have {rows_BTH.shape[-1]} columns; this table has {len(self.sizes_H)} heads.")
-        if rows_BTH.device.type != "cpu" or torch.compiler.is_compiling():
-            return
-        outside = (rows_BTH < 0) | (rows_BTH >= torch.tensor(self.sizes_H))
-        if outside.any():
-            *_, head = outside.nonzero()[0].tolist()
-            row = int(rows_BTH[..., head][outside[..., head]][0])
-            raise IndexError(f"Row {row} of head {head} is outside its table of {self.sizes_H[head]} rows.")
+        if rows_BTH.device.type == "cpu" and not torch.compiler.is_compiling():
+            outside = (rows_BTH < 0) | (rows_BTH >= torch.tensor(self.sizes_H))
+            if outside.any():
+                *_, head = outside.nonzero()[0].tolist()
+                row = int(rows_BTH[..., head][outside[..., head]][0])
+                raise IndexError(f"Row {row} of head {head} is outside its table of {self.sizes_H[head]} rows.")
+        return rows_BTH + torch.tensor(self.offsets_H, device=rows_BTH.device)
+
+
+def new_table(weight_RC: Tensor) -> nn.Parameter:
+    """A parameter that optimisers know as a memory table."""
+    weight = nn.Parameter(weight_RC)
+    weight.is_memory_table = True  # type: ignore[attr-defined]
+    return weight
+
+
+@torch.no_grad()
+def draw_rows_(out_UC: Tensor, *, seed: int, first_row: int, std: float) -> None:
+    """Fills `out_UC` with the initial values of rows first_row, first_row + 1, ... of a table: normal, deviation `std`.
+
+    A row's values depend on the seed and its number alone, so parts of a table can be drawn anywhere, in any order.
+    """
+    num_rows, width = out_UC.shape
+    for block in range(first_row // INIT_BLOCK, -(-(first_row + num_rows) // INIT_BLOCK)):
+        generator = torch.Generator().manual_seed(seed + block)
+        drawn = torch.empty(INIT_BLOCK, width).normal_(0.0, std, generator=generator)
+        start = block * INIT_BLOCK - first_row
+        low, high = max(start, 0), min(start + INIT_BLOCK, num_rows)
+        out_UC[low:high] = drawn[low - start : high - start].to(out_UC)
 
 
 def lookup_reference(weight_RC: Tensor, rows_BTH: Tensor, offsets_H: tuple[int, ...]) -> Tensor:

@@ -12,8 +12,6 @@ from engrammar.bench.optimiser import (
     _draw_batches,
     _measure,
     bench_optimiser,
-    print_optimiser,
-    verdict,
 )
 
 OURS = ("adam", "row_adam", "sinkhorn")
@@ -42,12 +40,10 @@ def test_every_optimiser_is_measured_against_sparse_adam():
 
 
 @pytest.mark.slow
-def test_quick_optimiser_bench_finishes_in_time_and_beats_sparse_adam(capsys):
+def test_quick_optimiser_bench_finishes_in_time_and_beats_sparse_adam():
     started = time.perf_counter()
     result = bench_optimiser(quick=True)
     assert time.perf_counter() - started < 40
     assert result["quick"] and [table["num_rows"] for table in result["tables"]] == [100_000, 1_000_000, 1_000_000]
     assert all(speedup > 1.5 for by_size in result["speedups"].values() for speedup in by_size)  # 2.2 when quiet
     assert {name: result["state_bytes"][name] for name in OURS} == {"adam": 516, "row_adam": 4, "sinkhorn": 256}
-    print_optimiser(result)
-    assert " ".join(verdict(result).split()) in " ".join(capsys.readouterr().out.split())

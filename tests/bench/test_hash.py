@@ -5,12 +5,12 @@ import time
 
 import pytest
 
-from engrammar.bench.hash import bench_hash, print_hash, verdict
+from engrammar.bench.hash import bench_hash
 from engrammar.bench.report import RESULTS
 
 
 @pytest.mark.slow
-def test_quick_hash_bench_finishes_in_time_and_beats_demo_style(capsys):
+def test_quick_hash_bench_finishes_in_time_and_beats_demo_style():
     started = time.perf_counter()
     result = bench_hash(quick=True)
     assert time.perf_counter() - started < 50
@@ -19,8 +19,6 @@ def test_quick_hash_bench_finishes_in_time_and_beats_demo_style(capsys):
     assert result["speedup"] == pytest.approx(
         rates["ours, NumPy"]["tokens_per_second"] / rates["demo-style NumPy"]["tokens_per_second"]
     )
-    print_hash(result)
-    assert " ".join(verdict(result).split()) in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_committed_run_is_a_full_one_and_three_times_demo_style():

@@ -237,14 +237,14 @@ def test_bf16_table_is_updated_in_fp32_and_rounded_once(kind):
 def test_stochastic_rounding_keeps_the_mean_and_goes_to_a_neighbour():
     torch.manual_seed(10)
     values = torch.randn(7, 3) * torch.logspace(-3, 3, 7)[:, None]
-    draws = torch.stack([round_stochastically(values) for _ in range(20_000)])
+    draws = torch.stack([round_stochastically(values, seed) for seed in range(20_000)])
     assert draws.dtype == torch.bfloat16
     spacing = torch.exp2(torch.floor(torch.log2(values.abs())) - 7)  # of bf16 numbers around each value
     assert ((draws.float() - values).abs() < spacing).all()
     assert ((draws.float().mean(0) - values).abs() < 4 * 0.5 * spacing / math.sqrt(20_000)).all()
     exact = torch.tensor([0.0, -0.0, 1.5, -3.0, math.inf, -math.inf])
-    assert torch.equal(round_stochastically(exact).float(), exact)
-    assert round_stochastically(torch.tensor([math.nan])).isnan()
+    assert torch.equal(round_stochastically(exact, 0).float(), exact)
+    assert round_stochastically(torch.tensor([math.nan]), 0).isnan()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import engrammar.train.trainer as trainer_module
-from engrammar.train.recipe import Recipe, load_recipe, prepare_tokens, to_yaml, train
+from engrammar.train.recipe import Recipe, load_recipe, to_yaml
+from engrammar.train.run import prepare_tokens, train
 from engrammar.train.sample import Sampling, complete, load
 
 ROOT = Path(__file__).parent.parent.parent
@@ -31,7 +32,7 @@ def tiny_recipe(folder: Path, *overrides: str) -> Recipe:
         "data.sequence_length=32",
         "data.limit_documents=null",
         "data.validation_share=0.2",
-        "trainer.per_device_train_batch_size=8",
+        "data.batch_size=8",
         "trainer.disable_tqdm=true",
         "trainer.eval_strategy=no",
         "trainer.save_strategy=steps",

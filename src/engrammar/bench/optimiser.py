@@ -54,12 +54,9 @@ def _contenders(table_RC: nn.Parameter, batches: list[Tensor], with_dense: bool)
         return step
 
     def limit(optimiser: Optimizer) -> Callable[[int], None]:
-        def gather_and_scatter(index: int) -> None:
-            rows_U = distinct[index]
-            for tensor in (table_RC.detach(), *optimiser.state[table_RC].values()):
-                tensor.index_copy_(0, rows_U, tensor.index_select(0, rows_U))
-
-        return gather_and_scatter
+        return lambda index: gather_and_scatter(
+            [table_RC.detach(), *optimiser.state[table_RC].values()], distinct[index]
+        )
 
     distinct = [rows.unique() for rows in batches]
     ours = {kind: build_row_optimiser(kind, [table_RC], **SETTINGS) for kind in ROW_OPTIMISERS}
@@ -69,6 +66,12 @@ def _contenders(table_RC: nn.Parameter, batches: list[Tensor], with_dense: bool)
         dense_RC = sparse(0).to_dense()
         contenders[DENSE_ADAM] = stepper(torch.optim.Adam([table_RC], **SETTINGS), lambda _: dense_RC)
     return contenders | {f"limit of {kind}": limit(optimiser) for kind, optimiser in ours.items()}
+
+
+def gather_and_scatter(tensors: list[Tensor], rows_U: Tensor) -> None:
+    """Reads these rows of every tensor and writes them back: what no optimiser can do without."""
+    for tensor in tensors:
+        tensor.index_copy_(0, rows_U, tensor.index_select(0, rows_U))
 
 
 def _state_bytes(name: str) -> int:
@@ -141,43 +144,32 @@ def bench_optimiser(quick: bool) -> dict[str, Any]:
     }
 
 
-def print_optimiser(result: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines: one for each table, a column for each optimiser."""
+    kinds = list(dict.fromkeys(kind for measured in result["tables"] for kind in measured["rates"]))
 
-    machine = result["machine"]
-    table = Table(title=f"{result['shapes']}; {machine['cpu']}, {machine['threads']} threads")
-    columns = ("rows", "touched", "", "state B/row", "touched rows/s", "best", "ms", "x SparseAdam", "share of limit")
-    for column in columns:
-        table.add_column(column, justify="right")
-    for measured in result["tables"]:
-        for name, rate in measured["rates"].items():
-            share = rate["share_of_limit"]
-            table.add_row(
-                f"{measured['num_rows']:,}",
-                f"{measured['num_touched']:,.0f} {measured['draws']}",
-                name,
-                str(result["state_bytes"][name]),
-                f"{rate['rows_per_second']:,.0f}",
-                f"{rate['best_rows_per_second']:,.0f}",
-                f"{rate['milliseconds']:.2f}",
-                f"{rate['speedup']:.2f}",
-                "" if share is None else f"{share:.0%}",
-            )
-    console = Console()
-    console.print(table)
-    console.print(verdict(result))
+    def cell(rate: dict[str, Any] | None) -> str:
+        if rate is None:
+            return "not run"
+        share = "" if rate["share_of_limit"] is None else f", {rate['share_of_limit']:.0%}"
+        return f"{rate['rows_per_second'] / 1e6:.1f} ({rate['speedup']:.1f}{share})"
+
+    rows = [
+        [f"{measured['num_rows']:,}, {measured['draws']}", *(cell(measured["rates"].get(kind)) for kind in kinds)]
+        for measured in result["tables"]
+    ]
+    return ["rows, gradient", *kinds], rows
 
 
 def verdict(result: dict[str, Any]) -> str:
-    """The speed-ups, and what the size of the table costs, in two sentences."""
-    tables = [table for table in result["tables"] if table["draws"] == "distinct"]
-    sizes = [f"{table['num_rows']:,}" for table in tables]
-    speedups = "; ".join(
-        f"{kind} {', '.join(f'{speedup:.1f}' for speedup in by_size)}" for kind, by_size in result["speedups"].items()
-    )
-    first, last = (table["rates"]["adam"]["rows_per_second"] for table in (tables[0], tables[-1]))
+    """What the cells say, what the size of the table costs, and the state."""
+    tables = [measured for measured in result["tables"] if measured["draws"] == "distinct"]
+    first, last = (measured["rates"]["adam"]["rows_per_second"] for measured in (tables[0], tables[-1]))
     return (
-        f"Times SparseAdam's rate, with {' / '.join(sizes)} rows: {speedups}. "
-        f"With {sizes[-1]} rows adam keeps {last / first:.0%} of its rate with {sizes[0]}."
+        "Million distinct touched rows a second; in brackets times SparseAdam's rate, and the share of the machine's "
+        "limit: gathering and scattering the same rows of table and state in the same run. "
+        f"With {tables[-1]['num_rows']:,} rows adam keeps {last / first:.0%} of its rate with "
+        f"{tables[0]['num_rows']:,}. State in bytes a row: "
+        + ", ".join(f"{kind} {size}" for kind, size in result["state_bytes"].items())
+        + "."
     )

@@ -1,4 +1,7 @@
-"""What memory costs a training step: tokens/s with it and without, at equal total and active parameters."""
+"""What memory costs a training step: tokens/s with it and without, at equal total and active parameters.
+
+The same command measures what the number of rows costs (`bench.rows`).
+"""
 
 import time
 from collections.abc import Callable
@@ -10,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from engrammar.bench.rows import FULL, LENGTH, QUICK, bench_rows, draw_ids
 from engrammar.budget import count_parameters, solve_budget
 from engrammar.configuration import EngrammarConfig
 from engrammar.machine import describe_machine
@@ -17,7 +21,7 @@ from engrammar.modeling import EngrammarForCausalLM
 from engrammar.presets import preset
 from engrammar.train.optimiser import build_optimiser, clip_grad_norm
 
-BATCH, LENGTH, RHO = 16, 128, 0.78
+BATCH, RHO = 16, 0.78
 PHASES = ("retrieval", "forward", "backward", "optimiser")
 
 
@@ -86,14 +90,12 @@ def bench_step(quick: bool) -> dict[str, Any]:
 
     Returns:
         tokens/s (median and best of the steps), the phases in ms, FLOPs per token, and the share of the machine's fp32
-        matrix rate measured in the same run. `memory_tax` is the share of throughput that memory costs.
+        matrix rate measured in the same run. `memory_tax` is the share of throughput that memory costs. `rows` is
+        what `bench_rows` returns.
     """
     repeats, warmup = (8, 2) if quick else (40, 4)
     pair = _pair()
-    torch.manual_seed(1)
-    # Token frequencies like a text's (Zipf), so that rows repeat within a batch as they do in training.
-    weights = 1 / torch.arange(1, pair["moe"].vocab_size + 1)
-    ids = [torch.multinomial(weights, BATCH * LENGTH, replacement=True).view(BATCH, LENGTH) for _ in range(8)]
+    ids = [draw_ids(pair["moe"].vocab_size, BATCH, seed=seed) for seed in range(8)]
     steppers = {name: _stepper(config, ids) for name, config in pair.items()}
     times: dict[str, list[dict[str, float]]] = {name: [] for name in pair}
     for index in range(warmup + repeats):
@@ -125,29 +127,33 @@ def bench_step(quick: bool) -> dict[str, Any]:
         "peak_gflops": peak / 1e9,
         "models": rows,
         "memory_tax": 1 - with_memory["tokens_per_second"] / without["tokens_per_second"],
+        "rows": bench_rows(QUICK if quick else FULL),
     }
 
 
-def print_step(result: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"{result['shapes']}; {result['machine']['cpu']}, {result['machine']['threads']} threads")
-    for column in ("", "total", "active", "tokens/s", "best", *(f"{p} ms" for p in PHASES), "share of peak"):
-        table.add_column(column, justify="right")
-    for name, row in result["models"].items():
-        table.add_row(
+def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines, one for each model."""
+    rows = [
+        [
             name,
             f"{row['total_parameters']:,}",
             f"{row['active_parameters']:,}",
             f"{row['tokens_per_second']:,.0f}",
             f"{row['best_tokens_per_second']:,.0f}",
-            *(f"{row['milliseconds'][p]:.1f}" for p in PHASES),
+            *(f"{row['milliseconds'][phase]:.1f}" for phase in PHASES),
+            f"{row['flops_per_token'] / 1e6:.2f}",
             f"{row['share_of_peak']:.0%}",
-        )
-    console = Console()
-    console.print(table)
-    console.print(
-        f"Memory costs {result['memory_tax']:.1%} of throughput; the machine's fp32 matrix rate is "
-        f"{result['peak_gflops']:.0f} GFLOP/s."
+        ]
+        for name, row in result["models"].items()
+    ]
+    phases = [f"{phase}, ms" for phase in PHASES]
+    return ["", "total", "active", "tokens/s", "best", *phases, "MFLOPs/token", "share of peak"], rows
+
+
+def verdict(result: dict[str, Any]) -> str:
+    """What memory costs, and the machine's limit."""
+    return (
+        f"Memory costs {result['memory_tax']:.1%} of throughput (median over steps). The machine's limit, the best "
+        f"fp32 matrix product of this run, is {result['peak_gflops']:.0f} GFLOP/s. Retrieval (hash and gather) is "
+        "timed on its own, beside the one inside forward."
     )

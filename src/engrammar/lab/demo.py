@@ -7,9 +7,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from engrammar.durable import check_writable
 from engrammar.lab.demo_report import plot_curves, render, verdict
 from engrammar.machine import describe_machine
-from engrammar.train.recipe import Recipe, check_writable, prepare_tokens, to_yaml, train
+from engrammar.train.recipe import Recipe, to_yaml
+from engrammar.train.run import prepare_tokens, train
 
 VARIANTS: dict[str, Literal["none", "budget"]] = {
     "moe": "none",

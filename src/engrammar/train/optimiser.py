@@ -10,11 +10,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from engrammar.train.placement import TablePlacement, placement_of
 from engrammar.train.row_optimisers import (
     Closure,
     Rounding,
+    RowOptimiser,
     RowOptimiserKind,
     build_row_optimiser,
     evaluate,
@@ -86,6 +89,20 @@ class Muon(Optimizer):
         return loss
 
 
+class DenseAdam(torch.optim.Adam):
+    """torch's Adam over every row of a table in every step: the baseline of the row optimisers.
+
+    Its time and memory are those of the whole table.
+    """
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for table_RC in group["params"]:
+                grad = table_RC.grad
+                table_RC.grad = torch.zeros_like(table_RC) if grad is None else grad.to_dense()
+        return super().step(closure)
+
+
 class MixedOptimiser(Optimizer):
     """Several optimisers behind the interface of one, for learning rate schedulers, accelerate and Trainer.
 
@@ -93,9 +110,17 @@ class MixedOptimiser(Optimizer):
     reaches the optimiser that reads it. Groups are fixed at construction.
     """
 
-    def __init__(self, inner: Sequence[Optimizer]) -> None:
+    def __init__(
+        self, inner: Sequence[Optimizer], placement: TablePlacement | None = None, max_grad_norm: float | None = None
+    ) -> None:
         super().__init__([group for optimiser in inner for group in optimiser.param_groups], {})
         self.inner = tuple(inner)
+        self.placement = placement
+        self.max_grad_norm = max_grad_norm
+        self.rows_apart = False  # True: `state_dict` leaves out the rows' state, which the placement saves
+        self.rows = next((optimiser for optimiser in inner if isinstance(optimiser, RowOptimiser)), None)
+        if placement is not None and self.rows is not None:
+            self.rows.home = placement.home
 
     @property  # type: ignore[override]
     def state(self) -> dict[Tensor, Any]:
@@ -116,9 +141,37 @@ class MixedOptimiser(Optimizer):
     def step(self, closure: Closure | None = None) -> Any:
         """One step of every inner optimiser; returns what `closure` returns."""
         loss = evaluate(closure)
+        if self.max_grad_norm is not None:
+            self.clip_grad_norm(self.max_grad_norm)
+        if self.placement is not None:
+            self.placement.collect()
         for optimiser in self.inner:
             optimiser.step()
+        if self.placement is not None:
+            for table_RC in self.placement.tables.values():
+                table_RC.grad = None  # model.zero_grad() does not reach it
         return loss
+
+    def clip_grad_norm(self, max_norm: float) -> Tensor:
+        """`clip_grad_norm` of every parameter, gradients of placed tables collected first."""
+        if self.placement is not None:
+            self.placement.collect()
+        parameters = [param for group in self.param_groups for param in group["params"]]
+        return clip_grad_norm(parameters, max_norm, self.placement)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        if self.placement is not None:
+            self.placement.zero_grad()
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.placement is not None:
+            self.placement.flush()
+        state = super().state_dict()
+        if self.rows_apart:
+            of_rows = {i for group in state["param_groups"] if group.get("name") == "memory" for i in group["params"]}
+            state["state"] = {i: values for i, values in state["state"].items() if i not in of_rows}
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict()` returned. Raises ValueError if names or sizes of the groups differ."""
@@ -147,17 +200,20 @@ def build_optimiser(
     memory_lr_scale: float = 5.0,
     muon_momentum: float = 0.95,
     matrices: Literal["muon", "adamw"] = "muon",
-    memory: RowOptimiserKind = "adam",
+    memory: RowOptimiserKind | Literal["dense_adam"] = "adam",
     memory_rounding: Rounding = "nearest",
+    max_grad_norm: float | None = None,
 ) -> MixedOptimiser:
     """Sort the model's trainable parameters into groups named "muon", "adamw_decay", "adamw_no_decay" and "memory".
 
-    memory: parameters with `is_memory_table = True`, the row optimiser called `memory` at
+    memory: parameters with `is_memory_table = True`, the row optimiser called `memory` (or the baseline `DenseAdam`) at
     `lr * memory_lr_scale`, no decay; `memory_rounding` says how bf16 tables are written.
     muon: matrices `[O, I]` and stacks `[E, O, I]` of the backbone, except embeddings, `lm_head`, routers
     (`mlp.gate.weight`), depthwise convolutions (`conv.`), hyper-connections (`fn`, `hc_fn`) and stacked norm weights;
     with matrices="adamw" they join adamw_decay. adamw_no_decay: vectors, scalars and all norm weights. adamw_decay: the
-    rest. Tied weights count once; empty groups are left out.
+    rest. Tied weights count once; empty groups are left out. With `max_grad_norm` each step clips first, rows and dense
+    gradients together: for loops that cannot, like transformers' plain Trainer (its own max_grad_norm is then 0).
+    Tables that `place_tables` took out of the model are found; place them before.
     Raises ValueError for another `matrices`, `memory` or `memory_rounding`, and for a model without trainable
     parameters.
     Source: arXiv 2601.07372, section 4 (Muon for the backbone, Adam for tables at five times its lr without decay).
@@ -166,7 +222,9 @@ def build_optimiser(
         raise ValueError(f'matrices must be "muon" or "adamw", got {matrices!r}.')
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     groups: dict[str, list[nn.Parameter]] = {"muon": [], "adamw_decay": [], "adamw_no_decay": [], "memory": []}
-    for name, param in model.named_parameters():
+    placement = placement_of(model)
+    placed = {} if placement is None else placement.tables
+    for name, param in [*model.named_parameters(), *placed.items()]:
         if not param.requires_grad:
             continue
         if getattr(param, "is_memory_table", False) is True:
@@ -178,7 +236,8 @@ def build_optimiser(
         else:
             groups["muon"].append(param)
     num_grouped = sum(param.numel() for group in groups.values() for param in group)
-    num_trainable = sum(param.numel() for param in model.parameters() if param.requires_grad)
+    trainable = [param for param in [*model.parameters(), *placed.values()] if param.requires_grad]
+    num_trainable = sum(param.numel() for param in trainable)
     assert num_grouped == num_trainable, (num_grouped, num_trainable)
     if num_trainable == 0:
         raise ValueError("The model has no trainable parameter: every requires_grad is False.")
@@ -193,29 +252,43 @@ def build_optimiser(
         inner.append(torch.optim.AdamW(adamw, lr=lr, betas=betas, eps=eps))
     if tables := filled("memory"):
         memory_lr = lr * memory_lr_scale
-        inner.append(build_row_optimiser(memory, tables, lr=memory_lr, betas=betas, eps=eps, rounding=memory_rounding))
-    return MixedOptimiser(inner)
+        if memory == "dense_adam":
+            if placement is not None:
+                raise ValueError('memory="dense_adam" updates every row: it is for tables that are not placed.')
+            inner.append(DenseAdam(tables, lr=memory_lr, betas=betas, eps=eps))
+        else:
+            rows = build_row_optimiser(memory, tables, lr=memory_lr, betas=betas, eps=eps, rounding=memory_rounding)
+            inner.append(rows)
+    return MixedOptimiser(inner, placement, max_grad_norm)
 
 
 @torch.no_grad()
-def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float, placement: TablePlacement | None = None) -> Tensor:
     """Scale gradients in place so that their total L2 norm is at most `max_norm`; returns the norm before, a scalar.
 
     As `torch.nn.utils.clip_grad_norm_`, which refuses sparse gradients: those are replaced by their coalesced form
-    here, so that a row touched twice counts as one sum. `math.inf` only measures. A norm that is not finite
-    leaves the gradients as they are. Raises ValueError unless `max_norm` is over 0.
+    here, so that a row touched twice counts as one sum. The rows of a `placement` over several ranks count on every
+    rank. `math.inf` only measures. A norm that is not finite leaves the gradients as they are. Raises ValueError unless
+    `max_norm` is over 0.
     """
     if not max_norm > 0:
         raise ValueError(f"max_norm must be over 0 (math.inf only measures), got {max_norm}.")
-    values = []
+    sharded = placement is not None and placement.num_ranks > 1
+    values: list[Tensor] = []
+    row_values: list[Tensor] = []
     for param in parameters:
         if param.grad is not None and param.grad.is_sparse:
             param.grad = sum_by_row(param.grad)
-            values.append(param.grad.values())
+            (row_values if sharded else values).append(param.grad.values())
         elif param.grad is not None:
             values.append(param.grad)
     norm = nn.utils.get_total_norm(values)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    if placement is not None and sharded:
+        squares = placement.home.all_sum(sum((v.square().sum() for v in row_values), torch.zeros(())))
+        norm = (norm.square() + squares.to(norm.device)).sqrt()
     if max_norm < norm.item() < math.inf:  # False for nan
-        for value in values:
+        for value in (*values, *row_values):
             value.mul_((max_norm / (norm + 1e-6)).to(value.device))
     return norm

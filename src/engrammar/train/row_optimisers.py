@@ -4,14 +4,17 @@ Shape letters: R rows of a table, C row width, U touched rows.
 """
 
 import math
-import mmap
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
+
+from engrammar.train.pages import zeros_in_ram
 
 Closure = Callable[[], float]
 RowOptimiserKind = Literal["adam", "row_adam", "sinkhorn"]
@@ -32,14 +35,31 @@ def evaluate(closure: Closure | None) -> float | None:
         return closure()
 
 
-def _untouched_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros that take memory page by page as they are written; `torch.zeros` writes every page at once."""
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_NOHUGEPAGE"):  # a huge page holds thousands of rows: one touched row would claim 2 MiB
-        pages.madvise(mmap.MADV_NOHUGEPAGE)
-    return torch.frombuffer(pages, dtype=dtype).view(shape)
+def _now(update: Callable[[], None]) -> None:
+    update()
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return zeros_in_ram(shape, dtype) if device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Home:
+    """Where the tables of an optimiser live.
+
+    Attributes:
+        allocate: zeros of a shape, for state.
+        submit: carries an update out, now or in order behind others.
+        all_sum: the sum of a tensor over the ranks that share the tables, in place.
+    """
+
+    allocate: Callable[[Sequence[int], torch.dtype, torch.device], Tensor] = _allocate
+    submit: Callable[[Callable[[], None]], None] = _now
+    all_sum: Callable[[Tensor], Tensor] = _same
 
 
 def sum_by_row(gradient: Tensor) -> Tensor:
@@ -54,32 +74,35 @@ def sum_by_row(gradient: Tensor) -> Tensor:
     return torch.sparse_coo_tensor(rows, gradient._values(), gradient.shape, is_coalesced=True, check_invariants=False)
 
 
-def round_stochastically(values: Tensor) -> Tensor:
-    """fp32 -> bf16, up or down with the probability that makes the mean exact; draws from torch's default generator.
+def round_stochastically(values: Tensor, seed: int) -> Tensor:
+    """fp32 -> bf16, up or down with the probability that makes the mean exact.
 
     The upper half of an fp32 is a bf16, so a random number added to the lower half carries with that probability.
     """
     # 64 random bits serve four numbers: drawing them one by one would cost more than an Adam step.
     num_draws = math.ceil(values.numel() / 4)
-    bits = torch.empty(num_draws, dtype=torch.int64, device=values.device).random_(-(2**63), None)
+    bits = torch.empty(num_draws, dtype=torch.int64, device=values.device)
+    bits.random_(-(2**63), None, generator=torch.Generator(values.device).manual_seed(seed))
     lower_half = bits.view(torch.uint16)[: values.numel()].view(values.shape).int()
     return ((values.contiguous().view(torch.int32) + lower_half) & -(2**16)).view(torch.float32).bfloat16()
 
 
-def balance_(update_UC: Tensor) -> Tensor:
+def balance_(update_UC: Tensor, all_sum: Callable[[Tensor], Tensor] = _same) -> Tensor:
     """Sinkhorn balance in place: rows and columns scaled in turn to norm 1, 11 times, ending on rows; RMS 1 in a row.
 
     Rows whose norm is not over 1e-3 of the mean row norm, and rows of zeros, come out as zeros and do not count.
-    Scaling rows and columns of x in turn needs only the sums of its squares: 11 products of x^2 with a vector.
+    Scaling rows and columns of x in turn needs only the sums of its squares: 11 products of x^2 with a vector. Where
+    rows are spread over ranks, `all_sum` adds what their columns sum to.
     """
     norm_U1 = torch.linalg.vector_norm(update_UC, dim=1, keepdim=True)
-    mean_norm = norm_U1.mean().clamp(min=1e-30)
+    norm_and_count = all_sum(torch.stack([norm_U1.sum(), torch.tensor(float(len(norm_U1)), device=norm_U1.device)]))
+    mean_norm = (norm_and_count[0] / norm_and_count[1]).clamp(min=1e-30)
     kept_UC = update_UC.div_(mean_norm).masked_fill_(norm_U1 <= SINKHORN_SMALL_ROW * mean_norm, 0)
     square_UC = kept_UC.square()
     column_square_C = torch.ones_like(square_UC[0])  # squared factor of each column, as row_square_U of each row
     for _ in range(SINKHORN_STEPS // 2):
         row_square_U = (square_UC @ column_square_C).clamp_(min=1e-30).reciprocal_()
-        column_square_C = (row_square_U @ square_UC).clamp_(min=1e-30).reciprocal_()
+        column_square_C = all_sum(row_square_U @ square_UC).clamp_(min=1e-30).reciprocal_()
     row_square_U = (square_UC @ column_square_C).clamp_(min=1e-30).reciprocal_()
     num_columns = update_UC.shape[1]
     return kept_UC.mul_(column_square_C.sqrt_()).mul_(row_square_U.mul_(num_columns).sqrt_().unsqueeze(1))
@@ -97,6 +120,7 @@ class RowOptimiser(Optimizer, ABC):
     """
 
     state_layout: ClassVar[StateLayout]
+    home = Home()  # `build_optimiser` sets the one that the tables' placement gives
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], rounding: Rounding) -> None:
         if rounding not in ("nearest", "stochastic"):
@@ -118,34 +142,44 @@ class RowOptimiser(Optimizer, ABC):
         for group in self.param_groups:
             for table_RC in group["params"]:
                 if table_RC.grad is not None:
-                    self._update_table(table_RC, group)
+                    seed = int(torch.randint(2**62, ())) if group["rounding"] == "stochastic" else None
+                    # The settings as they are now: a scheduler may write to the group before the update is done.
+                    self.home.submit(partial(self._update_table, table_RC, self._gradient(table_RC), {**group}, seed))
         return loss
 
-    def _update_table(self, table_RC: Tensor, group: dict[str, Any]) -> None:
+    def _gradient(self, table_RC: Tensor) -> Tensor:
         assert table_RC.grad is not None
         if not table_RC.grad.is_sparse:
             name, shape = type(self).__name__, tuple(table_RC.shape)
             raise ValueError(f"{name} takes sparse gradients, got a dense one of shape {shape}.")
         assert table_RC.grad.sparse_dim() == 1 and table_RC.ndim == 2, (table_RC.grad.sparse_dim(), table_RC.shape)
-        gradient = sum_by_row(table_RC.grad)
+        return table_RC.grad
+
+    @torch.no_grad()
+    def _update_table(self, table_RC: Tensor, gradient: Tensor, group: dict[str, Any], seed: int | None) -> None:
+        gradient = sum_by_row(gradient)
         rows_U, grad_UC = gradient.indices()[0], gradient.values()
-        if rows_U.numel() == 0:
+        if rows_U.numel() == 0 and self.home.all_sum is _same:
             return
-        state = self.state[table_RC]
-        if not state:
-            for key, (shape, dtype) in self._expected_state(table_RC).items():
-                state[key] = _untouched_zeros(shape, dtype, table_RC.device)
-        update_UC = self._direction(rows_U, grad_UC.float(), state, group)
+        update_UC = self._direction(rows_U, grad_UC.float(), self.state_of(table_RC), group)
         updated_UC = table_RC.index_select(0, rows_U).float().add_(update_UC, alpha=-group["lr"])
-        stochastic = group["rounding"] == "stochastic"
-        rounded_UC = round_stochastically(updated_UC) if stochastic else updated_UC.to(table_RC.dtype)
+        rounded_UC = updated_UC.to(table_RC.dtype) if seed is None else round_stochastically(updated_UC, seed)
         table_RC.index_copy_(0, rows_U, rounded_UC)
 
-    def _expected_state(self, table_RC: Tensor) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    def layout(self, shape: Sequence[int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of each state of a table `[R, C]`."""
         return {
-            key: (tuple(table_RC.shape) if per == "element" else (table_RC.shape[0],), dtype)
+            key: (tuple(shape) if per == "element" else (shape[0],), dtype)
             for key, (dtype, per) in self.state_layout.items()
         }
+
+    def state_of(self, table_RC: Tensor) -> dict[str, Tensor]:
+        """The state of a table; zeros where no row was touched yet."""
+        state = self.state[table_RC]
+        if not state:
+            for key, (shape, dtype) in self.layout(table_RC.shape).items():
+                state[key] = self.home.allocate(shape, dtype, table_RC.device)
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As `Optimizer.load_state_dict`, which would cast the fp32 state of a bf16 table to bf16."""
@@ -156,7 +190,7 @@ class RowOptimiser(Optimizer, ABC):
             if saved_id not in state_dict["state"]:  # never touched before the save
                 continue
             state = {key: value.to(table_RC.device) for key, value in state_dict["state"][saved_id].items()}
-            expected = self._expected_state(table_RC)
+            expected = self.layout(table_RC.shape)
             if state.keys() != expected.keys():
                 name = type(self).__name__
                 raise ValueError(f"Saved state holds {sorted(state)}, {name} needs {sorted(expected)}: check `memory`.")
@@ -265,7 +299,7 @@ class Sinkhorn(RowOptimiser):
     def _direction(self, rows_U: Tensor, grad_UC: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
         momentum_UC = state["momentum_buffer"].index_select(0, rows_U).lerp_(grad_UC, 1 - group["momentum"])
         state["momentum_buffer"].index_copy_(0, rows_U, momentum_UC)
-        return balance_(grad_UC.lerp(momentum_UC, group["momentum"]))
+        return balance_(grad_UC.lerp(momentum_UC, group["momentum"]), self.home.all_sum)
 
 
 ROW_OPTIMISERS: dict[RowOptimiserKind, type[RowOptimiser]] = {

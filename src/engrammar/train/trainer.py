@@ -1,19 +1,29 @@
-"""transformers' Trainer with one optimiser for matrices, memory rows and the rest, and loss-free expert balancing."""
+"""transformers' Trainer with one optimiser for matrices, rows and the rest, expert balancing and sealed checkpoints."""
 
+import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
-from engrammar.train.optimiser import build_optimiser, clip_grad_norm
+from engrammar.checkpoint import load_backbone
+from engrammar.durable import MANIFEST, PARTIAL, clear_partials, last_good, rotate, seal, verify, writing
+from engrammar.table import MemoryTable
+from engrammar.train.optimiser import MixedOptimiser, build_optimiser
+from engrammar.train.placement import place_tables, placement_of
 
 IGNORED = -100  # label of a position that is not scored
+
+logger = logging.getLogger(__name__)
 
 
 class LoadBalancing(TrainerCallback):
@@ -42,6 +52,8 @@ class LoadBalancing(TrainerCallback):
     @torch.no_grad()
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:
         for router, load in zip(self.routers, self.loads):
+            if dist.is_initialized():
+                dist.all_reduce(load)
             router.e_score_correction_bias += self.rate * torch.sign(load.mean() - load)
             load.zero_()
 
@@ -53,10 +65,15 @@ class LoadBalancing(TrainerCallback):
 class EngrammarTrainer(Trainer):
     """Trains any model with (or without) memory tables.
 
+    Checkpoints are whole or absent (`engrammar.durable`); they are flushed to the disk while training goes on, so
+    `checkpoint-N` may appear after the `on_save` callbacks.
+
     Args:
         optimiser: keyword arguments of `build_optimiser` besides lr and weight decay.
         balance_rate: step of loss-free balancing; 0 leaves it out.
         bytes_per_eval_token: UTF-8 bytes per token of the evaluation text; evaluation then reports bits per byte.
+        placement: keyword arguments of `place_tables`: where the tables are while it trains, sharded over ranks where
+            there are several. In one process, on the device or in RAM, they are the model's parameters again after it.
     """
 
     def __init__(
@@ -67,11 +84,19 @@ class EngrammarTrainer(Trainer):
         optimiser: Mapping[str, Any] | None = None,
         balance_rate: float = 1e-3,
         bytes_per_eval_token: float | None = None,
+        placement: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        if args.fp16:
+            raise ValueError("fp16 scales gradients where rows are not reached: use bf16=True.")
         super().__init__(model=model, args=args, **kwargs)
         self.optimiser_settings = dict(optimiser or {})
         self.bytes_per_eval_token = bytes_per_eval_token
+        self.placement_settings = {"where": "device", **(placement or {})}
+        self.placement = placement_of(model)
+        self.next_batches: Any = None  # read one step early, where stale reads are allowed
+        self.partial: Path | None = None  # what transformers takes for the run's folder while it saves
+        self.sealing: Future[None] | None = None  # the save that is on its way to the disk
         if balance_rate:
             self.add_callback(LoadBalancing(model, balance_rate))
 
@@ -85,14 +110,164 @@ class EngrammarTrainer(Trainer):
                 eps=self.args.adam_epsilon,
                 **self.optimiser_settings,
             )
+            self.mixed_optimiser.rows_apart = self.placement is not None
         return self.optimizer
 
+    def place(self, checkpoint: Path | None = None) -> None:
+        """Takes the tables out of the model, and reads their rows from `checkpoint` where one is given."""
+        model = self.accelerator.unwrap_model(self.model)
+        has_tables = any(isinstance(module, MemoryTable) for module in model.modules())
+        if self.placement is None and has_tables and self.optimiser_settings.get("memory") != "dense_adam":
+            self.placement = place_tables(model, **self.placement_settings)
+        if self.placement is not None and checkpoint is not None:
+            self.placement.load(checkpoint)
+
+    @property
+    def mixed_optimiser(self) -> MixedOptimiser:
+        mixed = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
+        assert isinstance(mixed, MixedOptimiser)
+        return mixed
+
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
-        """The norm over dense gradients and touched rows together; torch's own refuses sparse gradients."""
-        return clip_grad_norm(model.parameters(), self.args.max_grad_norm)
+        """The norm over dense gradients and touched rows together, those of all ranks."""
+        return self.mixed_optimiser.clip_grad_norm(self.args.max_grad_norm)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | None = None) -> float:
-        return float(clip_grad_norm(model.parameters(), math.inf) if grad_norm is None else grad_norm)
+        return float(self.mixed_optimiser.clip_grad_norm(math.inf) if grad_norm is None else grad_norm)
+
+    def get_batch_samples(self, *args: Any) -> Any:
+        """A step's batches, whose rows are on their way when this returns; each distinct row is read once."""
+        if self.placement is None or not self.placement.reads_ahead:
+            return super().get_batch_samples(*args)
+        samples = self.next_batches or super().get_batch_samples(*args)
+        if not self.placement.stale:
+            self._read_ahead(samples[0])
+            return samples
+        if self.next_batches is None:
+            self._read_ahead(samples[0])
+        following = super().get_batch_samples(*args)
+        self.next_batches = following if following[0] else None  # an epoch's last step has none after it
+        self._read_ahead(following[0])
+        return samples
+
+    def _read_ahead(self, batches: Sequence[Mapping[str, Tensor]]) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        if self.placement is None or not batches or not hasattr(model, "stored_rows"):
+            return
+        known = ("input_ids", "attention_mask", "position_ids")
+        inputs = [{key: batch[key].to(self.args.device) for key in known if key in batch} for batch in batches]
+        self.placement.read_ahead([model.stored_rows(**batch) for batch in inputs])
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Trains; True resumes from the last good checkpoint of the output folder, a path from that checkpoint.
+
+        Raises:
+            ValueError: the checkpoint is damaged, or there is none.
+            OSError: a checkpoint could not be written; the one before it is whole.
+        """
+        out = Path(self.args.output_dir)
+        if self.args.should_save:
+            clear_partials(out)
+        if resume_from_checkpoint is True:
+            good = last_good(out)
+            if good is None:
+                raise ValueError(f"{out} holds no checkpoint to resume from: train without resume_from_checkpoint.")
+            resume_from_checkpoint = str(good)
+        if resume_from_checkpoint:
+            self._check_checkpoint(Path(resume_from_checkpoint))
+        self.place()
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self._finish_sealing()
+            if self.placement is not None and self.placement.release():
+                self.placement = None
+
+    def _check_checkpoint(self, folder: Path) -> None:
+        if (folder / MANIFEST).exists():
+            verify(folder, only=None if self.args.should_save else ())  # one process reads it all
+        else:
+            logger.warning("%s has no %s, so damage would not be noticed: resuming from it as it is.", folder, MANIFEST)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self.partial is None else str(self.partial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Lets transformers write into a partial folder, which a thread then seals under its own name."""
+        self._finish_sealing()
+        run_dir, step = Path(self._get_output_dir(trial)), self.state.global_step
+        final = run_dir / f"checkpoint-{step}"
+        self.partial = run_dir / f"{PARTIAL}{final.name}"
+        partial = self.partial / final.name
+        try:
+            with writing(final.name, run_dir, scratch=self.partial):
+                super()._save_checkpoint(model, trial)
+                best = run_dir / f"checkpoint-{self.state.best_global_step}"
+                if best == final or best.exists():  # transformers looked for it in the partial folder
+                    self.state.best_model_checkpoint = str(best)
+                    if self.args.should_save:
+                        self.state.save_to_json(str(partial / "trainer_state.json"))
+        finally:
+            self.partial = None
+        self.accelerator.wait_for_everyone()  # every rank has written its part
+        if self.args.should_save:
+            protect = {final, Path(self.state.best_model_checkpoint or final)}
+            thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="seal")
+            self.sealing = thread.submit(self._seal, partial, final, protect)
+            thread.shutdown(wait=False)
+        if self.args.push_to_hub:
+            self._finish_sealing()
+            super()._push_from_checkpoint(str(final))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As transformers' own; tables that are placed are written by every rank that holds rows of them."""
+        super().save_model(output_dir, _internal_call)
+        if self.placement is not None:
+            self.accelerator.wait_for_everyone()
+            self.placement.save(Path(output_dir or self.args.output_dir))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if state_dict is None and self.placement is not None:
+            state_dict = self.model.state_dict()  # the tables are not in it: `save_model` adds them
+        super()._save(output_dir, state_dict)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.placement is not None and self.mixed_optimiser.rows is not None:
+            self.placement.save_state(Path(output_dir), self.mixed_optimiser.rows)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.placement is None or self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_backbone(Path(resume_from_checkpoint), self.model if model is None else model)
+        if self.placement is not None:
+            self.placement.load(Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.placement is not None and self.mixed_optimiser.rows is not None:
+            self.placement.load_state(Path(checkpoint), self.mixed_optimiser.rows)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Left to `_save_checkpoint`: a partial folder would be renamed during the upload."""
+
+    def _seal(self, partial: Path, final: Path, protect: Collection[Path]) -> None:
+        with writing(final.name, final.parent, scratch=partial.parent):
+            seal(partial, final)
+            partial.parent.rmdir()
+        rotate(final.parent, self.args.save_total_limit, protect)
+
+    def _finish_sealing(self) -> None:
+        """Waits until the last save is on the disk, and raises what went wrong with it."""
+        sealing, self.sealing = self.sealing, None
+        if sealing is not None:
+            sealing.result()
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        self._finish_sealing()
+        self.accelerator.wait_for_everyone()  # the best model may be the one just sealed, and every rank loads it
+        return super()._finalize_training(*args, **kwargs)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
@@ -106,6 +281,10 @@ class EngrammarTrainer(Trainer):
                 name: self.evaluate(part, None, f"{metric_key_prefix}_{name}") for name, part in eval_dataset.items()
             }
             return {name: value for metrics in each.values() for name, value in metrics.items()}
+        if self.placement is None and any(
+            isinstance(module, MemoryTable) and module.weight is None for module in self.model.modules()
+        ):
+            self.place()
         loader = self.get_eval_dataloader(eval_dataset)
         model = self.accelerator.unwrap_model(self.model)
         started = time.perf_counter()
@@ -114,9 +293,9 @@ class EngrammarTrainer(Trainer):
         model.eval()
         with torch.no_grad():
             for batch in loader:
-                totals += sum_cross_entropy(model, batch)
+                # Without the rows that make the last batch as long on every rank.
+                totals += self.accelerator.gather_for_metrics(sum_cross_entropy(model, batch)).sum(0)
         model.train(training)
-        totals = self.accelerator.reduce(totals, reduction="sum")
         nats, tokens = totals.tolist()
         seconds = time.perf_counter() - started
         metrics = {
@@ -132,8 +311,8 @@ class EngrammarTrainer(Trainer):
 
 
 def sum_cross_entropy(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """Sum of the next-token cross entropy in nats, and how many tokens were scored: float64 [2]."""
+    """Of each row, the sum of the next-token cross entropy in nats, and how many tokens were scored: float64 [B, 2]."""
     logits = model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), use_cache=False).logits
-    targets = batch["labels"][:, 1:].flatten()
-    losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=IGNORED, reduction="none")
-    return torch.stack([losses.double().sum(), (targets != IGNORED).sum().double()])
+    targets = batch["labels"][:, 1:]
+    losses = F.cross_entropy(logits[:, :-1].mT.float(), targets, ignore_index=IGNORED, reduction="none")
+    return torch.stack([losses.double().sum(1), (targets != IGNORED).sum(1).double()], dim=1)

@@ -1,0 +1,147 @@
+"""Rows of sharded tables on their way: one all-to-all brings the rows that a rank asked for, one returns gradients.
+
+A table's rows are cut into equal runs, one per rank. Letters: P peers (ranks), L tables, U distinct rows, C row width.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Group = dist.ProcessGroup
+
+
+def own_rows(num_rows: int, group: Group | None) -> tuple[int, int]:
+    """First row, and one past the last row, of a table of `num_rows` that this rank holds."""
+    if group is None:
+        return 0, num_rows
+    per_rank = _per_rank(num_rows, group)
+    first = min(num_rows, dist.get_rank(group) * per_rank)
+    return first, min(num_rows, first + per_rank)
+
+
+def _per_rank(num_rows: int, group: Group) -> int:
+    return -(-num_rows // dist.get_world_size(group))
+
+
+@dataclass(kw_only=True)
+class Traffic:
+    """What went over the wire, from this rank to others, and what would have without deduplication; in bytes."""
+
+    num_steps: int = 0
+    num_looked_up: int = 0
+    num_distinct: int = 0
+    ids: int = 0
+    rows: int = 0
+    gradients: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Route:
+    """Who asked whom for which rows, in one read.
+
+    Attributes:
+        asked_PL: how many rows of each table this rank asked of each peer.
+        served_PL: how many each peer asked of this rank.
+        served_rows: which, numbered from this rank's first row: by peer, then by table.
+    """
+
+    group: Group
+    asked_PL: list[list[int]]
+    served_PL: list[list[int]]
+    served_rows: list[Tensor]
+    traffic: Traffic = field(repr=False)
+
+    @classmethod
+    def ask(cls, rows: Sequence[Tensor], sizes: Sequence[int], group: Group, traffic: Traffic) -> "Route":
+        """Asks every rank for its part of `rows`, ascending distinct rows of tables of these sizes."""
+        num_ranks = dist.get_world_size(group)
+        ends = [
+            torch.searchsorted(rows_U, _per_rank(size, group) * torch.arange(1, num_ranks + 1, device=rows_U.device))
+            for rows_U, size in zip(rows, sizes)
+        ]
+        asked_LP = torch.stack([ends_P.diff(prepend=ends_P.new_zeros(1)) for ends_P in ends])
+        asked = asked_LP.T.contiguous()
+        served = torch.empty_like(asked)
+        dist.all_to_all_single(served, asked, group=group)
+        asked_PL, served_PL = asked.tolist(), served.tolist()
+        local = [rows_U % _per_rank(size, group) for rows_U, size in zip(rows, sizes)]
+        wanted = torch.cat(_by_peer([rows_U.split(c) for rows_U, c in zip(local, asked_LP.tolist())]))
+        served_ids = _all_to_all(wanted, _totals(asked_PL), _totals(served_PL), group)
+        served_rows = list(served_ids.split([count for counts_L in served_PL for count in counts_L]))
+        route = cls(group=group, asked_PL=asked_PL, served_PL=served_PL, served_rows=served_rows, traffic=traffic)
+        traffic.ids += route._sent(asked_PL) * wanted.element_size()
+        return route
+
+    def bring(self, tables: Sequence[Tensor]) -> list[Tensor]:
+        """The rows asked for, of each table: [U, C] in the order they were asked in."""
+        num_tables = len(tables)
+        served = [tables[i % num_tables].index_select(0, rows) for i, rows in enumerate(self.served_rows)]
+        brought = _all_to_all(torch.cat(served), _totals(self.served_PL), _totals(self.asked_PL), self.group)
+        self.traffic.rows += self._sent(self.served_PL) * _row_bytes(tables[0])
+        parts = brought.split([count for counts_L in self.asked_PL for count in counts_L])
+        return [torch.cat(parts[table::num_tables]) for table in range(num_tables)]
+
+    def give_back(self, gradients: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Sends the gradients of the rows asked for to who holds them.
+
+        Returns:
+            for each table, the rows of this rank (with repeats, in the order of the peers) and their gradients.
+        """
+        num_tables = len(gradients)
+        asked_LP = list(zip(*self.asked_PL))
+        outgoing = torch.cat(_by_peer([grad_UC.split(c) for grad_UC, c in zip(gradients, asked_LP)]))
+        incoming = _all_to_all(outgoing, _totals(self.asked_PL), _totals(self.served_PL), self.group)
+        self.traffic.gradients += self._sent(self.asked_PL) * _row_bytes(outgoing)
+        parts = incoming.split([count for counts_L in self.served_PL for count in counts_L])
+        return [
+            (torch.cat(self.served_rows[table::num_tables]), torch.cat(parts[table::num_tables]))
+            for table in range(num_tables)
+        ]
+
+    def _sent(self, counts_PL: list[list[int]]) -> int:
+        """Rows that leave this rank."""
+        return sum(_totals(counts_PL)) - sum(counts_PL[dist.get_rank(self.group)])
+
+
+def _row_bytes(tensor: Tensor) -> int:
+    return tensor.shape[1] * tensor.element_size()
+
+
+def _by_peer(parts_LP: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    return [part for parts_L in zip(*parts_LP) for part in parts_L]
+
+
+def _totals(counts_PL: Sequence[Sequence[int]]) -> list[int]:
+    return [sum(counts_L) for counts_L in counts_PL]
+
+
+def _all_to_all(sent: Tensor, send_counts: list[int], receive_counts: list[int], group: Group) -> Tensor:
+    received = sent.new_empty(sum(receive_counts), *sent.shape[1:])
+    dist.all_to_all_single(received, sent.contiguous(), receive_counts, send_counts, group=group)
+    return received
+
+
+def all_sum(tensor: Tensor, group: Group | None) -> Tensor:
+    """The sum over ranks, in place."""
+    if group is not None:
+        dist.all_reduce(tensor, group=group)
+    return tensor
+
+
+def leave_processes() -> None:
+    """Ends the process group, once all ranks are here: a rank that exits earlier can take others down with it."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def broadcast(values: Mapping[str, int], group: Group | None) -> dict[str, int]:
+    """The first rank's values."""
+    if group is None:
+        return dict(values)
+    box = [dict(values)]
+    dist.broadcast_object_list(box, group=group, group_src=0)
+    return box[0]

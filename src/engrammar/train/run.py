@@ -1,0 +1,234 @@
+"""Carries out a recipe: data, model, training, evaluation, saving; in one process or, under torchrun, in many."""
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from engrammar.durable import check_writable, last_good, verify, write_text, writing
+from engrammar.train.recipe import PLACES, DataRecipe, ModelRecipe, Recipe, check_trainer, flat, to_yaml
+
+if TYPE_CHECKING:
+    from transformers import TrainerState, TrainingArguments
+
+    from engrammar.configuration import EngrammarConfig
+    from engrammar.modeling import EngrammarForCausalLM
+    from engrammar.table import Rows
+    from engrammar.train.data import TokenSet
+    from engrammar.train.trainer import EngrammarTrainer
+
+
+def build_config(recipe: ModelRecipe, tokenizer: Any, classes_V: Any) -> "EngrammarConfig":
+    """The model's config for this tokenizer, by the recipe's way of splitting its budget."""
+    from engrammar.budget import solve_budget
+    from engrammar.presets import PRESETS, preset
+
+    settings = dict(recipe.settings)
+    if isinstance(settings.get("memory"), dict):
+        settings["memory"] = {**(PRESETS.get(recipe.preset, {}).get("memory") or {}), **settings["memory"]}
+    own = preset(recipe.preset, tokenizer=tokenizer, classes_V=classes_V, **settings)
+    if recipe.memory == "preset":
+        return own
+    plain = preset(recipe.preset, tokenizer=tokenizer, **(recipe.settings | {"memory": None}))
+    if recipe.memory == "none":
+        return plain
+    if own.memory_config is None:
+        raise ValueError(
+            f"model.memory is 'budget', but {recipe.preset} has no memory to size: set model.settings.memory."
+        )
+    return solve_budget(plain, own.memory_config, rho=recipe.rho, classes_V=classes_V)
+
+
+def build_model(config: "EngrammarConfig", classes_V: Any, seed: int, rows: "Rows" = "own") -> "EngrammarForCausalLM":
+    """A freshly initialised model with its class map set; its tables' rows are its own, or to be placed."""
+    import torch
+    from transformers import set_seed
+
+    from engrammar.modeling import EngrammarForCausalLM
+
+    set_seed(seed)
+    model = EngrammarForCausalLM(config, rows)
+    memory = model.model.memory
+    if memory is not None and memory.class_of_id is not None:
+        memory.set_classes(torch.from_numpy(classes_V))
+    return model
+
+
+def prepare_tokens(recipe: DataRecipe) -> "TokenSet":
+    """The recipe's text as token shards, made once and found again."""
+    from engrammar.train.data import prepare
+
+    folder = Path(recipe.folder)
+    name = recipe.source.replace("/", "_").replace(":", "-").replace("*", "_")
+    return prepare(
+        recipe.source,
+        out=folder / f"{name}-{Path(recipe.tokenizer).name if recipe.tokenizer else recipe.vocab_size}",
+        tokenizer=recipe.tokenizer,
+        vocab_size=recipe.vocab_size,
+        cache=folder / "pocket",
+        validation_share=recipe.validation_share,
+        limit_documents=recipe.limit_documents,
+    )
+
+
+def _training_arguments(recipe: Recipe) -> "TrainingArguments":
+    """transformers' settings; making them joins the other processes, where there are any."""
+    import torch
+    from transformers import TrainingArguments
+
+    settings = check_trainer(recipe)
+    shares = int(os.environ.get("WORLD_SIZE", 1)) * settings.get("gradient_accumulation_steps", 1)
+    if recipe.data.batch_size % shares:
+        raise ValueError(
+            f"data.batch_size is {recipe.data.batch_size}; allowed: multiples of {shares}, processes times "
+            "trainer.gradient_accumulation_steps."
+        )
+    return TrainingArguments(
+        output_dir=recipe.out,
+        seed=recipe.seed,
+        learning_rate=recipe.optimiser.lr,
+        weight_decay=recipe.optimiser.weight_decay,
+        per_device_train_batch_size=recipe.data.batch_size // shares,
+        report_to="none",
+        dataloader_pin_memory=torch.accelerator.is_available(),
+        **settings,
+    )
+
+
+def train(recipe: Recipe) -> dict[str, Any]:
+    """Carries out a recipe: data, model, training, evaluation, saving.
+
+    A killed run goes on from the last checkpoint in `out` to the same bits; a finished one is not repeated. Under
+    torchrun or `accelerate launch` every process calls it, on one file system; their number may differ from the
+    checkpoint's.
+
+    Returns:
+        What `out/result.json` holds: parameter counts, validation loss and bits per byte, the curve, and tokens per
+        second of the steps this call made, evaluation and saving included (None where it made none).
+
+    Raises:
+        ValueError: a wrong setting, an `out` that is not writable or holds another recipe's run, a damaged checkpoint.
+        OSError: the disk is full or failed; the same call goes on from the last good checkpoint.
+    """
+    from engrammar.budget import count_parameters
+
+    out = Path(recipe.out)
+    check_writable(out)
+    arguments = _training_arguments(recipe)
+    checkpoint = _last_checkpoint(recipe)
+    if (out / "result.json").exists():
+        return json.loads((out / "result.json").read_text())
+    trainer, config = _trainer(recipe, arguments, checkpoint)
+    if arguments.should_save:
+        with writing("recipe.yaml", out):
+            write_text(out / "recipe.yaml", to_yaml(recipe))
+    state, trained = _progress(checkpoint)
+    tokens_per_second = None
+    if trained:  # killed after its last step; Trainer would make one more
+        trainer.state = state
+    else:
+        runtime = trainer.train(str(checkpoint) if checkpoint else None).metrics["train_runtime"]
+        num_steps = trainer.state.global_step - state.global_step
+        tokens_per_second = num_steps * recipe.data.batch_size * recipe.data.sequence_length / runtime
+    metrics = trainer.evaluate()
+    result = {
+        **count_parameters(config).to_json(),
+        "validation_loss": metrics["eval_loss"],
+        "validation_bits_per_byte": metrics["eval_bits_per_byte"],
+        "tokens_per_second": tokens_per_second,
+        "steps": trainer.state.global_step,
+        "curve": [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry],
+    }
+    with writing("the trained model", out):
+        trainer.save_model(str(out))  # after a kill in here there is no result.json: evaluated and saved again
+        if arguments.should_save:
+            write_text(out / "result.json", json.dumps(result, indent=1) + "\n")
+    trainer.accelerator.wait_for_everyone()
+    return result
+
+
+def _trainer(
+    recipe: Recipe, arguments: "TrainingArguments", checkpoint: Path | None
+) -> "tuple[EngrammarTrainer, EngrammarConfig]":
+    """The recipe's trainer and its model's config; the model is that of `checkpoint` if no step is left to be made."""
+    from transformers import AutoTokenizer
+
+    from engrammar.modeling import EngrammarForCausalLM
+    from engrammar.train.trainer import EngrammarTrainer
+    from engrammar.vocabulary import cached_classes
+
+    with arguments.main_process_first(desc="data"):
+        tokens = prepare_tokens(recipe.data)
+        tokenizer = AutoTokenizer.from_pretrained(tokens.tokenizer_path)
+        classes_V = cached_classes(tokenizer, Path(tokens.tokenizer_path))
+    config = build_config(recipe.model, tokenizer, classes_V)
+    length = recipe.data.sequence_length
+    if length > config.max_position_embeddings:
+        raise ValueError(
+            f"data.sequence_length is {length}; this model allows up to {config.max_position_embeddings} "
+            "(model.settings.max_position_embeddings)."
+        )
+    rows: Rows = "own" if recipe.optimiser.memory == "dense_adam" else "elsewhere"
+    _, trained = _progress(checkpoint)
+    if trained:
+        model = EngrammarForCausalLM.from_pretrained(checkpoint, rows=rows)
+    else:
+        model = build_model(config, classes_V, recipe.seed, rows)
+    trainer = EngrammarTrainer(
+        model,
+        arguments,
+        optimiser={
+            "memory_lr_scale": recipe.optimiser.memory_lr_scale,
+            "matrices": recipe.optimiser.matrices,
+            "memory": recipe.optimiser.memory,
+        },
+        balance_rate=recipe.optimiser.balance_rate,
+        bytes_per_eval_token=tokens.num_bytes("validation") / tokens.num_tokens("validation"),
+        placement={
+            "where": recipe.placement.where,
+            "folder": recipe.placement.folder or Path(recipe.out) / "tables",
+            "overlap": recipe.placement.overlap,
+        },
+        train_dataset=tokens.blocks("train", length),
+        eval_dataset=tokens.blocks("validation", length),
+        processing_class=tokenizer,
+    )
+    if trained:
+        trainer.place(checkpoint)
+    return trainer, config
+
+
+def _last_checkpoint(recipe: Recipe) -> Path | None:
+    """The checkpoint to go on from, if the folder holds one, after checking that it is a run of this recipe."""
+    out = Path(recipe.out)
+    if not any(out.glob("*checkpoint-[0-9]*")) and not (out / "result.json").exists():
+        return None
+    advice = "choose another `out`, or delete that folder"
+    if not (out / "recipe.yaml").exists():
+        raise ValueError(f"{out} holds a run without its recipe.yaml: {advice}.")
+    there = flat(yaml.safe_load((out / "recipe.yaml").read_text()))
+    here = flat(asdict(recipe))
+    for name in sorted(there.keys() | here.keys()):
+        if name not in PLACES and there.get(name) != here.get(name):
+            raise ValueError(
+                f"{out} holds a run of another recipe ({name} is {there.get(name)!r} there, {here.get(name)!r} here): "
+                f"{advice}."
+            )
+    return last_good(out)
+
+
+def _progress(checkpoint: Path | None) -> "tuple[TrainerState, bool]":
+    """How far a checkpoint had come, verified before it is read, and whether all its steps are made."""
+    from transformers import TrainerState
+
+    if checkpoint is None:
+        return TrainerState(), False
+    verify(checkpoint, only=("trainer_state.json",))
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    trained = state.global_step >= state.max_steps
+    if trained:
+        verify(checkpoint)  # where there are steps left, the Trainer does it
+    return state, trained

@@ -1,0 +1,265 @@
+"""Wherever a table's rows are, training gives the same bits; over ranks, the same curve with a share of the table."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from engrammar.checkpoint import table_shard
+from engrammar.modeling import EngrammarForCausalLM
+from engrammar.table import draw_rows_
+from engrammar.train.optimiser import build_optimiser
+from engrammar.train.pages import zeros_in_file, zeros_in_ram
+from engrammar.train.placement import place_tables, placement_of
+from models import tiny_config, tiny_model
+
+ROOT = Path(__file__).parent.parent.parent
+SETTINGS = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "max_grad_norm": 1.0}
+PLACES = [("device", "none"), ("ram", "none"), ("ram", "exact"), ("file", "none"), ("file", "exact")]
+
+
+def batches(num_steps: int, micro: int) -> list[list[torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [[torch.randint(3, 53, (4, 11), generator=generator) for _ in range(micro)] for _ in range(num_steps)]
+
+
+def train(model, optimiser, steps, *, ahead: bool = False) -> list[float]:
+    losses = []
+    placement = placement_of(model)
+    for micro_batches in steps:
+        if ahead:
+            placement.read_ahead([model.model.stored_rows(ids) for ids in micro_batches])
+        for ids in micro_batches:
+            loss = model(ids, labels=ids).loss / len(micro_batches)
+            loss.backward()
+            losses.append(loss.item())
+        optimiser.step()
+        optimiser.zero_grad()
+    return losses
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    placement = placement_of(model)
+    placed = {}
+    if placement is not None:
+        placement.flush()
+        placed = {f"{name}.weight": table.detach().clone() for name, table in placement.tables.items()}
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()} | placed
+
+
+def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("kind", ["adam", "row_adam", "sinkhorn"])
+@pytest.mark.parametrize(("where", "overlap"), PLACES)
+@pytest.mark.parametrize("ahead", [False, True], ids=["read as needed", "read ahead"])
+def test_training_gives_the_same_bits_wherever_the_rows_are(tmp_path, kind, where, overlap, ahead):
+    plain = tiny_model("paper", num_branches=2).train()
+    expected = train(plain, build_optimiser(plain, memory=kind, **SETTINGS), batches(4, 2))
+    placed = tiny_model("paper", num_branches=2).train()
+    place_tables(placed, where=where, folder=tmp_path, overlap=overlap)
+    assert not any("tables" in name for name, _ in placed.named_parameters())
+    found = train(placed, build_optimiser(placed, memory=kind, **SETTINGS), batches(4, 2), ahead=ahead)
+    assert found == expected
+    assert_equal(weights(placed), weights(plain))
+
+
+def test_a_stale_read_is_one_update_old_and_no_more():
+    """The rows of the next step are read before this step's update, and only of the next."""
+    steps = batches(3, 1)
+    model = tiny_model("paper").train()
+    placement = place_tables(model, where="ram", overlap="stale")
+    optimiser = build_optimiser(model, memory="row_adam", **SETTINGS)
+    (name, table), *_ = placement.tables.items()
+    seen, held = [], []
+    for index, (ids,) in enumerate(steps):
+        upcoming = steps[index : index + 2] if index == 0 else steps[index + 1 : index + 2]
+        for (later,) in upcoming:
+            placement.read_ahead([model.model.stored_rows(later)])
+        placement.flush()
+        rows = placement.ahead[0].rows[name]
+        seen.append(placement.ahead[0].fetched.result().leaves[name].detach().clone())
+        model(ids, labels=ids).loss.backward()
+        held.append((table.detach().clone(), rows))
+        optimiser.step()
+        optimiser.zero_grad()
+    placement.flush()
+    assert torch.equal(seen[0], held[0][0][held[0][1]])
+    for step in (1, 2):
+        before_last_update, (now, rows) = held[step - 1][0], held[step]
+        assert torch.equal(seen[step], before_last_update[rows])
+        assert not torch.equal(seen[step], now[rows])
+
+
+def test_zeroing_gradients_between_forward_and_backward_loses_none():
+    plain, placed = (tiny_model("paper").train() for _ in range(2))
+    place_tables(placed, where="ram")
+    (ids,) = batches(1, 1)[0]
+    for model in (plain, placed):
+        optimiser = build_optimiser(model, **SETTINGS)
+        model(ids, labels=ids).loss.backward()  # to be forgotten
+        loss = model(ids, labels=ids).loss
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    assert_equal(weights(placed), weights(plain))
+
+
+def test_rows_that_were_not_read_ahead_are_an_error():
+    model = tiny_model("paper").train()
+    placement = place_tables(model, where="ram")
+    optimiser = build_optimiser(model, **SETTINGS)
+    ids, other = batches(1, 2)[0]
+    placement.read_ahead([model.model.stored_rows(ids)])
+    model(other, labels=other).loss.backward()
+    with pytest.raises(ValueError, match="not read ahead"):
+        optimiser.step()
+
+
+def test_evaluation_reads_the_rows_as_updated(tmp_path):
+    model = tiny_model("paper").train()
+    place_tables(model, where="file", folder=tmp_path, overlap="exact")
+    train(model, build_optimiser(model, **SETTINGS), batches(2, 1))
+    (ids,) = batches(1, 1)[0]
+    with torch.no_grad():
+        placed = model.eval()(ids).logits
+    model.save_pretrained(tmp_path / "saved")
+    loaded = EngrammarForCausalLM.from_pretrained(tmp_path / "saved")
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, placed)
+    assert_equal(weights(loaded), weights(model))
+
+
+@pytest.mark.parametrize("where", ["device", "ram"])
+def test_release_gives_the_tables_back(where):
+    plain, placed = tiny_model("paper"), tiny_model("paper")
+    place_tables(placed, where=where).release()
+    assert placement_of(placed) is None
+    assert_equal(weights(placed), weights(plain))
+    assert place_tables(placed).num_ranks == 1  # and they can be placed again
+
+
+def test_rows_drawn_elsewhere_equal_the_models_own():
+    torch.manual_seed(7)
+    own = EngrammarForCausalLM(tiny_config("paper"))
+    torch.manual_seed(7)
+    elsewhere = EngrammarForCausalLM(tiny_config("paper"), rows="elsewhere")
+    with pytest.raises(ValueError, match="place_tables"):
+        elsewhere.model.memory.set_classes(torch.arange(53) % 41)
+        elsewhere(torch.tensor([[3, 4]]))
+    own.model.memory.set_classes(torch.arange(53) % 41)
+    place_tables(elsewhere, where="ram")
+    assert_equal(weights(elsewhere), weights(own))
+
+
+@pytest.mark.parametrize(("first", "count"), [(0, 3), (4095, 2), (4096, 5000), (5000, 1), (9000, 0)])
+def test_any_part_of_a_table_is_drawn_like_the_whole(first, count):
+    whole, part = torch.empty(10_000, 3), torch.full((count, 3), torch.nan)
+    draw_rows_(whole, seed=5, first_row=0, std=0.1)
+    draw_rows_(part, seed=5, first_row=first, std=0.1)
+    assert torch.equal(part, whole[first : first + count])
+    assert abs(whole.std().item() - 0.1) < 0.01
+
+
+def test_bf16_rows_are_read_as_bf16_and_their_gradients_summed_in_fp32():
+    model = tiny_model("paper").bfloat16().train()
+    placement = place_tables(model, where="ram")
+    ids = torch.full((8, 32), 5)
+    loss = model(ids, labels=ids).loss
+    leaf = next(iter(placement.open[0].fetched.result().leaves.values()))
+    assert leaf.dtype == torch.float32
+    loss.backward()
+    assert leaf.grad is not None and leaf.grad.dtype == torch.float32
+    build_optimiser(model, memory_rounding="stochastic", **SETTINGS).step()
+    assert all(table.dtype == torch.bfloat16 for table in placement.tables.values())
+
+
+def test_memory_of_rows_is_taken_page_by_page(tmp_path):
+    ram, file = zeros_in_ram((1 << 20, 64), torch.float32), zeros_in_file((1 << 12, 64), torch.float32, tmp_path)
+    assert ram[12345].sum() == 0 and file[77].sum() == 0
+    file[77] = 1
+    assert file.sum() == 64
+    assert list(tmp_path.iterdir()) == []  # it has no name: nothing is left behind, however the process ends
+    assert zeros_in_ram((0, 4), torch.float32).shape == (0, 4)
+
+
+def test_a_disk_without_room_is_refused_before_training(tmp_path):
+    with pytest.raises(OSError, match="no room for .* GB of rows"):
+        zeros_in_file((1 << 40, 64), torch.float32, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [({"where": "disc"}, "where is 'disc'; allowed: device, ram, file"), ({"overlap": "yes"}, "allowed: auto, none")],
+)
+def test_wrong_places_are_named(settings, match):
+    with pytest.raises(ValueError, match=match):
+        place_tables(tiny_model("paper"), **settings)
+
+
+def test_there_must_be_tables_and_they_are_placed_once():
+    with pytest.raises(ValueError, match="has no memory tables|it has no memory tables"):
+        place_tables(tiny_model(None))
+    model = tiny_model("paper")
+    place_tables(model)
+    with pytest.raises(ValueError, match="placed already"):
+        place_tables(model)
+    with pytest.raises(ValueError, match="dense_adam"):
+        build_optimiser(model, memory="dense_adam", **SETTINGS)
+
+
+def test_state_is_saved_by_rows_and_read_back(tmp_path):
+    model = tiny_model("paper").train()
+    placement = place_tables(model, where="ram")
+    optimiser = build_optimiser(model, memory="adam", **SETTINGS)
+    train(model, optimiser, batches(2, 1))
+    model.save_pretrained(tmp_path)
+    placement.save_state(tmp_path, optimiser.rows)
+    other = tiny_model("paper", seed=3).train()
+    again = place_tables(other, where="ram")
+    other_optimiser = build_optimiser(other, memory="adam", **SETTINGS)
+    again.load(tmp_path)
+    again.load_state(tmp_path, other_optimiser.rows)
+    for name, table in placement.tables.items():
+        assert torch.equal(again.tables[name], table)
+        for key, values in optimiser.rows.state[table].items():
+            assert torch.equal(other_optimiser.rows.state[again.tables[name]][key], values), key
+    (tmp_path / table_shard("model.memory.tables.1.optimiser")).unlink()
+    with pytest.raises(ValueError, match=r"has no memory\.tables\.1\.optimiser\.safetensors"):
+        again.load_state(tmp_path, other_optimiser.rows)
+    with pytest.raises(ValueError, match="should hold exp_avg|should hold moment"):
+        wrong = build_optimiser(other, memory="row_adam", **SETTINGS)
+        placement.save_state(tmp_path, optimiser.rows)
+        again.load_state(tmp_path, wrong.rows)
+
+
+def torchrun(num_ranks: int, script: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
+    done = subprocess.run(
+        [*command, str(script), *arguments], capture_output=True, text=True, timeout=300, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_one_step_over_ranks_equals_one_process(tmp_path, num_ranks):
+    """Every kind of optimiser and place: same loss and same update within rounding, each rank with its share."""
+    torchrun(num_ranks, Path(__file__).parent / "sharded_worker.py", str(tmp_path))
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert set(report) == {
+        f"{kind} {where}" for kind in ("adam", "row_adam", "sinkhorn") for where in ("device", "ram")
+    }
+    for run, found in report.items():
+        assert found["largest_loss_difference"] < 1e-6, run
+        assert found["largest_weight_difference"] < 1e-6, run
+        assert found["rows_held"] == -(-found["num_rows"] // num_ranks), run
+        assert 0 < found["sent_bytes"] < found["undeduplicated_bytes"], run
