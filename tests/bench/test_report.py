@@ -16,7 +16,7 @@ def test_the_terminal_shows_the_cells_of_the_page(name, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "2000")  # no line is broken
     result = load_results()[name]
     show(result)
-    shown, (_, module) = capsys.readouterr().out, BENCHES[name]
+    shown, module = capsys.readouterr().out, BENCHES[name].module
     header, lines = module.table(result)
     assert all(cell in shown for line in [header, *lines] for cell in line) and module.verdict(result) in shown
     assert all(f"| {' | '.join(line)} |" in render() for line in [header, *lines])

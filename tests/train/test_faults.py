@@ -15,7 +15,7 @@ from test_training import tiny_recipe, weights
 
 import engrammar.train.trainer as trainer_module
 from engrammar.durable import MANIFEST, last_good, verify
-from engrammar.train import recipe as recipe_module
+from engrammar.train import run as run_module
 from engrammar.train.recipe import Recipe
 from engrammar.train.run import train
 from engrammar.train.trainer import EngrammarTrainer
@@ -228,16 +228,7 @@ def test_a_disk_too_small_for_any_checkpoint_says_so(tmp_path, mount):
 
 
 def trainer_of(recipe: Recipe) -> EngrammarTrainer:
-    from transformers import AutoTokenizer
-
-    from engrammar.vocabulary import cached_classes
-
-    tokens = recipe_module.prepare_tokens(recipe.data)
-    tokenizer = AutoTokenizer.from_pretrained(tokens.tokenizer_path)
-    classes_V = cached_classes(tokenizer, Path(tokens.tokenizer_path))
-    config = recipe_module.build_config(recipe.model, tokenizer, classes_V)
-    model = recipe_module.build_model(config, classes_V, recipe.seed)
-    return recipe_module._trainer(recipe, model, tokens, tokenizer)
+    return run_module._trainer(recipe, run_module._training_arguments(recipe), None)[0]
 
 
 def test_training_goes_on_while_one_checkpoint_at_a_time_is_flushed(tmp_path, monkeypatch):

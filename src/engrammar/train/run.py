@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from engrammar.durable import check_writable, last_good, verify, write_text, writing
+from engrammar.durable import check_writable, clear_partials, last_good, verify, write_text, writing
 from engrammar.train.recipe import PLACES, DataRecipe, ModelRecipe, Recipe, check_trainer, flat, to_yaml
 
 if TYPE_CHECKING:
@@ -80,13 +80,16 @@ def _training_arguments(recipe: Recipe) -> "TrainingArguments":
     from transformers import TrainingArguments
 
     settings = check_trainer(recipe)
-    shares = int(os.environ.get("WORLD_SIZE", 1)) * settings.get("gradient_accumulation_steps", 1)
+    num_processes = int(os.environ.get("WORLD_SIZE", 1))
+    shares = num_processes * settings.get("gradient_accumulation_steps", 1)
+    if num_processes > 1 and not torch.accelerator.is_available():
+        settings = {"use_cpu": True, "ddp_backend": "gloo", **settings}
     if recipe.data.batch_size % shares:
         raise ValueError(
             f"data.batch_size is {recipe.data.batch_size}; allowed: multiples of {shares}, processes times "
             "trainer.gradient_accumulation_steps."
         )
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=recipe.out,
         seed=recipe.seed,
         learning_rate=recipe.optimiser.lr,
@@ -96,6 +99,8 @@ def _training_arguments(recipe: Recipe) -> "TrainingArguments":
         dataloader_pin_memory=torch.accelerator.is_available(),
         **settings,
     )
+    assert arguments.world_size == num_processes, "the processes did not find each other"
+    return arguments
 
 
 def train(recipe: Recipe) -> dict[str, Any]:
@@ -118,6 +123,8 @@ def train(recipe: Recipe) -> dict[str, Any]:
     out = Path(recipe.out)
     check_writable(out)
     arguments = _training_arguments(recipe)
+    if arguments.should_save:
+        clear_partials(out)
     checkpoint = _last_checkpoint(recipe)
     if (out / "result.json").exists():
         return json.loads((out / "result.json").read_text())

@@ -244,6 +244,13 @@ class EngrammarTrainer(Trainer):
         if self.placement is not None:
             self.placement.load(Path(resume_from_checkpoint))
 
+    def _load_best_model(self) -> None:
+        best = str(self.state.best_model_checkpoint)
+        if self.placement is None:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(best)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.placement is not None and self.mixed_optimiser.rows is not None:
