@@ -56,6 +56,11 @@ class EngrammarPreTrainedModel(PreTrainedModel):
     }
     _keep_in_fp32_modules_strict = ("e_score_correction_bias",)
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: transformers then leaves no module out of `_init_weights`, which itself spares what was loaded."""
+        return False
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -75,6 +80,7 @@ class EngrammarPreTrainedModel(PreTrainedModel):
             init.zeros_(module.hc_base)
             init.ones_(module.hc_scale)
         elif isinstance(module, MemoryTable):
+            module.init_seed = int(torch.randint(2**62, ()))
             if module.weight is not None and not getattr(module.weight, "_is_hf_initialized", False):
                 draw_rows_(module.weight, seed=module.init_seed, first_row=0, std=std)
         elif isinstance(module, Memory) and module.class_of_id is not None:
@@ -145,6 +151,9 @@ class EngrammarPreTrainedModel(PreTrainedModel):
                 f"{pretrained_model_name_or_path} lacks {len(info['missing_keys'])} weights of this model "
                 f"({names}, ...): the checkpoint is incomplete or of another model; copy it again."
             )
+        for module in model.modules():
+            if isinstance(module, MemoryTable):
+                module.init_seed = None
         return (model, info) if wants_info else model
 
 

@@ -73,7 +73,7 @@ class MemoryTable(nn.Module):
         self.sizes_H = geometry.head_sizes(layer_index)
         self.offsets_H = head_offsets(geometry, layer_index)
         self.shape = (geometry.num_stored_rows(layer_index), config.head_dim)
-        self.init_seed = int(torch.randint(2**62, (), device="cpu"))  # of `draw_rows_`
+        self.init_seed: int | None = None  # of `draw_rows_`; None where the rows are in a checkpoint
         self.register_parameter("weight", new_table(torch.empty(self.shape)) if rows == "own" else None)
 
     def forward(self, rows_BTH: Tensor) -> Tensor:

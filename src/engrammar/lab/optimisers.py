@@ -19,7 +19,7 @@ from engrammar.train.run import train
 ROOT = Path(__file__).parents[3]
 RESULTS = ROOT / "results" / "optimisers"
 KINDS = ("dense_adam", "adam", "row_adam", "sinkhorn")
-SCALES = (2.5, 5.0, 10.0, 20.0)
+SCALES = (5.0, 10.0, 20.0, 40.0)
 TUNING_SEED, TUNING_STEPS = 100, 150
 SEEDS, STEPS = (0, 1, 2), 300
 

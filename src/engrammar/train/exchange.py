@@ -138,7 +138,7 @@ def leave_processes() -> None:
         dist.destroy_process_group()
 
 
-def broadcast(values: Mapping[str, int], group: Group | None) -> dict[str, int]:
+def broadcast(values: Mapping[str, int | None], group: Group | None) -> dict[str, int | None]:
     """The first rank's values."""
     if group is None:
         return dict(values)

@@ -282,9 +282,9 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float, placement: Tab
             (row_values if sharded else values).append(param.grad.values())
         elif param.grad is not None:
             values.append(param.grad)
-    norm = nn.utils.get_total_norm(values)
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
+    norm = nn.utils.get_total_norm([value for value in values if not isinstance(value, DTensor)])
+    if in_shards := [value for value in values if isinstance(value, DTensor)]:
+        norm = torch.hypot(norm, nn.utils.get_total_norm(in_shards).full_tensor())
     if placement is not None and sharded:
         squares = placement.home.all_sum(sum((v.square().sum() for v in row_values), torch.zeros(())))
         norm = (norm.square() + squares.to(norm.device)).sqrt()

@@ -86,23 +86,31 @@ class TablePlacement(RowSource):
         return zeros_in_ram(shape, dtype) if device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=device)
 
     @torch.no_grad()
-    def take(self, std: float, device: torch.device, dtype: torch.dtype) -> None:
-        """Takes the tables' rows over from the model; draws the initial rows of tables that it was built without."""
+    def take(self, std: float, device: torch.device, dtype: torch.dtype, checkpoint: Path | None) -> None:
+        """Takes the tables out of the model: rows of `checkpoint`, else the model's own, else newly drawn ones."""
         seeds = broadcast({name: table.init_seed for name, table in self.modules.items()}, self.group)
         home = device if self.where == "device" else torch.device("cpu")
         for name, table in self.modules.items():
             given = table.weight
             first, end = own_rows(table.shape[0], self.group)
-            if given is not None and self.num_ranks == 1 and self.where != "file" and given.device == home:
+            if checkpoint is None and given is not None and self._keeps(given, home):
                 self.tables[name] = given
             else:
                 own_UC = self._allocate((end - first, table.shape[1]), dtype if given is None else given.dtype, home)
-                if given is None:
-                    draw_rows_(own_UC, seed=seeds[name], first_row=first, std=std)
-                else:
+                if checkpoint is not None:
+                    read_rows(checkpoint / table_shard(name), f"{name}.weight", first, own_UC)
+                elif given is not None:
                     own_UC.copy_(given[first:end])
+                elif (seed := seeds[name]) is not None:
+                    draw_rows_(own_UC, seed=seed, first_row=first, std=std)
+                else:
+                    raise ValueError(f"The rows of {name} are in the checkpoint that the model was read from: name it.")
                 self.tables[name] = new_table(own_UC)
             table.weight, table.source, table.name = None, self, name
+
+    def _keeps(self, given: Tensor, home: torch.device) -> bool:
+        """Whether the model's own parameter is already where the rows shall be."""
+        return self.num_ranks == 1 and self.where != "file" and given.device == home
 
     def release(self) -> bool:
         """Gives whole tables back to the model as its parameters. Tables in a file or over ranks stay: False."""
@@ -291,7 +299,12 @@ class TablePlacement(RowSource):
 
 
 def place_tables(
-    model: nn.Module, *, where: Where = "ram", folder: str | Path = "tables", overlap: Overlap = "auto"
+    model: nn.Module,
+    *,
+    where: Where = "ram",
+    folder: str | Path = "tables",
+    overlap: Overlap = "auto",
+    checkpoint: Path | None = None,
 ) -> TablePlacement:
     """Takes every `MemoryTable` out of a model's parameters and holds its rows where you say.
 
@@ -302,6 +315,8 @@ def place_tables(
         overlap: when rows are updated, if they are not on the device. "none": within the optimiser's step. "exact":
             behind the next forward pass, up to its first block with memory. "stale": that pass does not wait, and reads
             rows one update old. "auto": exact with an accelerator, none without.
+        checkpoint: a folder to read the rows from. None keeps the model's own, or draws those of a model that was built
+            with rows="elsewhere".
 
     Raises:
         ValueError: no tables, tables that are placed already, or another `where` or `overlap`.
@@ -319,7 +334,7 @@ def place_tables(
     backbone = next(iter(model.parameters()))
     placement = TablePlacement(tables, where=where, folder=Path(folder), group=group, overlap=overlap)
     std = getattr(getattr(model, "config", None), "initializer_range", 0.02)
-    placement.take(std, backbone.device, backbone.dtype)
+    placement.take(std, backbone.device, backbone.dtype, checkpoint)
     return placement
 
 

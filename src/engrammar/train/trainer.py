@@ -116,11 +116,11 @@ class EngrammarTrainer(Trainer):
     def place(self, checkpoint: Path | None = None) -> None:
         """Takes the tables out of the model, and reads their rows from `checkpoint` where one is given."""
         model = self.accelerator.unwrap_model(self.model)
-        has_tables = any(isinstance(module, MemoryTable) for module in model.modules())
-        if self.placement is None and has_tables and self.optimiser_settings.get("memory") != "dense_adam":
-            self.placement = place_tables(model, **self.placement_settings)
+        tables = [module for module in model.modules() if isinstance(module, MemoryTable)]
         if self.placement is not None and checkpoint is not None:
             self.placement.load(checkpoint)
+        elif self.placement is None and tables and self.optimiser_settings.get("memory") != "dense_adam":
+            self.placement = place_tables(model, **self.placement_settings, checkpoint=checkpoint)
 
     @property
     def mixed_optimiser(self) -> MixedOptimiser:
@@ -175,7 +175,7 @@ class EngrammarTrainer(Trainer):
             resume_from_checkpoint = str(good)
         if resume_from_checkpoint:
             self._check_checkpoint(Path(resume_from_checkpoint))
-        self.place()
+        self.place(Path(resume_from_checkpoint) if resume_from_checkpoint else None)
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
@@ -241,8 +241,6 @@ class EngrammarTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             load_backbone(Path(resume_from_checkpoint), self.model if model is None else model)
-        if self.placement is not None:
-            self.placement.load(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         best = str(self.state.best_model_checkpoint)
@@ -250,6 +248,7 @@ class EngrammarTrainer(Trainer):
             super()._load_best_model()
         else:
             self._load_from_checkpoint(best)
+            self.placement.load(Path(best))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
