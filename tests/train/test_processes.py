@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_training import tiny_recipe
 from transformers import AutoModelForCausalLM
 
@@ -24,7 +25,6 @@ from engrammar.durable import last_good
 from engrammar.train.recipe import Recipe, to_yaml
 from engrammar.train.run import prepare_tokens
 from engrammar.train.trainer import sum_cross_entropy
-from safetensors.torch import load_file
 
 TESTS = Path(__file__).parent.parent
 WORKER = Path(__file__).parent / "process_worker.py"

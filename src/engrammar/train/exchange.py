@@ -3,6 +3,7 @@
 A table's rows are cut into equal runs, one per rank. Letters: P peers (ranks), L tables, U distinct rows, C row width.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -129,6 +130,23 @@ def all_sum(tensor: Tensor, group: Group | None) -> Tensor:
     if group is not None:
         dist.all_reduce(tensor, group=group)
     return tensor
+
+
+def rejoin_processes(backend: str) -> None:
+    """Makes the process group of processes that torchrun restarted on one machine; does nothing elsewhere.
+
+    torchrun keeps one store over its restarts, where new processes would find the addresses of dead ones. Over several
+    machines, where no process knows how often the others restarted, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives torchrun
+    a new store each time.
+    """
+    num_restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    num_ranks = int(os.environ.get("WORLD_SIZE", 1))
+    kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if not kept or not num_restarts or int(os.environ["LOCAL_WORLD_SIZE"]) < num_ranks or dist.is_initialized():
+        return
+    kept_store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    store = dist.PrefixStore(f"restart-{num_restarts}", kept_store)
+    dist.init_process_group(backend, store=store, rank=int(os.environ["RANK"]), world_size=num_ranks)
 
 
 def leave_processes() -> None:

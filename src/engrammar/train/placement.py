@@ -256,14 +256,17 @@ class TablePlacement(RowSource):
         """Adds the optimiser's state of every row, a shard for each table; as `save`."""
         self.flush()
         layouts = {
-            name: {key: (dtype, shape) for key, (shape, dtype) in optimiser.layout(self.modules[name].shape).items()}
+            name: {
+                f"{name}.{key}": (dtype, shape)
+                for key, (shape, dtype) in optimiser.layout(self.modules[name].shape).items()
+            }
             for name in self.tables
         }
         self._lay_out(directory, ".optimiser", layouts)
         for name, table_RC in self.tables.items():
             first, _ = own_rows(self.modules[name].shape[0], self.group)
             for key, values in optimiser.state[table_RC].items():
-                write_rows(directory / table_shard(name + ".optimiser"), key, first, values)
+                write_rows(directory / table_shard(name + ".optimiser"), f"{name}.{key}", first, values)
         self._barrier()
 
     def load(self, directory: Path) -> None:
@@ -285,7 +288,7 @@ class TablePlacement(RowSource):
                 )
             optimiser.state.pop(table_RC, None)
             for key, values in optimiser.state_of(table_RC).items():
-                read_rows(path, key, first, values)
+                read_rows(path, f"{name}.{key}", first, values)
 
     def _lay_out(self, directory: Path, suffix: str, layouts: Mapping[str, Any]) -> None:
         if self.is_first:

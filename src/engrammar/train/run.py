@@ -79,6 +79,8 @@ def _training_arguments(recipe: Recipe) -> "TrainingArguments":
     import torch
     from transformers import TrainingArguments
 
+    from engrammar.train.exchange import rejoin_processes
+
     settings = check_trainer(recipe)
     num_processes = int(os.environ.get("WORLD_SIZE", 1))
     shares = num_processes * settings.get("gradient_accumulation_steps", 1)
@@ -89,6 +91,8 @@ def _training_arguments(recipe: Recipe) -> "TrainingArguments":
             f"data.batch_size is {recipe.data.batch_size}; allowed: multiples of {shares}, processes times "
             "trainer.gradient_accumulation_steps."
         )
+    device = "cpu" if settings.get("use_cpu") else torch.accelerator.current_accelerator() or "cpu"
+    rejoin_processes(settings.get("ddp_backend") or torch.distributed.get_default_backend_for_device(device))
     arguments = TrainingArguments(
         output_dir=recipe.out,
         seed=recipe.seed,
