@@ -152,7 +152,7 @@ def check(
 
 @app.command
 def bench(
-    what: Positional[Literal["hash", "step", "optimiser", "sharded"]],
+    what: Positional[Literal["hash", "step", "optimiser", "sharded", "placement"]],
     /,
     quick: bool = False,
     json_output: Annotated[bool, arg(name="json")] = False,
@@ -161,7 +161,7 @@ def bench(
 
     Args:
         what: hash: ids to rows; step: a training step, with memory and without, and against rows per head; optimiser:
-            updates of touched rows; sharded: tables over ranks.
+            updates of touched rows; sharded: tables over ranks; placement: tables on the device, in RAM and in a file.
         quick: Finish within 50 seconds.
         json_output: Print JSON.
     """

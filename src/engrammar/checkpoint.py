@@ -88,7 +88,7 @@ def write_rows(path: Path, name: str, first_row: int, rows: Tensor) -> None:
 
 
 def read_rows(path: Path, name: str, first_row: int, out: Tensor) -> None:
-    """Fills `out` [U, ...] with rows of tensor `name`, from `first_row` on; `out` is all zeros before.
+    """Fills `out` [U, ...] with rows of tensor `name`, from `first_row` on; zeros over zeros are not written.
 
     Raises:
         ValueError: the file has no such tensor, or one of another shape or dtype.
@@ -103,7 +103,7 @@ def read_rows(path: Path, name: str, first_row: int, out: Tensor) -> None:
             chunk = part[first_row + first : first_row + first + len(target)]
             if chunk.dtype != out.dtype:
                 raise ValueError(f"{path} holds {name} as {chunk.dtype}; {out.dtype} is expected.")
-            if chunk.view(torch.uint8).any():
+            if chunk.view(torch.uint8).any() or target.view(torch.uint8).any():
                 target.copy_(chunk)
 
 

@@ -141,6 +141,17 @@ def test_evaluation_on_any_number_of_ranks_counts_every_token_once(tmp_path, str
         assert result["validation_loss"] == pytest.approx(nats / tokens, rel=1e-6)
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_a_dense_part_in_shards_trains_like_one_process(tmp_path, num_ranks):
+    """FSDP2 beside placed tables. Muon lifts small singular values, and what rounding put there with them."""
+    succeed(torchrun(num_ranks, str(Path(__file__).parent / "fsdp_worker.py"), str(tmp_path)))
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert set(report) == {f"{matrices} {how}" for matrices in ("adamw", "muon") for how in ("replicated", "sharded")}
+    for run_name, found in report.items():
+        assert found["largest_loss_difference"] < 1e-5, run_name
+        assert found["largest_weight_difference"] < (1e-5 if "adamw" in run_name else 1e-3), run_name
+
+
 def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
@@ -166,7 +177,8 @@ def test_a_job_with_a_killed_rank_goes_on_by_itself(tmp_path, straight):
         finally:
             job.kill()
     told = (tmp_path / "log").read_text()
-    assert f"(pid: {victim})" in told and "2/3 attempts left" in told and "terminate called" not in told
+    assert f"(pid: {victim})" in told and "terminate called" not in told
+    assert "3/3 attempts left" in told and "2/3 attempts left" not in told, "it came back at the first attempt"
     assert losses(tmp_path / "run") == losses(straight / "run")
     found, expected = (AutoModelForCausalLM.from_pretrained(out / "run").state_dict() for out in (tmp_path, straight))
     for name, weight in expected.items():
@@ -187,5 +199,5 @@ def test_accelerate_launch_trains_like_torchrun(tmp_path):
         _, path = write_recipe(tmp_path, f"out={out}", "trainer.max_steps=3", "trainer.save_strategy=no")
         succeed([*launcher, str(COMMANDS / "engrammar"), "train", str(path)])
         results.append(json.loads((out / "result.json").read_text()))
-    assert losses(tmp_path / "accelerate") == losses(tmp_path / "torchrun")
-    assert results[0]["validation_loss"] == results[1]["validation_loss"]
+    assert losses(tmp_path / "accelerate") == pytest.approx(losses(tmp_path / "torchrun"), abs=1e-5)
+    assert results[0]["validation_loss"] == pytest.approx(results[1]["validation_loss"], abs=1e-5)

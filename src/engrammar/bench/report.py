@@ -1,6 +1,6 @@
 """What the benches found, on the terminal and as docs/measurements.md, made from the JSON under results/bench.
 
-Remake: engrammar bench hash --json > results/bench/hash.json; the same for step and optimiser; then
+Remake: engrammar bench hash --json > results/bench/hash.json; the same for the others of `BENCHES`; then
 python -m engrammar.bench.report
 """
 
@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from engrammar.bench import hash as hashing
-from engrammar.bench import optimiser, rows, step
+from engrammar.bench import optimiser, placement, rows, sharded, step
 
 ROOT = Path(__file__).parents[3]
 DOCUMENT = ROOT / "docs" / "measurements.md"
@@ -31,6 +31,8 @@ BENCHES = {
     "hash": Bench("Token ids to rows", hashing, hashing.bench_hash),
     "step": Bench("A training step", step, step.bench_step),
     "optimiser": Bench("Updating touched rows", optimiser, optimiser.bench_optimiser),
+    "sharded": Bench("Tables over ranks", sharded, sharded.bench_sharded),
+    "placement": Bench("Tables off the device", placement, placement.bench_placement),
 }
 
 
@@ -43,9 +45,10 @@ def _parts(result: dict[str, Any]) -> list[tuple[str, ModuleType, dict[str, Any]
 
 def _conditions(result: dict[str, Any], part: dict[str, Any]) -> str:
     machine = result["machine"]
+    accelerator = f"{machine['accelerator']}, " if machine["accelerator"] else ""
     return (
-        f"{part['shapes']}. {result['date']}; {machine['cpu']}, {machine['cores']} cores, {machine['threads']} "
-        f"threads; torch {machine['torch']}, numpy {machine['numpy']}."
+        f"{part['shapes']}. {result['date']}; {accelerator}{machine['cpu']}, {machine['cores']} cores, "
+        f"{machine['threads']} threads; torch {machine['torch']}, numpy {machine['numpy']}."
     )
 
 

@@ -6,7 +6,6 @@ Remake: python -m engrammar.lab.optimisers
 """
 
 import json
-import shutil
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -91,12 +90,74 @@ def run_optimisers(runs: Path, name: str = "nano") -> dict[str, Any]:
     }
 
 
+def render(result: dict[str, Any]) -> str:
+    """The report as Markdown."""
+    machine, tuning, optimisers = result["machine"], result["tuning"], result["optimisers"]
+    best = min(optimisers, key=lambda kind: optimisers[kind]["mean"])
+    factors = list(optimisers[best]["tuning_bits_per_byte"])
+    lines = [
+        "# Which optimiser trains the rows best",
+        "",
+        f"`{result['command']}`: recipe `{result['recipe']}`, {result['steps']} steps, rows of {result['row_width']} "
+        f"fp32, {len(result['seeds'])} seeds. {result['date']}; {machine['cpu']}, {machine['threads']} thread, torch "
+        f"{machine['torch']}. The tables' rate is the backbone's times a factor, chosen for each optimiser by "
+        f"{tuning['steps']} steps on seed {tuning['seed']}. Bits per byte of the validation text, lower is better.",
+        "",
+        "| optimiser | state, bytes a row | factor | bits per byte, mean and standard deviation | each seed |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for kind, found in optimisers.items():
+        seeds = ", ".join(f"{loss:.4f}" for loss in found["bits_per_byte"])
+        lines.append(
+            f"| {kind} | {found['bytes_per_row']} | {found['memory_lr_scale']:g} | "
+            f"{found['mean']:.4f} ± {found['stdev']:.4f} | {seeds} |"
+        )
+    lines += [
+        "",
+        f"Best: {best}. Against it, seed by seed: "
+        + "; ".join(f"{kind} {difference(result, kind, best)}" for kind in optimisers if kind != best)
+        + ".",
+        "",
+        "Bits per byte of the short runs, by factor:",
+        "",
+        f"| optimiser | {' | '.join(factors)} |",
+        f"| --- |{' --- |' * len(factors)}",
+    ]
+    for kind, found in optimisers.items():
+        lines.append(
+            f"| {kind} | " + " | ".join(f"{loss:.4f}" for loss in found["tuning_bits_per_byte"].values()) + " |"
+        )
+    return "\n".join([*lines, "", "![loss against bytes of state](optimisers.png)", ""])
+
+
+def difference(result: dict[str, Any], kind: str, other: str) -> str:
+    """Mean and standard deviation, over seeds, of how much worse (+) `kind` is than `other`."""
+    pairs = zip(*(result["optimisers"][name]["bits_per_byte"] for name in (kind, other)))
+    differences = [one - another for one, another in pairs]
+    return f"{mean(differences):+.4f} ± {stdev(differences):.4f}"
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Loss against bytes of state, every seed a point."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    for kind, found in result["optimisers"].items():
+        size = found["bytes_per_row"]
+        axes.errorbar(size, found["mean"], yerr=found["stdev"], fmt="o", capsize=4, label=kind)
+        axes.plot([size] * len(found["bits_per_byte"]), found["bits_per_byte"], "k.", markersize=3)
+    axes.set(xscale="log", xlabel="optimiser state, bytes a row", ylabel="validation, bits per byte")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
 def main() -> None:
-    runs = Path("runs") / "optimisers"
-    result = run_optimisers(runs)
+    result = run_optimisers(Path("runs") / "optimisers")
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "optimisers.json").write_text(json.dumps(result, indent=1) + "\n")
-    shutil.rmtree(runs / "tuning", ignore_errors=True)
+    (RESULTS / "optimisers.md").write_text(render(result))
+    draw(result, RESULTS / "optimisers.png")
 
 
 if __name__ == "__main__":

@@ -284,7 +284,9 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float, placement: Tab
             values.append(param.grad)
     norm = nn.utils.get_total_norm([value for value in values if not isinstance(value, DTensor)])
     if in_shards := [value for value in values if isinstance(value, DTensor)]:
-        norm = torch.hypot(norm, nn.utils.get_total_norm(in_shards).full_tensor())
+        norm_of_shards = nn.utils.get_total_norm(in_shards)
+        assert isinstance(norm_of_shards, DTensor)
+        norm = torch.hypot(norm, norm_of_shards.full_tensor())
     if placement is not None and sharded:
         squares = placement.home.all_sum(sum((v.square().sum() for v in row_values), torch.zeros(())))
         norm = (norm.square() + squares.to(norm.device)).sqrt()

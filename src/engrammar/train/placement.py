@@ -75,6 +75,7 @@ class TablePlacement(RowSource):
         self.updates: list[Future[None]] = []
         self.open: list[Touched] = []  # read in this step, as forward passes went
         self.ahead: deque[Touched] = deque()  # read before their step: this one's, and the next one's if stale
+        self.hooks: list[torch.utils.hooks.RemovableHandle] = []
         self.traffic = Traffic()
         self.num_ranks = 1 if group is None else dist.get_world_size(group)
         self.is_first = group is None or dist.get_rank(group) == 0
@@ -107,6 +108,20 @@ class TablePlacement(RowSource):
                     raise ValueError(f"The rows of {name} are in the checkpoint that the model was read from: name it.")
                 self.tables[name] = new_table(own_UC)
             table.weight, table.source, table.name = None, self, name
+            self.hooks.append(table.register_load_state_dict_pre_hook(self._take_rows))
+
+    @torch.no_grad()
+    def _take_rows(self, table: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+        """Before a table loads its state: this rank's rows of a whole table, where `state_dict` holds one."""
+        whole_RC = state_dict.pop(prefix + "weight", None)
+        if whole_RC is None:
+            return
+        assert isinstance(table, MemoryTable)
+        if tuple(whole_RC.shape) != table.shape:
+            raise ValueError(f"{prefix}weight has shape {list(whole_RC.shape)}; the table's is {list(table.shape)}.")
+        self.flush()
+        first, end = own_rows(table.shape[0], self.group)
+        self.tables[table.name].copy_(whole_RC[first:end])
 
     def _keeps(self, given: Tensor, home: torch.device) -> bool:
         """Whether the model's own parameter is already where the rows shall be."""
@@ -119,6 +134,8 @@ class TablePlacement(RowSource):
         self.ahead.clear()
         if self.where == "file" or self.num_ranks > 1:
             return False
+        for hook in self.hooks:
+            hook.remove()
         for name, table in self.modules.items():
             table.weight, table.source = self.tables[name], None
         return True
@@ -274,7 +291,6 @@ class TablePlacement(RowSource):
         self.flush()
         for name, table_RC in self.tables.items():
             first, _ = own_rows(self.modules[name].shape[0], self.group)
-            table_RC.detach().zero_()
             read_rows(directory / table_shard(name), f"{name}.weight", first, table_RC.detach())
 
     def load_state(self, directory: Path, optimiser: RowOptimiser) -> None:

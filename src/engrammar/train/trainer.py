@@ -89,6 +89,8 @@ class EngrammarTrainer(Trainer):
     ) -> None:
         if args.fp16:
             raise ValueError("fp16 scales gradients where rows are not reached: use bf16=True.")
+        if args.fsdp:
+            raise ValueError("fsdp is not supported by this Trainer: leave it out for DDP, or see docs/placement.md.")
         super().__init__(model=model, args=args, **kwargs)
         self.optimiser_settings = dict(optimiser or {})
         self.bytes_per_eval_token = bytes_per_eval_token

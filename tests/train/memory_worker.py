@@ -1,0 +1,70 @@
+"""Run in a process of its own: a table of 1.8 GB is drawn, trained, saved and loaded, under a limit if given.
+
+usage: memory_worker.py WHERE FOLDER REPORT [CGROUP]
+"""
+
+import json
+import os
+import resource
+import sys
+from pathlib import Path
+
+where, folder, report = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+for group in sys.argv[4:]:  # before torch is imported: all of the process's memory counts
+    (Path(group) / "cgroup.procs").write_text(str(os.getpid()))
+
+import torch  # noqa: E402
+
+from engrammar.modeling import EngrammarForCausalLM  # noqa: E402
+from engrammar.train.optimiser import build_optimiser  # noqa: E402
+from engrammar.train.placement import place_tables  # noqa: E402
+from models import VOCABULARY, tiny_config  # noqa: E402
+
+HEAD_ROWS = 1_730_000  # of each of four heads, 256 bytes a row
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    config = tiny_config("paper")
+    memory = {**config.memory, "layers": [1], "head_dim": 64, "rows_per_head": [HEAD_ROWS, HEAD_ROWS]}
+    model = EngrammarForCausalLM(tiny_config("paper", memory=memory), rows="elsewhere").train()
+    model.model.memory.set_classes(torch.arange(VOCABULARY) % 41)
+    placement = place_tables(model, where=where, folder=folder)
+    (table,) = placement.tables.values()
+    optimiser = build_optimiser(
+        model, lr=1e-2, weight_decay=0.1, betas=(0.9, 0.99), eps=1e-8, memory="row_adam", max_grad_norm=1.0
+    )
+    losses = []
+    for seed in range(5):
+        ids = torch.randint(3, 53, (8, 64), generator=torch.Generator().manual_seed(seed))
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        losses.append(loss.item())
+    some = torch.arange(0, len(table), 9973)
+    trained = table.detach()[some].clone()
+    saved = folder / "saved"
+    model.save_pretrained(saved)
+    placement.save_state(saved, optimiser.rows)
+    placement.load(saved)
+    placement.load_state(saved, optimiser.rows)
+    assert torch.equal(table.detach()[some], trained)
+    ids = torch.randint(3, 53, (8, 64), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        losses.append(model(ids, labels=ids).loss.item())
+    report.write_text(
+        json.dumps(
+            {
+                "losses": losses,
+                "sum_of_some_rows": trained.double().sum().item(),
+                "table_bytes": table.nbytes,
+                "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
