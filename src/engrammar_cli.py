@@ -204,3 +204,7 @@ def main() -> None:
     except (ValueError, OSError) as error:
         print(f"engrammar: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

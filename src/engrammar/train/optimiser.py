@@ -200,7 +200,7 @@ def build_optimiser(
     memory_lr_scale: float = 5.0,
     muon_momentum: float = 0.95,
     matrices: Literal["muon", "adamw"] = "muon",
-    memory: RowOptimiserKind | Literal["dense_adam"] = "adam",
+    memory: RowOptimiserKind | Literal["dense_adam"] = "row_adam",
     memory_rounding: Rounding = "nearest",
     max_grad_norm: float | None = None,
 ) -> MixedOptimiser:

@@ -75,7 +75,7 @@ class OptimiserRecipe:
     weight_decay: float = 0.1
     memory_lr_scale: float = 5.0
     matrices: Literal["muon", "adamw"] = "muon"
-    memory: Literal["adam", "row_adam", "sinkhorn", "dense_adam"] = "adam"
+    memory: Literal["row_adam", "adam", "sinkhorn", "dense_adam"] = "row_adam"
     balance_rate: float = 1e-3
 
     def __post_init__(self) -> None:
