@@ -209,9 +209,10 @@ def bench_sharded(quick: bool) -> dict[str, Any]:
 
     Returns:
         per number of ranks: `differences`, the largest of any step's loss: to one process in fp64 (`fp64_first`: over
-        the first 10 steps) and in fp32; of one process that accumulates as many passes, to one that does not (`passes`): rounding alone; and of the
-        ranks to those passes (`ranks_to_passes`); bytes of tables and their state on the rank that holds most; bytes
-        that leave a rank in a step, by kind; ms of an fp32 step; and the fp32 losses.
+        the first 10 steps) and in fp32; of one process that accumulates as many passes, to one that does not
+        (`passes`): rounding alone; and of the ranks to those passes (`ranks_to_passes`); bytes of tables and their
+        state on the rank that holds most; bytes that leave a rank in a step, by kind; ms of an fp32 step; and the fp32
+        losses.
     """
     num_steps = QUICK_STEPS if quick else NUM_STEPS
     runs = {num_ranks: _torchrun(num_ranks, num_steps) for num_ranks in RANKS}
