@@ -98,12 +98,12 @@ def _build(precision: Precision) -> tuple[DistributedDataParallel, TablePlacemen
     placement = place_tables(model, where="ram")
     optimiser = build_optimiser(
         model,
-        lr=3e-4 if precision == "fp64" else 1e-3,
+        lr=5e-5 if precision == "fp64" else 1e-3,
         weight_decay=0.1,
         betas=(0.9, 0.99),
-        eps=1e-8,
+        eps=1e-6 if precision == "fp64" else 1e-8,
         matrices="adamw" if precision == "fp64" else "muon",
-        memory="adam",
+        memory="row_adam",
         max_grad_norm=1.0,
     )
     return DistributedDataParallel(model), placement, optimiser
