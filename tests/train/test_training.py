@@ -245,3 +245,24 @@ def test_an_unknown_recipe_lists_those_that_ship(tmp_path):
     (tmp_path / "broken.yaml").write_text("a: [")
     with pytest.raises(ValueError, match="not valid YAML"):
         load_recipe(tmp_path / "broken.yaml")
+
+
+@pytest.mark.parametrize("overlap", ["none", "exact"])
+@pytest.mark.parametrize("where", ["ram", "file"])
+def test_a_run_gives_the_same_bits_wherever_its_tables_are(tmp_path, where, overlap):
+    settings = ("trainer.max_steps=4", "trainer.save_steps=2", "trainer.gradient_accumulation_steps=2")
+    there = (f"placement.where={where}", f"placement.overlap={overlap}", f"out={tmp_path / 'there'}")
+    expected = train(tiny_recipe(tmp_path, *settings))
+    found = train(tiny_recipe(tmp_path, *settings, *there))
+    assert found["validation_loss"] == expected["validation_loss"]
+    assert [entry.get("loss") for entry in found["curve"]] == [entry.get("loss") for entry in expected["curve"]]
+    one, other = weights(tmp_path / "run"), weights(tmp_path / "there")
+    assert one.keys() == other.keys() and all(torch.equal(other[name], tensor) for name, tensor in one.items())
+
+
+def test_a_run_with_stale_reads_finishes_near_the_exact_one(tmp_path):
+    settings = ("trainer.max_steps=12", "trainer.save_strategy=no", "placement.where=ram")
+    exact = train(tiny_recipe(tmp_path, *settings))
+    stale = train(tiny_recipe(tmp_path, *settings, "placement.overlap=stale", f"out={tmp_path / 'stale'}"))
+    assert stale["steps"] == exact["steps"] == 12
+    assert 0 < abs(stale["validation_loss"] - exact["validation_loss"]) < 0.05

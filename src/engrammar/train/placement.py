@@ -228,12 +228,13 @@ class TablePlacement(RowSource):
             }
         home = next(iter(self.tables.values())).device
         grads = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in fetched.leaves.values()]
-        parts = fetched.route.give_back([grad_UC.to(home) for grad_UC in grads])
+        # In the worker, where there is one: ranks must not mix this exchange with a read that is under way.
+        parts = self._run(partial(fetched.route.give_back, [grad_UC.to(home) for grad_UC in grads])).result()
         return {name: (rows, grad / self.num_ranks) for name, (rows, grad) in zip(touched.rows, parts)}
 
     def zero_grad(self) -> None:
         """Forgets the gradients of this step so far."""
-        for touched in self.open:
+        for touched in (*self.open, *(touched for touched in self.ahead if touched.used)):
             for leaf in touched.fetched.result().leaves.values():
                 leaf.grad = None
 
