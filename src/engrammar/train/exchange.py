@@ -31,7 +31,6 @@ def _per_rank(num_rows: int, group: Group) -> int:
 class Traffic:
     """What went over the wire, from this rank to others, and what would have without deduplication; in bytes."""
 
-    num_steps: int = 0
     num_looked_up: int = 0
     num_distinct: int = 0
     ids: int = 0
