@@ -34,7 +34,7 @@ from engrammar.train.placement import TablePlacement, place_tables
 
 RANKS = (1, 2, 4)
 BATCH = 8  # over all ranks
-NUM_STEPS, QUICK_STEPS = 50, 6
+NUM_STEPS, QUICK_STEPS = 50, 4
 WARM_UP = 3  # steps that are trained but not timed
 FIRST = 10  # steps within which rounding has not grown yet
 TARGET = 1e-5  # of the fp64 difference over all steps
