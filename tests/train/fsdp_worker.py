@@ -11,6 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from engrammar.train.exchange import leave_processes
 from engrammar.train.optimiser import build_optimiser
 from engrammar.train.placement import place_tables
 from models import tiny_model
@@ -64,8 +65,7 @@ def main() -> None:
             }
     if dist.get_rank() == 0:
         (Path(sys.argv[1]) / "report.json").write_text(json.dumps(report))
-    dist.barrier()
-    dist.destroy_process_group()
+    leave_processes()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from engrammar.train.exchange import leave_processes
 from engrammar.train.optimiser import build_optimiser
 from engrammar.train.placement import place_tables
 from models import tiny_model
@@ -62,8 +63,7 @@ def main() -> None:
     }
     if dist.get_rank() == 0:
         (Path(sys.argv[1]) / "report.json").write_text(json.dumps(report))
-    dist.barrier()
-    dist.destroy_process_group()
+    leave_processes()
 
 
 if __name__ == "__main__":

@@ -280,8 +280,9 @@ def verdict(result: dict[str, Any]) -> str:
     met = all(row["differences"]["fp64"] < TARGET for row in others)
     crowded = f" {most} ranks share {cores} cores: their step time is not that of {most} machines." * (cores < most)
     return (
-        f"Largest difference of any step's loss. In fp64 (AdamW, rate 5e-5, eps 1e-6) it is {differences('fp64_first')} over the first "
-        f"{FIRST} steps and {differences('fp64')} over {len(first['losses'])}, which {'meets' if met else 'misses'} "
+        f"Largest difference of any step's loss. In fp64 (AdamW, rate 5e-5, eps 1e-6) it is "
+        f"{differences('fp64_first')} over the first {FIRST} steps "
+        f"and {differences('fp64')} over {len(first['losses'])}, which {'meets' if met else 'misses'} "
         f"the target of {TARGET:.0e}: what differs is rounding, and it grows from step to step. In fp32 (Muon) the "
         "yardstick is one process that splits its batch into as many accumulated passes: it differs from one pass by "
         f"{differences('passes')}, the ranks from it by {differences('ranks_to_passes')}. A rank holds {shares} of the "

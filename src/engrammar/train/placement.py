@@ -264,8 +264,7 @@ class TablePlacement(RowSource):
         layouts = {name: {f"{name}.weight": (t.dtype, self.modules[name].shape)} for name, t in self.tables.items()}
         self._lay_out(directory, "", layouts)
         for name, table_RC in self.tables.items():
-            first, _ = own_rows(self.modules[name].shape[0], self.group)
-            write_rows(directory / table_shard(name), f"{name}.weight", first, table_RC)
+            write_rows(directory / table_shard(name), f"{name}.weight", self._first_row(name), table_RC)
         self._barrier()
         if self.is_first:
             write_index(directory, [f"{name}.weight" for name in self.tables])
@@ -282,22 +281,19 @@ class TablePlacement(RowSource):
         }
         self._lay_out(directory, ".optimiser", layouts)
         for name, table_RC in self.tables.items():
-            first, _ = own_rows(self.modules[name].shape[0], self.group)
             for key, values in optimiser.state[table_RC].items():
-                write_rows(directory / table_shard(name + ".optimiser"), f"{name}.{key}", first, values)
+                write_rows(directory / table_shard(name + ".optimiser"), f"{name}.{key}", self._first_row(name), values)
         self._barrier()
 
     def load(self, directory: Path) -> None:
         """Reads this rank's rows from a checkpoint, whatever number of ranks wrote it."""
         self.flush()
         for name, table_RC in self.tables.items():
-            first, _ = own_rows(self.modules[name].shape[0], self.group)
-            read_rows(directory / table_shard(name), f"{name}.weight", first, table_RC.detach())
+            read_rows(directory / table_shard(name), f"{name}.weight", self._first_row(name), table_RC.detach())
 
     def load_state(self, directory: Path, optimiser: RowOptimiser) -> None:
         """Reads the optimiser's state of this rank's rows; as `load`."""
         for name, table_RC in self.tables.items():
-            first, _ = own_rows(self.modules[name].shape[0], self.group)
             path = directory / table_shard(name + ".optimiser")
             if not path.exists():
                 raise ValueError(
@@ -305,7 +301,10 @@ class TablePlacement(RowSource):
                 )
             optimiser.state.pop(table_RC, None)
             for key, values in optimiser.state_of(table_RC).items():
-                read_rows(path, f"{name}.{key}", first, values)
+                read_rows(path, f"{name}.{key}", self._first_row(name), values)
+
+    def _first_row(self, name: str) -> int:
+        return own_rows(self.modules[name].shape[0], self.group)[0]
 
     def _lay_out(self, directory: Path, suffix: str, layouts: Mapping[str, Any]) -> None:
         if self.is_first:

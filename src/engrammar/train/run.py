@@ -127,19 +127,19 @@ def train(recipe: Recipe) -> dict[str, Any]:
     out = Path(recipe.out)
     check_writable(out)
     arguments = _training_arguments(recipe)
-    if arguments.should_save:
-        clear_partials(out)
     checkpoint = _last_checkpoint(recipe)
     if (out / "result.json").exists():
         return json.loads((out / "result.json").read_text())
-    trainer, config = _trainer(recipe, arguments, checkpoint)
+    state, trained = _progress(checkpoint)
+    trainer, config = _trainer(recipe, arguments, checkpoint if trained else None)
     if arguments.should_save:
         with writing("recipe.yaml", out):
             write_text(out / "recipe.yaml", to_yaml(recipe))
-    state, trained = _progress(checkpoint)
     tokens_per_second = None
     if trained:  # killed after its last step; Trainer would make one more
         trainer.state = state
+        if arguments.should_save:
+            clear_partials(out)  # where there are steps left, the Trainer does it
     else:
         runtime = trainer.train(str(checkpoint) if checkpoint else None).metrics["train_runtime"]
         num_steps = trainer.state.global_step - state.global_step
@@ -162,9 +162,9 @@ def train(recipe: Recipe) -> dict[str, Any]:
 
 
 def _trainer(
-    recipe: Recipe, arguments: "TrainingArguments", checkpoint: Path | None
+    recipe: Recipe, arguments: "TrainingArguments", finished: Path | None
 ) -> "tuple[EngrammarTrainer, EngrammarConfig]":
-    """The recipe's trainer and its model's config; the model is that of `checkpoint` if no step is left to be made."""
+    """The recipe's trainer and its model's config; the model is that of the checkpoint `finished`, else a new one."""
     from transformers import AutoTokenizer
 
     from engrammar.modeling import EngrammarForCausalLM
@@ -183,9 +183,8 @@ def _trainer(
             "(model.settings.max_position_embeddings)."
         )
     rows: Rows = "own" if recipe.optimiser.memory == "dense_adam" else "elsewhere"
-    _, trained = _progress(checkpoint)
-    if trained:
-        model = EngrammarForCausalLM.from_pretrained(checkpoint, rows=rows)
+    if finished is not None:
+        model = EngrammarForCausalLM.from_pretrained(finished, rows=rows)
     else:
         model = build_model(config, classes_V, recipe.seed, rows)
     trainer = EngrammarTrainer(
@@ -207,8 +206,8 @@ def _trainer(
         eval_dataset=tokens.blocks("validation", length),
         processing_class=tokenizer,
     )
-    if trained:
-        trainer.place(checkpoint)
+    if finished is not None:
+        trainer.place(finished)
     return trainer, config
 
 

@@ -181,6 +181,7 @@ class EngrammarTrainer(Trainer):
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
+            self.next_batches = None
             self._finish_sealing()
             if self.placement is not None and self.placement.release():
                 self.placement = None
