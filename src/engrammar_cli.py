@@ -8,10 +8,12 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Positional, arg
+
+from engrammar_table_cli import main as table_command
 
 app = tyro.extras.SubcommandApp()
 
@@ -51,6 +53,10 @@ def generate(
     top_p: float = 0.95,
     num_beams: int = 1,
     seed: int = 0,
+    memory: Literal["weights", "ram", "disk"] = "weights",
+    cache_rows: int = 0,
+    on_missing: Literal["error", "skip", "zeros"] = "error",
+    deadline: float | None = None,
 ) -> None:
     """Continue a prompt with a trained model.
 
@@ -62,13 +68,22 @@ def generate(
         top_p: Nucleus of probability to sample from.
         num_beams: More than 1 is beam search.
         seed: Seed of the sampling.
+        memory: Where the memory's tables stay: weights of the model, their stored bytes in RAM, or on disk.
+        cache_rows: Rows of each table kept in RAM in front of the disk.
+        on_missing: A row that cannot be had is an error; its token takes nothing from the memory; or it is zeros.
+        deadline: Seconds to wait for a row (needed with skip and zeros).
     """
     from engrammar.train.sample import Sampling, complete, load
 
     sampling = Sampling(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, num_beams=num_beams, seed=seed
     )
-    print(complete(*load(model), prompt, sampling))
+    serving: dict[str, Any] = {}
+    if memory != "weights":
+        serving = {"memory": memory, "cache_rows": cache_rows, "on_missing": on_missing, "deadline": deadline}
+    elif cache_rows or deadline is not None or on_missing != "error":
+        raise ValueError("cache-rows, on-missing and deadline are for tables in RAM or on disk: add --memory.")
+    print(complete(*load(model, **serving), prompt, sampling))
 
 
 @app.command
@@ -152,7 +167,7 @@ def check(
 
 @app.command
 def bench(
-    what: Positional[Literal["hash", "step", "optimiser", "sharded", "placement"]],
+    what: Positional[Literal["hash", "step", "optimiser", "sharded", "placement", "store", "decode"]],
     /,
     quick: bool = False,
     json_output: Annotated[bool, arg(name="json")] = False,
@@ -161,7 +176,8 @@ def bench(
 
     Args:
         what: hash: ids to rows; step: a training step, with memory and without, and against rows per head; optimiser:
-            updates of touched rows; sharded: tables over ranks; placement: tables on the device, in RAM and in a file.
+            updates of touched rows; sharded: tables over ranks; placement: tables on the device, in RAM and in a file;
+            store: rows from RAM, disk, cache and other machines; decode: tokens/s with tables on disk.
         quick: Finish within 50 seconds.
         json_output: Print JSON.
     """
@@ -193,8 +209,17 @@ def demo(
     run_demo(load_recipe(recipe, overrides), out, seeds)
 
 
+@app.command
+def table() -> None:
+    """Table files: info, verify, pack, quantise, import, export, plan (engrammar table --help)."""
+    table_command(["--help"])
+
+
 def main() -> None:
     """The entry point: a user's mistake is one sentence on stderr and exit code 2."""
+    if sys.argv[1:2] == ["table"]:  # an app of its own: tyro's apps do not nest
+        table_command(sys.argv[2:])
+        return
     try:
         app.cli(
             prog="engrammar",

@@ -10,17 +10,22 @@ FLOORS = {
     0: ("config",),
     1: ("vocabulary", "addressing", "machine"),
     2: ("checkpoint", "durable", "store"),
-    3: ("memory", "table", "fusion"),
+    3: ("memory", "table", "fusion", "stored"),
     4: ("configuration", "hyper", "block", "modeling", "presets", "budget", "attach"),
     5: ("train", "lab", "check", "edit"),
     6: ("bench", "serve"),
     7: ("__init__",),
-    8: ("engrammar_cli",),  # beside the package, see its docstring
+    8: ("engrammar_cli", "engrammar_table_cli"),  # beside the package, see its docstring
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
 # Within a floor, these may import those.
 SAME_FLOOR = {
+    ("checkpoint", "durable"),
+    ("store", "checkpoint"),
+    ("store", "durable"),
     ("memory", "table"),
+    ("stored", "memory"),
+    ("stored", "table"),
     ("block", "configuration"),
     ("block", "hyper"),
     ("modeling", "block"),
@@ -31,7 +36,7 @@ SAME_FLOOR = {
     ("budget", "modeling"),
     ("lab", "train"),
 }
-FILES = [*sorted(SOURCE.rglob("*.py")), SOURCE.parent / "engrammar_cli.py"]
+FILES = [*sorted(SOURCE.rglob("*.py")), *sorted(SOURCE.parent.glob("*.py"))]
 
 
 def part_of(path: Path) -> str:

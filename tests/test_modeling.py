@@ -173,7 +173,7 @@ def test_a_checkpoint_over_another_leaves_nothing_of_it(tmp_path):
     for model, size in ((memory, "50GB"), (plain, "50GB"), (plain, "20KB"), (memory, "20KB"), (memory, "50GB")):
         model.save_pretrained(tmp_path, max_shard_size=size)
         assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
-        shards = {path.name for path in tmp_path.glob("*.safetensors")}
+        shards = {path.name for path in tmp_path.glob("*.safetensors") if ".crc32." not in path.name}
         index = tmp_path / checkpoint.INDEX
         named = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {checkpoint.WHOLE}
         assert shards == named, (size, shards ^ named)

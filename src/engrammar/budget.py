@@ -33,7 +33,7 @@ class Counts:
     memory_parameters: int
     input_embedding_parameters: int
     memory_rows: int
-    bytes_per_token: float
+    bytes_per_token: int
 
     @property
     def rho(self) -> float:
@@ -63,7 +63,7 @@ def count_parameters(config: EngrammarConfig) -> Counts:
         memory_parameters=memory,
         input_embedding_parameters=embedding,
         memory_rows=memory // memory_config.head_dim if memory_config else 0,
-        bytes_per_token=memory_config.bytes_per_token if memory_config else 0.0,
+        bytes_per_token=memory_config.bytes_per_token if memory_config else 0,
     )
 
 

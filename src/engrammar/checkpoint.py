@@ -1,5 +1,6 @@
 """Checkpoint files: each memory table in a safetensors shard of its own, and shards checked before they are read.
 
+Rows begin at a multiple of `PAGE`, so that whole pages of a disk serve them (docs/table-files.md).
 A table's shard is laid out first and filled by rows, so that it never has to be in memory at once, and several
 processes fill one file. Letters: R rows of a table, U rows written or read.
 """
@@ -16,11 +17,22 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from engrammar.durable import MANIFEST, PAGE
+
 INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"
 BACKBONE = "backbone.safetensors"
+MEMORY = "memory.json"
+HOT_ROWS = "memory.hot.safetensors"  # by layer, the rows that are read most, hottest first
 CHUNK_BYTES = 8 * 2**20  # read or written at once
-DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int32: "I32"}
+DTYPES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+}
 
 
 def is_table(name: str) -> bool:
@@ -61,14 +73,17 @@ def write_index(directory: Path, tables: Sequence[str]) -> None:
 
 
 def lay_out(path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
-    """A safetensors file of these tensors, all zeros; it takes disk space as rows are written."""
+    """A safetensors file of these tensors, all zeros; it takes disk space as rows are written.
+
+    Its data starts at a multiple of `PAGE`.
+    """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, (dtype, shape) in tensors.items():
         start, end = end, end + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": DTYPES[dtype], "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % PAGE)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         file.truncate(8 + len(text) + end)
@@ -134,11 +149,12 @@ def per_chunk(rows: Tensor) -> int:
 def remove_checkpoint(directory: Path) -> None:
     """Removes the weights of an earlier checkpoint, so that none is left beside (or read instead of) the next one's.
 
-    transformers keeps a whole `model.safetensors` beside new shards, and its loader prefers it.
+    transformers keeps a whole `model.safetensors` beside new shards, and its loader prefers it. What says that the
+    earlier one is whole goes first.
     """
     for path in (
-        *(directory / name for name in (WHOLE, INDEX, BACKBONE)),
-        *directory.glob("memory.tables.*.safetensors"),
+        *(directory / name for name in (MANIFEST, MEMORY, HOT_ROWS, WHOLE, INDEX, BACKBONE)),
+        *directory.glob("*memory.tables.*.safetensors"),
     ):
         path.unlink(missing_ok=True)
 

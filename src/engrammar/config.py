@@ -8,7 +8,21 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, Self
 
-ROW_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0, "fp8_scale32": 1.0 + 1 / 32}
+Encoding = Literal["fp32", "bf16", "fp8", "fp8_row", "fp8_scale32", "int8", "int4"]
+
+
+def row_bytes(encoding: Encoding, width: int) -> int:
+    """Bytes of a stored row of `width` values, with the scales that lie behind them in the row (`store/rows.py`)."""
+    groups = -(-width // 32)
+    return {
+        "fp32": 4 * width,
+        "bf16": 2 * width,
+        "fp8": width,  # one scale for the whole table, which no row carries
+        "fp8_row": width + 4,
+        "fp8_scale32": width + groups,
+        "int8": width + 4,
+        "int4": -(-width // 2) + 2 * groups,
+    }[encoding]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +74,7 @@ class MemoryConfig:
     key_norm_eps: float | None = 1e-6
     conv_norm_eps: float = 1e-6
     rows_multiple: int = 1
-    row_encoding: Literal["fp32", "bf16", "fp8", "fp8_scale32"] = "bf16"
+    row_encoding: Encoding = "bf16"
 
     def __post_init__(self) -> None:
         def require(holds: bool, setting: str, allowed: str) -> None:
@@ -116,9 +130,9 @@ class MemoryConfig:
         return max(self.conv_kernel - 1, 0) * self.max_ngram_size
 
     @property
-    def bytes_per_token(self) -> float:
+    def bytes_per_token(self) -> int:
         """Bytes of rows that one token reads over all layers, as stored in `row_encoding`."""
-        return len(self.layers) * self.memory_dim * ROW_BYTES[self.row_encoding]
+        return len(self.layers) * self.num_columns * row_bytes(self.row_encoding, self.head_dim)
 
     def to_json(self) -> dict[str, Any]:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}

@@ -114,6 +114,18 @@ class EngrammarConfig(DeepseekV3Config):
         return Geometry.from_json(self.geometry)
 
     @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """transformers' `from_dict`; a `memory` that is a place ("disk", a function) is the model's, not a setting."""
+        where = (
+            kwargs.pop("memory") if isinstance(kwargs.get("memory"), str) or callable(kwargs.get("memory")) else None
+        )
+        made = super().from_dict(config_dict, **kwargs)
+        if where is None or not kwargs.get("return_unused_kwargs"):
+            return made
+        config, unused = made
+        return config, unused | {"memory": where}
+
+    @classmethod
     def for_tokenizer(
         cls, tokenizer: "PreTrainedTokenizerBase", classes_V: NDArray[np.int64] | None = None, **settings: Any
     ) -> Self:

@@ -2,6 +2,8 @@
 
 - `checkpoint-N` with a `manifest.json` is sealed: {"version": 1, "block_bytes": b, "files": {name: {"bytes": n,
   "crc32": [one per block of b bytes]}}}, names relative with `/`.
+- `memory.tables.*.crc32.safetensors` beside a table's shard: one tensor `crc32` [pages], the CRC-32 of each page of
+  `PAGE` bytes of the shard's file, header included, for those who read single rows of it.
 - `.partial-*` is a save (or a deletion) that did not finish; nothing reads it.
 - `.replaced-checkpoint-N` is an earlier sealed checkpoint N, kept until its successor stands in its place.
 """
@@ -18,12 +20,19 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
 MANIFEST = "manifest.json"
 VERSION = 1
 BLOCK_BYTES = 16 * 2**20
+PAGE = 4096  # bytes that a disk reads at once
+READ_BYTES = 2**18  # between two reads, while pages are summed, other threads of Python wait
 PARTIAL = ".partial-"
 REPLACED = ".replaced-"
 CHECKPOINT = re.compile(rf"(?:{re.escape(REPLACED)})?checkpoint-([0-9]+)")
+TABLE_SHARD = re.compile(r"(?:.+\.)?memory\.tables\.[0-9]+(?:-[0-9]+-of-[0-9]+)?\.safetensors")
 
 logger = logging.getLogger(__name__)
 
@@ -50,16 +59,22 @@ def check_writable(directory: Path) -> None:
 def seal(partial: Path, final: Path, *, block_bytes: int = BLOCK_BYTES) -> None:
     """Flushes and checksums every file under `partial`, adds the manifest, and renames the folder to `final`.
 
+    Table shards get their page checksums in the same reading; those are files of the folder like any other.
     After a kill at any moment `final` is absent or whole. A `final` that is there already is set aside first and
     deleted last, so that one of the two is whole all along (`last_good` finds either).
 
     Raises:
         OSError: the disk is full or fails.
     """
+    paged = {}
+    for path in sorted(path for path in partial.rglob("*") if TABLE_SHARD.fullmatch(path.name)):
+        paged[path], page_sums = _sums_and_page_sums(path, block_bytes)
+        _write_page_sums(path, page_sums)
     files = {}
     for name in sorted(_sizes(partial)):
-        sums = tuple(_block_sums(partial / name, block_bytes))
-        files[name] = {"bytes": _flush(partial / name), "crc32": sums}
+        path = partial / name
+        sums = paged[path] if path in paged else list(_block_sums(path, block_bytes))
+        files[name] = {"bytes": _flush(path), "crc32": sums}
     text = json.dumps({"version": VERSION, "block_bytes": block_bytes, "files": files}, indent=1) + "\n"
     (partial / MANIFEST).write_text(text)
     _flush(partial / MANIFEST)
@@ -74,6 +89,16 @@ def seal(partial: Path, final: Path, *, block_bytes: int = BLOCK_BYTES) -> None:
     _flush(final.parent)
     if aside.exists():
         discard(aside)
+
+
+def page_sums_path(shard: Path) -> Path:
+    """The file of a shard's page checksums."""
+    return shard.with_name(f"{shard.name.removesuffix('.safetensors')}.crc32.safetensors")
+
+
+def write_checksums(shard: Path) -> Path:
+    """Writes the page checksums of a shard's file, and returns their own file."""
+    return _write_page_sums(shard, _sums_and_page_sums(shard, BLOCK_BYTES)[1])
 
 
 def verify(folder: Path, *, only: Collection[str] | None = None) -> None:
@@ -178,7 +203,7 @@ def writing(what: str, out: Path, scratch: Path | None = None) -> Iterator[None]
     try:
         yield
     except BaseException as error:
-        reason = _reason(error, out)
+        reason = reason_of(error, out)
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
         if reason is None:
@@ -191,8 +216,8 @@ def writing(what: str, out: Path, scratch: Path | None = None) -> Iterator[None]
         ) from error
 
 
-def _reason(error: BaseException, out: Path) -> str | None:
-    """Why a write failed; None where `error` is about something else.
+def reason_of(error: BaseException, out: Path) -> str | None:
+    """Why a write to `out` failed; None where `error` is about something else.
 
     safetensors and tokenizers put the errno into their text; torch.save drops it, and dies in its zip writer or, where
     only the last bytes do not fit, in the stream below it.
@@ -230,7 +255,7 @@ def _damage(folder: Path) -> str | None:
 
 
 def _check_sizes(folder: Path) -> Manifest:
-    manifest = _read_manifest(folder)
+    manifest = read_manifest(folder)
     there = _sizes(folder)
     for name, (size, _) in manifest.files.items():
         if name not in there:
@@ -240,7 +265,12 @@ def _check_sizes(folder: Path) -> Manifest:
     return manifest
 
 
-def _read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a sealed folder.
+
+    Raises:
+        ValueError: it has none, or one that is not a manifest.
+    """
     path = folder / MANIFEST
     if not path.is_file():
         raise ValueError(f"{folder} has no {MANIFEST} (never completed, or made by an older version)")
@@ -256,20 +286,21 @@ def _read_manifest(folder: Path) -> Manifest:
     require(isinstance(content, dict), "it is not an object")
     require(content.get("version") == VERSION, f"its version is not {VERSION}")
     block_bytes, entries = content.get("block_bytes"), content.get("files")
-    require(_is_count(block_bytes, BLOCK_BYTES) and block_bytes > 0, f"block_bytes is not 1 to {BLOCK_BYTES}")
+    require(is_count(block_bytes, BLOCK_BYTES) and block_bytes > 0, f"block_bytes is not 1 to {BLOCK_BYTES}")
     require(isinstance(entries, dict), "files is not an object")
     files = {}
     for name, entry in entries.items():
         require(isinstance(entry, dict), f"the entry {name!r} is not an object")
         size, sums = entry.get("bytes"), entry.get("crc32")
-        require(_is_count(size, 2**63) and isinstance(sums, list), f"the entry {name!r} lacks bytes or crc32")
+        require(is_count(size, 2**63) and isinstance(sums, list), f"the entry {name!r} lacks bytes or crc32")
         require(len(sums) == -(-size // block_bytes), f"{name!r} has {len(sums)} sums for {size} bytes")
-        require(all(_is_count(value, 2**32 - 1) for value in sums), f"a sum of {name!r} is not a CRC-32")
+        require(all(is_count(value, 2**32 - 1) for value in sums), f"a sum of {name!r} is not a CRC-32")
         files[name] = (size, tuple(sums))
     return Manifest(block_bytes=block_bytes, files=files)
 
 
-def _is_count(value: object, largest: int) -> bool:
+def is_count(value: object, largest: int) -> bool:
+    """Whether a value out of a JSON file is an integer from 0 to `largest`."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= largest
 
 
@@ -284,6 +315,31 @@ def _block_sums(path: Path, block_bytes: int) -> Iterator[int]:
     with path.open("rb") as file:
         while block := file.read(block_bytes):
             yield zlib.crc32(block)
+
+
+def _sums_and_page_sums(path: Path, block_bytes: int) -> tuple[list[int], NDArray[np.uint32]]:
+    """The sums of a file's blocks and of its pages, read once.
+
+    zlib lets other threads run while it sums a block, but not for as little as a page: hence the short reads.
+    """
+    assert block_bytes % PAGE == 0
+    sums, page_sums = [], [np.empty(0, dtype=np.uint32)]
+    with path.open("rb") as file:
+        for _ in range(0, os.fstat(file.fileno()).st_size, block_bytes):
+            total, left = 0, block_bytes
+            while left and (part := file.read(min(left, READ_BYTES))):
+                total, left = zlib.crc32(part, total), left - len(part)
+                view = memoryview(part)
+                each = [zlib.crc32(view[first : first + PAGE]) for first in range(0, len(part), PAGE)]
+                page_sums.append(np.array(each, dtype=np.uint32))
+            sums.append(total)
+    return sums, np.concatenate(page_sums)
+
+
+def _write_page_sums(shard: Path, page_sums: NDArray[np.uint32]) -> Path:
+    path = page_sums_path(shard)
+    save_file({"crc32": page_sums}, path)
+    return path
 
 
 def _flush(path: Path) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from engrammar.addressing import hash_ngrams, look_back
 from engrammar.config import Geometry, MemoryConfig
-from engrammar.table import MemoryTable, Rows
+from engrammar.table import Embedded, MemoryTable, Rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,18 +21,26 @@ class Retrieved:
     """What retrieval hands to fusion.
 
     Attributes:
-        waits: per memory layer index in the model, a function that waits for embedding_BTE.
+        waits: per memory layer index in the model, a function that waits for its rows.
         dead_BT: True where a position is masked (padding) and its memory must stay silent; None where none is.
         starts_BT: True where a packed document begins; None where rows are not packed.
     """
 
-    waits: Mapping[int, Callable[[], Tensor]]
+    waits: Mapping[int, Callable[[], Embedded]]
     dead_BT: Tensor | None
     starts_BT: Tensor | None
 
-    def wait(self, layer: int) -> Tensor | None:
-        """embedding_BTE of a layer once it is there; None for a layer without memory."""
-        return self.waits[layer]() if layer in self.waits else None
+    def wait(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
+        """Of a layer, once its rows are there: embedding_BTE, and dead_BT with the positions that lack a row.
+
+        None for a layer without memory.
+        """
+        if layer not in self.waits:
+            return None, None
+        embedding_BTE, missing_BT = self.waits[layer]()
+        if missing_BT is None or self.dead_BT is None:
+            return embedding_BTE, self.dead_BT if missing_BT is None else missing_BT
+        return embedding_BTE, self.dead_BT | missing_BT
 
 
 class Memory(nn.Module):
@@ -120,16 +128,12 @@ class Memory(nn.Module):
             starts_BT=starts_BT,
         )
 
-    def _read(self, rows: Mapping[int, Tensor]) -> dict[int, Callable[[], Tensor]]:
+    def _read(self, rows: Mapping[int, Tensor]) -> dict[int, Callable[[], Embedded]]:
         """Starts every table's reads; a source outside the model gets them all at once."""
         tables = {layer: self.table(layer) for layer in rows}
         source = next(iter(tables.values())).source
         if source is None:
-            return {layer: partial(_same, tables[layer](rows_BTH)) for layer, rows_BTH in rows.items()}
+            return {layer: partial(Embedded, tables[layer](rows_BTH)) for layer, rows_BTH in rows.items()}
         stored = {tables[layer].name: tables[layer].stored_rows(rows_BTH) for layer, rows_BTH in rows.items()}
         waits = source.read(stored)
         return {layer: waits[table.name] for layer, table in tables.items()}
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor

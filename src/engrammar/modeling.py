@@ -30,12 +30,17 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from engrammar.block import IDS_STATE, EngrammarBlock
-from engrammar.checkpoint import check_shards, is_table, remove_checkpoint, write_tables
+from engrammar.checkpoint import MEMORY, check_shards, is_table, remove_checkpoint, write_tables
 from engrammar.configuration import EngrammarConfig
 from engrammar.fusion import Fusion
 from engrammar.hyper import Collapse
 from engrammar.memory import Memory, Retrieved
+from engrammar.store.format import open_tables
+from engrammar.store.memory_json import finish_checkpoint
+from engrammar.stored import serve_tables
 from engrammar.table import MemoryTable, Rows, draw_rows_
+
+SERVING = ("cache_rows", "prefetch", "on_missing", "deadline")  # settings of `serve_tables`
 
 
 class EngrammarPreTrainedModel(PreTrainedModel):
@@ -103,19 +108,26 @@ class EngrammarPreTrainedModel(PreTrainedModel):
         state_dict = self.state_dict() if given is None else given
         tables = {name: tensor for name, tensor in state_dict.items() if is_table(name)}
         backbone = {name: tensor for name, tensor in state_dict.items() if name not in tables}
+        sources = {module.source for module in self.modules() if isinstance(module, MemoryTable) and module.source}
+        for source in sources:
+            source.check_save(Path(save_directory))
         if is_main_process:
             remove_checkpoint(Path(save_directory))
         super().save_pretrained(save_directory, is_main_process, state_dict=backbone, **kwargs)
         if tables and is_main_process:
             write_tables(Path(save_directory), tables)
-        for source in (
-            {m.source for m in self.modules() if isinstance(m, MemoryTable) and m.source} if given is None else ()
-        ):
+            finish_checkpoint(Path(save_directory))
+        for source in sources if given is None else ():
             source.save(Path(save_directory))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """transformers' `from_pretrained`, which refuses a missing or truncated shard and a missing weight.
+
+        Args:
+            memory: where the memory's tables stay: "ram" or "disk", or a function that opens the store of a table.
+                Without it they are weights of the model. `cache_rows`, `prefetch`, `on_missing` and `deadline` go with
+                it: see `stored.serve_tables`.
 
         Raises:
             ValueError: a shard is missing or cut short, or the checkpoint lacks weights of this model.
@@ -123,6 +135,14 @@ class EngrammarPreTrainedModel(PreTrainedModel):
         folder = Path(pretrained_model_name_or_path or "", kwargs.get("subfolder", ""))
         if pretrained_model_name_or_path is not None and folder.is_dir():
             check_shards(folder)
+        serving = {key: kwargs.pop(key) for key in SERVING if key in kwargs}
+        if isinstance(kwargs.get("memory"), str) or callable(kwargs.get("memory")):
+            serving["where"] = kwargs.pop("memory")
+            kwargs["rows"] = "elsewhere"
+        elif serving:
+            raise ValueError(
+                f"{next(iter(serving))} needs memory='ram', 'disk' or a store: tables are weights otherwise."
+            )
         wants_info = kwargs.pop("output_loading_info", False)
         try:
             model, info = super().from_pretrained(
@@ -145,6 +165,11 @@ class EngrammarPreTrainedModel(PreTrainedModel):
                 f"{folder} holds memory that its config.json does not name ({left_over[0]}, ...): it is of another "
                 "model; copy the checkpoint again."
             )
+        if info["missing_keys"] and (folder / MEMORY).exists() and all(map(is_table, info["missing_keys"])):
+            encoding = open_tables(folder).encoding
+            raise ValueError(
+                f"The tables in {folder} are stored as {encoding}, not as weights: load with memory='ram' or 'disk'."
+            )
         if info["missing_keys"]:
             names = ", ".join(sorted(info["missing_keys"])[:3])
             raise ValueError(
@@ -154,6 +179,8 @@ class EngrammarPreTrainedModel(PreTrainedModel):
         for module in model.modules():
             if isinstance(module, MemoryTable):
                 module.init_seed = None
+        if serving:
+            serve_tables(model, folder, **serving)
         return (model, info) if wants_info else model
 
 
@@ -228,8 +255,7 @@ class EngrammarModel(EngrammarPreTrainedModel):
         for layer, block in enumerate(self.layers):
             streams_BTMD = block(
                 streams_BTMD,
-                retrieved.wait(layer),
-                retrieved.dead_BT,
+                *retrieved.wait(layer),
                 retrieved.starts_BT,
                 past_key_values,
                 position_embeddings=position_embeddings,
@@ -319,6 +345,8 @@ class EngrammarForCausalLM(EngrammarPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: EngrammarConfig, rows: Rows = "own") -> None:
         super().__init__(config)
+        if rows == "elsewhere":
+            self._keys_to_ignore_on_load_unexpected = {r"memory\.tables\."}
         self.model = EngrammarModel(config, rows)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

@@ -6,7 +6,7 @@ Letters: B batch, T tokens, H columns (heads over all orders), C row width, E = 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,13 @@ from engrammar.config import Geometry, MemoryConfig
 
 INIT_BLOCK = 4096  # rows drawn from one seed
 Rows = Literal["own", "elsewhere"]  # whether a model holds its tables' rows, or something else does
+
+
+class Embedded(NamedTuple):
+    """The rows of each token side by side, [..., E], and True where one could not be had (None: all are there)."""
+
+    embedding: Tensor
+    missing: Tensor | None = None
 
 
 class RowSource(ABC):
@@ -28,8 +35,11 @@ class RowSource(ABC):
     tables: dict[str, nn.Parameter]
 
     @abstractmethod
-    def read(self, rows: Mapping[str, Tensor]) -> dict[str, Callable[[], Tensor]]:
+    def read(self, rows: Mapping[str, Tensor]) -> dict[str, Callable[[], Embedded]]:
         """Starts reading stored rows [..., H] of each table; each function waits for its embedding [..., E]."""
+
+    def check_save(self, directory: Path) -> None:  # noqa: B027 (most sources can save anywhere)
+        """Raises a ValueError where `save` into `directory` cannot do; called before anything there is touched."""
 
     @abstractmethod
     def save(self, directory: Path) -> None:
@@ -88,7 +98,7 @@ class MemoryTable(nn.Module):
         """
         rows_BTH = self.stored_rows(rows_BTH)
         if self.source is not None:
-            return self.source.read({self.name: rows_BTH})[self.name]()
+            return self.source.read({self.name: rows_BTH})[self.name]().embedding
         if self.weight is None:
             raise ValueError("This table's rows are elsewhere: give them a place (train.placement.place_tables).")
         if not (self.weight.requires_grad and torch.is_grad_enabled()):

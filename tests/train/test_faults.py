@@ -9,12 +9,16 @@ import subprocess
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from test_training import tiny_recipe, weights
 
 import engrammar.train.trainer as trainer_module
 from engrammar.durable import MANIFEST, last_good, verify
+from engrammar.store.format import open_tables
+from engrammar.store.rows import decode
+from engrammar.store.verify import read_table, verify_tables
 from engrammar.train import run as run_module
 from engrammar.train.recipe import Recipe
 from engrammar.train.run import train
@@ -225,6 +229,21 @@ def test_a_disk_too_small_for_any_checkpoint_says_so(tmp_path, mount):
 
 
 # Saving and resuming.
+
+
+@pytest.mark.parametrize("name", ["checkpoint-2", "."])
+def test_what_training_writes_is_a_folder_of_table_files(straight, name):
+    folder, state = straight / name, weights(straight / name)
+    opened = open_tables(folder)
+    assert verify_tables(folder) > 0
+    for table in opened.tables.values():
+        rows = np.concatenate(list(read_table(opened, table)))
+        assert table.shards[0].start % 4096 == 0 and torch.equal(
+            decode(torch.from_numpy(rows), table.width, table.encoding, torch.float32), state[table.name]
+        )
+    if name != ".":
+        listed = json.loads((folder / MANIFEST).read_text())["files"]
+        assert {"memory.json", *(table.shards[0].crc32.name for table in opened.tables.values())} <= listed.keys()
 
 
 def trainer_of(recipe: Recipe) -> EngrammarTrainer:

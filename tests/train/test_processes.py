@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from engrammar.checkpoint import table_shard
 from engrammar.durable import last_good
+from engrammar.store.verify import verify_tables
 from engrammar.train.recipe import Recipe, to_yaml
 from engrammar.train.run import prepare_tokens
 from engrammar.train.trainer import sum_cross_entropy
@@ -119,6 +120,8 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, straight, first, t
         assert len(list(notes.glob("loaded-*"))) == num_ranks
         assert_same_rows(noted(notes, "loaded"), saved)
         assert losses(out) == pytest.approx(losses(straight / "run"), abs=1e-4)
+        for folder in (tmp_path / "run" / "checkpoint-4", out):  # each file was written by all ranks
+            assert verify_tables(folder) > 0
 
 
 def test_evaluation_on_any_number_of_ranks_counts_every_token_once(tmp_path, straight):

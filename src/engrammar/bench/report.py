@@ -10,8 +10,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+from engrammar.bench import decode, optimiser, placement, rows, sharded, step, store
 from engrammar.bench import hash as hashing
-from engrammar.bench import optimiser, placement, rows, sharded, step
 
 ROOT = Path(__file__).parents[3]
 DOCUMENT = ROOT / "docs" / "measurements.md"
@@ -33,14 +33,23 @@ BENCHES = {
     "optimiser": Bench("Updating touched rows", optimiser, optimiser.bench_optimiser),
     "sharded": Bench("Tables over ranks", sharded, sharded.bench_sharded),
     "placement": Bench("Tables off the device", placement, placement.bench_placement),
+    "store": Bench("Rows from RAM, disk, cache and other machines", store, store.bench_store),
+    "decode": Bench("Decoding with tables on disk", decode, decode.bench_decode),
 }
+
+TITLES = {
+    "rows": "A step against rows per head",
+    "cold": "Cold rows",
+    "footprint": "Memory that stores take",
+    "remote": "Rows from another machine",
+}  # of a bench's parts
 
 
 def _parts(result: dict[str, Any]) -> list[tuple[str, ModuleType, dict[str, Any]]]:
     """The title of each part of a result, the module with its `table` and `verdict`, and its figures."""
     title, module, _ = BENCHES[result["command"].removeprefix("engrammar bench ")]
-    parts = [(title, module, result)]
-    return [*parts, ("A step against rows per head", rows, result["rows"])] if "rows" in result else parts
+    parts = getattr(module, "PARTS", {"rows": rows} if module is step else {})
+    return [(title, module, result), *((TITLES[name], part, result[name]) for name, part in parts.items())]
 
 
 def _conditions(result: dict[str, Any], part: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from engrammar.table import RowSource
+from engrammar.table import Embedded, RowSource
 
 
 class RivalRows(RowSource, ABC):
@@ -21,8 +21,11 @@ class RivalRows(RowSource, ABC):
     def look_up(self, rows_BTH: Tensor) -> Tensor:
         """embedding_BTE of stored rows."""
 
-    def read(self, rows: Mapping[str, Tensor]) -> dict[str, Callable[[], Tensor]]:
-        return {name: partial(self.look_up, rows_BTH) for name, rows_BTH in rows.items()}
+    def read(self, rows: Mapping[str, Tensor]) -> dict[str, Callable[[], Embedded]]:
+        return {name: partial(self._embed, rows_BTH) for name, rows_BTH in rows.items()}
+
+    def _embed(self, rows_BTH: Tensor) -> Embedded:
+        return Embedded(self.look_up(rows_BTH))
 
     def save(self, directory: Path) -> None:
         raise AssertionError("a bench saves nothing")

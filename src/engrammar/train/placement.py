@@ -18,7 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from engrammar.checkpoint import lay_out, read_rows, table_shard, write_index, write_rows
-from engrammar.table import MemoryTable, RowSource, draw_rows_, new_table
+from engrammar.store.memory_json import finish_checkpoint
+from engrammar.table import Embedded, MemoryTable, RowSource, draw_rows_, new_table
 from engrammar.train.exchange import Group, Route, Traffic, all_sum, broadcast, own_rows
 from engrammar.train.pages import zeros_in_file, zeros_in_ram
 from engrammar.train.row_optimisers import Home, RowOptimiser
@@ -45,14 +46,14 @@ class Touched:
     used: bool = False
     missing: list[Tensor] = field(default_factory=list)
 
-    def look_up(self, name: str, rows: Tensor, checked: bool) -> Tensor:
+    def look_up(self, name: str, rows: Tensor, checked: bool) -> Embedded:
         """The embedding [..., E] of stored rows [..., H]. `checked` notes whether any was not read."""
         leaf_UC = self.fetched.result().leaves[name]
         rows_U = self.rows[name]
         place = torch.searchsorted(rows_U, rows).clamp_(max=len(rows_U) - 1)
         if checked:
             self.missing.append((rows_U[place] != rows).any())
-        return nn.functional.embedding(place, leaf_UC).to(self.dtype).flatten(-2)
+        return Embedded(nn.functional.embedding(place, leaf_UC).to(self.dtype).flatten(-2))
 
 
 class TablePlacement(RowSource):
@@ -147,7 +148,7 @@ class TablePlacement(RowSource):
 
     # Reading
 
-    def read(self, rows: Mapping[str, Tensor]) -> dict[str, Callable[[], Tensor]]:
+    def read(self, rows: Mapping[str, Tensor]) -> dict[str, Callable[[], Embedded]]:
         """As `RowSource.read`. While training, rows that were read ahead are not read again.
 
         With several ranks all of them must read together.
@@ -268,6 +269,7 @@ class TablePlacement(RowSource):
         self._barrier()
         if self.is_first:
             write_index(directory, [f"{name}.weight" for name in self.tables])
+            finish_checkpoint(directory)
 
     def save_state(self, directory: Path, optimiser: RowOptimiser) -> None:
         """Adds the optimiser's state of every row, a shard for each table; as `save`."""

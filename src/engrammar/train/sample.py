@@ -5,8 +5,11 @@ from pathlib import Path
 from typing import Any
 
 
-def load(directory: Path) -> tuple[Any, Any]:
+def load(directory: Path, **serving: Any) -> tuple[Any, Any]:
     """The model and tokenizer of a folder that training wrote.
+
+    Args:
+        serving: `memory`, `cache_rows`, `on_missing` and `deadline` of `EngrammarForCausalLM.from_pretrained`.
 
     Raises:
         ValueError: the folder is no checkpoint, a shard is damaged, or the tokenizer is not the model's.
@@ -17,7 +20,7 @@ def load(directory: Path) -> tuple[Any, Any]:
     from engrammar.modeling import EngrammarForCausalLM
 
     load_config(directory)
-    model = EngrammarForCausalLM.from_pretrained(directory)
+    model = EngrammarForCausalLM.from_pretrained(directory, **serving)
     if not (directory / "tokenizer.json").exists():
         raise ValueError(
             f"{directory} has no tokenizer.json: copy the tokenizer that the model was trained with there."

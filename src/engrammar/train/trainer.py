@@ -17,6 +17,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkR
 
 from engrammar.checkpoint import load_backbone
 from engrammar.durable import MANIFEST, PARTIAL, clear_partials, last_good, rotate, seal, verify, writing
+from engrammar.stored import look_ahead
 from engrammar.table import MemoryTable
 from engrammar.train.optimiser import MixedOptimiser, build_optimiser
 from engrammar.train.placement import place_tables, placement_of
@@ -291,7 +292,8 @@ class EngrammarTrainer(Trainer):
             }
             return {name: value for metrics in each.values() for name, value in metrics.items()}
         if self.placement is None and any(
-            isinstance(module, MemoryTable) and module.weight is None for module in self.model.modules()
+            isinstance(module, MemoryTable) and module.weight is None and module.source is None
+            for module in self.model.modules()
         ):
             self.place()
         loader = self.get_eval_dataloader(eval_dataset)
@@ -301,9 +303,12 @@ class EngrammarTrainer(Trainer):
         training = model.training
         model.eval()
         with torch.no_grad():
-            for batch in loader:
-                # Without the rows that make the last batch as long on every rank.
-                totals += self.accelerator.gather_for_metrics(sum_cross_entropy(model, batch)).sum(0)
+            if self.accelerator.num_processes == 1:
+                for batch in look_ahead(model, loader):
+                    totals += sum_cross_entropy(model, batch).sum(0)
+            else:
+                for batch in loader:  # gathered without the rows that make the last batch as long on every rank
+                    totals += self.accelerator.gather_for_metrics(sum_cross_entropy(model, batch)).sum(0)
         model.train(training)
         nats, tokens = totals.tolist()
         seconds = time.perf_counter() - started

@@ -1,0 +1,286 @@
+"""Bytes that unrelated processes of one machine share (`Segment`), and the lock around what they change (`SharedLock`).
+
+The protocol, on a file by default in /dev/shm that nobody ever truncates, so that no mapping can break:
+1. Who gets an exclusive flock on it is alone: it keeps what an earlier user left whole, or removes that, reserves the
+   space of a new file, fills it, and writes the mark that says whole last. All others wait for a shared flock,
+   start over unless the file is whole and still has its name, and keep that flock while they use the bytes.
+2. Who closes and then gets the exclusive flock was the last, and removes the name.
+3. A killed process loses its flocks: the next user is alone again and goes by the mark.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import mmap
+import os
+import random
+import re
+import shutil
+import tempfile
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import final
+
+import numpy as np
+from numpy.typing import NDArray
+
+HEADER = 4096  # bytes before those that are shared: the mark
+Fill = Callable[[NDArray[np.uint8]], None]
+
+
+def private_bytes(num_bytes: int) -> NDArray[np.uint8]:
+    """Zeros that belong to this process alone; pages that nobody wrote to take no memory."""
+    memory = mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        # Rows are read at random: with small pages each one misses the TLB, which costs 20 % of a gather.
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.uint8, num_bytes)
+
+
+@final
+class SharedLock:
+    """One writer or many reading processes; in each process one thread at a time.
+
+    `with lock.reading:` and `with lock.writing:`. Without a path it is a lock among threads alone. The file at `path`
+    carries the flock, on an open file of our own, and has no content.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self._mutex = threading.Lock()
+        self._file = None if path is None else os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        self._process = os.getpid()
+        self.reading = _Held(self, fcntl.LOCK_SH)
+        self.writing = _Held(self, fcntl.LOCK_EX)
+
+    def _acquire(self, kind: int) -> None:
+        if self._process != os.getpid():
+            self._separate()
+        self._mutex.acquire()
+        if self._file is not None:
+            try:
+                fcntl.flock(self._file, kind)
+            except BaseException:
+                self._mutex.release()
+                raise
+
+    def _release(self) -> None:
+        if self._file is not None:
+            fcntl.flock(self._file, fcntl.LOCK_UN)
+        self._mutex.release()
+
+    def _separate(self) -> None:
+        """In a forked child: with its parent's open file it would be one holder, and a thread may hold the mutex."""
+        self._mutex, self._process = threading.Lock(), os.getpid()
+        if self._file is not None:
+            inherited, self._file = self._file, os.open(f"/proc/self/fd/{self._file}", os.O_RDWR)
+            os.close(inherited)
+
+    def close(self) -> None:
+        """From here on it is a lock among threads alone."""
+        if self._process != os.getpid():
+            self._separate()
+        with self._mutex:
+            if self._file is not None:
+                os.close(self._file)
+                self._file = None
+
+
+@final
+class _Held:
+    def __init__(self, lock: SharedLock, kind: int) -> None:
+        self._lock, self._kind = lock, kind
+
+    def __enter__(self) -> None:
+        self._lock._acquire(self._kind)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._lock._release()
+
+
+@final
+class Segment:
+    """`num_bytes` bytes that all processes of this user see which name the same segment.
+
+    Attributes:
+        path: its file.
+        bytes: the shared bytes, as writable uint8 [num_bytes].
+        lock: for those who change them after they were filled.
+    """
+
+    def __init__(
+        self, name: str, num_bytes: int, fill: Fill, *, content: str, keep: bool = True, folder: Path | None = None
+    ) -> None:
+        """Joins the segment, or makes it; waits while another process fills it.
+
+        Args:
+            name: any text; the same text is the same segment.
+            fill: called with the bytes, zeros so far, in the one process that makes the segment.
+            content: what the bytes are; those who join must say the same.
+            keep: whether what killed processes left whole serves the next one, or is made anew.
+            folder: where its file lies; None is /dev/shm, or the folder for temporary files where there is none.
+
+        Raises:
+            ValueError: there is no room, a living process uses the name for other content, or this system lacks shared
+                segments.
+        """
+        if not hasattr(os, "posix_fallocate"):
+            raise ValueError("Memory shared between processes needs Linux; leave `shared` out.")
+        self.path = segment_path(name, folder)
+        self._mark = json.dumps({"content": content, "bytes": num_bytes, "boot": _boot()}).encode().ljust(HEADER)
+        if len(self._mark) > HEADER:
+            raise ValueError(
+                f"`content` of {self.path} has {len(content)} characters; allowed are about {HEADER - 200}."
+            )
+        self._num_bytes = num_bytes
+        while (file := self._open(fill, keep)) is None:
+            time.sleep(random.uniform(0, 0.01))  # those who start over should not meet again
+        self._file = file
+        self.lock = SharedLock(_lock_path(self.path))
+        self.bytes = self._map(file)
+        self._finalizer = weakref.finalize(self, _leave, file, self.path, self.lock, os.getpid())
+
+    def close(self) -> None:
+        """Gives the bytes back; the last user's call removes the name. Arrays that still show them stay readable."""
+        self.bytes = np.empty(0, np.uint8)
+        self._finalizer()
+
+    def _open(self, fill: Fill, keep: bool) -> int | None:
+        """The file, whole and under a shared flock; None where another process was faster or died: start over."""
+        try:
+            file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+            if os.fstat(file).st_uid != os.geteuid():
+                os.close(file)
+                raise PermissionError(errno.EPERM, "it belongs to another user")
+        except OSError as error:
+            raise ValueError(f"{self.path} cannot be opened ({error.strerror}): give another name.") from error
+        settled = False
+        try:
+            settled = self._settle(file, fill, keep)
+        finally:
+            if not settled:
+                # Not by closing alone: a mapping in a traceback would keep the file open, and others waiting.
+                fcntl.flock(file, fcntl.LOCK_UN)
+                os.close(file)
+        return file if settled else None
+
+    def _settle(self, file: int, fill: Fill, keep: bool) -> bool:
+        """Comes to a shared flock on the file, and says whether it is whole and still has its name."""
+        if _try_alone(file):
+            if not _is_named(file, self.path):
+                return False
+            if os.fstat(file).st_size and not (keep and self._is_whole(file)):
+                _remove(self.path)
+                return False
+            if not self._is_whole(file):
+                self._make(file, fill)
+        fcntl.flock(file, fcntl.LOCK_SH)
+        if not _is_named(file, self.path):
+            return False
+        whole = self._is_whole(file)
+        if not whole:
+            self._check_content(file)
+        return whole
+
+    def _make(self, file: int, fill: Fill) -> None:
+        """Reserves, fills and marks a file that this process alone has."""
+        try:
+            _reserve(file, HEADER + self._num_bytes, self.path)
+            fill(self._map(file))
+            os.pwrite(file, self._mark, 0)
+        except BaseException:
+            _remove(self.path)
+            raise
+
+    def _map(self, file: int) -> NDArray[np.uint8]:
+        return np.frombuffer(mmap.mmap(file, HEADER + self._num_bytes), np.uint8, self._num_bytes, HEADER)
+
+    def _is_whole(self, file: int) -> bool:
+        """Whether the file holds our content, as far as its maker had to write; a start of the machine ends that."""
+        return os.fstat(file).st_size == HEADER + self._num_bytes and os.pread(file, HEADER, 0) == self._mark
+
+    def _check_content(self, file: int) -> None:
+        """Raises where a file in use is whole, but of other content."""
+        try:
+            found = json.loads(os.pread(file, HEADER, 0))
+        except ValueError:
+            return
+        if found["boot"] != _boot():
+            return
+        raise ValueError(
+            f"{self.path} is in use for {found['content']!r} ({found['bytes']} bytes), not for "
+            f"{json.loads(self._mark)['content']!r} ({self._num_bytes} bytes): give another name."
+        )
+
+
+def segment_path(name: str, folder: Path | None = None) -> Path:
+    """The file of a segment: readable, and different for different names and users."""
+    shm = Path("/dev/shm")
+    readable = re.sub(r"[^A-Za-z0-9]+", "-", name)[-40:].strip("-")
+    digest = hashlib.sha256(name.encode()).hexdigest()[:16]
+    where = folder or (shm if shm.is_dir() else Path(tempfile.gettempdir()))
+    return where / f"engrammar-{os.geteuid()}-{readable}-{digest}"
+
+
+def _lock_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.lock")
+
+
+def _boot() -> str:
+    """Which start of the machine this is: a file on a disk may outlive a crash half written."""
+    path = Path("/proc/sys/kernel/random/boot_id")
+    return path.read_text().strip() if path.exists() else ""
+
+
+def _reserve(file: int, num_bytes: int, path: Path) -> None:
+    # Without this, the first write that finds no room would end the process with SIGBUS.
+    try:
+        os.posix_fallocate(file, 0, num_bytes)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.ENOMEM):
+            raise
+        free = shutil.disk_usage(path.parent).free
+        raise ValueError(
+            f"{path.parent} has no room for a shared segment of {num_bytes:,} bytes ({free:,} are free, "
+            f"{error.strerror}): enlarge it (`mount -o remount,size=...`, or `--shm-size` of a container), "
+            "or leave `shared` out."
+        ) from error
+
+
+def _try_alone(file: int) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_named(file: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file), os.lstat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _remove(path: Path) -> None:
+    for name in (_lock_path(path), path):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+
+
+def _leave(file: int, path: Path, lock: SharedLock, process: int) -> None:
+    """Lets go of a segment. A forked child shares its parent's flock, and must leave that alone."""
+    lock.close()
+    if process == os.getpid():
+        if _try_alone(file) and _is_named(file, path):
+            _remove(path)
+        fcntl.flock(file, fcntl.LOCK_UN)  # the mapping keeps the file open
+    os.close(file)
