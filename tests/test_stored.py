@@ -259,7 +259,7 @@ def test_quantised_rows_give_the_same_bits_from_ram_and_disk(served, encoding, t
     model, _, folder = served
     quantise(folder, tmp_path / "small", encoding=encoding)
     if encoding not in ("fp32", "bf16"):
-        with pytest.raises(ValueError, match=f"stored as {encoding}, not as weights: load with memory='ram' or 'disk'"):
+        with pytest.raises(ValueError, match=f"stored as {encoding}: load them with memory='ram' or 'disk'"):
             EngrammarForCausalLM.from_pretrained(tmp_path / "small")
     logits = []
     for serving in ({"memory": "ram"}, {"memory": "disk"}, {"memory": "disk", "cache_rows": 64}):

@@ -37,7 +37,7 @@ from engrammar.hyper import Collapse
 from engrammar.memory import Memory, Retrieved
 from engrammar.store.format import open_tables
 from engrammar.store.memory_json import finish_checkpoint
-from engrammar.stored import serve_tables
+from engrammar.stored import PLAIN, serve_tables
 from engrammar.table import MemoryTable, Rows, draw_rows_
 
 SERVING = ("cache_rows", "prefetch", "on_missing", "deadline")  # settings of `serve_tables`
@@ -165,11 +165,9 @@ class EngrammarPreTrainedModel(PreTrainedModel):
                 f"{folder} holds memory that its config.json does not name ({left_over[0]}, ...): it is of another "
                 "model; copy the checkpoint again."
             )
-        if info["missing_keys"] and (folder / MEMORY).exists() and all(map(is_table, info["missing_keys"])):
-            encoding = open_tables(folder).encoding
-            raise ValueError(
-                f"The tables in {folder} are stored as {encoding}, not as weights: load with memory='ram' or 'disk'."
-            )
+        encoding = open_tables(folder).encoding if info["missing_keys"] and (folder / MEMORY).exists() else "fp32"
+        if encoding not in PLAIN and all(map(is_table, info["missing_keys"])):
+            raise ValueError(f"The tables in {folder} are stored as {encoding}: load them with memory='ram' or 'disk'.")
         if info["missing_keys"]:
             names = ", ".join(sorted(info["missing_keys"])[:3])
             raise ValueError(

@@ -23,7 +23,8 @@ def row_bytes_of(rows_U, row_bytes):
 
 class Formula(RowStore):
     def __init__(self, num_rows, row_bytes):
-        self.name, self.num_rows, self.row_bytes = "formula", num_rows, row_bytes
+        self.name = self.identity = "formula"
+        self.num_rows, self.row_bytes = num_rows, row_bytes
     def _fetch(self, rows_U):
         return Arrived(row_bytes_of(rows_U, self.row_bytes))
     def close(self):
@@ -77,7 +78,8 @@ class FakeStore(RowStore):
     """Rows in memory that count what is read, and may be missing."""
 
     def __init__(self, num_rows: int = NUM_ROWS, row_bytes: int = ROW_BYTES) -> None:
-        self.name, self.num_rows, self.row_bytes = "a fake store", num_rows, row_bytes
+        self.name = self.identity = "a fake store"
+        self.num_rows, self.row_bytes = num_rows, row_bytes
         self.rows_RS = np.random.default_rng(1).integers(0, 256, (num_rows, row_bytes), np.uint8)
         self.missing: set[int] = set()
         self.asked: list[int] = []
@@ -109,7 +111,8 @@ class Memory(RowStore):
     """Each row is its own number: for streams of which only the hit rate matters."""
 
     def __init__(self, num_rows: int) -> None:
-        self.name, self.num_rows, self.row_bytes = "numbers", num_rows, 8
+        self.name = self.identity = "numbers"
+        self.num_rows, self.row_bytes = num_rows, 8
 
     def _fetch(self, rows_U: np.ndarray) -> Fetch:
         return Arrived(rows_U.view(np.uint8).reshape(-1, 8).copy())
