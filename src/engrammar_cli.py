@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional, arg
 
+from engrammar_lab_cli import main as lab_command
 from engrammar_table_cli import main as table_command
 
 app = tyro.extras.SubcommandApp()
@@ -215,10 +216,17 @@ def table() -> None:
     table_command(["--help"])
 
 
+@app.command
+def lab() -> None:
+    """Studies of what memory buys: run, report (engrammar lab --help)."""
+    lab_command(["--help"])
+
+
 def main() -> None:
     """The entry point: a user's mistake is one sentence on stderr and exit code 2."""
-    if sys.argv[1:2] == ["table"]:  # an app of its own: tyro's apps do not nest
-        table_command(sys.argv[2:])
+    apps = {"table": table_command, "lab": lab_command}  # apps of their own: tyro's do not nest
+    if len(sys.argv) > 1 and sys.argv[1] in apps:
+        apps[sys.argv[1]](sys.argv[2:])
         return
     try:
         app.cli(

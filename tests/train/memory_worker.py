@@ -5,7 +5,6 @@ usage: memory_worker.py WHERE FOLDER REPORT [CGROUP]
 
 import json
 import os
-import resource
 import sys
 from pathlib import Path
 
@@ -60,7 +59,8 @@ def main() -> None:
                 "losses": losses,
                 "sum_of_some_rows": trained.double().sum().item(),
                 "table_bytes": table.nbytes,
-                "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                # Not ru_maxrss, which starts at the peak of the process that started this one.
+                "peak_bytes": int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024,
             }
         )
     )
