@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional, arg
 
+from engrammar_answer import answer
 from engrammar_lab_cli import main as lab_command
 from engrammar_table_cli import main as table_command
 
@@ -223,20 +224,12 @@ def lab() -> None:
 
 
 def main() -> None:
-    """The entry point: a user's mistake is one sentence on stderr and exit code 2."""
+    """The entry point."""
     apps = {"table": table_command, "lab": lab_command}  # apps of their own: tyro's do not nest
     if len(sys.argv) > 1 and sys.argv[1] in apps:
         apps[sys.argv[1]](sys.argv[2:])
         return
-    try:
-        app.cli(
-            prog="engrammar",
-            description="Conditional memory for language models.",
-            config=(tyro.conf.FlagCreatePairsOff,),
-        )
-    except (ValueError, OSError) as error:
-        print(f"engrammar: {error}", file=sys.stderr)
-        sys.exit(2)
+    answer(app, "engrammar", "Conditional memory for language models.")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """`engrammar lab ...`: studies of what memory buys. As in `engrammar_cli`, commands import inside."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import tyro
 from tyro.conf import Positional
+
+from engrammar_answer import answer
 
 app = tyro.extras.SubcommandApp()
 
@@ -49,17 +50,8 @@ def report(results: Path = Path("results/lab"), check: bool = False) -> None:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """`engrammar lab ARGS`: a user's mistake is one sentence on stderr and exit code 2."""
-    try:
-        app.cli(
-            prog="engrammar lab",
-            description="Studies of what memory buys.",
-            args=args,
-            config=(tyro.conf.FlagCreatePairsOff,),
-        )
-    except (ValueError, OSError) as error:
-        print(f"engrammar: {error}", file=sys.stderr)
-        sys.exit(2)
+    """`engrammar lab ARGS`."""
+    answer(app, "engrammar lab", "Studies of what memory buys.", args)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """`engrammar table ...`: what can be done with table files. As in `engrammar_cli`, commands import inside."""
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from tyro.conf import Positional, arg
+
+from engrammar_answer import answer
 
 if TYPE_CHECKING:
     from engrammar.store.convert import Converted
@@ -227,17 +228,8 @@ def _show(made: "Converted") -> None:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """`engrammar table ARGS`: a user's mistake is one sentence on stderr and exit code 2."""
-    try:
-        app.cli(
-            prog="engrammar table",
-            description="Table files of conditional memories.",
-            args=args,
-            config=(tyro.conf.FlagCreatePairsOff,),
-        )
-    except (ValueError, OSError) as error:
-        print(f"engrammar: {error}", file=sys.stderr)
-        sys.exit(2)
+    """`engrammar table ARGS`."""
+    answer(app, "engrammar table", "Table files of conditional memories.", args)
 
 
 if __name__ == "__main__":

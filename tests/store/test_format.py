@@ -304,7 +304,8 @@ def test_users_may_add_files(folder):
 
 def test_a_folder_without_tables_says_what_to_do(tmp_path):
     assert f"engrammar table pack {tmp_path} NEW" in refused(tmp_path)
-    assert "has no memory.json" in refused(tmp_path / "nowhere")
+    assert "nowhere is not a folder" in refused(tmp_path / "nowhere")
+    assert "has no memory.json" in refused(tmp_path)
 
 
 @pytest.mark.parametrize("sums", ["pages", "blocks"])

@@ -62,7 +62,7 @@ def small_pieces(monkeypatch):
 def pool(small_pieces, table):
     """A pool of this test's own, the table in it."""
     with LoopbackPool(seconds=SECONDS) as running:
-        upload(table, "t", running.server, geometry=GEOMETRY, progress=False)
+        upload(table, "t", running.server, geometry=GEOMETRY)
         yield running
 
 
@@ -233,7 +233,7 @@ def test_a_missing_piece_is_an_error_and_its_upload_sends_only_that(pool, store,
     assert error.missing_U.tolist() == [False, True, True, False]
     with pytest.raises(ValueError, match=f"lacks 1 of 31 pieces.*{store._keys[3]}"):
         open_store(pool)
-    assert upload(table, "t", pool.server, geometry=GEOMETRY, progress=False) == 1
+    assert upload(table, "t", pool.server, geometry=GEOMETRY) == 1
     assert np.array_equal(store.fetch(np.arange(ROWS)).wait(), rows_RS)
 
 
@@ -241,7 +241,7 @@ def test_a_missing_piece_is_an_error_and_its_upload_sends_only_that(pool, store,
 def test_leases_that_end_are_renewed(small_pieces, monkeypatch, table, rows_RS):
     monkeypatch.setattr(remote, "GAP_BYTES", -1)
     with LoopbackPool(seconds=SECONDS, lease_ms=400) as pool:
-        upload(table, "t", pool.server, geometry=GEOMETRY, progress=False)
+        upload(table, "t", pool.server, geometry=GEOMETRY)
         store, until = open_store(pool), time.monotonic() + 2
         while time.monotonic() < until:
             assert np.array_equal(store.fetch(np.arange(ROWS)).wait(), rows_RS)
@@ -324,7 +324,7 @@ def test_a_server_killed_while_reading_is_an_error_and_works_once_it_is_back(
     raises_in_time(store.fetch(np.arange(5)))
     pool.stop()
     pool.start()
-    upload(table, "t", pool.server, geometry=GEOMETRY, progress=False)
+    upload(table, "t", pool.server, geometry=GEOMETRY)
     assert np.array_equal(store.fetch(np.arange(ROWS)).wait(), rows_RS)
 
 
@@ -359,7 +359,7 @@ def test_a_pool_without_room_says_how_far_it_came(small_pieces, table, tmp_path)
     with LoopbackPool("16MB", SECONDS) as pool, pytest.MonkeyPatch.context() as patched:
         patched.setattr("engrammar.store.upload.PIECE_BYTES", 2**22)
         with pytest.raises(OSError, match=r"no room.*; 4 of 7 pieces \(0.028 GB in all\).*global_segment_size"):
-            upload(big, "big", pool.server, progress=False)
+            upload(big, "big", pool.server)
         with pytest.raises(ValueError, match="There is no table 'big'"):  # half a table cannot be opened
             RemoteStore("big", pool.server, num_rows=400_000, row_bytes=ROW_BYTES, encoding="bf16")
 
@@ -368,7 +368,7 @@ def test_a_pool_without_room_says_how_far_it_came(small_pieces, table, tmp_path)
 def test_another_table_under_the_name_replaces_it_whole(pool, store, table, rows_RS, tmp_path):
     shard = replace(table.shards[0], path=tmp_path / "other", start=0, num_rows=ROWS)
     shard.path.write_bytes((255 - rows_RS).tobytes())
-    upload(replace(table, shards=(shard,)), "t", pool.server, geometry=GEOMETRY, progress=False)
+    upload(replace(table, shards=(shard,)), "t", pool.server, geometry=GEOMETRY)
     assert raises_in_time(store.fetch(np.array([1]))).missing_U.all()  # never the other table's row
     again = open_store(pool)
     assert again.identity != store.identity
@@ -381,7 +381,7 @@ def test_a_truncated_shard_is_not_uploaded(pool, table, tmp_path):
     short = replace(table.shards[2], path=tmp_path / "short")
     short.path.write_bytes(table.shards[2].path.read_bytes()[:-1])
     with pytest.raises(ValueError, match=f"{short.path} ends within rows .* to 3000"):
-        upload(replace(table, shards=(*table.shards[:2], short)), "v", pool.server, progress=False)
+        upload(replace(table, shards=(*table.shards[:2], short)), "v", pool.server)
 
 
 @needs_pool

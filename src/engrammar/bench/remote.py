@@ -55,7 +55,7 @@ def _measure(num_rows: int, num_read: int, rounds: int) -> dict[str, Any]:
     with TemporaryDirectory() as folder, LoopbackPool(str(room)) as pool:
         written = _write(rows_RS, Path(folder))
         started = time.perf_counter()
-        upload(written, "bench", pool.server, progress=False)
+        upload(written, "bench", pool.server)
         sent = num_rows / (time.perf_counter() - started)
         store = RemoteStore("bench", pool.server, num_rows=num_rows, row_bytes=ROW_BYTES, encoding="bf16")
 

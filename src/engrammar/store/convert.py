@@ -19,8 +19,9 @@ from engrammar.config import Encoding
 from engrammar.durable import MANIFEST
 from engrammar.store.format import TableFile, TableFolder, TableWriter, open_tables, tables_of
 from engrammar.store.memory_json import describe_checkpoint
+from engrammar.store.progress import progress
 from engrammar.store.rows import FLOATS, FP8_MAX, decode, encode
-from engrammar.store.verify import progress, read_table
+from engrammar.store.verify import read_table
 
 # What goes on with a training: of no use to those who are served, and larger than the tables.
 TRAINING = ("*memory.tables.*", "optimizer.pt", "scheduler.pt", "rng_state*.pth", "trainer_state.json", "*_args.bin")

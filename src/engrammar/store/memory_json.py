@@ -26,6 +26,8 @@ def read_memory(folder: Path) -> dict[str, Any]:
         ValueError: names the file, what is wrong with it, and what to do.
     """
     path = folder / MEMORY
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder: give a checkpoint, or a folder of table files.")
     if not path.is_file():
         raise ValueError(
             f"{folder} has no {MEMORY}, so it holds no table files: give another folder, or, where an older version "

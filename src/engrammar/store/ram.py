@@ -5,7 +5,6 @@ Letters: R rows of the table, U rows asked for, S bytes of a row, P pages of a p
 
 import contextlib
 import os
-import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from engrammar.store.base import Arrived, Fetch, RowStore
 from engrammar.store.format import PAGE, Shard, TableFile
 from engrammar.store.paged import identity_of, load_crc32
+from engrammar.store.progress import progress
 from engrammar.store.shared import Segment, private_bytes
 
 PIECE = 2**20  # bytes read at once: small enough to be summed and copied while the processor's cache holds them
@@ -84,25 +84,11 @@ def _open(path: Path) -> int:
 
 
 def _read(table: TableFile, handles: list[int], memory: NDArray[np.uint8], verify: bool) -> None:
-    from rich.console import Console
-    from rich.progress import Progress
-
-    progress = Progress(console=Console(stderr=True), transient=True)
-    task = progress.add_task(f"reading {table.name}", total=len(memory))
-    shown_from = time.monotonic() + 2
-
-    def advance(num_bytes: int) -> None:
-        progress.update(task, advance=num_bytes)
-        if time.monotonic() > shown_from:
-            progress.start()
-
-    try:
+    with progress(f"reading {table.name}", len(memory)) as advance:
         for shard, handle in zip(table.shards, handles):
             first = shard.first_row * table.row_bytes
             rows = memory[first : first + shard.num_rows * table.row_bytes]
             _read_shard(shard, handle, rows, verify, advance)
-    finally:
-        progress.stop()
 
 
 def _read_shard(

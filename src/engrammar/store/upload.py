@@ -2,24 +2,24 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import asdict
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engrammar.config import Geometry
+from engrammar.store.base import RowStore
+from engrammar.store.disk import DiskStore
 from engrammar.store.format import TableFile
 from engrammar.store.pool import Pool, PoolLost, PoolServer
+from engrammar.store.progress import progress
 from engrammar.store.remote import CRC_BYTES, Note, hash_geometry, note_key, read_note, row_sums
 
 PIECE_BYTES = 2**24
 NO_ROOM = -200  # the pool's answer
 
 
-def upload(
-    table: TableFile, name: str, server: PoolServer, *, geometry: Geometry | None = None, progress: bool = True
-) -> int:
+def upload(table: TableFile, name: str, server: PoolServer, *, geometry: Geometry | None = None) -> int:
     """Sends a table in pieces, then the note that makes it readable; pieces that are there already are not sent again.
 
     Memory stays at three pieces whatever the table's size. What stood under `name` before is removed at the end.
@@ -27,14 +27,13 @@ def upload(
     Args:
         name: the table's name in the pool.
         geometry: of the model; stores compare it at opening.
-        progress: whether to draw a bar.
 
     Returns:
         pieces sent.
 
     Raises:
         ValueError: a shard is shorter than its header says; or the client is not installed.
-        OSError: the pool does not answer or has no room; says how many pieces are there.
+        OSError: a row is damaged; the pool does not answer or has no room, and how many pieces are there.
     """
     note = Note(
         num_rows=table.num_rows,
@@ -45,17 +44,19 @@ def upload(
         upload=_identify(table),
     )
     keys = note.keys(name)
-    pool, there = None, 0
+    pool, there, rows = None, 0, DiskStore(table)  # which checks every page that it reads
     try:
         pool = Pool(server, min(note.piece_rows, note.num_rows) * (note.row_bytes + CRC_BYTES), server.seconds)
         before = read_note(pool, name, server.seconds)
         found = pool.ask("exist", server.seconds, keys=keys)
         there = found.count(1)
         absent = [piece for piece, answer in enumerate(found) if answer != 1]
-        for piece in _with_bar(absent, name, progress):
-            size = _lay_out(table, note, piece, pool.memory)
-            _require(pool.ask("put", server.seconds, key=keys[piece], start=0, size=size), f"piece {piece}")
-            there += 1
+        with progress(f"uploading {name}", len(absent)) as advance:
+            for piece in absent:
+                size = _lay_out(rows, note, piece, pool.memory)
+                _require(pool.ask("put", server.seconds, key=keys[piece], start=0, size=size), f"piece {piece}")
+                there += 1
+                advance(1)
         _require(pool.ask("note", server.seconds, key=note_key(name), text=json.dumps(asdict(note))), "the note")
         if before is not None and before.upload != note.upload:
             pool.ask("remove", server.seconds, keys=before.keys(name))
@@ -68,6 +69,7 @@ def upload(
             "and run the same command again, which goes on from there."
         ) from error
     finally:
+        rows.close()
         if pool is not None:
             pool.close()
 
@@ -87,37 +89,13 @@ def _identify(table: TableFile) -> str:
     return hashed.hexdigest()[:16]
 
 
-def _with_bar(pieces: list[int], name: str, progress: bool) -> Iterator[int]:
-    if not progress:
-        yield from pieces
-        return
-    from rich.progress import track
-
-    yield from track(pieces, description=f"Uploading {name}")
-
-
-def _lay_out(table: TableFile, note: Note, piece: int, memory: NDArray[np.uint8]) -> int:
+def _lay_out(rows: RowStore, note: Note, piece: int, memory: NDArray[np.uint8]) -> int:
     """Writes a piece's rows and their checksums to the start of `memory`; its bytes."""
     first = piece * note.piece_rows
     rows_U = np.arange(first, min(first + note.piece_rows, note.num_rows))
-    values_US = _read_rows(table, first, len(rows_U))
+    values_US = rows.fetch(rows_U).wait()
     size = len(rows_U) * (note.row_bytes + CRC_BYTES)
     piece_UW = memory[:size].reshape(len(rows_U), -1)
     piece_UW[:, : note.row_bytes] = values_US
     piece_UW[:, note.row_bytes :] = row_sums(values_US, rows_U, note.upload).astype("<u4")[:, None].view(np.uint8)
     return size
-
-
-def _read_rows(table: TableFile, first: int, count: int) -> NDArray[np.uint8]:
-    """A run of rows, over shards."""
-    values_US = np.empty((count, table.row_bytes), np.uint8)
-    for shard in table.shards:
-        begin, end = max(first, shard.first_row), min(first + count, shard.first_row + shard.num_rows)
-        if begin >= end:
-            continue
-        with shard.path.open("rb") as file:
-            file.seek(shard.start + (begin - shard.first_row) * table.row_bytes)
-            size = file.readinto(values_US[begin - first : end - first].data.cast("B"))
-        if size != (end - begin) * table.row_bytes:
-            raise ValueError(f"{shard.path} ends within rows {begin} to {end - 1}: copy the table's files again.")
-    return values_US

@@ -3,10 +3,8 @@
 Letters: U rows of a block, S bytes of a stored row.
 """
 
-import contextlib
-import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +14,9 @@ from numpy.typing import NDArray
 from engrammar.durable import MANIFEST, PAGE, page_sums_path, read_manifest
 from engrammar.store.format import Shard, TableFile, TableFolder, open_tables
 from engrammar.store.headers import AGAIN, read_header
+from engrammar.store.progress import progress
 
 READ_BYTES = 2**20  # a multiple of PAGE
-PATIENCE = 2.0  # seconds before a bar is drawn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,27 +116,3 @@ def _damage(table: TableFile, shard: Shard, sums: Sums, first: int, last: int) -
     rows = f"rows {shard.first_row + max(low, 0)} to {shard.first_row + min(high, shard.num_rows - 1)}"
     what = f"{rows} of table {table.layer}" if high >= 0 else f"the header of table {table.layer}"
     return f"{shard.path} is damaged in bytes {first} to {last}, {what}, by the checksums in {sums.path.name}: {AGAIN}"
-
-
-@contextlib.contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A function that counts up to `total`, and after two seconds draws a bar on stderr."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    bar, task = Progress(console=Console(stderr=True), transient=True), None
-    done, started = 0, time.monotonic()
-
-    def advance(count: int) -> None:
-        nonlocal task, done
-        done += count
-        if task is None and time.monotonic() - started > PATIENCE:
-            task = bar.add_task(what, total=total)
-            bar.start()
-        if task is not None:
-            bar.update(task, completed=done)
-
-    try:
-        yield advance
-    finally:
-        bar.stop()
