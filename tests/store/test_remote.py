@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from engrammar.bench.loopback import LoopbackPool, why_no_pool
 from engrammar.config import Geometry
+from engrammar.durable import write_checksums
 from engrammar.modeling import EngrammarForCausalLM
 from engrammar.store import remote
 from engrammar.store.base import RowsMissing
@@ -382,6 +383,17 @@ def test_a_truncated_shard_is_not_uploaded(pool, table, tmp_path):
     short.path.write_bytes(table.shards[2].path.read_bytes()[:-1])
     with pytest.raises(ValueError, match=f"{short.path} has .* its rows end at .*: copy it again"):
         upload(replace(table, shards=(*table.shards[:2], short)), "v", pool.server)
+
+
+@needs_pool
+def test_a_damaged_page_is_not_uploaded(pool, table, tmp_path):
+    path, content = tmp_path / "damaged.safetensors", bytearray(table.shards[2].path.read_bytes())
+    path.write_bytes(content)
+    damaged = replace(table.shards[2], path=path, crc32=write_checksums(path))
+    content[-1] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(OSError, match=r"damaged\.safetensors is damaged in bytes"):
+        upload(replace(table, shards=(*table.shards[:2], damaged)), "w", pool.server)
 
 
 @needs_pool
