@@ -131,6 +131,17 @@ def test_looking_ahead_reads_each_batch_once_and_changes_no_bit(served):
 
 
 @torch.no_grad()
+def test_a_loop_that_stops_early_leaves_no_rows_behind(served):
+    _, open_again, _ = served
+    again = open_again(memory="disk")
+    batches = look_ahead(again, [{"input_ids": random_ids(seed=seed)} for seed in range(4)])
+    again(**next(batches))
+    assert stored_tables_of(again).ahead
+    batches.close()
+    assert not stored_tables_of(again).ahead
+
+
+@torch.no_grad()
 def test_a_batch_that_was_not_the_one_read_ahead_is_read_itself(served):
     model, open_again, _ = served
     again = open_again(memory="disk")

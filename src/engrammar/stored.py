@@ -230,14 +230,17 @@ def look_ahead(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> Iterator[
         yield from batches
         return
     before = None
-    for batch in batches:
-        masks = {key: batch[key] for key in ("attention_mask", "position_ids") if batch.get(key) is not None}
-        source.read_ahead(model.stored_rows(batch["input_ids"], **masks))
+    try:
+        for batch in batches:
+            masks = {key: batch[key] for key in ("attention_mask", "position_ids") if batch.get(key) is not None}
+            source.read_ahead(model.stored_rows(batch["input_ids"], **masks))
+            if before is not None:
+                yield before
+            before = batch
         if before is not None:
             yield before
-        before = batch
-    if before is not None:
-        yield before
+    finally:
+        source.ahead.clear()  # where the caller stopped early: nobody would ask for these rows
 
 
 def _memory_of(model: nn.Module) -> Memory:
