@@ -14,10 +14,12 @@ import tyro
 from tyro.conf import Positional, arg
 
 from engrammar_answer import answer
+from engrammar_eval_cli import evaluate
 from engrammar_lab_cli import main as lab_command
 from engrammar_table_cli import main as table_command
 
 app = tyro.extras.SubcommandApp()
+app.command(name="eval")(evaluate)
 
 
 @app.command

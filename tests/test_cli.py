@@ -19,7 +19,8 @@ def run(*arguments: str, **kwargs) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize(
-    "command", [(), ("train",), ("generate",), ("data",), ("info",), ("check",), ("bench",), ("demo",)]
+    "command",
+    [(), *((name,) for name in ("train", "generate", "data", "info", "check", "bench", "demo", "eval", "lab"))],
 )
 def test_help_takes_under_a_second(command):
     best = float("inf")
@@ -54,6 +55,11 @@ def test_info_speaks_json():
         (("check", "reference"), "at least one reference file"),
         (("check", "reference", "absent.json"), "absent.json"),
         (("demo", "--seeds", "0"), "--seeds is 0"),
+        (("eval",), "needs the folder of a model"),
+        (("lab", "run", "luck"), "There is no study 'luck'"),
+        (("lab", "run", "pair", "--scale", "1t"), "There is no scale '1t'"),
+        (("lab", "rerun", "allocation", "3%"), "no run of point '3%' with seed 0; points: '100%'"),
+        (("lab", "measure", "--out", "absent"), "holds no finished run"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_exit_code_2(arguments, message):

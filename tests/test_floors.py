@@ -8,10 +8,10 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "engrammar"
 FLOORS = {
     0: ("config",),
-    1: ("vocabulary", "addressing", "machine"),
+    1: ("vocabulary", "addressing", "machine", "masks"),
     2: ("checkpoint", "durable", "store"),
     3: ("memory", "table", "fusion", "stored"),
-    4: ("configuration", "hyper", "block", "modeling", "presets", "budget", "attach"),
+    4: ("rivals", "configuration", "hyper", "block", "modeling", "presets", "budget", "attach"),
     5: ("train", "lab", "check", "edit"),
     6: ("bench", "serve"),
     7: ("__init__",),
@@ -19,6 +19,7 @@ FLOORS = {
         "engrammar_cli",
         "engrammar_table_cli",
         "engrammar_lab_cli",
+        "engrammar_eval_cli",
         "engrammar_answer",
     ),  # beside the package, see its docstring
 }
@@ -33,12 +34,15 @@ SAME_FLOOR = {
     ("stored", "table"),
     ("block", "configuration"),
     ("block", "hyper"),
+    ("configuration", "rivals"),
     ("modeling", "block"),
     ("modeling", "configuration"),
     ("modeling", "hyper"),
+    ("modeling", "rivals"),
     ("presets", "configuration"),
     ("budget", "configuration"),
     ("budget", "modeling"),
+    ("budget", "rivals"),
     ("lab", "train"),
 }
 FILES = [*sorted(SOURCE.rglob("*.py")), *sorted(SOURCE.parent.glob("*.py"))]

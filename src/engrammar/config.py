@@ -45,6 +45,8 @@ class MemoryConfig:
         dead_ids: ids that break look-back and are never looked back to (`boundary="dead"`): padding, and the image ids
             of the model at hand.
         end_ids: ids that end a segment (`boundary="end"`).
+        branch_keys: `each` residual branch has a key projection of its own; `shared` is one for all (the paper's
+            ablation).
         gate: `signed_root` is sigmoid(sign(s) sqrt|s|), as in the released code; `sigmoid` is equation 4 as printed.
         conv_kernel: taps of the causal depthwise convolution, dilated by N; 0 leaves it out.
         conv_init: `zero` makes the branch silent at the start.
@@ -67,6 +69,7 @@ class MemoryConfig:
     fill_id: int = 0
     dead_ids: tuple[int, ...] = ()
     end_ids: tuple[int, ...] = ()
+    branch_keys: Literal["each", "shared"] = "each"
     gate: Literal["signed_root", "sigmoid"] = "signed_root"
     conv_kernel: int = 4
     conv_init: Literal["zero", "default"] = "zero"

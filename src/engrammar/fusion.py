@@ -15,8 +15,8 @@ from engrammar.config import MemoryConfig
 class Fusion(nn.Module):
     """One memory layer's fusion: `forward(hidden, embedding) -> what is added to the residual`.
 
-    One product serves the M keys and the value. The module keeps no state: the convolution's window comes in and the
-    caller stores it (`normed_value` is what it looks back to).
+    One product serves the M keys (one key, where branches share it) and the value. The module keeps no state: the
+    convolution's window comes in and the caller stores it (`normed_value` is what it looks back to).
     """
 
     def __init__(self, config: MemoryConfig, *, hidden_size: int, num_branches: int) -> None:
@@ -24,8 +24,9 @@ class Fusion(nn.Module):
         self.config = config
         self.hidden_size = hidden_size
         self.num_branches = num_branches
-        self.projection = nn.Linear(config.memory_dim, (num_branches + 1) * hidden_size, bias=config.bias == "learned")
-        self.key_norm = nn.Parameter(torch.ones(num_branches, hidden_size))
+        self.num_keys = num_branches if config.branch_keys == "each" else 1
+        self.projection = nn.Linear(config.memory_dim, (self.num_keys + 1) * hidden_size, bias=config.bias == "learned")
+        self.key_norm = nn.Parameter(torch.ones(self.num_keys, hidden_size))
         self.query_norm = nn.Parameter(torch.ones(num_branches, hidden_size))
         if config.conv_kernel:
             self.conv_norm = nn.Parameter(torch.ones(num_branches, hidden_size))
@@ -40,8 +41,8 @@ class Fusion(nn.Module):
             gate_BTM, value_BTD.
         """
         projected = self.projection(embedding_BTE.to(self.projection.weight.dtype))
-        value_BTD, key_BTMD = projected.split([self.hidden_size, self.num_branches * self.hidden_size], dim=-1)
-        key_BTMD = key_BTMD.unflatten(-1, (self.num_branches, self.hidden_size))
+        value_BTD, key_BTMD = projected.split([self.hidden_size, self.num_keys * self.hidden_size], dim=-1)
+        key_BTMD = key_BTMD.unflatten(-1, (self.num_keys, self.hidden_size))
         eps = self.config.key_norm_eps
         key_BTMD = rms_norm(key_BTMD, self.key_norm, eps)
         query_BTMD = rms_norm(hidden_BTMD, self.query_norm, eps)
@@ -116,7 +117,8 @@ def fuse_reference(fusion: Fusion, hidden_BTMD: Tensor, embedding_BTE: Tensor) -
     value = project(0)
     outputs = []
     for m in range(fusion.num_branches):
-        key = normalise(project(m + 1), fusion.key_norm[m], config.key_norm_eps)
+        own = m if config.branch_keys == "each" else 0
+        key = normalise(project(own + 1), fusion.key_norm[own], config.key_norm_eps)
         query = normalise(hidden_BTMD[:, :, m], fusion.query_norm[m], config.key_norm_eps)
         score = (query * key).sum(-1, keepdim=True) / D**0.5
         if config.gate == "signed_root":

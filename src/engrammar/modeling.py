@@ -34,7 +34,9 @@ from engrammar.checkpoint import MEMORY, check_shards, is_table, remove_checkpoi
 from engrammar.configuration import EngrammarConfig
 from engrammar.fusion import Fusion
 from engrammar.hyper import Collapse
+from engrammar.masks import masked_ids
 from engrammar.memory import Memory, Retrieved
+from engrammar.rivals import Rival
 from engrammar.store.format import open_tables
 from engrammar.store.memory_json import finish_checkpoint
 from engrammar.stored import PLAIN, serve_tables
@@ -88,6 +90,8 @@ class EngrammarPreTrainedModel(PreTrainedModel):
             module.init_seed = int(torch.randint(2**62, ()))
             if module.weight is not None and not getattr(module.weight, "_is_hf_initialized", False):
                 draw_rows_(module.weight, seed=module.init_seed, first_row=0, std=std)
+        elif isinstance(module, Rival):
+            module.init_weights(std)
         elif isinstance(module, Memory) and module.class_of_id is not None:
             init.constant_(module.class_of_id, -1)
         elif isinstance(module, Fusion):
@@ -158,7 +162,7 @@ class EngrammarPreTrainedModel(PreTrainedModel):
         left_over = sorted(
             key
             for key in info["unexpected_keys"]
-            if ".fusion." in key or ("memory." in key and not (elsewhere and is_table(key)))
+            if ".fusion." in key or "rival." in key or ("memory." in key and not (elsewhere and is_table(key)))
         )
         if left_over:
             raise ValueError(
@@ -177,6 +181,8 @@ class EngrammarPreTrainedModel(PreTrainedModel):
         for module in model.modules():
             if isinstance(module, MemoryTable):
                 module.init_seed = None
+            if isinstance(module, MemoryTable | Rival) and module.weight is not None:
+                module.weight.is_memory_table = True  # type: ignore[attr-defined]  # loading made a new parameter
         if serving:
             serve_tables(model, folder, **serving)
         return (model, info) if wants_info else model
@@ -200,6 +206,9 @@ class EngrammarModel(EngrammarPreTrainedModel):
                 vocab_size=config.vocab_size,
                 rows=rows,
             )
+        self.rival: Rival | None = None
+        if config.rival_config is not None:
+            self.rival = config.rival_config.build(config.backbone)
         self.layers = nn.ModuleList([EngrammarBlock(config, index) for index in range(config.num_hidden_layers)])
         self.collapse = Collapse(config)
         self.norm = DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -222,11 +231,12 @@ class EngrammarModel(EngrammarPreTrainedModel):
         """Hidden states [B, T, D] of `input_ids` [B, T].
 
         Raises:
-            ValueError: memory without `input_ids`, a mask that is not [B, positions], an id outside the vocabulary.
+            ValueError: memory or a rival without `input_ids`, a mask that is not [B, positions], an id outside the
+                vocabulary, a cache to go on from with a rival that looks up n-grams.
         """
         if input_ids is None:
-            if self.memory is not None:
-                raise ValueError("A model with memory looks up token ids: pass input_ids, not inputs_embeds alone.")
+            if self.memory is not None or self.rival is not None:
+                raise ValueError("This model looks up token ids: pass input_ids, not inputs_embeds alone.")
             if inputs_embeds is None:
                 raise ValueError("Pass input_ids or inputs_embeds.")
         else:
@@ -238,6 +248,10 @@ class EngrammarModel(EngrammarPreTrainedModel):
             retrieved = self._retrieve(input_ids, attention_mask, position_ids, past_key_values)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        read_BTX = None
+        if self.rival is not None and input_ids is not None:
+            read_BTX = self._read_rival(input_ids, attention_mask, position_ids, past_key_values)
+            inputs_embeds = self.rival.embed(inputs_embeds, read_BTX)
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(seen, seen + inputs_embeds.shape[1], device=inputs_embeds.device)[None]
@@ -251,6 +265,8 @@ class EngrammarModel(EngrammarPreTrainedModel):
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         streams_BTMD = inputs_embeds.unsqueeze(2).repeat(1, 1, self.config.num_branches, 1)
         for layer, block in enumerate(self.layers):
+            if self.rival is not None:
+                streams_BTMD = self.rival.before(layer, streams_BTMD, read_BTX)
             streams_BTMD = block(
                 streams_BTMD,
                 *retrieved.wait(layer),
@@ -280,23 +296,28 @@ class EngrammarModel(EngrammarPreTrainedModel):
     ) -> dict[str, Tensor]:
         """The stored rows that `forward` reads for a whole batch (no cache): per table name [B, T, H]."""
         assert self.memory is not None
-        input_ids, _, starts_BT = _masked(input_ids, attention_mask, position_ids, None)
+        input_ids, _, starts_BT = masked_ids(input_ids, attention_mask, position_ids, None)
         rows = self.memory.addresses(input_ids, None, starts_BT)
         tables = {layer: self.memory.table(layer) for layer in rows}
         return {tables[layer].name: tables[layer].stored_rows(rows_BTH) for layer, rows_BTH in rows.items()}
 
     def _retrieve(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        cache: Cache | None,
+        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: Cache | None
     ) -> Retrieved:
         """The rows of every memory layer; the last N-1 ids live in the attention cache, stored as id + 1."""
         assert self.memory is not None
-        input_ids, mask_BT, starts_BT = _masked(input_ids, attention_mask, position_ids, cache)
+        input_ids, mask_BT, starts_BT = masked_ids(input_ids, attention_mask, position_ids, cache)
         history_BS = None if cache is None else self._update_history(input_ids, cache)
         return self.memory.fetch(input_ids, history_BS=history_BS, mask_BT=mask_BT, starts_BT=starts_BT)
+
+    def _read_rival(
+        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: Cache | None
+    ) -> Tensor | None:
+        assert self.rival is not None
+        if self.rival.looks_up == "ngrams" and cache is not None and cache.get_seq_length():
+            raise ValueError("An n-gram rival reads whole rows, not on from a cache: pass use_cache=False.")
+        ids_BT, _, starts_BT = masked_ids(input_ids, attention_mask, position_ids, cache)
+        return self.rival.read(ids_BT, starts_BT)
 
     def _update_history(self, input_ids: Tensor, cache: Cache) -> Tensor:
         """Appends `input_ids` to the ids kept in the cache and returns the N-1 before them, -1 where there are none."""
@@ -310,30 +331,6 @@ class EngrammarModel(EngrammarPreTrainedModel):
         assert stored is not None
         before = nn.functional.pad(stored[:, 0], (num_back, 0))[:, -(num_back + input_ids.shape[1]) :]
         return before[:, :num_back] - 1
-
-
-def _masked(
-    input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: Cache | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Ids with -1 where masked, the mask of these positions, and where packed documents start.
-
-    As in transformers' attention mask, position ids that restart tell packed documents, where there is neither a mask
-    nor a cache.
-    """
-    num_tokens = input_ids.shape[1]
-    if attention_mask is None:
-        if position_ids is None or cache is not None:
-            return input_ids, None, None
-        starts_BT = nn.functional.pad(position_ids[:, 1:] != position_ids[:, :-1] + 1, (1, 0), value=True)
-        return input_ids, None, starts_BT.expand(input_ids.shape[0], -1)
-    shape = (input_ids.shape[0], num_tokens + (cache.get_seq_length() if cache is not None else 0))
-    if not isinstance(attention_mask, Tensor) or attention_mask.shape != shape:
-        raise ValueError(
-            f"A model with memory needs an attention_mask of shape [batch, positions] = {list(shape)}, cached "
-            "positions included (generate with a static cache makes another: leave cache_implementation out)."
-        )
-    mask_BT = attention_mask[:, -num_tokens:].bool()
-    return input_ids.masked_fill(~mask_BT, -1), mask_BT, None
 
 
 class EngrammarForCausalLM(EngrammarPreTrainedModel, GenerationMixin):

@@ -101,11 +101,7 @@ class MemoryTable(nn.Module):
             return self.source.read({self.name: rows_BTH})[self.name]().embedding
         if self.weight is None:
             raise ValueError("This table's rows are elsewhere: give them a place (train.placement.place_tables).")
-        if not (self.weight.requires_grad and torch.is_grad_enabled()):
-            return nn.functional.embedding(rows_BTH, self.weight).flatten(-2)
-        rows_U, inverse = torch.unique(rows_BTH, return_inverse=True)
-        touched_UC = _TouchedRows.apply(self.weight, rows_U)
-        return nn.functional.embedding(inverse, touched_UC).flatten(-2)
+        return gather_rows(self.weight, rows_BTH).flatten(-2)
 
     def stored_rows(self, rows_BTH: Tensor) -> Tensor:
         """Rows of this layer's one parameter for head-local rows; errors as `forward`."""
@@ -125,6 +121,14 @@ def new_table(weight_RC: Tensor) -> nn.Parameter:
     weight = nn.Parameter(weight_RC)
     weight.is_memory_table = True  # type: ignore[attr-defined]
     return weight
+
+
+def gather_rows(weight_RC: Tensor, rows: Tensor) -> Tensor:
+    """Rows [..., C] of a table for row numbers [...]; the table's gradient is sparse, each touched row once."""
+    if not (weight_RC.requires_grad and torch.is_grad_enabled()):
+        return nn.functional.embedding(rows, weight_RC)
+    rows_U, inverse = torch.unique(rows, return_inverse=True)
+    return nn.functional.embedding(inverse, _TouchedRows.apply(weight_RC, rows_U))
 
 
 @torch.no_grad()

@@ -18,7 +18,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from engrammar.train import corpora, data
 from engrammar.train.corpora import Entry
-from engrammar.train.data import TokenSet, is_validation, prepare, read_documents, train_tokenizer
+from engrammar.train.data import END, TokenSet, prepare, train_tokenizer
+from engrammar.train.documents import is_kept, is_validation, read_documents
 
 WORDS = ("the", "of", "moss", "tern", "ridge", "copper", "water", "north", "stone", "grows", "flies", "falls")
 
@@ -168,6 +169,21 @@ def test_copies_fall_on_the_same_side(make, tmp_path):
 def test_the_split_is_the_same_on_every_machine():
     sides = ["validation" if is_validation(f"document {i}", 0.5) else "train" for i in range(16)]
     assert "".join(side[0] for side in sides) == "vvvtttvvtvtvtttv"
+
+
+def test_a_share_of_a_source_is_the_same_documents_whatever_else_is_asked(make, tmp_path):
+    texts = make_texts(211)
+    kept = [text for text in texts if is_kept(text, 0.5)]
+    assert 70 < len(kept) < 140 and all(is_kept(text, 0.6) for text in kept)
+    sides = [is_validation(text, 0.5) for text in kept]
+    assert 0.3 < sum(sides) / len(sides) < 0.7  # the two divisions are independent
+    tokens = make(out=tmp_path / "half", keep_share=0.5)
+    found = [text for split in ("train", "validation") for text in decode(tokens, all_tokens(tokens, split)).split(END)]
+    assert sorted(filter(None, found)) == sorted(kept)
+    with pytest.raises(ValueError, match="keep_share"):
+        make(out=tmp_path / "half")
+    with pytest.raises(ValueError, match="keep_share is 0: choose"):
+        make(out=tmp_path / "none", keep_share=0)
 
 
 def test_a_tokenizer_is_the_same_in_every_process(tmp_path):

@@ -31,7 +31,7 @@ from engrammar.store.disk import DiskStore
 from engrammar.store.format import TableWriter, open_tables
 from engrammar.store.ram import RamStore
 from engrammar.stored import StoredTables, serve_tables
-from engrammar.train.data import read_documents
+from engrammar.train.documents import read_documents
 
 COLD, COLD_LATE, RAM = "disk, cold", "disk, cold, no prefetch", "RAM"
 WARM, WARM_LATE = "disk, warm cache", "disk, warm cache, no prefetch"

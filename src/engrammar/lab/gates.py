@@ -3,6 +3,8 @@
 Letters: B batch, T tokens, M branches.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,17 +32,15 @@ class GatedText:
         return {"tokens": list(self.tokens), "gates": gates}
 
 
-@torch.no_grad()
-def gates_over_text(
-    model: "EngrammarForCausalLM", tokenizer: "PreTrainedTokenizerBase", texts: list[str]
-) -> list[GatedText]:
-    """Runs each text alone and reads the gates of every memory layer."""
+@contextmanager
+def recorded_gates(model: "EngrammarForCausalLM") -> Iterator[dict[int, Tensor]]:
+    """Within it, each forward pass leaves its gates in the dict: {layer: gate_BT, the mean over branches}."""
     seen: dict[int, Tensor] = {}
 
     def record(layer: int) -> Any:
         def hook(fusion: Fusion, inputs: tuple[Any, ...]) -> None:
             gate_BTM, _ = fusion.gate(inputs[0], inputs[1])
-            seen[layer] = gate_BTM.mean(-1)[0]
+            seen[layer] = gate_BTM.mean(-1)
 
         return hook
 
@@ -51,16 +51,26 @@ def gates_over_text(
         if isinstance(fusion, Fusion)
     ]
     try:
-        gated = []
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def gates_over_text(
+    model: "EngrammarForCausalLM", tokenizer: "PreTrainedTokenizerBase", texts: list[str]
+) -> list[GatedText]:
+    """Runs each text alone and reads the gates of every memory layer."""
+    gated = []
+    with recorded_gates(model) as seen:
         for text in texts:
             ids = tokenizer(text, return_tensors="pt").input_ids
             model(ids, use_cache=False)
             tokens = tuple(tokenizer.decode([token_id]) for token_id in ids[0].tolist())
-            gated.append(GatedText(tokens=tokens, gates={k: tuple(v.tolist()) for k, v in sorted(seen.items())}))
-        return gated
-    finally:
-        for hook in hooks:
-            hook.remove()
+            gates = {layer: tuple(gate_BT[0].tolist()) for layer, gate_BT in sorted(seen.items())}
+            gated.append(GatedText(tokens=tokens, gates=gates))
+    return gated
 
 
 def plot_gates(texts: list[GatedText], path: Path) -> None:

@@ -1,107 +1,64 @@
 """Questions to memory as small recipes over one runner: `engrammar lab run NAME`.
 
-A study changes one thing in the recipe `lab`; every point of it sees the same text in the same order for a seed, with
-equal total and active parameters where its question needs that (the report proves it). Runs are a queue that a kill
-leaves where it was; results are written as they come.
+A study changes one thing in a recipe; every point of it sees the same text in the same order for a seed, with equal
+total and active parameters where its question needs that (the report proves it). Runs are a queue that a kill leaves
+where it was; results are written as they come.
 """
 
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 from engrammar.durable import write_text
+from engrammar.lab.catalogue import SCALES, Study, studies_at
 from engrammar.machine import describe_machine
-from engrammar.train.recipe import Recipe, load_recipe, to_yaml
+from engrammar.train.recipe import Recipe, flat, load_recipe, to_yaml
 
 ROOT = Path(__file__).parents[3]
 RESULTS = ROOT / "results" / "lab"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Study:
-    """One question.
+def find_study(name: str, scale: str = "lab") -> Study:
+    """A study at one scale, by name.
 
-    Attributes:
-        question: what the report says it asks.
-        axis: what changes from point to point.
-        points: per point, settings over the recipe `lab` (`section.setting=value`); the first is what the others are
-            compared with.
-        equal: whether all points must have the same total and active parameters.
-        paper: what the paper found.
+    Raises:
+        ValueError: there is none of that name, or no such scale.
     """
-
-    question: str
-    axis: str
-    points: Mapping[str, tuple[str, ...]]
-    equal: bool
-    paper: str
-
-
-def _rho(share: float) -> tuple[str, ...]:
-    return ("model.memory=none",) if share == 1 else ("model.memory=budget", f"model.rho={share}")
-
-
-def _rows(rows: int) -> tuple[str, ...]:
-    return ("model.memory=preset", f"model.settings.memory.rows_per_head=[{rows},{rows}]")
-
-
-def _memory(**settings: Any) -> tuple[str, ...]:
-    return tuple(f"model.settings.memory.{name}={value}" for name, value in settings.items())
-
-
-STUDIES: dict[str, Study] = {
-    "allocation": Study(
-        question="Which share of the idle parameters should be memory?",
-        axis="experts' share of the idle parameters",
-        points={f"{share:.0%}": _rho(share) for share in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)},
-        equal=True,
-        paper="best at 75 to 80 % experts, flat from 60 to 95 %",
-    ),
-    "scaling": Study(
-        question="What do more rows buy on a fixed backbone?",
-        axis="rows per head",
-        points={f"{rows:,}": _rows(rows) for rows in (500, 1_600, 5_000, 16_000, 50_000)},
-        equal=False,
-        paper="about 0.028 nats less for ten times the rows, over 2.6e5 to 1e7 rows per head",
-    ),
-    "ablation": Study(
-        question="What does each part of the memory contribute?",
-        axis="memory",
-        points={
-            "whole": (),
-            "without": ("model.memory=none",),
-            "gate without its root": _memory(gate="sigmoid"),
-            "no compression": _memory(compression="none"),
-            "no convolution": _memory(conv_kernel=0),
-            "2-grams alone": _memory(max_ngram_size=2, rows_per_head="[1000]"),
-            "4-grams too": _memory(max_ngram_size=4, rows_per_head="[1000,1000,1000]"),
-            "one head": _memory(num_heads=1, head_dim=32),
-            "at the first block": _memory(layers="[0]"),
-        },
-        equal=True,
-        paper="compression 0.0057, gate 0.0045, convolution 0.0005 nats; 4-grams cost 0.0017",
-    ),
-}
+    if scale not in SCALES:
+        raise ValueError(f"There is no scale {scale!r}; known: {', '.join(SCALES)}.")
+    studies = studies_at(SCALES[scale])
+    if name not in studies:
+        raise ValueError(f"There is no study {name!r}; known: {', '.join(studies)}.")
+    return studies[name]
 
 
 def recipes(
-    study: Study, runs: Path, seeds: Sequence[int], overrides: Sequence[str] = ()
+    name: str, runs: Path, seeds: Sequence[int], overrides: Sequence[str] = (), *, scale: str = "lab"
 ) -> dict[tuple[str, int], Recipe]:
-    """The recipe of each point and seed, in the order of the queue: all points of a seed before the next seed."""
-    return {
-        (point, seed): replace(
-            load_recipe("lab", (*settings, *overrides)),
-            out=str(runs / f"{''.join(c if c.isalnum() else '-' for c in point)}-{seed}"),
-            seed=seed,
-        )
-        for seed in seeds
-        for point, settings in study.points.items()
-    }
+    """The recipe of each point and seed, in the order of the queue: all points of a seed before the next seed.
+
+    A run's folder is named by its settings, so that studies share the runs they have in common.
+    """
+    study, queue = find_study(name, scale), {}
+    for seed in seeds:
+        for point, settings in study.points.items():
+            recipe = replace(load_recipe(scale, (*study.common, *settings, *overrides)), out="", seed=seed)
+            queue[point, seed] = replace(recipe, out=str(runs / _digest(recipe)))
+    return queue
+
+
+def _digest(recipe: Recipe) -> str:
+    """Names a run by the settings that are not default, so that settings added later leave old runs found."""
+    plain = flat(asdict(Recipe()))
+    own = {name: value for name, value in flat(asdict(recipe)).items() if plain.get(name) != value}
+    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def run_one(recipe: Recipe) -> dict[str, Any]:
@@ -137,6 +94,7 @@ def run_study(
     seeds: int = 3,
     jobs: int = 2,
     results: Path = RESULTS,
+    scale: str = "lab",
     overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Runs a study, or goes on with it; writes `results/NAME.json` after each run.
@@ -149,53 +107,121 @@ def run_study(
         the study's `runs`: per point and seed bits per byte, the loss curve, parameters, FLOPs per token.
 
     Raises:
-        ValueError: no such study, or a wrong setting.
+        ValueError: no such study or scale, or a wrong setting.
     """
     from engrammar.train.run import prepare_tokens
 
-    if name not in STUDIES:
-        raise ValueError(f"There is no study {name!r}; known: {', '.join(STUDIES)}.")
     if seeds < 1 or jobs < 1:
         raise ValueError(f"seeds is {seeds} and jobs {jobs}; allowed: 1 or more.")
-    queue = recipes(STUDIES[name], runs / name, range(seeds), overrides)
+    queue = recipes(name, runs, range(seeds), overrides, scale=scale)
     base = next(iter(queue.values()))
-    prepare_tokens(base.data)
+    tokens = prepare_tokens(base.data)
+    bytes_per_token = tokens.num_bytes("validation") / tokens.num_tokens("validation")
     found: dict[tuple[str, int], dict[str, Any]] = {}
     with ProcessPoolExecutor(jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
         waiting = {pool.submit(run_one, recipe): key for key, recipe in queue.items()}
         for done in as_completed(waiting):
             found[waiting[done]] = done.result()
-            made = _result(name, base, [(key, found[key]) for key in queue if key in found], seeds, overrides)
+            runs_found = [(key, found[key]) for key in queue if key in found]
+            made = _head(name, scale, base, seeds, overrides) | {
+                "bytes_per_token": bytes_per_token,
+                "runs": [_kept(*key, run) for key, run in runs_found],
+            }
             results.mkdir(parents=True, exist_ok=True)
             write_text(results / f"{name}.json", json.dumps(made, indent=1) + "\n")
             print(f"{len(found)} of {len(queue)}: {waiting[done][0]}, seed {waiting[done][1]}", flush=True)
     return made
 
 
-def _result(
-    name: str,
-    base: Recipe,
-    found: Sequence[tuple[tuple[str, int], dict[str, Any]]],
-    seeds: int,
-    overrides: Sequence[str],
-) -> dict[str, Any]:
-    kept = ("total_parameters", "active_parameters", "memory_parameters", "memory_rows", "flops_per_token")
+def plan(name: str, *, scale: str = "lab", seeds: int = 3, overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """What `run_study` would train, without training: the text is prepared, every model's parameters are counted.
+
+    Returns:
+        per point `total_parameters`, `active_parameters`, `memory_rows`, `tokens` of a run and `training_flops` of it
+        (6 a token and active parameter: forward and backward, attention's products not counted).
+    """
+    from transformers import AutoTokenizer
+
+    from engrammar.budget import count_parameters
+    from engrammar.train.run import build_config, prepare_tokens
+    from engrammar.vocabulary import cached_classes
+
+    planned = []
+    for (point, _), recipe in recipes(name, Path(), range(1), overrides, scale=scale).items():
+        folder = prepare_tokens(recipe.data).tokenizer_path
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        counts = count_parameters(build_config(recipe.model, tokenizer, cached_classes(tokenizer, folder)))
+        num_tokens = recipe.trainer["max_steps"] * recipe.data.batch_size * recipe.data.sequence_length
+        planned.append(
+            {
+                "point": point,
+                "seeds": seeds,
+                "total_parameters": counts.total_parameters,
+                "active_parameters": counts.active_parameters,
+                "memory_rows": counts.memory_rows,
+                "tokens": num_tokens,
+                "training_flops": 6.0 * counts.active_parameters * num_tokens,
+            }
+        )
+    return planned
+
+
+def _head(name: str, scale: str, base: Recipe, seeds: int, overrides: Sequence[str]) -> dict[str, Any]:
+    options = [*([] if scale == "lab" else [f"--scale {scale}"]), *([] if seeds == 3 else [f"--seeds {seeds}"])]
     return {
-        "command": " ".join(["engrammar lab run", name, *overrides, *([] if seeds == 3 else [f"--seeds {seeds}"])]),
+        "command": " ".join(["engrammar lab run", name, *overrides, *options]),
         "study": name,
+        "scale": scale,
+        "overrides": list(overrides),
         "date": datetime.now(UTC).date().isoformat(),
         "machine": describe_machine(),
         "recipe": to_yaml(replace(base, out="")),
         "tokens": base.trainer["max_steps"] * base.data.batch_size * base.data.sequence_length,
-        "runs": [
-            {
-                "point": point,
-                "seed": seed,
-                **{key: run[key] for key in kept},
-                "bits_per_byte": run["validation_bits_per_byte"],
-                "tokens_per_second": run["tokens_per_second"],
-                "curve": [[entry["step"], round(entry["loss"], 4)] for entry in run["curve"] if "loss" in entry],
-            }
-            for (point, seed), run in found
-        ],
     }
+
+
+def _kept(point: str, seed: int, run: dict[str, Any]) -> dict[str, Any]:
+    counts = ("total_parameters", "active_parameters", "memory_parameters", "memory_rows", "flops_per_token")
+    return {
+        "point": point,
+        "seed": seed,
+        **{key: run[key] for key in counts},
+        "bits_per_byte": run["validation_bits_per_byte"],
+        "tokens_per_second": run["tokens_per_second"],
+        "curve": [[entry["step"], round(entry["loss"], 4)] for entry in run["curve"] if "loss" in entry],
+    }
+
+
+def rerun(name: str, point: str, seed: int, *, out: Path, results: Path = RESULTS) -> dict[str, float]:
+    """Trains one point of a committed study again, from nothing, and compares.
+
+    Args:
+        out: folder for the run; one that holds it already is not trained again.
+
+    Returns:
+        bits per byte: `committed`, `here`, and `deviation` of the point's committed seeds.
+
+    Raises:
+        ValueError: the study's JSON is not in `results`, or has no such point and seed.
+    """
+    path = results / f"{name}.json"
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; studies with results: {', '.join(_with_results(results)) or 'none'}.")
+    result = json.loads(path.read_text())
+    known = {(run["point"], run["seed"]): run["bits_per_byte"] for run in result["runs"]}
+    if (point, seed) not in known:
+        points = ", ".join(dict.fromkeys(repr(of) for of, _ in known))
+        raise ValueError(f"{name} has no run of point {point!r} with seed {seed}; points: {points}; seeds: 0 and up.")
+    scale, overrides = result.get("scale", "lab"), result.get("overrides", ())
+    recipe = recipes(name, out, (seed,), overrides, scale=scale)[point, seed]
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        here = pool.submit(run_one, recipe).result()["validation_bits_per_byte"]
+    return {
+        "committed": known[point, seed],
+        "here": here,
+        "deviation": stdev(value for (of, _), value in known.items() if of == point),
+    }
+
+
+def _with_results(results: Path) -> list[str]:
+    return [name for name in studies_at(SCALES["lab"]) if (results / f"{name}.json").exists()]

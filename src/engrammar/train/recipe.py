@@ -29,7 +29,7 @@ def _require(setting: str, value: object, holds: bool, allowed: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class DataRecipe:
-    """Text and tokens. `source`: files, `pocket:NAME`, or `hf:NAME` (docs/data.md).
+    """Text and tokens. `source`: files, `pocket:NAME`, or `hf:NAME` (docs/data.md), of which `keep_share` is used.
 
     `batch_size` is in sequences per optimiser step, over all processes and accumulated passes together.
     """
@@ -39,6 +39,7 @@ class DataRecipe:
     vocab_size: int = 4096
     validation_share: float = 0.02
     limit_documents: int | None = None
+    keep_share: float = 1.0
     sequence_length: int = 128
     batch_size: int = 16
     folder: str = "data"
@@ -46,6 +47,7 @@ class DataRecipe:
     def __post_init__(self) -> None:
         _require("data.batch_size", self.batch_size, self.batch_size >= 1, "1 or more")
         _require("data.sequence_length", self.sequence_length, self.sequence_length >= 2, "2 or more")
+        _require("data.keep_share", self.keep_share, 0 < self.keep_share <= 1, "over 0, up to 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +56,13 @@ class ModelRecipe:
     and how its budget is split.
 
     memory: `preset` keeps the preset's memory; `none` leaves it out; `budget` starts from the plain model and moves a
-    share 1 - rho of its inactive parameters into memory, total and active parameters equal.
+    share 1 - rho of its inactive parameters into memory, total and active parameters equal. rival (with memory: none)
+    gives that share to one of `engrammar.rivals` instead; its other sizes are set by `settings.rival`.
     """
 
     preset: str = "nano"
     memory: Literal["preset", "none", "budget"] = "preset"
+    rival: Literal["none", "over_encoding", "per_layer", "bigram", "product_keys"] = "none"
     rho: float = 0.78
     settings: Settings = field(default_factory=dict)
 
@@ -66,6 +70,8 @@ class ModelRecipe:
         from engrammar.presets import PRESETS
 
         _require("model.preset", self.preset, self.preset in PRESETS, ", ".join(PRESETS))
+        alone = self.memory == "none" or self.rival == "none"
+        _require("model.memory", self.memory, alone, "none, beside a model.rival")
         _require("model.rho", self.rho, 0 < self.rho <= 1, "over 0, up to 1")
 
 

@@ -6,10 +6,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from engrammar.durable import check_writable, clear_partials, last_good, verify, write_text, writing
-from engrammar.train.recipe import PLACES, DataRecipe, ModelRecipe, Recipe, check_trainer, flat, to_yaml
+from engrammar.train.recipe import (
+    PLACES,
+    DataRecipe,
+    ModelRecipe,
+    Recipe,
+    check_trainer,
+    flat,
+    load_recipe,
+    to_yaml,
+)
 
 if TYPE_CHECKING:
     from transformers import TrainerState, TrainingArguments
@@ -25,8 +32,13 @@ def build_config(recipe: ModelRecipe, tokenizer: Any, classes_V: Any) -> "Engram
     """The model's config for this tokenizer, by the recipe's way of splitting its budget."""
     from engrammar.budget import solve_budget
     from engrammar.presets import PRESETS, preset
+    from engrammar.rivals import rival_from_json
 
     settings = dict(recipe.settings)
+    if recipe.rival != "none":
+        rival = rival_from_json({**(settings.pop("rival", None) or {}), "kind": recipe.rival})
+        plain = preset(recipe.preset, tokenizer=tokenizer, **(settings | {"memory": None}))
+        return solve_budget(plain, rival, rho=recipe.rho)
     if isinstance(settings.get("memory"), dict):
         settings["memory"] = {**(PRESETS.get(recipe.preset, {}).get("memory") or {}), **settings["memory"]}
     own = preset(recipe.preset, tokenizer=tokenizer, classes_V=classes_V, **settings)
@@ -63,14 +75,16 @@ def prepare_tokens(recipe: DataRecipe) -> "TokenSet":
 
     folder = Path(recipe.folder)
     name = recipe.source.replace("/", "_").replace(":", "-").replace("*", "_")
+    kept = "" if recipe.keep_share == 1 else f"-{recipe.keep_share:g}"
     return prepare(
         recipe.source,
-        out=folder / f"{name}-{Path(recipe.tokenizer).name if recipe.tokenizer else recipe.vocab_size}",
+        out=folder / f"{name}-{Path(recipe.tokenizer).name if recipe.tokenizer else recipe.vocab_size}{kept}",
         tokenizer=recipe.tokenizer,
         vocab_size=recipe.vocab_size,
         cache=folder / "pocket",
         validation_share=recipe.validation_share,
         limit_documents=recipe.limit_documents,
+        keep_share=recipe.keep_share,
     )
 
 
@@ -219,7 +233,7 @@ def _last_checkpoint(recipe: Recipe) -> Path | None:
     advice = "choose another `out`, or delete that folder"
     if not (out / "recipe.yaml").exists():
         raise ValueError(f"{out} holds a run without its recipe.yaml: {advice}.")
-    there = flat(yaml.safe_load((out / "recipe.yaml").read_text()))
+    there = flat(asdict(load_recipe(out / "recipe.yaml")))
     here = flat(asdict(recipe))
     for name in sorted(there.keys() | here.keys()):
         if name not in PLACES and there.get(name) != here.get(name):

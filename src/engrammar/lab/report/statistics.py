@@ -1,0 +1,154 @@
+"""What a few paired seeds can tell: Student's t, paired differences, Holm's correction, and fits seed by seed.
+
+Letters: S seeds, P points of a study, X places where a fitted curve is read.
+"""
+
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import mean, stdev
+from typing import TypeVar
+
+import numpy as np
+
+LEVEL = 0.95
+Key = TypeVar("Key", bound=Hashable)
+EXPONENTS = np.geomspace(0.02, 3, 120)  # of a power law; below the first it is a logarithm to four digits
+
+
+def t_within(t: float, dof: int) -> float:
+    """P(|T| <= t) of Student's t with `dof` degrees of freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4).
+
+    Raises:
+        ValueError: `dof` is below 1.
+    """
+    if dof < 1:
+        raise ValueError(f"dof is {dof}; allowed: 1 or more.")
+    angle = math.atan(abs(t) / math.sqrt(dof))
+    sine, cosine = math.sin(angle), math.cos(angle)
+    odd = dof % 2
+    term = cosine if odd else 1.0
+    total = term if dof > 1 else 0.0
+    for i in range(2 + odd, dof - 1, 2):
+        term *= (i - 1) / i * cosine**2
+        total += term
+    return 2 / math.pi * (angle + sine * total) if odd else sine * total
+
+
+def t_quantile(level: float, dof: int) -> float:
+    """The t with P(|T| <= t) = level, by halving."""
+    if not 0 < level < 1:
+        raise ValueError(f"level is {level}; allowed: between 0 and 1.")
+    low, high = 0.0, 1.0
+    while t_within(high, dof) < level:
+        high *= 2
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_within(middle, dof) < level else (low, middle)
+    return high
+
+
+def half_width(values: Sequence[float]) -> float:
+    """Half of the 95 % t-interval of the mean; infinite for a single value."""
+    if len(values) < 2:
+        return math.inf
+    return t_quantile(LEVEL, len(values) - 1) * stdev(values) / math.sqrt(len(values))
+
+
+def p_value(values: Sequence[float]) -> float:
+    """Two-sided p of the hypothesis that the mean is 0 (of differences: the paired t-test); 1 for a single value."""
+    if len(values) < 2 or not any(values):
+        return 1.0
+    error = stdev(values) / math.sqrt(len(values))
+    return 1 - t_within(mean(values) / error, len(values) - 1) if error else 0.0
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Holm's step-down correction: p-values that hold for all comparisons together."""
+    corrected, largest = [0.0] * len(p), 0.0
+    for rank, index in enumerate(sorted(range(len(p)), key=lambda index: p[index])):
+        largest = max(largest, min(1.0, (len(p) - rank) * p[index]))
+        corrected[index] = largest
+    return corrected
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A paired difference: its value for each seed and the Holm-corrected p among those it was tested with."""
+
+    values: tuple[float, ...]
+    p: float
+
+    @cached_property
+    def mean(self) -> float:
+        return mean(self.values)
+
+    @cached_property
+    def half(self) -> float:
+        return half_width(self.values)
+
+    @property
+    def settled(self) -> bool:
+        """Whether the corrected test rejects 0 and all seeds say the same."""
+        one_way = all(value > 0 for value in self.values) or all(value < 0 for value in self.values)
+        return one_way and self.p < 1 - LEVEL
+
+
+def compare(pairs: Mapping[Key, tuple[Sequence[float], Sequence[float]]]) -> dict[Key, Difference]:
+    """Paired differences, first minus second, tested together."""
+    values = {
+        key: tuple(own - base for own, base in zip(first, second, strict=True))
+        for key, (first, second) in pairs.items()
+    }
+    corrected = holm([p_value(each) for each in values.values()])
+    return {key: Difference(each, p) for (key, each), p in zip(values.items(), corrected)}
+
+
+def above_chance(score: float, chance: float, questions: int) -> bool:
+    """Whether a share of right answers is over chance by 1.96 binomial standard errors, the larger of the two."""
+    variance = max(score * (1 - score), chance * (1 - chance)) / questions
+    return score > chance + 1.96 * math.sqrt(variance)
+
+
+# ---- fits; a law maps (x_P, y_P, read_X) to its values at read_X ----
+Law = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+
+
+def logarithm(rows_P: np.ndarray, loss_P: np.ndarray, read_X: np.ndarray) -> np.ndarray:
+    """Least squares of loss = a + b log10 rows."""
+    return np.polyval(np.polyfit(np.log10(rows_P), loss_P, 1), np.log10(read_X))
+
+
+def power_law(rows_P: np.ndarray, loss_P: np.ndarray, read_X: np.ndarray) -> np.ndarray:
+    """Least squares of loss = floor + a rows^-exponent, the exponent out of `EXPONENTS`."""
+    scale = float(np.exp(np.log(rows_P).mean()))  # keeps the powers near 1
+
+    def line(exponent: float) -> tuple[np.ndarray, float]:
+        x_P = (rows_P / scale) ** -exponent
+        fit = np.polyfit(x_P, loss_P, 1)
+        return fit, float(np.sum((np.polyval(fit, x_P) - loss_P) ** 2))
+
+    best = min(EXPONENTS, key=lambda exponent: line(exponent)[1])
+    return np.polyval(line(best)[0], (read_X / scale) ** -best)
+
+
+def left_out_error(law: Law, x_P: np.ndarray, y_P: np.ndarray) -> float:
+    """Root mean square error at each point of the law fitted to all others."""
+    errors = []
+    for index in range(len(x_P)):
+        kept = np.arange(len(x_P)) != index
+        errors.append(law(x_P[kept], y_P[kept], x_P[index : index + 1])[0] - y_P[index])
+    return float(np.sqrt(np.mean(np.square(errors))))
+
+
+def band(law: Law, x_P: np.ndarray, y_SP: np.ndarray, read_X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The law fitted for each seed: mean over seeds and half of its 95 % t-interval, at `read_X`."""
+    curves_SX = np.array([law(x_P, y_P, read_X) for y_P in y_SP])
+    return curves_SX.mean(0), np.array([half_width(list(column)) for column in curves_SX.T])
+
+
+def parabola_minimum(x_P: np.ndarray, y_P: np.ndarray) -> float | None:
+    """Where the least-squares parabola is lowest; None where it has no minimum."""
+    bend, slope, _ = np.polyfit(x_P, y_P, 2)
+    return float(-slope / (2 * bend)) if bend > 0 else None

@@ -1,0 +1,122 @@
+"""Questions with a known answer: what every task is made of, in memory and as JSONL."""
+
+import json
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Split = Literal["seen", "unseen"]
+SplitOf = Callable[[str], Split | None]  # of a document's text; None leaves the document out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """A text of a corpus, and whether the model trained on it."""
+
+    corpus: str
+    text: str
+    split: Split
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What to go on from, and how it may go on. With one choice it is a cloze: the model has to produce it.
+
+    Attributes:
+        choices: each goes on right where `context` ends: it begins with its own space.
+        answer: index of the right choice.
+        task: what the question belongs to; the part before the first "/" is its group.
+    """
+
+    context: str
+    choices: tuple[str, ...]
+    answer: int
+    task: str
+    split: Split = "unseen"
+
+    def __post_init__(self) -> None:
+        if not self.choices or not all(isinstance(choice, str) and choice for choice in self.choices):
+            raise ValueError(f"choices is {self.choices!r}; allowed: one text or more, none of them empty.")
+        if len(set(self.choices)) < len(self.choices):
+            raise ValueError(f"choices is {self.choices!r}; allowed: texts that differ.")
+        if type(self.answer) is not int or not 0 <= self.answer < len(self.choices):
+            raise ValueError(f"answer is {self.answer!r}; allowed: 0 to {len(self.choices) - 1}, an index of choices.")
+        if self.split not in ("seen", "unseen"):
+            raise ValueError(f"split is {self.split!r}; allowed: seen, unseen.")
+        for name in ("context", "task"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: a text.")
+
+    @property
+    def right(self) -> str:
+        return self.choices[self.answer]
+
+
+def pose(rng: random.Random, *, context: str, right: str, wrong: Iterable[str], task: str, split: Split) -> Question:
+    """A question whose choices stand in random order."""
+    choices = [right, *wrong]
+    rng.shuffle(choices)
+    return Question(context=context, choices=tuple(choices), answer=choices.index(right), task=task, split=split)
+
+
+def exact(question: Question, task: str) -> Question:
+    """The same question with the right choice alone: the model has to produce it."""
+    return replace(question, choices=(question.right,), answer=0, task=task)
+
+
+def count_tokens(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[int]:
+    return [len(ids) for ids in tokenizer(list(texts), add_special_tokens=False).input_ids] if texts else []
+
+
+def start_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """What stands before a text: the beginning-of-text id, or the end-of-text id of a tokenizer without one, if any."""
+    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    return [] if start is None else [start]
+
+
+def fits(tokenizer: "PreTrainedTokenizerBase", question: Question, length: int) -> bool:
+    """Whether the context with its longest choice, and the token before them, take at most `length` tokens."""
+    context, *choices = count_tokens(tokenizer, (question.context, *question.choices))
+    return 1 + context + max(choices) <= length
+
+
+def write_questions(path: Path, questions: Iterable[Question]) -> None:
+    """One question a line, as JSON."""
+    path.write_text("".join(json.dumps(asdict(q), ensure_ascii=False) + "\n" for q in questions), encoding="utf-8")
+
+
+def read_questions(path: Path) -> list[Question]:
+    """The questions of a JSONL file: `context`, `choices` and `answer` in each line; `task` is else the file's name.
+
+    Raises:
+        ValueError: the file cannot be read, holds no question, or a line is not one; it names the line.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read the questions in {path} ({error}): name a JSONL file of questions.") from error
+    questions = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                questions.append(_read_question(json.loads(line), path.stem))
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}, is not a question: {error}") from error
+    if not questions:
+        raise ValueError(f"{path} holds no question: give one line or more with context, choices and answer.")
+    return questions
+
+
+def _read_question(given: object, task: str) -> Question:
+    known = {field.name for field in fields(Question)}
+    if not isinstance(given, dict) or not {"context", "choices", "answer"} <= set(given) <= known:
+        raise ValueError(f"it is {given!r:.80}; needed: context, choices, answer; allowed too: task, split.")
+    if not isinstance(given["choices"], list):
+        raise ValueError(f"choices is {given['choices']!r:.80}; allowed: a list of texts.")
+    settings: dict[str, Any] = {"task": task} | given | {"choices": tuple(given["choices"])}
+    return Question(**settings)
