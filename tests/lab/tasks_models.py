@@ -1,11 +1,17 @@
 """Tokenizers small enough to follow by hand, and a model that knows given texts and nothing else."""
 
+import json
+import random
+from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedTokenizerFast
+
+from engrammar.train import corpora
 
 SPECIAL = ("<|pad|>", "<|bos|>", "<|end|>")
 LETTERS = [chr(code) for code in (*range(ord("a"), ord("z") + 1), *range(ord("A"), ord("X") + 1))]
@@ -56,3 +62,39 @@ class Knows(nn.Module):
                 if (known := self.next_of.get(packed[: 2 * place + 2])) is not None:
                     logits[row, place, known] = 20.0
         return SimpleNamespace(logits=logits)
+
+
+SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
+
+
+def word(rng: random.Random) -> str:
+    return "".join(rng.choices(SYLLABLES, k=3))
+
+
+def made_up(corpus: str, rng: random.Random) -> list[str]:
+    names = list(dict.fromkeys(word(rng) for _ in range(60)))
+    if corpus == "wiki":
+        filler = f"was {' '.join(['the'] * 22)} and again"
+        return [
+            f"{name.title()} is a {word(rng)} of the {word(rng)}. In {word(rng)} {filler} {name.title()} came there."
+            for name in names
+        ] + [f"Once {name.title()} went where {name.title()} had been." for name in names]
+    if corpus == "wordnet":
+        return [f"{name} (noun): a {word(rng)} of some {word(rng)}; more of it" for name in names]
+    if corpus == "gcide":
+        return [f"{name.title()}, n. A {word(rng)} which has {word(rng)}; other words." for name in names]
+    return [
+        f"def {name}(value):\n    one = {word(rng)}(value)\n    two = {word(rng)}(one)\n    return {word(rng)}(two)"
+        for name in names
+    ]
+
+
+def write_corpora(folder: Path) -> None:
+    """Fills a cache of pocket corpora with made-up entries, so that nothing is downloaded."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("wiki", "wordnet", "gcide", "stdlib"):
+        texts = made_up(name, random.Random(name))
+        entries = [asdict(corpora.Entry(text.split()[0], text)) for text in texts]
+        version = (corpora.POCKET[name].version or corpora.platform.python_version()).replace(":", "_")
+        path = folder / f"{name}-{version}-{corpora.PARSER_VERSION}.jsonl"
+        path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))

@@ -2,14 +2,13 @@
 
 import json
 import math
-import random
 import zlib
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 import torch
-from tasks_models import Knows, byte_tokenizer
+from tasks_models import Knows, byte_tokenizer, write_corpora
 
 from engrammar.lab.tasks.questions import Question, fits
 from engrammar.lab.tasks.scoring import Continuation, choose, recall
@@ -20,41 +19,12 @@ from models import tiny_model
 
 TOKENIZER = byte_tokenizer()
 LENGTH = 330  # of bytes
-SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
-
-
-def word(rng: random.Random) -> str:
-    return "".join(rng.choices(SYLLABLES, k=3))
-
-
-def made_up(corpus: str, rng: random.Random) -> list[str]:
-    names = list(dict.fromkeys(word(rng) for _ in range(60)))
-    if corpus == "wiki":
-        filler = f"was {' '.join(['the'] * 22)} and again"
-        return [
-            f"{name.title()} is a {word(rng)} of the {word(rng)}. In {word(rng)} {filler} {name.title()} came there."
-            for name in names
-        ] + [f"Once {name.title()} went where {name.title()} had been." for name in names]
-    if corpus == "wordnet":
-        return [f"{name} (noun): a {word(rng)} of some {word(rng)}; more of it" for name in names]
-    if corpus == "gcide":
-        return [f"{name.title()}, n. A {word(rng)} which has {word(rng)}; other words." for name in names]
-    return [
-        f"def {name}(value):\n    one = {word(rng)}(value)\n    two = {word(rng)}(one)\n    return {word(rng)}(two)"
-        for name in names
-    ]
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    """A cache of pocket corpora whose entries are made up, so that nothing is downloaded."""
     folder = tmp_path_factory.mktemp("pocket")
-    for name in ("wiki", "wordnet", "gcide", "stdlib"):
-        texts = made_up(name, random.Random(name))
-        entries = [asdict(corpora.Entry(text.split()[0], text)) for text in texts]
-        version = (corpora.POCKET[name].version or corpora.platform.python_version()).replace(":", "_")
-        path = folder / f"{name}-{version}-{corpora.PARSER_VERSION}.jsonl"
-        path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    write_corpora(folder)
     return folder
 
 

@@ -31,6 +31,7 @@ FORMATS = ("needle", "tracking")  # groups that no text of the corpora shows how
 NUM_TUNING_STEPS, TUNING_BATCH, TUNING_LR = 300, 32, 2e-3
 NUM_TUNING_SENTENCES = 400
 DEPTH_TOKENS = 32_768
+NUM_QUESTIONS = 200  # of a task
 NEAREST = 2  # of seven layers, about the paper's 5 of 30
 NUM_TEXTS, TEXT_BYTES = 4, 400  # shown with their gates
 
@@ -127,6 +128,7 @@ def _score(
         partial(split_of, data),
         cache=Path(data.folder) / "pocket",
         length=data.sequence_length,
+        per_task=NUM_QUESTIONS,
         trained_on=data.source.removeprefix("pocket:").split("+"),
     )
     tuned = {name: questions for name, questions in suite.items() if name.split("/")[0] in FORMATS}

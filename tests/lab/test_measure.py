@@ -1,0 +1,88 @@
+"""What the pair is measured by: each model for itself, tuned with other keys than the test's, kept when killed."""
+
+import json
+from functools import partial
+
+import pytest
+import torch
+from tasks_models import byte_tokenizer, write_corpora
+
+from engrammar.lab import measure
+from engrammar.lab.measure import MEASURES, OFF, PAIR, measure_pair, run_measures, split_of, tune
+from engrammar.lab.report import write_report
+from engrammar.lab.studies import recipes, run_study
+from engrammar.lab.tasks.needle import KEYS, Haystack, needle_questions
+from engrammar.train.data import prepare
+from engrammar.train.documents import read_documents
+from engrammar.train.recipe import DataRecipe
+from models import tiny_model
+
+SMALL = (
+    "data.vocab_size=300", "data.batch_size=2", "trainer.max_steps=2", "trainer.warmup_steps=1", "data.keep_share=0.5",
+    "data.validation_share=0.3", "data.sequence_length=192", "model.settings.num_hidden_layers=3", "model.rho=0.8",
+)  # fmt: skip
+
+
+def test_seen_is_what_the_tokens_were_made_of(tmp_path):
+    write_corpora(tmp_path / "pocket")
+    data = DataRecipe(source="pocket:wiki+gcide", keep_share=0.6, validation_share=0.3, folder=str(tmp_path))
+    tokens = prepare(
+        data.source, out=tmp_path / "t", cache=tmp_path / "pocket", vocab_size=300, keep_share=0.6, validation_share=0.3
+    )
+    sides = [split_of(data, text) for text in read_documents(data.source, cache=tmp_path / "pocket")]
+    assert sides.count("seen") == tokens.splits["train"].num_documents and "unseen" in sides
+
+
+def test_tuning_teaches_the_format_and_uses_other_keys_than_the_test(tmp_path):
+    write_corpora(tmp_path / "pocket")
+    assert not set(KEYS["test"].split()) & set(KEYS["training"].split())
+    tokenizer = byte_tokenizer()
+    model = tiny_model("qwen_next", vocab_size=len(tokenizer))
+    data = DataRecipe(source="pocket:wiki", sequence_length=420, folder=str(tmp_path))
+    haystack = Haystack.of(["Once upon a time there was a king. He had nothing to do at all."], tokenizer)
+    asked = needle_questions(haystack, tokenizer, length=420, num=12, seed=3)
+    scored = partial(_loss_of_answers, model, tokenizer, asked)
+    before = scored()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "TUNING_BATCH", 4)
+        patch.setattr(measure, "TUNING_LR", 1e-2)
+        tune(model, tokenizer, data, seed=0, num_steps=25)
+    assert scored() < 0.8 * before and not model.training
+
+
+@torch.no_grad()
+def _loss_of_answers(model, tokenizer, questions) -> float:
+    from engrammar.lab.tasks.needle import training_row
+
+    rows = [training_row(tokenizer, question, 420) for question in questions]
+    return float(model(**{name: torch.stack([row[name] for row in rows]) for name in rows[0]}).loss)
+
+
+@pytest.mark.slow
+def test_a_pair_is_measured_once_and_makes_every_section_of_the_report(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(measure, "NUM_TUNING_STEPS", 2)
+    monkeypatch.setattr(measure, "NUM_QUESTIONS", 5)
+    monkeypatch.setattr("engrammar.lab.tasks.context.NUM_COMMON", 20)
+    write_corpora(tmp_path / "data" / "pocket")
+    how = {"runs": tmp_path / "runs", "seeds": 2, "results": tmp_path / "results", "overrides": SMALL}
+    with pytest.raises(ValueError, match="holds no finished run: engrammar lab run pair"):
+        run_measures(**how)
+    run_study("pair", **how)
+    queue = recipes("pair", tmp_path / "runs", range(2), SMALL)
+    for seed in range(2):
+        found = measure_pair(queue[PAIR[1], seed], queue[PAIR[0], seed])
+        (tmp_path / queue[PAIR[1], seed].out / "measures.json").write_text(json.dumps(found))
+    assert set(found["tasks"]) == {*PAIR, OFF}
+    names = set(found["tasks"][OFF])
+    assert {"facts/choice/unseen", "needle/choice/768", "needle/choice/768/tuned", "code/choice/unseen"} <= names
+    assert all(set(scores) == names for scores in found["tasks"].values())
+    own = found["tasks"][PAIR[1]]["facts/choice/unseen"]["bits_per_byte"]
+    assert own != found["tasks"][OFF]["facts/choice/unseen"]["bits_per_byte"]
+    run_measures(**how)
+    tasks = json.loads((tmp_path / "results" / "tasks.json").read_text())
+    assert tasks["tasks"]["facts/choice/unseen"]["bits_per_byte"][PAIR[1]][1] == pytest.approx(own, rel=1e-5)
+    assert [run["seed"] for run in json.loads((tmp_path / "results" / "depth.json").read_text())["runs"]] == [0, 1]
+    write_report(tmp_path / "results")
+    page = (tmp_path / "results" / "report.html").read_text()
+    assert all(f'id="{name}"' in page for name in (*MEASURES, "pair"))
