@@ -44,13 +44,14 @@ def evaluate(
         raise ValueError("engrammar eval needs the folder of a model; --list shows the question sets.")
     from engrammar.durable import check_writable, write_text
     from engrammar.lab import harness
+    from engrammar.machine import describe_run
 
     if out is not None:
         check_writable(out.parent)
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     how = {"limit": limit, "batch_size": batch_size, "num_fewshot": num_fewshot}
     result = harness.evaluate(model, names, memory=memory, cache=cache, **how)
-    result = {"command": " ".join(["engrammar", *sys.argv[1:]]), **result}
+    result = describe_run(" ".join(["engrammar", *sys.argv[1:]])) | result
     harness.show(result)
     if out is not None:
         write_text(out, json.dumps(result, indent=1) + "\n")

@@ -182,6 +182,7 @@ def plan(
     from engrammar.lab.plan_report import describe, write_plan
     from engrammar.lab.speeds import Speeds, measure_speeds
     from engrammar.lab.touches import read_sample
+    from engrammar.machine import describe_run
 
     speeds = Speeds.read(machine) if machine else None
     chosen = planning.find_tokenizer(model, corpus, tokenizer)
@@ -193,7 +194,7 @@ def plan(
     speeds = speeds or measure_speeds(row_bytes(memory.row_encoding, memory.head_dim), out)
     made = planning.make_plan(
         memory, studied, speeds, wanted_hit_rate=hit_rate, wanted_tokens_per_s=tokens_per_s
-    ) | planning.describe_run(f"engrammar table plan {model} {corpus}")
+    ) | describe_run(f"engrammar table plan {model} {corpus}")
     paths = write_plan(made, studied, out, Path(model) if Path(model).is_dir() else out)
     print(json.dumps(made, indent=1) if json_output else f"{describe(made)}\n\n{', '.join(map(str, paths))}")
 

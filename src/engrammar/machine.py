@@ -2,8 +2,14 @@
 
 import os
 import platform
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+
+def describe_run(command: str) -> dict[str, Any]:
+    """The head of a result: the command that made it, the day, and the machine."""
+    return {"command": command, "date": datetime.now(UTC).date().isoformat(), "machine": describe_machine()}
 
 
 def describe_machine() -> dict[str, Any]:

@@ -10,7 +10,6 @@ import time
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,7 +21,7 @@ from transformers import DynamicCache
 from engrammar.bench.files import bench_folder
 from engrammar.config import MemoryConfig
 from engrammar.configuration import EngrammarConfig
-from engrammar.machine import describe_machine
+from engrammar.machine import describe_run
 from engrammar.modeling import EngrammarForCausalLM
 from engrammar.presets import preset
 from engrammar.store.base import RowStore
@@ -225,13 +224,11 @@ def bench_decode(quick: bool, plan: Plan | None = None) -> dict[str, Any]:
         source.close()
     table_bytes = sum(table.num_rows * table.row_bytes for table in tables)
     return {
-        "command": "engrammar bench decode",
+        **describe_run("engrammar bench decode"),
         "quick": quick,
         "shapes": f"{plan.preset}, fp32, {len(memory.layers)} layers of {memory.num_columns} rows of {memory.head_dim} "
         f"bf16 a token, {table_bytes / 2**30:.2f} GiB of rows, {plan.rounds} rounds of {plan.steps} tokens after "
         f"{PROMPT} of prompt",
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": {**describe_machine(), "threads": torch.get_num_threads()},
         "table_bytes": table_bytes,
         "batches": batches,
     }

@@ -5,7 +5,6 @@ Letters: B batch, T tokens, V ids, H columns.
 
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from statistics import median
 from typing import Any
 
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 
 from engrammar.addressing import derive_geometry, hash_ngrams, hash_ngrams_numpy, look_back
 from engrammar.config import PRESETS
-from engrammar.machine import describe_machine
+from engrammar.machine import describe_run
 
 BATCH, LENGTH = 8, 2048
 NUM_IDS, NUM_CLASSES, FILL_CLASS = 128_815, 98_627, 2  # the sizes of DeepSeek-V3's class map
@@ -129,10 +128,8 @@ def _measure(repeats: int) -> dict[str, Any]:
         for name, seconds in times.items()
     }
     return {
-        "command": "engrammar bench hash",
+        **describe_run("engrammar bench hash"),
         "shapes": f"{BATCH} x {LENGTH} tokens, {len(LAYERS)} layers x {CONFIG.num_columns} heads, {repeats} runs each",
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": describe_machine(),
         "rates": rates,
         "speedup": rates[NUMPY]["tokens_per_second"] / rates[DEMO]["tokens_per_second"],
         "speedup_by_token": rates[NUMPY_BY_TOKEN]["tokens_per_second"] / rates[DEMO]["tokens_per_second"],

@@ -5,7 +5,6 @@ Letters: R rows of the table, C row width, U distinct rows touched in a step.
 
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from statistics import median
 from typing import Any, Literal
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from engrammar.machine import describe_machine
+from engrammar.machine import describe_run
 from engrammar.train.row_optimisers import ROW_OPTIMISERS, RowOptimiserKind, build_row_optimiser, state_bytes_per_row
 
 ROW_WIDTH, NUM_DRAWN, NUM_BATCHES = 64, 20_000, 16
@@ -132,12 +131,10 @@ def bench_optimiser(quick: bool) -> dict[str, Any]:
     speedups = {kind: [table["rates"][kind]["speedup"] for table in tables] for kind in ROW_OPTIMISERS}
     tables.append(_measure(REPEATED_ROWS, "repeated", repeats))
     return {
-        "command": "engrammar bench optimiser",
+        **describe_run("engrammar bench optimiser"),
         "quick": quick,
         "shapes": f"rows of {ROW_WIDTH} fp32, {NUM_DRAWN:,} drawn a step (Zipf; half the table if that is fewer), "
         f"{repeats} steps each, in turn",
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": describe_machine(),
         "state_bytes": {name: _state_bytes(name) for name in (*ROW_OPTIMISERS, SPARSE_ADAM, DENSE_ADAM)},
         "tables": tables,
         "speedups": speedups,

@@ -5,7 +5,6 @@ One backbone; per round it is given another memory and its optimiser, and only w
 
 import time
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -18,7 +17,7 @@ from engrammar.addressing import derive_geometry
 from engrammar.bench.rows import BETAS, EPS, LR, MEMORY_LR, draw_ids
 from engrammar.bench.rows import LENGTH as DRAWN_LENGTH
 from engrammar.config import MemoryConfig
-from engrammar.machine import describe_machine
+from engrammar.machine import describe_run
 from engrammar.memory import Memory
 from engrammar.modeling import EngrammarForCausalLM
 from engrammar.presets import preset
@@ -200,13 +199,11 @@ def bench_placement(quick: bool) -> dict[str, Any]:
         variants, held_bytes = _measure(plan, device, Path(folder))
     precision = "fp32" if device.type == "cpu" else "bf16 autocast"
     return {
-        "command": "engrammar bench placement",
+        **describe_run("engrammar bench placement"),
         "quick": quick,
         "shapes": f"{plan.preset}, {plan.batch} x {plan.length} tokens, {precision}, {held_bytes / 1e9:.2f} GB of rows "
         f"and Adam's state, {plan.rounds} rounds of {plan.steps} steps each, in turn, on {plan.num_batches} batches "
         "that come round",
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": describe_machine(),
         "device": device.type,
         "held_bytes": held_bytes,
         "variants": variants,

@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 
 from engrammar.bench.loopback import LoopbackPool, why_no_pool
 from engrammar.bench.remote_peers import draw, time_reads
-from engrammar.machine import describe_machine
+from engrammar.machine import describe_run
 from engrammar.store.format import Shard, TableFile
 from engrammar.store.remote import RemoteStore
 from engrammar.store.upload import upload
@@ -38,12 +37,10 @@ def bench_remote(quick: bool) -> dict[str, Any]:
     num_rows, num_read, rounds = (QUICK_ROWS, QUICK_READ, QUICK_ROUNDS) if quick else (NUM_ROWS, NUM_READ, ROUNDS)
     absent = why_no_pool()
     return {
-        "command": "engrammar bench store",
+        **describe_run("engrammar bench store"),
         "quick": quick,
         "shapes": f"{num_read:,} distinct random rows of {ROW_BYTES} bytes out of {num_rows:,}, over TCP on loopback, "
         f"one reader, {rounds} rounds in turn",
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": describe_machine(),
         "absent": absent,
         "variants": {} if absent else _measure(num_rows, num_read, rounds),
     }

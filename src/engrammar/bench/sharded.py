@@ -10,7 +10,6 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -25,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from engrammar.bench.rows import LENGTH, draw_ids
 from engrammar.configuration import EngrammarConfig
-from engrammar.machine import describe_machine
+from engrammar.machine import describe_run
 from engrammar.modeling import EngrammarForCausalLM
 from engrammar.presets import SMALL_MEMORY, preset
 from engrammar.train.exchange import leave_processes
@@ -229,12 +228,10 @@ def bench_sharded(quick: bool) -> dict[str, Any]:
         }
         rows.append({"ranks": num_ranks, "differences": differences, **asdict(run)})
     return {
-        "command": "engrammar bench sharded",
+        **describe_run("engrammar bench sharded"),
         "quick": quick,
         "shapes": f"{BATCH} x {LENGTH} tokens over all ranks, {num_steps} steps, DDP on gloo, each rank a process with "
         "one thread, tables in RAM",
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": describe_machine(),
         "ranks": rows,
     }
 

@@ -5,7 +5,6 @@ The same command measures what the number of rows costs (`bench.rows`).
 
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from statistics import median
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from engrammar.bench.rows import FULL, LENGTH, QUICK, bench_rows, draw_ids
 from engrammar.budget import count_parameters, solve_budget
 from engrammar.configuration import EngrammarConfig
-from engrammar.machine import describe_machine
+from engrammar.machine import describe_run
 from engrammar.modeling import EngrammarForCausalLM
 from engrammar.presets import preset
 from engrammar.train.optimiser import build_optimiser, clip_grad_norm
@@ -119,11 +118,9 @@ def bench_step(quick: bool) -> dict[str, Any]:
         }
     with_memory, without = rows["moe + memory"], rows["moe"]
     return {
-        "command": "engrammar bench step",
+        **describe_run("engrammar bench step"),
         "quick": quick,
         "shapes": f"nano, {BATCH} x {LENGTH} tokens, fp32, {repeats} steps each, in turn",
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": describe_machine(),
         "peak_gflops": peak / 1e9,
         "models": rows,
         "memory_tax": 1 - with_memory["tokens_per_second"] / without["tokens_per_second"],

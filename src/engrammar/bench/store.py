@@ -5,7 +5,6 @@ Letters: R rows of the table, U rows of a call, S bytes of a row.
 
 import time
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,7 +24,7 @@ from engrammar.bench.readers import (
     Read,
     why_no_engramdb,
 )
-from engrammar.machine import describe_machine
+from engrammar.machine import describe_run
 
 WAYS = (TAKE, FROM_FILE, ENGRAMDB, RAM, CACHED, DISK)
 ROW_BYTES = (64, 256, 1024)
@@ -111,12 +110,10 @@ def bench_store(quick: bool) -> dict[str, Any]:
     path = file.shards[0].path
     warm = {str(row_bytes): in_fresh_process(measure_warm, plan, path, row_bytes) for row_bytes in ROW_BYTES}
     return {
-        "command": "engrammar bench store",
+        **describe_run("engrammar bench store"),
         "quick": quick,
         "shapes": f"{'QUICK, smaller than it should be: ' if quick else ''}warm table of {plan.warm_gib:g} GiB, "
         f"{plan.num_rows:,} uniform rows a large call, {FEW} a small one, {plan.rounds} rounds in turn",
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": describe_machine(),
         "row_bytes": warm,
         "engramdb": why_no_engramdb(),
         "cold": cold.bench_cold(quick, file),

@@ -3,13 +3,12 @@
 import json
 import sys
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
 from engrammar.durable import check_writable
 from engrammar.lab.demo_report import plot_curves, render, verdict
-from engrammar.machine import describe_machine
+from engrammar.machine import describe_run
 from engrammar.train.recipe import Recipe, to_yaml
 from engrammar.train.run import prepare_tokens, train
 
@@ -50,9 +49,7 @@ def run_demo(recipe: Recipe, out: Path, seeds: int) -> dict[str, Any]:
     sampling = Sampling(max_new_tokens=40, temperature=0.7, top_p=0.9, seed=recipe.seed)
     gated = gates_over_text(model, tokenizer, list(SENTENCES))
     result = {
-        "command": " ".join(["engrammar", *sys.argv[1:]]),
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": describe_machine(),
+        **describe_run(" ".join(["engrammar", *sys.argv[1:]])),
         "recipe": to_yaml(recipe),
         "runs": runs,
         "gates": [text.to_json() for text in gated],

@@ -9,7 +9,6 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -20,7 +19,6 @@ from typing import Any, Literal, get_args
 from engrammar.lab.question_sets import SETS, questions
 from engrammar.lab.tasks.off import memory_off
 from engrammar.lab.tasks.questions import Question, read_questions
-from engrammar.machine import describe_machine
 from engrammar.train.sample import load
 
 Where = Literal["weights", "ram", "disk", "off"]
@@ -31,14 +29,14 @@ NUM_ANSWER_TOKENS = 32
 def evaluate(
     folder: Path, tasks: Sequence[str], *, memory: Where = "weights", cache: Path = Path("data/pocket"), **how: Any
 ) -> dict[str, Any]:
-    """Scores the model in a folder, and says on what machine and with what versions.
+    """Scores the model in a folder, and says with what versions.
 
     Args:
         tasks: and `how` as for `score_tasks`.
         memory: where the tables stay, or "off": the model without what its memory adds.
 
     Returns:
-        date, machine, versions, model, memory, the settings, and `tasks` as `score_tasks` returns them.
+        versions, model, memory, the settings, and `tasks` as `score_tasks` returns them.
 
     Raises:
         ValueError: as `score_tasks` and `load_model`.
@@ -48,8 +46,6 @@ def evaluate(
     with memory_off(model) if memory == "off" else nullcontext():
         scored = _score(model, tokenizer, specs, chances, **how)
     return {
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": describe_machine(),
         "versions": {name: version(name) for name in ("engrammar", "lm_eval", "datasets")},
         "model": str(folder),
         "memory": memory,

@@ -7,7 +7,6 @@ import json
 import random
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from datetime import UTC, datetime
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from engrammar.durable import write_text
 from engrammar.lab.studies import RESULTS, recipes
-from engrammar.machine import describe_machine
+from engrammar.machine import describe_run
 from engrammar.train.recipe import DataRecipe, Recipe
 
 if TYPE_CHECKING:
@@ -169,11 +168,8 @@ def run_measures(
     with ProcessPoolExecutor(jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
         waiting = [pool.submit(_measured, queue[PAIR[1], seed], queue[PAIR[0], seed]) for seed in range(seeds)]
         each = [done.result() for done in waiting]
-    head = {
-        "command": " ".join(["engrammar lab measure", *overrides, *([] if seeds == 3 else [f"--seeds {seeds}"])]),
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": describe_machine(),
-    }
+    options = [*([] if scale == "lab" else [f"--scale {scale}"]), *([] if seeds == 3 else [f"--seeds {seeds}"])]
+    head = describe_run(" ".join(["engrammar lab measure", *overrides, *options]))
     results.mkdir(parents=True, exist_ok=True)
     for name in MEASURES[1:]:
         made = head | {"runs": [{"seed": seed, **found[name]} for seed, found in enumerate(each)]}

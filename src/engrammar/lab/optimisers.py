@@ -7,7 +7,6 @@ Remake: python -m engrammar.lab.optimisers
 
 import json
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -48,9 +47,8 @@ def run_optimisers(runs: Path, name: str = "nano") -> dict[str, Any]:
         per optimiser: bits per byte of every rate tried, the rate chosen, bits per byte of each seed, mean and standard
         deviation; `bytes_per_row` of optimiser state.
     """
-    import torch
 
-    from engrammar.machine import describe_machine
+    from engrammar.machine import describe_run
     from engrammar.presets import preset
     from engrammar.train.row_optimisers import state_bytes_per_row
 
@@ -78,14 +76,12 @@ def run_optimisers(runs: Path, name: str = "nano") -> dict[str, Any]:
         }
         print(kind, optimisers[kind], flush=True)
     return {
-        "command": "python -m engrammar.lab.optimisers",
+        **describe_run("python -m engrammar.lab.optimisers"),
         "recipe": name,
         "seeds": list(SEEDS),
         "steps": STEPS,
         "tuning": {"seed": TUNING_SEED, "steps": TUNING_STEPS},
         "row_width": memory.head_dim,
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": {**describe_machine(), "threads": torch.get_num_threads()},
         "optimisers": optimisers,
     }
 

@@ -5,7 +5,6 @@ Letters: S rows that a cache holds, of each table.
 """
 
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, get_args
 
@@ -17,7 +16,6 @@ from engrammar.configuration import load_config
 from engrammar.lab import touches
 from engrammar.lab.speeds import TIERS, Costs, Speeds
 from engrammar.lab.touches import Sample, is_prepared
-from engrammar.machine import describe_machine
 from engrammar.presets import PRESETS, preset
 from engrammar.store.format import open_tables
 from engrammar.train.data import TokenSet
@@ -209,11 +207,6 @@ def _describe_encodings(memory: MemoryConfig, pages: dict[Encoding, tuple[float,
         }
         for encoding, (alone, together) in pages.items()
     }
-
-
-def describe_run(command: str) -> dict[str, Any]:
-    """What ran, when and where."""
-    return {"command": command, "date": datetime.now(UTC).date().isoformat(), "machine": describe_machine()}
 
 
 def smallest_cache(curve_S: NDArray[np.float64], hit_rate: float) -> int | None:

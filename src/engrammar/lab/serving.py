@@ -8,7 +8,6 @@ import json
 import math
 import random
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
@@ -24,7 +23,7 @@ from torch.utils.data import default_collate
 
 from engrammar.config import Encoding, row_bytes
 from engrammar.configuration import load_config
-from engrammar.machine import describe_machine
+from engrammar.machine import describe_run
 from engrammar.modeling import EngrammarForCausalLM
 from engrammar.store.base import Arrived, Fetch, RowsMissing, RowStore
 from engrammar.store.convert import quantise
@@ -156,14 +155,12 @@ def run_serving(models: Sequence[Path], tokens: TokenSet) -> dict[str, Any]:
             found["closed"].append(source.counts.closed / (source.counts.rows / model.config.memory_config.num_columns))
             source.close()
     return {
-        "command": "python -m engrammar.lab.serving",
+        **describe_run("python -m engrammar.lab.serving"),
         "models": [folder.name for folder in models],
         "validation_tokens": tokens.num_tokens("validation"),
         "questions": len(questions),
         "choices": CHOICES,
         "row_width": row_bytes("fp8", model.config.memory_config.head_dim),
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": {**describe_machine(), "threads": torch.get_num_threads()},
         "encodings": encodings,
         "missing": missing,
     }

@@ -10,7 +10,6 @@ import json
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import stdev
@@ -18,7 +17,7 @@ from typing import Any
 
 from engrammar.durable import write_text
 from engrammar.lab.catalogue import SCALES, Study, studies_at
-from engrammar.machine import describe_machine
+from engrammar.machine import describe_run
 from engrammar.train.recipe import Recipe, flat, load_recipe, to_yaml
 
 ROOT = Path(__file__).parents[3]
@@ -169,12 +168,10 @@ def plan(name: str, *, scale: str = "lab", seeds: int = 3, overrides: Sequence[s
 def _head(name: str, scale: str, base: Recipe, seeds: int, overrides: Sequence[str]) -> dict[str, Any]:
     options = [*([] if scale == "lab" else [f"--scale {scale}"]), *([] if seeds == 3 else [f"--seeds {seeds}"])]
     return {
-        "command": " ".join(["engrammar lab run", name, *overrides, *options]),
+        **describe_run(" ".join(["engrammar lab run", name, *overrides, *options])),
         "study": name,
         "scale": scale,
         "overrides": list(overrides),
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": describe_machine(),
         "recipe": to_yaml(replace(base, out="")),
         "tokens": base.trainer["max_steps"] * base.data.batch_size * base.data.sequence_length,
     }
