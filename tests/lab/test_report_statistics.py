@@ -14,6 +14,7 @@ from engrammar.lab.report.statistics import (
     holm,
     left_out_error,
     logarithm,
+    p_of_questions,
     p_value,
     parabola_minimum,
     power_law,
@@ -109,3 +110,8 @@ def test_the_lowest_place_of_a_parabola_is_found_and_a_hill_has_none():
     x = np.array([10.0, 30, 50, 90])
     assert parabola_minimum(x, 2 + 1e-4 * (x - 62) ** 2) == pytest.approx(62)
     assert parabola_minimum(x, 2 - 1e-4 * (x - 62) ** 2) is None
+
+
+def test_shares_of_few_questions_are_not_told_apart():
+    assert p_of_questions(0.6, 0.4, 100) == pytest.approx(0.00389, abs=1e-4)  # z = 0.2 / sqrt(0.0048) = 2.887
+    assert p_of_questions(0.6, 0.4, 10) > 0.3 and p_of_questions(0.0, 0.0, 10) == 1.0 and p_of_questions(0, 1, 5) == 0.0

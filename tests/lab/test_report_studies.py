@@ -2,14 +2,12 @@
 
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from report_results import blank_pictures, made, made_allocation, made_scaling, noisy
 
 from engrammar.lab.catalogue import STUDIES
-from engrammar.lab.report import studies
 from engrammar.lab.report.claims import Claim, claims_words
 from engrammar.lab.report.curves import allocation_optimum, scaling_words
 from engrammar.lab.report.parts import Table
@@ -40,14 +38,14 @@ def test_differences_are_paired_by_seed_whatever_the_order_of_the_runs():
     assert first_table(section).rows[1][1] == "2.9000 ± 1.0050" and first_table(section).strong == (1,)
 
 
-def test_a_point_is_compared_with_its_own_base(monkeypatch):
-    points = dict.fromkeys("abc", ())
-    own = SimpleNamespace(question="?", axis="kind", points=points, equal=False, paper="", against={"c": "b"})
-    monkeypatch.setitem(studies.STUDIES, "own", own)
-    result = made("own", {"a": [1.0, 1.0], "b": [2.0, 2.0], "c": [2.5, 2.6]})
-    assert bases(result) == {"b": "a", "c": "b"}
-    assert differences(result)["c"].values == pytest.approx([0.5, 0.6])
-    assert [row[2] for row in first_table(study_section(result)).rows] == ["", "a", "b"]
+def test_points_are_compared_with_the_first_and_those_smaller_by_intent_are_not_held_equal():
+    result = made("rivals", {"memory": [1.0, 1.0], "experts": [2.0, 2.0], "nothing (dense)": [2.5, 2.6]})
+    assert bases(result) == {"experts": "memory", "nothing (dense)": "memory"}
+    assert differences(result)["nothing (dense)"].values == pytest.approx([1.5, 1.6])
+    assert [row[2] for row in first_table(study_section(result)).rows] == ["", "memory", "memory"]
+    for run in result["runs"]:
+        run["total_parameters"] //= 1 + 2 * (run["point"] == "nothing (dense)")
+    assert apart(result)["total_parameters"] == 0
 
 
 def test_unclear_and_negative_results_are_said_in_so_many_words():

@@ -203,15 +203,17 @@ def _gate_map(texts: Sequence[Mapping[str, Any]]) -> bytes:
 
 
 def _gates_verdict(bins: Sequence[Sequence[Mapping[str, Any]]], order: str) -> Verdict:
-    gate, gain = slopes(bins, [[own["gate"] for own in each] for each in bins]), slopes(bins, gains(bins))
+    against, than = ("loss_plain", "than the plain MoE") if _compared(bins) else ("loss_off", "than with memory off")
+    helps = gains(bins, against)
+    gate, gain = slopes(bins, [[own["gate"] for own in each] for each in bins]), slopes(bins, helps)
     words = []
     for name, own in (("gates open", gate), ("memory helps", gain)):
         if own.settled:
             words.append(f"{name} {'more' if own.mean > 0 else 'less'} the more often the {order}-gram was seen")
         else:
             words.append(f"no settled trend in how far {name} with the {order}-gram's frequency")
-    top = max(range(len(bins)), key=lambda place: mean(gains(bins)[place]))
-    words.append(f"most at {_range(bins[top][0])} occurrences ({mean(gains(bins)[top]):.3f} nats)")
+    top = max(range(len(bins)), key=lambda place: mean(helps[place]))
+    words.append(f"most at {_range(bins[top][0])} occurrences ({mean(helps[top]):.3f} nats less {than})")
     return Verdict(
         answer="; ".join(words),
         sure=f"{gate.settled + gain.settled} of 2 trends",

@@ -111,6 +111,12 @@ def above_chance(score: float, chance: float, questions: int) -> bool:
     return score > chance + 1.96 * math.sqrt(variance)
 
 
+def p_of_questions(score: float, other: float, questions: int) -> float:
+    """Two-sided p of two shares of right answers being one, over the questions (normal approximation, not paired)."""
+    error = math.sqrt((score * (1 - score) + other * (1 - other)) / questions)
+    return math.erfc(abs(score - other) / error / math.sqrt(2)) if error else float(score == other)
+
+
 # ---- fits; a law maps (x_P, y_P, read_X) to its values at read_X ----
 Law = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 

@@ -133,7 +133,6 @@ def _equal_table(result: Mapping[str, Any]) -> Table:
     rows = []
     for point in scores(result):
         runs = [run for run in result["runs"] if run["point"] == point]
-        rates = [run["tokens_per_second"] for run in runs if run["tokens_per_second"] is not None]
         rows.append(
             (
                 point,
@@ -141,11 +140,10 @@ def _equal_table(result: Mapping[str, Any]) -> Table:
                 f"{runs[0]['active_parameters']:,}",
                 f"{runs[0]['memory_rows']:,}",
                 f"{runs[0]['flops_per_token'] / 1e6:.3f}",
-                f"{mean(rates):,.0f}" if rates else "",
             )
         )
     return Table(
-        columns=("", "total parameters", "active", "rows of memory", "MFLOPs/token", "training tokens/s"),
+        columns=("", "total parameters", "active", "rows of memory", "MFLOPs/token"),
         rows=tuple(rows),
         caption="What is equal. FLOPs of a forward pass, by torch's counter.",
     )
