@@ -6,8 +6,9 @@ where it was; results are written as they come.
 """
 
 import hashlib
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from multiprocessing import get_context
@@ -22,6 +23,7 @@ from engrammar.train.recipe import Recipe, flat, load_recipe, to_yaml
 
 ROOT = Path(__file__).parents[3]
 RESULTS = ROOT / "results" / "lab"
+FINISHED = "finished.json"  # in a run's folder: what `run_one` returned
 
 
 def find_study(name: str, scale: str = "lab") -> Study:
@@ -68,7 +70,9 @@ def run_one(recipe: Recipe) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     result = train(recipe)
-    return {**result, "flops_per_token": measure_flops(recipe)}
+    found = {**result, "flops_per_token": measure_flops(recipe)}
+    write_text(Path(recipe.out) / FINISHED, json.dumps(found) + "\n")
+    return found
 
 
 def measure_flops(recipe: Recipe) -> float:
@@ -116,19 +120,20 @@ def run_study(
     base = next(iter(queue.values()))
     tokens = prepare_tokens(base.data)
     bytes_per_token = tokens.num_bytes("validation") / tokens.num_tokens("validation")
-    found: dict[tuple[str, int], dict[str, Any]] = {}
+    found = {key: json.loads(path.read_text()) for key, path in _finished(queue).items()}
     with ProcessPoolExecutor(jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
-        waiting = {pool.submit(run_one, recipe): key for key, recipe in queue.items()}
-        for done in as_completed(waiting):
-            found[waiting[done]] = done.result()
-            runs_found = [(key, found[key]) for key in queue if key in found]
+        waiting = {pool.submit(run_one, recipe): key for key, recipe in queue.items() if key not in found}
+        for done in itertools.chain([None], as_completed(waiting)):
+            if done is not None:
+                found[waiting[done]] = done.result()
             made = _head(name, scale, base, seeds, overrides) | {
                 "bytes_per_token": bytes_per_token,
-                "runs": [_kept(*key, run) for key, run in runs_found],
+                "runs": [_kept(*key, found[key]) for key in queue if key in found],
             }
             results.mkdir(parents=True, exist_ok=True)
             write_text(results / f"{name}.json", json.dumps(made, indent=1) + "\n")
-            print(f"{len(found)} of {len(queue)}: {waiting[done][0]}, seed {waiting[done][1]}", flush=True)
+            last = "" if done is None else f": {waiting[done][0]}, seed {waiting[done][1]}"
+            print(f"{len(found)} of {len(queue)}{last}", flush=True)
     return made
 
 
@@ -163,6 +168,11 @@ def plan(name: str, *, scale: str = "lab", seeds: int = 3, overrides: Sequence[s
             }
         )
     return planned
+
+
+def _finished(queue: Mapping[tuple[str, int], Recipe]) -> dict[tuple[str, int], Path]:
+    paths = {key: Path(recipe.out) / FINISHED for key, recipe in queue.items()}
+    return {key: path for key, path in paths.items() if path.exists()}
 
 
 def _head(name: str, scale: str, base: Recipe, seeds: int, overrides: Sequence[str]) -> dict[str, Any]:
