@@ -253,5 +253,5 @@ def test_settings_from_before_rivals_load_and_recipes_without_one_read_as_before
     old["memory"] = {key: value for key, value in old["memory"].items() if key != "branch_keys"}
     assert EngrammarConfig.from_dict(old).to_dict() == config.to_dict()
     recipe = load_recipe("lab", ("model.memory=none",))
-    assert "rival" not in to_yaml(recipe)
+    assert recipe.model.rival == "none"
     assert "rival: bigram" in to_yaml(load_recipe("lab", ("model.memory=none", "model.rival=bigram")))
