@@ -11,6 +11,10 @@ from engrammar_answer import answer
 app = tyro.extras.SubcommandApp()
 
 
+def _where(scale: str, out: Path | None, results: Path | None) -> dict[str, Path]:
+    return {"runs": out or Path("runs") / scale, "results": results or Path("results") / scale}
+
+
 @app.command
 def run(
     study: Positional[str],
@@ -38,8 +42,7 @@ def run(
     from engrammar.lab.studies import plan, run_study
 
     if not dry_run:
-        where = {"runs": out or Path("runs") / scale, "results": results or Path("results") / scale}
-        run_study(study, **where, seeds=seeds, jobs=jobs, scale=scale, overrides=overrides)
+        run_study(study, **_where(scale, out, results), seeds=seeds, jobs=jobs, scale=scale, overrides=overrides)
         return
     from rich.console import Console
     from rich.table import Table
@@ -108,8 +111,7 @@ def measure(
     """
     from engrammar.lab.measure import run_measures
 
-    where = {"runs": out or Path("runs") / scale, "results": results or Path("results") / scale}
-    run_measures(**where, seeds=seeds, jobs=jobs, scale=scale, overrides=overrides)
+    run_measures(**_where(scale, out, results), seeds=seeds, jobs=jobs, scale=scale, overrides=overrides)
 
 
 @app.command

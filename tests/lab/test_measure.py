@@ -8,7 +8,7 @@ import torch
 from tasks_models import byte_tokenizer, write_corpora
 
 from engrammar.lab import measure
-from engrammar.lab.measure import MEASURES, OFF, PAIR, measure_pair, run_measures, split_of, tune
+from engrammar.lab.measure import MEASURES, OFF, PAIR, measure_pair, run_measures, split_of, tune, tuning_rows
 from engrammar.lab.report import write_report
 from engrammar.lab.studies import recipes, run_study
 from engrammar.lab.tasks.needle import KEYS, Haystack, needle_questions
@@ -46,7 +46,7 @@ def test_tuning_teaches_the_format_and_uses_other_keys_than_the_test(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure, "TUNING_BATCH", 4)
         patch.setattr(measure, "TUNING_LR", 1e-2)
-        tune(model, tokenizer, data, seed=0, num_steps=25)
+        tune(model, tuning_rows(tokenizer, data, seed=0, num_steps=25))
     assert scored() < 0.8 * before and not model.training
 
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
 from engrammar.budget import count_parameters, solve_budget
@@ -246,7 +247,7 @@ def test_memory_and_rival_are_refused_together():
         solve_budget(preset("micro", memory=None), rival, rho=0.9)
 
 
-def test_settings_from_before_rivals_load_and_recipes_without_one_read_as_before():
+def test_settings_from_before_rivals_load_and_recipes_without_one_read_as_before(tmp_path):
     config = tiny_config("paper")
     assert config.to_dict()["rival"] is None
     old = {key: value for key, value in config.to_dict().items() if key != "rival"}
@@ -254,4 +255,8 @@ def test_settings_from_before_rivals_load_and_recipes_without_one_read_as_before
     assert EngrammarConfig.from_dict(old).to_dict() == config.to_dict()
     recipe = load_recipe("lab", ("model.memory=none",))
     assert recipe.model.rival == "none"
+    before = yaml.safe_load(to_yaml(recipe))
+    del before["model"]["rival"], before["data"]["keep_share"]
+    (tmp_path / "before.yaml").write_text(yaml.safe_dump(before))
+    assert load_recipe(tmp_path / "before.yaml") == recipe
     assert "rival: bigram" in to_yaml(load_recipe("lab", ("model.memory=none", "model.rival=bigram")))

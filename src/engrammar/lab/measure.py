@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engrammar.durable import write_text
-from engrammar.lab.studies import RESULTS, recipes
+from engrammar.lab.studies import RESULTS, command_line, recipes
 from engrammar.machine import describe_run
 from engrammar.train.recipe import DataRecipe, Recipe
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
     from engrammar.lab.tasks.questions import Split
@@ -43,15 +44,12 @@ def split_of(data: DataRecipe, text: str) -> "Split":
     return "seen" if trained else "unseen"
 
 
-def tune(
-    model: "EngrammarForCausalLM", tokenizer: "PreTrainedTokenizerBase", data: DataRecipe, *, seed: int, num_steps: int
-) -> None:
-    """Trains `model` for a few steps to answer in the format of needles and tracking, by other keys and values."""
-    import torch
-
+def tuning_rows(
+    tokenizer: "PreTrainedTokenizerBase", data: DataRecipe, *, seed: int, num_steps: int
+) -> list[dict[str, "Tensor"]]:
+    """Answered needles and tracking in random order, `TUNING_BATCH` a step, with other keys and values than the test."""
     from engrammar.lab.tasks.needle import Haystack, needle_questions, tracking_questions, training_row
     from engrammar.train import corpora
-    from engrammar.train.optimiser import build_optimiser
 
     texts = [entry.text for entry in corpora.entries("wiki", cache=Path(data.folder) / "pocket")]
     whole = Haystack.of([text for text in texts if split_of(data, text) == "seen"][:200], tokenizer)
@@ -63,14 +61,23 @@ def tune(
         for question in ask(haystack, tokenizer, length=length, num=num, seed=seed, use="training")
     ]
     random.Random(seed).shuffle(questions)
+    return [training_row(tokenizer, question, length) for question in questions]
+
+
+def tune(model: "EngrammarForCausalLM", rows: Sequence[dict[str, "Tensor"]]) -> None:
+    """Trains `model` for a few steps on `tuning_rows`; what it learns is the format."""
+    import torch
+
+    from engrammar.train.optimiser import build_optimiser
+
     optimiser = build_optimiser(model, lr=TUNING_LR, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8, max_grad_norm=1.0)
     model.train()
+    num_steps = len(rows) // TUNING_BATCH
     for step in range(num_steps):
-        batch = questions[step * TUNING_BATCH : (step + 1) * TUNING_BATCH]
-        rows = [training_row(tokenizer, question, length) for question in batch]
+        batch = rows[step * TUNING_BATCH : (step + 1) * TUNING_BATCH]
         for group in optimiser.param_groups:
             group["lr"] *= 1 - 1 / (num_steps - step + 1)  # to nothing, in a straight line
-        model(**{name: torch.stack([row[name] for row in rows]) for name in rows[0]}, use_cache=False).loss.backward()
+        model(**{name: torch.stack([row[name] for row in batch]) for name in batch[0]}, use_cache=False).loss.backward()
         optimiser.step()
         optimiser.zero_grad()
     model.eval()
@@ -134,8 +141,9 @@ def _score(
     found: dict[str, Any] = {}
     for asked, suffix in ((suite, ""), (tuned, "/tuned")):
         if suffix:
+            rows = tuning_rows(tokenizer, data, seed=recipe.seed, num_steps=NUM_TUNING_STEPS)
             for model in (own, other):
-                tune(model, tokenizer, data, seed=recipe.seed, num_steps=NUM_TUNING_STEPS)
+                tune(model, rows)
         for point, model in zip(PAIR, (other, own)):
             scores = score_suite(model, tokenizer, asked, length=data.sequence_length)
             found.setdefault(point, {}).update({name + suffix: score for name, score in scores.items()})
@@ -168,8 +176,7 @@ def run_measures(
     with ProcessPoolExecutor(jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
         waiting = [pool.submit(_measured, queue[PAIR[1], seed], queue[PAIR[0], seed]) for seed in range(seeds)]
         each = [done.result() for done in waiting]
-    options = [*([] if scale == "lab" else [f"--scale {scale}"]), *([] if seeds == 3 else [f"--seeds {seeds}"])]
-    head = describe_run(" ".join(["engrammar lab measure", *overrides, *options]))
+    head = describe_run(command_line("measure", scale, seeds, overrides))
     results.mkdir(parents=True, exist_ok=True)
     for name in MEASURES[1:]:
         made = head | {"runs": [{"seed": seed, **found[name]} for seed, found in enumerate(each)]}

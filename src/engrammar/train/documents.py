@@ -40,6 +40,7 @@ def read_documents(source: str, *, cache: Path, text_field: str = "text") -> Ite
 
 
 def find_files(source: str) -> list[Path]:
+    """The files that a file, folder or glob names, in order; a ValueError where one cannot be read as text."""
     path = Path(source)
     if path.is_dir():
         found = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES)
@@ -90,16 +91,16 @@ def is_validation(text: str, share: float) -> bool:
 
     So it never changes sides when others come or go, and copies that differ in case or spacing stay together.
     """
-    return _draw(text, b"") < share
+    return _draw(text, b"") < share * 2**64
 
 
 def is_kept(text: str, share: float) -> bool:
     """Whether a document belongs to a share of a corpus: by its own text, as `is_validation`, and independent of it."""
-    return _draw(text, b"kept") < share
+    return _draw(text, b"kept") < share * 2**64
 
 
-def _draw(text: str, purpose: bytes) -> float:
-    """A number in 0..1 that depends on the normalised text alone."""
+def _draw(text: str, purpose: bytes) -> int:
+    """A number of 64 bits that depends on the normalised text and the purpose alone."""
     normal = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
     digest = hashlib.blake2b(normal.encode("utf-8"), digest_size=8, person=purpose).digest()
-    return int.from_bytes(digest, "big") / 2**64
+    return int.from_bytes(digest, "big")

@@ -168,8 +168,6 @@ def draw_lines(
     x: Sequence[float],
     *,
     labels: tuple[str, str],
-    scale: str = "linear",
-    x_scale: str = "linear",
     ticks: Sequence[str] = (),
 ) -> bytes:
     """Named lines over `x`: thin ones for seeds, a thick one for their mean."""
@@ -179,7 +177,7 @@ def draw_lines(
             for own in seeds:
                 axes.plot(x, own, color=colour, alpha=0.35, linewidth=0.8)
             axes.plot(x, np.mean(seeds, axis=0), color=colour, marker="o", markersize=4, label=name)
-        axes.set(xlabel=labels[0], ylabel=labels[1], yscale=scale, xscale=x_scale)
+        axes.set(xlabel=labels[0], ylabel=labels[1])
         if ticks:
             axes.set_xticks(x, ticks, rotation=30, ha="right", fontsize=8)
         axes.legend()

@@ -64,11 +64,11 @@ def render_page(report: Report) -> str:
 
 
 def _section(section: Section) -> str:
-    own = section.verdict
-    rows = (("Answer", own.answer), ("Settled", own.sure), ("The paper", own.paper), ("Agrees", own.agrees))
     parts = [
         f'<section id="{section.key}"><h2>{escape(section.question)}</h2>',
-        "<dl>" + "".join(f"<dt>{name}</dt><dd>{escape(words)}</dd>" for name, words in rows) + "</dl>",
+        "<dl>"
+        + "".join(f"<dt>{name}</dt><dd>{escape(words)}</dd>" for name, words in section.verdict.rows())
+        + "</dl>",
         f'<p class="soft">{_words(section.measured)}</p>',
     ]
     for part in section.body:

@@ -35,6 +35,10 @@ class Verdict:
     paper: str
     agrees: str
 
+    def rows(self) -> tuple[tuple[str, str], ...]:
+        """What stands above a section."""
+        return ("Answer", self.answer), ("Settled", self.sure), ("The paper", self.paper), ("Agrees", self.agrees)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
@@ -108,9 +112,9 @@ def one_of(names: Sequence[str], empty: str = "none") -> str:
 
 
 def machine_words(result: Mapping[str, Any], num_seeds: int) -> str:
-    """How a result was measured: the command, seeds, day and machine."""
-    machine = result["machine"]
+    """How a result was measured: the command, its tokens a run where it says, seeds, day and machine."""
+    machine, tokens = result["machine"], f": {result['tokens']:,} tokens a run" if "tokens" in result else ""
     return (
-        f"`{result['command']}`, {num_seeds} seeds. {result['date']}; {machine['cpu']}, {machine['cores']} cores, "
-        f"torch {machine['torch']}."
+        f"`{result['command']}`{tokens}, {num_seeds} seeds. {result['date']}; {machine['cpu']}, {machine['cores']} "
+        f"cores, torch {machine['torch']}."
     )

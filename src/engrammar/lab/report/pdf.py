@@ -46,9 +46,7 @@ def render_pdf(report: Report) -> bytes:
 
 
 def _section(pdf: FPDF, section: Section) -> None:
-    own = section.verdict
     _heading(pdf, section.question, 14)
-    rows = (("Answer", own.answer), ("Settled", own.sure), ("The paper", own.paper), ("Agrees", own.agrees))
     pdf.set_font(FONT, "", 9)
     with pdf.table(
         rows=(),
@@ -59,19 +57,19 @@ def _section(pdf: FPDF, section: Section) -> None:
         line_height=4.6,
         padding=1,
     ) as table:
-        for name, words in rows:
+        for name, words in section.verdict.rows():
             row = table.row(style=FontFace(fill_color=BOX))
             row.cell(name, style=FontFace(emphasis="BOLD", color=SOFT))
             row.cell(words)
     pdf.ln(2)
-    _text(pdf, section.measured.replace("`", ""), 7.5, SOFT)
+    _text(pdf, section.measured, 7.5, SOFT)
     for part in section.body:
         if isinstance(part, Table):
             _table(pdf, part)
         elif isinstance(part, Figure):
             _figure(pdf, part)
         else:
-            _text(pdf, part.replace("`", ""), 9)
+            _text(pdf, part, 9)
 
 
 def _heading(pdf: FPDF, text: str, size: float) -> None:

@@ -12,7 +12,7 @@ from engrammar.lab.catalogue import study_of
 from engrammar.lab.report.claims import CLAIMS, claims_words
 from engrammar.lab.report.curves import allocation_optimum, scaling_words
 from engrammar.lab.report.figures import draw_allocation, draw_curves, draw_points, draw_scaling
-from engrammar.lab.report.parts import Figure, Section, Table, Verdict, interval, one_of, p_words, spread
+from engrammar.lab.report.parts import Figure, Section, Table, Verdict, interval, machine_words, one_of, p_words, spread
 from engrammar.lab.report.statistics import Difference, compare
 
 COUNTS = ("total_parameters", "active_parameters", "flops_per_token")
@@ -96,12 +96,9 @@ def study_section(result: Mapping[str, Any]) -> Section:
 
 
 def measured(result: Mapping[str, Any]) -> str:
-    """The command, the amount, the day and the machine."""
-    machine, seeds = result["machine"], len({run["seed"] for run in result["runs"]})
-    return (
-        f"`{result['command']}`: {result['tokens']:,} tokens a run, {seeds} seeds. {result['date']}; {machine['cpu']}, "
-        f"{machine['cores']} cores, torch {machine['torch']}. Validation text, bits per byte; lower is better."
-    )
+    """The command, the amount, the day, the machine and the measure."""
+    seeds = {run["seed"] for run in result["runs"]}
+    return f"{machine_words(result, len(seeds))} Validation text, bits per byte; lower is better."
 
 
 def _score_table(result: Mapping[str, Any]) -> Table:
