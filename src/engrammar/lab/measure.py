@@ -47,7 +47,7 @@ def split_of(data: DataRecipe, text: str) -> "Split":
 def tuning_rows(
     tokenizer: "PreTrainedTokenizerBase", data: DataRecipe, *, seed: int, num_steps: int
 ) -> list[dict[str, "Tensor"]]:
-    """Answered needles and tracking in random order, `TUNING_BATCH` a step, with other keys and values than the test."""
+    """Answered needles and tracking in random order, `TUNING_BATCH` a step; the test has other keys and values."""
     from engrammar.lab.tasks.needle import Haystack, needle_questions, tracking_questions, training_row
     from engrammar.train import corpora
 
