@@ -41,7 +41,7 @@ def test_a_preset_takes_replacements():
         ({"num_heads": 0}, "num_heads"),
         ({"head_dim": 0}, "head_dim"),
         ({"conv_kernel": 1}, "conv_kernel"),
-        ({"gate": "softmax"}, "one of signed_root, sigmoid"),
+        ({"gate": "softmax"}, "one of signed_root, sigmoid, none"),
         ({"boundary": "dead"}, "dead_ids"),
         ({"end_ids": [1]}, "end_ids"),
         ({"rows_multiple": 0}, "rows_multiple"),

@@ -145,6 +145,22 @@ def test_the_gate_is_the_papers_equation():
         assert (value_BTD == 7).all()
 
 
+@pytest.mark.parametrize("conv_kernel", [0, 4])
+def test_without_a_gate_the_value_is_added_as_it_is_and_there_are_no_keys(conv_kernel):
+    fusion = make(replace(BASE, gate="none", conv_kernel=conv_kernel, bias="learned"), 2)
+    hidden_BTMD, embedding_BTE = make_inputs(fusion)
+    value_BTD = fusion.projection(embedding_BTE)
+    assert value_BTD.shape[-1] == fusion.hidden_size and not any("key" in name for name in fusion.state_dict())
+    expected_BTMD = value_BTD[:, :, None].expand_as(hidden_BTMD)
+    torch.testing.assert_close(fusion.gated_value(hidden_BTMD, embedding_BTE), expected_BTMD)
+    output_BTMD = fusion(hidden_BTMD, embedding_BTE)
+    torch.testing.assert_close(output_BTMD, fuse_reference(fusion, hidden_BTMD, embedding_BTE), rtol=1e-5, atol=1e-5)
+    assert torch.equal(output_BTMD, fusion(hidden_BTMD + 1, embedding_BTE))
+    dead_BT = torch.zeros(2, 19, dtype=torch.bool)
+    dead_BT[1, 3] = True
+    assert (fusion.gated_value(hidden_BTMD, embedding_BTE, dead_BT)[1, 3] == 0).all()
+
+
 def test_every_branch_has_its_own_key_and_shares_the_value():
     fusion = make(replace(BASE, conv_kernel=0), 3)
     hidden_BTMD, embedding_BTE = make_inputs(fusion)

@@ -146,6 +146,17 @@ def test_saved_and_loaded_is_the_same_to_the_last_bit(dialect, branches, tmp_pat
     assert torch.equal(EngrammarForCausalLM.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
 
 
+@torch.no_grad()
+def test_a_model_without_a_gate_is_saved_and_decoded_as_the_others_are(tmp_path):
+    model, ids = tiny_model("paper", 2, memory=tiny_memory("paper") | {"gate": "none"}), random_ids()
+    model.save_pretrained(tmp_path)
+    loaded, whole = AutoModelForCausalLM.from_pretrained(tmp_path), model(ids).logits
+    assert torch.equal(loaded(ids).logits, whole)
+    cache = DynamicCache(config=loaded.config)
+    parts = [loaded(ids[:, a:b], past_key_values=cache, use_cache=True).logits for a, b in ((0, 5), (5, 6), (6, 13))]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-5, rtol=0)
+
+
 def test_a_saved_geometry_is_read_not_derived(tmp_path):
     config = tiny_config("paper")
     config.geometry["multipliers"][0][0] += 2

@@ -47,7 +47,8 @@ class MemoryConfig:
         end_ids: ids that end a segment (`boundary="end"`).
         branch_keys: `each` residual branch has a key projection of its own; `shared` is one for all (the paper's
             ablation).
-        gate: `signed_root` is sigmoid(sign(s) sqrt|s|), as in the released code; `sigmoid` is equation 4 as printed.
+        gate: `signed_root` is sigmoid(sign(s) sqrt|s|), as in the released code; `sigmoid` is equation 4 as printed;
+            `none` adds the value as it is, without keys (the paper's ablation).
         conv_kernel: taps of the causal depthwise convolution, dilated by N; 0 leaves it out.
         conv_init: `zero` makes the branch silent at the start.
         bias: whether the key and value projections carry a learned bias.
@@ -70,7 +71,7 @@ class MemoryConfig:
     dead_ids: tuple[int, ...] = ()
     end_ids: tuple[int, ...] = ()
     branch_keys: Literal["each", "shared"] = "each"
-    gate: Literal["signed_root", "sigmoid"] = "signed_root"
+    gate: Literal["signed_root", "sigmoid", "none"] = "signed_root"
     conv_kernel: int = 4
     conv_init: Literal["zero", "default"] = "zero"
     bias: Literal["none", "learned"] = "none"

@@ -15,8 +15,9 @@ from engrammar.config import MemoryConfig
 class Fusion(nn.Module):
     """One memory layer's fusion: `forward(hidden, embedding) -> what is added to the residual`.
 
-    One product serves the M keys (one key, where branches share it) and the value. The module keeps no state: the
-    convolution's window comes in and the caller stores it (`normed_value` is what it looks back to).
+    One product serves the value and the M keys (one key, where branches share it; none without a gate). The
+    module keeps no state: the convolution's window comes in and the caller stores it (`normed_value` is what it looks
+    back to).
     """
 
     def __init__(self, config: MemoryConfig, *, hidden_size: int, num_branches: int) -> None:
@@ -24,10 +25,11 @@ class Fusion(nn.Module):
         self.config = config
         self.hidden_size = hidden_size
         self.num_branches = num_branches
-        self.num_keys = num_branches if config.branch_keys == "each" else 1
+        self.num_keys = 0 if config.gate == "none" else num_branches if config.branch_keys == "each" else 1
         self.projection = nn.Linear(config.memory_dim, (self.num_keys + 1) * hidden_size, bias=config.bias == "learned")
-        self.key_norm = nn.Parameter(torch.ones(self.num_keys, hidden_size))
-        self.query_norm = nn.Parameter(torch.ones(num_branches, hidden_size))
+        if self.num_keys:
+            self.key_norm = nn.Parameter(torch.ones(self.num_keys, hidden_size))
+            self.query_norm = nn.Parameter(torch.ones(num_branches, hidden_size))
         if config.conv_kernel:
             self.conv_norm = nn.Parameter(torch.ones(num_branches, hidden_size))
             self.conv_weight = nn.Parameter(torch.zeros(num_branches * hidden_size, 1, config.conv_kernel))
@@ -35,12 +37,14 @@ class Fusion(nn.Module):
                 nn.init.kaiming_uniform_(self.conv_weight, a=math.sqrt(5))  # what nn.Conv1d does
 
     def gate(self, hidden_BTMD: Tensor, embedding_BTE: Tensor) -> tuple[Tensor, Tensor]:
-        """The gate of each branch, in 0..1, and the value it scales (equations 3 and 4).
+        """The gate of each branch, in 0..1, and the value it scales (equations 3 and 4); 1 where there is none.
 
         Returns:
             gate_BTM, value_BTD.
         """
         projected = self.projection(embedding_BTE.to(self.projection.weight.dtype))
+        if self.config.gate == "none":
+            return projected.new_ones(hidden_BTMD.shape[:-1]), projected
         value_BTD, key_BTMD = projected.split([self.hidden_size, self.num_keys * self.hidden_size], dim=-1)
         key_BTMD = key_BTMD.unflatten(-1, (self.num_keys, self.hidden_size))
         eps = self.config.key_norm_eps
@@ -117,13 +121,15 @@ def fuse_reference(fusion: Fusion, hidden_BTMD: Tensor, embedding_BTE: Tensor) -
     value = project(0)
     outputs = []
     for m in range(fusion.num_branches):
-        own = m if config.branch_keys == "each" else 0
-        key = normalise(project(own + 1), fusion.key_norm[own], config.key_norm_eps)
-        query = normalise(hidden_BTMD[:, :, m], fusion.query_norm[m], config.key_norm_eps)
-        score = (query * key).sum(-1, keepdim=True) / D**0.5
-        if config.gate == "signed_root":
-            score = torch.sign(score) * torch.sqrt(torch.clamp(torch.abs(score), min=1e-6))
-        gated = value / (1 + torch.exp(-score))
+        gated = value
+        if config.gate != "none":
+            own = m if config.branch_keys == "each" else 0
+            key = normalise(project(own + 1), fusion.key_norm[own], config.key_norm_eps)
+            query = normalise(hidden_BTMD[:, :, m], fusion.query_norm[m], config.key_norm_eps)
+            score = (query * key).sum(-1, keepdim=True) / D**0.5
+            if config.gate == "signed_root":
+                score = torch.sign(score) * torch.sqrt(torch.clamp(torch.abs(score), min=1e-6))
+            gated = value / (1 + torch.exp(-score))
         output = gated
         if config.conv_kernel:
             normed = normalise(gated, fusion.conv_norm[m], config.conv_norm_eps)

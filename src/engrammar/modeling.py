@@ -95,10 +95,10 @@ class EngrammarPreTrainedModel(PreTrainedModel):
         elif isinstance(module, Memory) and module.class_of_id is not None:
             init.constant_(module.class_of_id, -1)
         elif isinstance(module, Fusion):
-            for norm in (module.key_norm, module.query_norm):
-                init.ones_(norm)
+            for name, norm in module.named_parameters():
+                if name.endswith("_norm"):
+                    init.ones_(norm)
             if module.config.conv_kernel:
-                init.ones_(module.conv_norm)
                 if module.config.conv_init == "zero":
                     init.zeros_(module.conv_weight)
                 else:

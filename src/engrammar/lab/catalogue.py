@@ -165,6 +165,7 @@ def _parts(scale: Scale) -> dict[str, Study]:
             points={
                 "whole": (),
                 "without": ("model.memory=none",),
+                "no gate": _memory(gate="none"),
                 "gate without its root": _memory(gate="sigmoid"),
                 "no compression": _memory(compression="none"),
                 "no convolution": _memory(conv_kernel=0),

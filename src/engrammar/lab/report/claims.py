@@ -21,6 +21,7 @@ CLAIMS: Mapping[str, tuple[Claim, ...]] = {
     "ablation": (
         Claim(better="whole", worse="without", nats=0.040),
         Claim(better="whole", worse="no compression", nats=0.0057),
+        Claim(better="whole", worse="no gate", nats=0.0045),
         Claim(better="whole", worse="no convolution", nats=0.0005),
         Claim(better="whole", worse="4-grams too", nats=0.0017),
     ),
