@@ -1,15 +1,18 @@
 """The page and the PDF follow from the JSON: one changed number shows, and a report that does not follow is refused."""
 
+import io
 import json
 import re
 
 import pytest
+from PIL import Image
 from report_results import blank_pictures, everything, made, made_allocation, made_tasks
 
 from engrammar.lab import report
 from engrammar.lab.catalogue import STUDIES
 from engrammar.lab.report import load_results, make_report, write_report
 from engrammar.lab.report.page import render_page, without_figures
+from engrammar.lab.report.pdf import render_pdf
 from engrammar.lab.report.studies import apart, scores
 from engrammar.lab.studies import RESULTS
 from engrammar_lab_cli import main
@@ -46,7 +49,6 @@ def test_changed_json_pages_and_pdfs_are_refused(written):
     for path, old, new in (
         (source, b"1.95", b"1.96"),
         (page, b"settled", b"Settled"),
-        (page, b"base64,iVBOR", b"base64,iVBOS"),
         (pdf, b"%%EOF", b"%%EOF\n"),
     ):
         assert old in kept[path]
@@ -58,6 +60,38 @@ def test_changed_json_pages_and_pdfs_are_refused(written):
     pdf.unlink()
     with pytest.raises(ValueError, match=r"report.pdf does not follow"):
         write_report(written, check=True)
+
+
+def repainted(png: bytes, box: tuple[int, int, int, int], by: int) -> bytes:
+    """The picture, a box of it darker."""
+    picture, out = Image.open(io.BytesIO(png)).convert("RGB"), io.BytesIO()
+    picture.paste(picture.crop(box).point(lambda level: max(level - by, 0)), box)
+    picture.save(out, "png")
+    return out.getvalue()
+
+
+def test_figures_may_differ_by_what_processors_round_and_by_nothing_one_sees(tmp_path):
+    put(tmp_path, SMALL)
+    made_here = make_report(SMALL)
+    first, *others = [figure.png for figure in made_here.figures]
+    for new, follows in (
+        (repainted(first, (300, 100, 303, 103), 36), True),
+        (repainted(first, (300, 100, 303, 103), 255), False),
+        (others[0], False),
+        (first[:-30], False),
+        (b"", False),
+    ):
+        elsewhere = made_here.with_figures([new, *others])
+        (tmp_path / "report.html").write_text(render_page(elsewhere))
+        (tmp_path / "report.pdf").write_bytes(render_pdf(elsewhere if follows else made_here))
+        if follows:
+            write_report(tmp_path, check=True)
+            (tmp_path / "report.pdf").write_bytes(render_pdf(made_here))
+            with pytest.raises(ValueError, match=r"report.pdf does not follow"):
+                write_report(tmp_path, check=True)
+        else:
+            with pytest.raises(ValueError, match=r"A figure of .*report.html does not follow"):
+                write_report(tmp_path, check=True)
 
 
 def test_other_versions_leave_figures_uncompared_and_text_compared(written, monkeypatch, capsys):

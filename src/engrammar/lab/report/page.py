@@ -33,12 +33,18 @@ table:not(.numbers) td{min-width:5.5rem}
 figure{margin:1.2rem 0}
 img{max-width:100%;height:auto;background:#fff;border-radius:4px}
 """
-IMAGE = re.compile(r'src="data:image/png;base64,[^"]*"|<meta name="versions"[^>]*>')
+IMAGE = re.compile(r'src="data:image/png;base64,([^"]*)"')
+VERSIONS = re.compile(r'<meta name="versions"[^>]*>')
 
 
 def without_figures(page: str) -> str:
     """The page but for its figures and the versions that drew them."""
-    return IMAGE.sub("", page)
+    return VERSIONS.sub("", IMAGE.sub("", page))
+
+
+def figures_of(page: str) -> list[bytes]:
+    """The PNGs of a page, in order."""
+    return [base64.b64decode(data) for data in IMAGE.findall(page)]
 
 
 def render_page(report: Report) -> str:

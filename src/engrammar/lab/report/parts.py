@@ -1,7 +1,7 @@
 """What a report is made of; `page` and `pdf` turn it into files."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from statistics import mean, stdev
 from typing import Any
 
@@ -66,6 +66,19 @@ class Report:
     date: str
     digest: str
     versions: str
+
+    @property
+    def figures(self) -> list[Figure]:
+        return [part for section in self.sections for part in section.body if isinstance(part, Figure)]
+
+    def with_figures(self, pngs: Iterable[bytes]) -> "Report":
+        """The same report, its figures replaced in order by as many PNGs."""
+        left = iter(pngs)
+        sections = (
+            tuple(replace(part, png=next(left)) if isinstance(part, Figure) else part for part in section.body)
+            for section in self.sections
+        )
+        return replace(self, sections=tuple(replace(old, body=body) for old, body in zip(self.sections, sections)))
 
 
 TITLE = "What memory buys"

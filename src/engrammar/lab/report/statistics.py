@@ -1,4 +1,4 @@
-"""What a few paired seeds can tell: Student's t, paired differences, Holm's correction, and fits seed by seed.
+"""What a few paired seeds can tell: paired differences, Holm's correction, and fits seed by seed.
 
 Letters: S seeds, P points of a study, X places where a fitted curve is read.
 """
@@ -11,49 +11,18 @@ from statistics import mean, stdev
 from typing import TypeVar
 
 import numpy as np
+from scipy.stats import t
 
 LEVEL = 0.95
 Key = TypeVar("Key", bound=Hashable)
 EXPONENTS = np.geomspace(0.02, 3, 120)  # of a power law; below the first it is a logarithm to four digits
 
 
-def t_within(t: float, dof: int) -> float:
-    """P(|T| <= t) of Student's t with `dof` degrees of freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4).
-
-    Raises:
-        ValueError: `dof` is below 1.
-    """
-    if dof < 1:
-        raise ValueError(f"dof is {dof}; allowed: 1 or more.")
-    angle = math.atan(abs(t) / math.sqrt(dof))
-    sine, cosine = math.sin(angle), math.cos(angle)
-    odd = dof % 2
-    term = cosine if odd else 1.0
-    total = term if dof > 1 else 0.0
-    for i in range(2 + odd, dof - 1, 2):
-        term *= (i - 1) / i * cosine**2
-        total += term
-    return 2 / math.pi * (angle + sine * total) if odd else sine * total
-
-
-def t_quantile(level: float, dof: int) -> float:
-    """The t with P(|T| <= t) = level, by halving."""
-    if not 0 < level < 1:
-        raise ValueError(f"level is {level}; allowed: between 0 and 1.")
-    low, high = 0.0, 1.0
-    while t_within(high, dof) < level:
-        high *= 2
-    for _ in range(80):
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_within(middle, dof) < level else (low, middle)
-    return high
-
-
 def half_width(values: Sequence[float]) -> float:
     """Half of the 95 % t-interval of the mean; infinite for a single value."""
     if len(values) < 2:
         return math.inf
-    return t_quantile(LEVEL, len(values) - 1) * stdev(values) / math.sqrt(len(values))
+    return float(t.ppf((1 + LEVEL) / 2, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
 
 
 def p_value(values: Sequence[float]) -> float:
@@ -61,7 +30,7 @@ def p_value(values: Sequence[float]) -> float:
     if len(values) < 2 or not any(values):
         return 1.0
     error = stdev(values) / math.sqrt(len(values))
-    return 1 - t_within(mean(values) / error, len(values) - 1) if error else 0.0
+    return 2 * float(t.sf(abs(mean(values)) / error, len(values) - 1)) if error else 0.0
 
 
 def holm(p: Sequence[float]) -> list[float]:
