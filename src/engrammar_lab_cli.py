@@ -77,16 +77,19 @@ def rerun(
     from engrammar.lab.studies import rerun as again
 
     found = again(study, point, seed, out=out, results=results)
-    difference = found["here"] - found["committed"]
-    print(f"{study}, {point}, seed {seed}: {found['committed']:.6f} bits per byte committed, {found['here']:.6f} here.")
+    difference = found.here - found.committed
+    print(f"{study}, {point}, seed {seed}: {found.committed:.6f} bits per byte committed, {found.here:.6f} here.")
     if difference == 0:
         print("Equal to the last bit.")
-    elif abs(difference) <= found["deviation"]:
-        print(f"They differ by {difference:+.6f}, within the deviation of its seeds, {found['deviation']:.6f}.")
-    else:
-        raise ValueError(
-            f"They differ by {difference:+.6f}, beyond the deviation of its seeds, {found['deviation']:.6f}."
+        return
+    if found.committed_on != found.here_on:
+        print(
+            f"Committed with {found.committed_on or 'unrecorded'} instructions, here {found.here_on}: bits may differ."
         )
+    usual = f"two runs of a point differ by up to {found.most_apart:.6f}, 99 times in 100."
+    if abs(difference) > found.most_apart:
+        raise ValueError(f"They differ by {difference:+.6f}, too much: {usual}")
+    print(f"They differ by {difference:+.6f}; {usual}")
 
 
 @app.command

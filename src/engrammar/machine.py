@@ -20,6 +20,7 @@ def describe_machine() -> dict[str, Any]:
 
     return {
         "cpu": _cpu(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),  # of torch: others round sums in another order
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

@@ -1,13 +1,14 @@
 """Studies are equal where they say so and go on after a kill."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 
 from engrammar.budget import count_parameters, solve_budget
 from engrammar.lab.catalogue import SCALES, STUDIES, studies_at
 from engrammar.lab.report.studies import apart
-from engrammar.lab.studies import plan, recipes, run_study
+from engrammar.lab.studies import _most_apart, plan, recipes, run_study
 from engrammar.presets import preset
 from engrammar.train.recipe import load_recipe
 from engrammar_lab_cli import main
@@ -113,12 +114,27 @@ def test_a_study_runs_a_second_call_trains_nothing_again_and_a_stranger_finds_th
     (tmp_path / "results" / "boundary.json").write_text(json.dumps(again))
     main(check)
     assert "Equal to the last bit." in capsys.readouterr().out
-    again["runs"][0]["bits_per_byte"] += 0.01
-    again["runs"][-1]["bits_per_byte"] = again["runs"][0]["bits_per_byte"] + 0.001
+    again["machine"]["instructions"] = "abacus"
+    for moved, fails in ((0.01, False), (0.1, True)):  # the deviation, 0.0007, allows for 0.064: one degree of freedom
+        again["runs"][0]["bits_per_byte"] = first["runs"][0]["bits_per_byte"] + moved
+        again["runs"][-1]["bits_per_byte"] = again["runs"][0]["bits_per_byte"] + 0.001
+        (tmp_path / "results" / "boundary.json").write_text(json.dumps(again))
+        with pytest.raises(SystemExit) if fails else nullcontext():
+            main(check)
+        said = capsys.readouterr()
+        assert f"They differ by -{moved}" in (said.err if fails else said.out)
+        assert "Committed with abacus instructions" in said.out
+    again["runs"].pop()
     (tmp_path / "results" / "boundary.json").write_text(json.dumps(again))
     with pytest.raises(SystemExit):
         main(check)
-    assert "They differ by -0.01" in capsys.readouterr().err
+    assert "one seed of each point" in capsys.readouterr().err
+
+
+def test_two_runs_of_a_point_are_apart_as_the_pooled_deviation_says():
+    values = {"a": [1.0, 1.2, 1.1], "b": [3.0, 3.0], "c": [9.0]}  # squares 0.02 and 0 over 2 + 1 degrees of freedom
+    runs = [{"point": point, "bits_per_byte": value} for point, own in values.items() for value in own]
+    assert _most_apart(runs) == pytest.approx(5.8409 * (2 * 0.02 / 3) ** 0.5, rel=1e-4)
 
 
 @pytest.mark.slow

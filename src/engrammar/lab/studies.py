@@ -8,17 +8,18 @@ where it was; results are written as they come.
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import stdev
+from statistics import variance
 from typing import Any
 
 from engrammar.durable import write_text
 from engrammar.lab.catalogue import SCALES, Study, studies_at
-from engrammar.machine import describe_run
+from engrammar.machine import describe_machine, describe_run
 from engrammar.train.recipe import Recipe, flat, load_recipe, to_yaml
 
 ROOT = Path(__file__).parents[3]
@@ -204,17 +205,31 @@ def _kept(point: str, seed: int, run: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def rerun(name: str, point: str, seed: int, *, out: Path, results: Path = RESULTS) -> dict[str, float]:
+@dataclass(frozen=True, kw_only=True)
+class Rerun:
+    """A committed run and the same run here, in bits per byte.
+
+    Attributes:
+        most_apart: two runs of a point stay within it 99 times in 100, by the study's deviation over seeds.
+        committed_on: the instruction set that the committed run used; "" where it is not recorded. Runs are equal to
+            the last bit on equal ones.
+    """
+
+    committed: float
+    here: float
+    most_apart: float
+    committed_on: str
+    here_on: str
+
+
+def rerun(name: str, point: str, seed: int, *, out: Path, results: Path = RESULTS) -> Rerun:
     """Trains one point of a committed study again, from nothing, and compares.
 
     Args:
         out: folder for the run; one that holds it already is not trained again.
 
-    Returns:
-        bits per byte: `committed`, `here`, and `deviation` of the point's committed seeds.
-
     Raises:
-        ValueError: the study's JSON is not in `results`, or has no such point and seed.
+        ValueError: the study's JSON is not in `results`, has no such point and seed, or no point with two seeds.
     """
     path = results / f"{name}.json"
     if not path.exists():
@@ -224,15 +239,36 @@ def rerun(name: str, point: str, seed: int, *, out: Path, results: Path = RESULT
     if (point, seed) not in known:
         points = ", ".join(dict.fromkeys(repr(of) for of, _ in known))
         raise ValueError(f"{name} has no run of point {point!r} with seed {seed}; points: {points}; seeds: 0 and up.")
+    most_apart = _most_apart(result["runs"])
     scale, overrides = result.get("scale", "lab"), result.get("overrides", ())
     recipe = recipes(name, out, (seed,), overrides, scale=scale)[point, seed]
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         here = pool.submit(run_one, recipe).result()["validation_bits_per_byte"]
-    return {
-        "committed": known[point, seed],
-        "here": here,
-        "deviation": stdev(value for (of, _), value in known.items() if of == point),
-    }
+    return Rerun(
+        committed=known[point, seed],
+        here=here,
+        most_apart=most_apart,
+        committed_on=result["machine"].get("instructions", ""),
+        here_on=describe_machine()["instructions"],
+    )
+
+
+def _most_apart(runs: Sequence[Mapping[str, Any]]) -> float:
+    """How far two runs of a point are apart at most, 99 times in 100: by the deviation over seeds, pooled over points.
+
+    Raises:
+        ValueError: no point has two seeds.
+    """
+    from scipy.stats import t
+
+    seeds: dict[str, list[float]] = {}
+    for run in runs:
+        seeds.setdefault(run["point"], []).append(run["bits_per_byte"])
+    squares = [(len(own) - 1) * variance(own) for own in seeds.values() if len(own) > 1]
+    freedom = sum(len(own) - 1 for own in seeds.values())
+    if not freedom:
+        raise ValueError("The study has one seed of each point: nothing says how far two runs of one are apart.")
+    return float(t.ppf(0.995, freedom)) * math.sqrt(2 * sum(squares) / freedom)
 
 
 def _with_results(results: Path) -> list[str]:

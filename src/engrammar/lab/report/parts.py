@@ -127,7 +127,8 @@ def one_of(names: Sequence[str], empty: str = "none") -> str:
 def machine_words(result: Mapping[str, Any], num_seeds: int) -> str:
     """How a result was measured: the command, its tokens a run where it says, seeds, day and machine."""
     machine, tokens = result["machine"], f": {result['tokens']:,} tokens a run" if "tokens" in result else ""
+    instructions = f" ({machine['instructions']})" if "instructions" in machine else ""
     return (
-        f"`{result['command']}`{tokens}, {num_seeds} seeds. {result['date']}; {machine['cpu']}, {machine['cores']} "
-        f"cores, torch {machine['torch']}."
+        f"`{result['command']}`{tokens}, {num_seeds} seeds. {result['date']}; {machine['cpu']}{instructions}, "
+        f"{machine['cores']} cores, torch {machine['torch']}."
     )
