@@ -83,9 +83,7 @@ def rerun(
         print("Equal to the last bit.")
         return
     if found.committed_on != found.here_on:
-        print(
-            f"Committed with {found.committed_on or 'unrecorded'} instructions, here {found.here_on}: bits may differ."
-        )
+        print(f"The committed run used {found.committed_on or 'unrecorded'} instructions, this one {found.here_on}.")
     usual = f"two runs of a point differ by up to {found.most_apart:.6f}, 99 times in 100."
     if abs(difference) > found.most_apart:
         raise ValueError(f"They differ by {difference:+.6f}, too much: {usual}")

@@ -1,6 +1,7 @@
 """What the command line promises: quick help, JSON keys, one sentence for a mistake, an exit code that tells."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -8,14 +9,33 @@ from pathlib import Path
 
 import pytest
 
+from engrammar_cli import main
 from models import tiny_model
 
 ROOT = Path(__file__).parent.parent
 COMMAND = [str(Path(sys.executable).parent / "engrammar")]
 
 
-def run(*arguments: str, **kwargs) -> subprocess.CompletedProcess:
-    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, cwd=ROOT, **kwargs)
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    """The command as a user starts it, which takes seconds to load torch."""
+    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """The same in this process: exit code, stdout, stderr."""
+    monkeypatch.chdir(ROOT)
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["engrammar", *arguments])
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    return call
 
 
 @pytest.mark.parametrize(
@@ -32,11 +52,11 @@ def test_help_takes_under_a_second(command):
     assert best < 1.0
 
 
-def test_info_speaks_json():
-    counts = json.loads(run("info", "engram-27b", "--json").stdout)
+def test_info_speaks_json(call):
+    counts = json.loads(call("info", "engram-27b", "--json")[1])
     assert counts["memory_parameters"] == 5_792_338_560
     assert {"total_parameters", "active_parameters", "memory_rows", "bytes_per_token"} <= counts.keys()
-    assert "memory rows                  72,404,232" in run("info", "engram-27b").stdout
+    assert "memory rows                  72,404,232" in call("info", "engram-27b")[1]
 
 
 @pytest.mark.parametrize(
@@ -62,11 +82,17 @@ def test_info_speaks_json():
         (("lab", "measure", "--out", "absent"), "holds no finished run"),
     ],
 )
-def test_a_mistake_is_one_sentence_and_exit_code_2(arguments, message):
-    done = run(*arguments)
-    assert done.returncode == 2, done
-    lines = [line for line in done.stderr.splitlines() if line]
+def test_a_mistake_is_one_sentence_and_exit_code_2(call, arguments, message):
+    code, _, errors = call(*arguments)
+    assert code == 2, errors
+    lines = [line for line in errors.splitlines() if line]
     assert len(lines) == 1 and lines[0].startswith("engrammar: ") and message in lines[0]
+
+
+def test_a_process_ends_with_that_sentence_and_code():
+    done = run("info", "giga")
+    assert done.returncode == 2 and done.stdout == ""
+    assert re.fullmatch(r"engrammar: There is no preset 'giga'.*\n", done.stderr)
 
 
 @pytest.mark.parametrize(
@@ -79,22 +105,22 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(arguments, message):
         ("tokenizer.json", "{", "The tokenizer in"),
     ],
 )
-def test_a_damaged_folder_is_one_sentence(tmp_path, name, content, message):
+def test_a_damaged_folder_is_one_sentence(call, tmp_path, name, content, message):
     tiny_model("paper").save_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     (tmp_path / name).write_text(content)
     command = ("info", str(tmp_path)) if name == "config.json" else ("generate", str(tmp_path), "Hello")
-    done = run(*command)
-    assert done.returncode == 2 and message in done.stderr.splitlines()[-1], done.stderr
+    code, _, errors = call(*command)
+    assert code == 2 and message in errors.splitlines()[-1], errors
 
 
-def test_dry_run_prints_the_resolved_recipe():
-    done = run("train", "nano", "trainer.max_steps=3", "--dry-run")
-    assert done.returncode == 0 and "max_steps: 3" in done.stdout and "rho: 0.78" in done.stdout
+def test_dry_run_prints_the_resolved_recipe(call):
+    code, shown, _ = call("train", "nano", "trainer.max_steps=3", "--dry-run")
+    assert code == 0 and "max_steps: 3" in shown and "rho: 0.78" in shown
 
 
-def test_data_lists_the_pocket_corpora():
-    lines = run("data").stdout.splitlines()
+def test_data_lists_the_pocket_corpora(call):
+    lines = call("data")[1].splitlines()
     assert [line.split()[0].rstrip(":") for line in lines] == ["wiki", "gcide", "wordnet", "foldoc", "pydoc", "stdlib"]
 
 
@@ -107,6 +133,7 @@ def test_importing_the_package_registers_the_auto_classes(tmp_path):
     assert done.stdout.split() == ["EngrammarConfig", "EngrammarForCausalLM"], done.stderr
 
 
+@pytest.mark.slow
 def test_train_then_generate(tmp_path):
     source = tmp_path / "text.jsonl"
     source.write_text("\n".join(json.dumps({"text": f"Entry {i} says that {i} is a number."}) for i in range(300)))

@@ -123,7 +123,7 @@ def test_a_study_runs_a_second_call_trains_nothing_again_and_a_stranger_finds_th
             main(check)
         said = capsys.readouterr()
         assert f"They differ by -{moved}" in (said.err if fails else said.out)
-        assert "Committed with abacus instructions" in said.out
+        assert "used abacus instructions" in said.out
     again["runs"].pop()
     (tmp_path / "results" / "boundary.json").write_text(json.dumps(again))
     with pytest.raises(SystemExit):

@@ -148,6 +148,7 @@ def kill_many(folder: Path, num_kills: int, num_in_save: int, *settings: str) ->
     print(f"{kills} kills, {kills_in_save} of them in a save, over {rounds} runs; one trains for {seconds:.1f} s")
 
 
+@pytest.mark.slow
 def test_a_run_killed_three_times_ends_in_the_same_bits(tmp_path):
     kill_many(tmp_path, 3, 1, *SAVES)
 

@@ -252,6 +252,7 @@ def torchrun(num_ranks: int, script: Path, *arguments: str) -> subprocess.Comple
     return done
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_one_step_over_ranks_equals_one_process(tmp_path, num_ranks):
     """Every kind of optimiser and place: same loss and same update within rounding, each rank with its share."""
