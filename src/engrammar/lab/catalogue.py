@@ -60,8 +60,8 @@ SCALES = {
             recipe="lab",
             rows=(500, 1_600, 5_000, 16_000, 50_000),
             row_width=32,
-            depth=("model.settings.num_hidden_layers=5",),
-            blocks=("1", "0", "2", "3", "4", "1,3"),
+            depth=("model.settings.num_hidden_layers=4",),
+            blocks=("1", "0", "2", "3", "1,3"),
             dense=("model.settings.first_k_dense_replace=3", "model.settings.intermediate_size=220"),
             pair=(
                 "data.source=pocket:wiki+wordnet+gcide+stdlib",
@@ -165,7 +165,6 @@ def _parts(scale: Scale) -> dict[str, Study]:
             points={
                 "whole": (),
                 "without": ("model.memory=none",),
-                "no gate": _memory(gate="none"),
                 "gate without its root": _memory(gate="sigmoid"),
                 "no compression": _memory(compression="none"),
                 "no convolution": _memory(conv_kernel=0),
@@ -176,6 +175,13 @@ def _parts(scale: Scale) -> dict[str, Study]:
             },
             equal=True,
             paper="every part helps, compression and gate more than the convolution; 4-grams do not",
+        ),
+        "gate": Study(
+            question="Does the gate help, or does adding the value as it is do as well?",
+            axis="memory",
+            points={"gate": (), "no gate": _memory(gate="none")},
+            equal=True,
+            paper="the gate is better",
         ),
         "branches": Study(
             question="Does each residual branch need a key of its own?",
