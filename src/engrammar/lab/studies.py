@@ -211,8 +211,8 @@ class Rerun:
 
     Attributes:
         most_apart: two runs of a point stay within it 99 times in 100, by the study's deviation over seeds.
-        committed_on: the instruction set that the committed run used; "" where it is not recorded. Runs are equal to
-            the last bit on equal ones.
+        committed_on: the instruction set that the committed run used; "" where it is not recorded. On another one the
+            same run rounds otherwise.
     """
 
     committed: float
