@@ -2,8 +2,8 @@
 
 import torch
 
-from engrammar.configuration import EngrammarConfig
-from engrammar.modeling import EngrammarForCausalLM
+from engrammar.model.configuration import EngrammarConfig
+from engrammar.model.modeling import EngrammarForCausalLM
 
 PAD, BOS, END, VOCABULARY = 0, 1, 2, 53
 DIALECTS = ("paper", "demo", "deepseek_v41", "qwen_next")

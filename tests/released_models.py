@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, models
 from transformers.models.qwen4_exp.configuration_qwen4_exp import Qwen4ExpTextConfig
 from transformers.models.qwen4_exp.modeling_qwen4_exp import Qwen4ExpForCausalLM
 
-from engrammar.store.format import TableFolder
-from engrammar.store.released_files import INDEX
+from engrammar.tables.folder import TableFolder
+from engrammar.tables.released.files import INDEX
 
 VOCABULARY, END, HIDDEN, BRANCHES = 97, 5, 24, 2
 GROUP = 32

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from engrammar.addressing import derive_geometry
 from engrammar.config import Encoding, MemoryConfig
-from engrammar.store.format import TableFolder, TableWriter, open_tables
-from engrammar.store.rows import encode
+from engrammar.tables.encodings import encode
+from engrammar.tables.folder import TableFolder, TableWriter, open_tables
 
 SCALE = 0.0625
 

@@ -337,7 +337,7 @@ def test_a_packed_document_does_not_see_the_one_before():
 
 def test_classes_are_hashed_and_raw_ids_bound():
     """Two ids of one class: only the dead one breaks look-back."""
-    config = replace(small("dead"), compression="normalised")
+    config = replace(small("dead"), compression="normalized")
     classes_V = torch.arange(NUM_IDS)
     classes_V[6] = classes_V[DEAD]
     context = {"config": config, "geometry": geometry_of(config), "classes_V": classes_V}

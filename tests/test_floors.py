@@ -5,86 +5,124 @@ from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parent.parent / "src" / "engrammar"
-FLOORS = {
-    0: ("config",),
-    1: ("vocabulary", "addressing", "machine", "masks"),
-    2: ("checkpoint", "durable", "store"),
-    3: ("memory", "table", "fusion", "stored"),
-    4: ("rivals", "configuration", "hyper", "block", "modeling", "presets", "budget", "attach"),
-    5: ("train", "lab", "check", "edit"),
-    6: ("bench", "serve"),
-    7: ("__init__",),
-    8: (
-        "engrammar_cli",
-        "engrammar_table_cli",
-        "engrammar_lab_cli",
-        "engrammar_eval_cli",
-        "engrammar_answer",
-    ),  # beside the package, see its docstring
+SOURCE = Path(__file__).parent.parent / "src"
+# From the lowest floor up. A part is a module or a folder under src; the longest name that fits a file is its part.
+FLOORS = (
+    ("engrammar.config",),
+    ("engrammar.vocabulary", "engrammar.addressing"),
+    ("engrammar.tables",),
+    ("engrammar.stores",),
+    ("engrammar.masks", "engrammar.table", "engrammar.fusion"),
+    ("engrammar.memory", "engrammar.rivals"),
+    ("engrammar.stores.serving",),
+    ("engrammar.model",),
+    ("engrammar.train",),
+    ("engrammar.planning",),
+    ("engrammar",),
+    ("engrammar_lab",),
+    ("engrammar_cli",),
+)
+# Inside these folders, from the lowest file up: a file imports only what stands before it.
+ROOMS = {
+    "engrammar.tables": (
+        "sealed",
+        "shards",
+        "headers",
+        "encodings",
+        "progress",
+        "memory_json",
+        "folder",
+        "verify",
+        "convert",
+        "released.files",
+        "released.qwen",
+        "released.deepseek",
+        "released.convert",
+    ),
+    "engrammar.stores": (
+        "base",
+        "shared",
+        "aio",
+        "paged",
+        "ram",
+        "disk",
+        "cache",
+        "mooncake.process",
+        "mooncake.pool",
+        "mooncake.store",
+        "mooncake.upload",
+        "serving",
+    ),
+    "engrammar.model": ("configuration", "hyper", "block", "modeling", "presets", "budget"),
 }
-FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
-# Within a floor, these may import those.
-SAME_FLOOR = {
-    ("checkpoint", "durable"),
-    ("store", "checkpoint"),
-    ("store", "durable"),
-    ("memory", "table"),
-    ("stored", "memory"),
-    ("stored", "table"),
-    ("block", "configuration"),
-    ("block", "hyper"),
-    ("configuration", "rivals"),
-    ("modeling", "block"),
-    ("modeling", "configuration"),
-    ("modeling", "hyper"),
-    ("modeling", "rivals"),
-    ("presets", "configuration"),
-    ("budget", "configuration"),
-    ("budget", "modeling"),
-    ("budget", "rivals"),
-    ("lab", "train"),
-}
-FILES = [*sorted(SOURCE.rglob("*.py")), *sorted(SOURCE.parent.glob("*.py"))]
+FLOOR_OF = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
+FILES = sorted(path for path in SOURCE.rglob("*.py"))
 
 
-def part_of(path: Path) -> str:
-    return path.relative_to(SOURCE).with_suffix("").parts[0] if path.is_relative_to(SOURCE) else path.stem
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__")
 
 
-def imported_parts(path: Path) -> set[str]:
-    parts = set()
+def part_of(module: str) -> str:
+    fits = [part for part in FLOOR_OF if module == part or module.startswith(part + ".")]
+    return max(fits, key=len)
+
+
+MODULES = {module_of(path) for path in FILES}
+
+
+def imported(path: Path) -> set[str]:
+    """The project's modules that a file imports."""
+    found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        modules = []
         if isinstance(node, ast.Import):
-            modules = [alias.name for alias in node.names]
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} imports relatively"
             module = node.module or ""
-            modules = [f"{module}.{alias.name}" for alias in node.names] if module == "engrammar" else [module]
-        parts |= {module.split(".")[1] for module in modules if module.startswith("engrammar.")}
-    return parts - {part_of(path)}
+            found |= {inner if (inner := f"{module}.{alias.name}") in MODULES else module for alias in node.names}
+    return {module for module in found if module in MODULES} - {module_of(path)}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE.parent)))
+@pytest.mark.parametrize("path", FILES, ids=lambda path: module_of(path))
 def test_imports_go_down(path):
-    own = part_of(path)
-    assert own in FLOOR_OF, f"{own} stands on no floor: add it to FLOORS"
-    for other in imported_parts(path):
-        below = FLOOR_OF[other] < FLOOR_OF[own]
-        assert below or (own, other) in SAME_FLOOR, f"{own} (floor {FLOOR_OF[own]}) imports {other}"
+    own = part_of(module_of(path))
+    for module in imported(path):
+        other = part_of(module)
+        assert other == own or FLOOR_OF[other] < FLOOR_OF[own], f"{module_of(path)} imports {module}, which is above it"
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_go_down_inside_a_room(room):
+    order = {f"{room}.{name}": place for place, name in enumerate(ROOMS[room])}
+    inside = [path for path in FILES if module_of(path).startswith(room + ".") and path.name != "__init__.py"]
+    assert {module_of(path) for path in inside} == set(order)
+    for path in inside:
+        for module in imported(path) & set(order):
+            assert order[module] < order[module_of(path)], f"{module_of(path)} imports {module}, which is above it"
+
+
+def test_every_part_is_there():
+    assert all(any(module == part or module.startswith(part + ".") for module in MODULES) for part in FLOOR_OF)
+
+
+def test_the_core_imports_neither_lab_nor_command_line():
+    for path in FILES:
+        if module_of(path).split(".")[0] == "engrammar":
+            assert not {module for module in imported(path) if module.split(".")[0] != "engrammar"}
 
 
 def test_retrieval_and_fusion_never_import_each_other():
-    retrieval, fusion = ("vocabulary", "addressing", "table", "memory"), ("fusion", "hyper")
-    for name in retrieval:
-        assert not imported_parts(SOURCE / f"{name}.py") & set(fusion)
-    for name in fusion:
-        assert not imported_parts(SOURCE / f"{name}.py") & set(retrieval)
+    retrieval = ("vocabulary", "addressing", "table", "memory")
+    fusion = ("fusion", "model/hyper")
+    for names, others in ((retrieval, fusion), (fusion, retrieval)):
+        for name in names:
+            forbidden = {"engrammar." + other.replace("/", ".") for other in others}
+            assert not imported(SOURCE / "engrammar" / f"{name}.py") & forbidden
 
 
 def test_the_lowest_floor_imports_no_tensor_library():
-    tree = ast.parse((SOURCE / "config.py").read_text())
+    tree = ast.parse((SOURCE / "engrammar" / "config.py").read_text())
     modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     modules |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     assert not modules & {"torch", "numpy", "transformers", "safetensors"}

@@ -67,7 +67,7 @@ def test_commands_in_the_readme_exist():
     assert targets == ["demo", "test"]
     makefile = (ROOT / "Makefile").read_text()
     assert all(f"\n{target}:" in makefile for target in targets)
-    source = (ROOT / "src" / "engrammar_cli.py").read_text()
+    source = (ROOT / "src" / "engrammar_cli" / "main.py").read_text()
     known = set(re.findall(r'^(?:@app\.command\ndef |app\.command\(name=")(\w+)', source, re.MULTILINE))
     named = set(re.findall(r"`engrammar (\w+)", README))
     assert named == known - {"demo"} and "engrammar demo --seeds 3" in README

@@ -125,7 +125,7 @@ def test_white_space_is_one_class_and_never_nothing():
     assert classes_V[7] == 2  # a zero-width space is no white space
 
 
-def test_a_text_that_normalises_to_nothing_keeps_its_own_class():
+def test_a_text_that_normalizes_to_nothing_keeps_its_own_class():
     acute, grave = "\u0301", "\u0300"
     assert compress_vocabulary(byte_level(["e", acute, grave, "e" + acute])).tolist() == [0, 1, 2, 0]
 

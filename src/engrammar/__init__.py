@@ -4,9 +4,9 @@
 """
 
 from engrammar.config import Geometry, MemoryConfig
-from engrammar.configuration import EngrammarConfig
-from engrammar.modeling import EngrammarForCausalLM, EngrammarModel
-from engrammar.presets import preset
+from engrammar.model.configuration import EngrammarConfig
+from engrammar.model.modeling import EngrammarForCausalLM, EngrammarModel
+from engrammar.model.presets import preset
 
 __all__ = ["EngrammarConfig", "EngrammarForCausalLM", "EngrammarModel", "Geometry", "MemoryConfig", "preset"]
 __version__ = "0.1.0"

@@ -38,7 +38,7 @@ class MemoryConfig:
         seed: seed of the hash multipliers.
         multipliers: where they come from: NumPy's default generator seeded per layer (the paper's demo), or
             splitmix64 seeded by the layer's position in `layers` (Qwen).
-        compression: `normalised` maps ids that read alike to one class; `none` hashes raw ids.
+        compression: `normalized` maps ids that read alike to one class; `none` hashes raw ids.
         boundary: what a look-back never crosses. `row`: the start of a row only; `dead`: any of `dead_ids` too;
             `end`: a look-back never leaves the segment that follows one of `end_ids`.
         fill_id: the raw id that stands for missing history (its class is hashed).
@@ -65,7 +65,7 @@ class MemoryConfig:
     head_dim: int = 80
     seed: int = 0
     multipliers: Literal["numpy", "splitmix64"] = "numpy"
-    compression: Literal["normalised", "none"] = "normalised"
+    compression: Literal["normalized", "none"] = "normalized"
     boundary: Literal["row", "dead", "end"] = "row"
     fill_id: int = 0
     dead_ids: tuple[int, ...] = ()

@@ -114,7 +114,7 @@ def fuse_reference(fusion: Fusion, hidden_BTMD: Tensor, embedding_BTE: Tensor) -
         out = embedding_BTE @ weights[slot * D : (slot + 1) * D].T
         return out if biases is None else out + biases[slot * D : (slot + 1) * D]
 
-    def normalise(x: Tensor, weight: Tensor, eps: float | None) -> Tensor:
+    def normalize(x: Tensor, weight: Tensor, eps: float | None) -> Tensor:
         eps = torch.finfo(x.dtype).eps if eps is None else eps
         return x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps) * weight
 
@@ -124,15 +124,15 @@ def fuse_reference(fusion: Fusion, hidden_BTMD: Tensor, embedding_BTE: Tensor) -
         gated = value
         if config.gate != "none":
             own = m if config.branch_keys == "each" else 0
-            key = normalise(project(own + 1), fusion.key_norm[own], config.key_norm_eps)
-            query = normalise(hidden_BTMD[:, :, m], fusion.query_norm[m], config.key_norm_eps)
+            key = normalize(project(own + 1), fusion.key_norm[own], config.key_norm_eps)
+            query = normalize(hidden_BTMD[:, :, m], fusion.query_norm[m], config.key_norm_eps)
             score = (query * key).sum(-1, keepdim=True) / D**0.5
             if config.gate == "signed_root":
                 score = torch.sign(score) * torch.sqrt(torch.clamp(torch.abs(score), min=1e-6))
             gated = value / (1 + torch.exp(-score))
         output = gated
         if config.conv_kernel:
-            normed = normalise(gated, fusion.conv_norm[m], config.conv_norm_eps)
+            normed = normalize(gated, fusion.conv_norm[m], config.conv_norm_eps)
             taps = fusion.conv_weight[m * D : (m + 1) * D, 0]
             mixed = torch.zeros_like(gated)
             for tap in range(config.conv_kernel):

@@ -62,7 +62,7 @@ class Memory(nn.Module):
         self.tables = nn.ModuleDict(
             {str(layer): MemoryTable(config, geometry, index, rows) for index, layer in enumerate(config.layers)}
         )
-        compressed = config.compression == "normalised"
+        compressed = config.compression == "normalized"
         self.register_buffer("class_of_id", torch.full((vocab_size,), -1) if compressed else None)
 
     def table(self, layer: int) -> MemoryTable:

@@ -69,7 +69,7 @@ class MemoryTable(nn.Module):
     """The rows of one memory layer, all heads end to end in one parameter [R, C].
 
     After backward `weight.grad` is a sparse COO tensor: each touched row once, its gradients summed. No dense gradient
-    is ever made, so cost follows the touched rows. The parameter carries `is_memory_table = True` for the optimiser.
+    is ever made, so cost follows the touched rows. The parameter carries `is_memory_table = True` for the optimizer.
     With rows="elsewhere" there is no parameter: `weight` is None, and rows are read from `source`, where this table is
     called `name`.
     """
@@ -117,7 +117,7 @@ class MemoryTable(nn.Module):
 
 
 def new_table(weight_RC: Tensor) -> nn.Parameter:
-    """A parameter that optimisers know as a memory table."""
+    """A parameter that optimizers know as a memory table."""
     weight = nn.Parameter(weight_RC)
     weight.is_memory_table = True  # type: ignore[attr-defined]
     return weight

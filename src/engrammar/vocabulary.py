@@ -24,7 +24,7 @@ REPLACEMENT = "\ufffd"  # what an incomplete UTF-8 sequence decodes to
 CLASSES_FILE = "vocabulary_classes.safetensors"
 
 
-def _normaliser() -> Any:
+def _normalizer() -> Any:
     """The reading of a text: the Rust normalizers in the reference's order (a Python look-alike counts otherwise)."""
     return normalizers.Sequence(
         [
@@ -43,7 +43,7 @@ def _normaliser() -> Any:
 def compress_vocabulary(tokenizer: "PreTrainedTokenizerBase") -> NDArray[np.int64]:
     """Maps every id of `tokenizer` to its class. (Paper section 2.2.)
 
-    An id's key is its decoded text, normalised (NFKC, NFD, no accents, lower case, runs of white space as one space,
+    An id's key is its decoded text, normalized (NFKC, NFD, no accents, lower case, runs of white space as one space,
     stripped); its text as it is where that leaves nothing; its raw token where the text is not whole UTF-8.
     Classes are numbered in order of first appearance.
 
@@ -53,7 +53,7 @@ def compress_vocabulary(tokenizer: "PreTrainedTokenizerBase") -> NDArray[np.int6
     Returns:
         classes_V, int64, `len(tokenizer)` long, values 0..num_classes-1 without gaps.
     """
-    normaliser = _normaliser()
+    normalizer = _normalizer()
     texts = _decode_each(tokenizer)
     class_of_key: dict[str, int] = {}
     classes_V = np.empty(len(texts), dtype=np.int64)
@@ -61,7 +61,7 @@ def compress_vocabulary(tokenizer: "PreTrainedTokenizerBase") -> NDArray[np.int6
         if REPLACEMENT in text:
             key = tokenizer.convert_ids_to_tokens(token_id)
         else:
-            key = normaliser.normalize_str(text) or text
+            key = normalizer.normalize_str(text) or text
         classes_V[token_id] = class_of_key.setdefault(key, len(class_of_key))
     return classes_V
 

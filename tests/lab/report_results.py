@@ -5,8 +5,8 @@ import io
 import numpy as np
 from PIL import Image
 
-from engrammar.lab.catalogue import STUDIES
-from engrammar.lab.report import figures
+from engrammar_lab.catalogue import STUDIES
+from engrammar_lab.report import figures
 
 MACHINE = {"cpu": "a CPU", "cores": 2, "torch": "2"}
 SEEDS = (0, 1, 2)

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from engrammar.lab.demo_report import plot_curves, render, verdict
-from engrammar.lab.gates import GatedText, gates_over_text, plot_gates
+from engrammar_lab.demo_report import plot_curves, render, verdict
+from engrammar_lab.gates import GatedText, gates_over_text, plot_gates
 from models import tiny_model
 
 RESULTS = Path(__file__).parent.parent.parent / "results" / "demo"

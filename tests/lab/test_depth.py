@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from engrammar.lab.depth import cka as cka_of
-from engrammar.lab.depth import compare_depth, hsic, layer_streams, logit_lens, soft_alignment, validation_batches
+from engrammar_lab.depth import cka as cka_of
+from engrammar_lab.depth import compare_depth, hsic, layer_streams, logit_lens, soft_alignment, validation_batches
 from models import VOCABULARY, tiny_model
 from token_sets import token_set
 

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from engrammar.fusion import Fusion
-from engrammar.lab import harness
-from engrammar.lab.harness import evaluate, load_model, score_tasks
+from engrammar_lab import harness
+from engrammar_lab.harness import evaluate, load_model, score_tasks
 from models import tiny_model
 
 pytest.importorskip("lm_eval")

@@ -8,14 +8,14 @@ import pytest
 from PIL import Image
 from report_results import blank_pictures, everything, made, made_allocation, made_tasks
 
-from engrammar.lab import report
-from engrammar.lab.catalogue import STUDIES
-from engrammar.lab.report import load_results, make_report, write_report
-from engrammar.lab.report.page import render_page, without_figures
-from engrammar.lab.report.pdf import render_pdf
-from engrammar.lab.report.studies import apart, scores
-from engrammar.lab.studies import RESULTS
-from engrammar_lab_cli import main
+from engrammar_cli.lab import main
+from engrammar_lab import report
+from engrammar_lab.catalogue import STUDIES
+from engrammar_lab.report import load_results, make_report, write_report
+from engrammar_lab.report.page import render_page, without_figures
+from engrammar_lab.report.pdf import render_pdf
+from engrammar_lab.report.studies import apart, scores
+from engrammar_lab.studies import RESULTS
 
 SMALL = {"boundary": made("boundary", {"end of text": [2.0, 2.1], "start of row": [1.9, 1.95]})}
 

@@ -7,14 +7,14 @@ import pytest
 import torch
 from tasks_models import byte_tokenizer, write_corpora
 
-from engrammar.lab import measure
-from engrammar.lab.measure import MEASURES, OFF, PAIR, measure_pair, run_measures, split_of, tune, tuning_rows
-from engrammar.lab.report import write_report
-from engrammar.lab.studies import recipes, run_study
-from engrammar.lab.tasks.needle import KEYS, Haystack, needle_questions
 from engrammar.train.data import prepare
 from engrammar.train.documents import read_documents
 from engrammar.train.recipe import DataRecipe
+from engrammar_lab import measure
+from engrammar_lab.measure import MEASURES, OFF, PAIR, measure_pair, run_measures, split_of, tune, tuning_rows
+from engrammar_lab.report import write_report
+from engrammar_lab.studies import recipes, run_study
+from engrammar_lab.tasks.needle import KEYS, Haystack, needle_questions
 from models import tiny_model
 
 SMALL = (
@@ -52,7 +52,7 @@ def test_tuning_teaches_the_format_and_uses_other_keys_than_the_test(tmp_path):
 
 @torch.no_grad()
 def _loss_of_answers(model, tokenizer, questions) -> float:
-    from engrammar.lab.tasks.needle import training_row
+    from engrammar_lab.tasks.needle import training_row
 
     rows = [training_row(tokenizer, question, 420) for question in questions]
     return float(model(**{name: torch.stack([row[name] for row in rows]) for name in rows[0]}).loss)
@@ -63,7 +63,7 @@ def test_a_pair_is_measured_once_and_makes_every_section_of_the_report(tmp_path,
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(measure, "NUM_TUNING_STEPS", 2)
     monkeypatch.setattr(measure, "NUM_QUESTIONS", 5)
-    monkeypatch.setattr("engrammar.lab.tasks.context.NUM_COMMON", 20)
+    monkeypatch.setattr("engrammar_lab.tasks.context.NUM_COMMON", 20)
     write_corpora(tmp_path / "data" / "pocket")
     how = {"runs": tmp_path / "runs", "seeds": 2, "results": tmp_path / "results", "overrides": SMALL}
     with pytest.raises(ValueError, match="holds no finished run: engrammar lab run pair"):

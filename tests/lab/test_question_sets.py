@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from engrammar.lab import question_sets
-from engrammar.lab.question_sets import SETS, parse, questions
-from engrammar.lab.tasks.questions import read_questions, write_questions
+from engrammar_lab import question_sets
+from engrammar_lab.question_sets import SETS, parse, questions
+from engrammar_lab.tasks.questions import read_questions, write_questions
 
 
 def line(question: str, options: str, answer: str, **more: object) -> str:

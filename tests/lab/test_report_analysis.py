@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from report_results import blank_pictures, made_depth, made_gates, made_tasks, made_traffic
 
-from engrammar.lab.report.analysis import depth_section, gates_section, shared_bins
-from engrammar.lab.report.parts import Figure, Table
-from engrammar.lab.report.tasks import kept, task_differences, tasks_section
-from engrammar.lab.report.traffic import traffic_section
+from engrammar_lab.report.analysis import depth_section, gates_section, shared_bins
+from engrammar_lab.report.parts import Figure, Table
+from engrammar_lab.report.tasks import kept, task_differences, tasks_section
+from engrammar_lab.report.traffic import traffic_section
 
 
 @pytest.fixture(autouse=True)

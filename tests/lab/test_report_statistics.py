@@ -6,7 +6,7 @@ from statistics import mean, stdev
 import numpy as np
 import pytest
 
-from engrammar.lab.report.statistics import (
+from engrammar_lab.report.statistics import (
     Difference,
     above_chance,
     band,

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from report_results import blank_pictures, made, made_allocation, made_scaling, noisy
 
-from engrammar.lab.catalogue import STUDIES
-from engrammar.lab.report.claims import Claim, claims_words
-from engrammar.lab.report.curves import allocation_optimum, scaling_words
-from engrammar.lab.report.parts import Table
-from engrammar.lab.report.studies import apart, bases, differences, left_out, scores, study_section
+from engrammar_lab.catalogue import STUDIES
+from engrammar_lab.report.claims import Claim, claims_words
+from engrammar_lab.report.curves import allocation_optimum, scaling_words
+from engrammar_lab.report.parts import Table
+from engrammar_lab.report.studies import apart, bases, differences, left_out, scores, study_section
 
 
 @pytest.fixture(autouse=True)

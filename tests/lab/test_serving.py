@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from engrammar.lab.serving import RESULTS, LossyStore, differences, make_questions, render, run_serving, score
-from engrammar.store.base import Arrived, RowsMissing, RowStore
+from engrammar.stores.base import Arrived, RowsMissing, RowStore
 from engrammar.train.data import prepare
+from engrammar_lab.serving import RESULTS, LossyStore, differences, make_questions, render, run_serving, score
 from models import tiny_model
 
 TEXT = ["the cat sat on the mat and ate the rat " * 12, "a hash table maps keys to values by their sums " * 12]
@@ -105,7 +105,7 @@ def test_a_model_that_knows_the_text_scores_all_and_one_that_knows_nothing_littl
 def test_the_study_runs_on_any_model(tokens, tmp_path, monkeypatch):
     model = tiny_model("qwen_next", vocab_size=300, num_ids=300, num_classes=300, eos_token_id=1)
     model.save_pretrained(tmp_path / "model")
-    monkeypatch.setattr("engrammar.lab.serving.SHARES", (0.0, 1.0))
+    monkeypatch.setattr("engrammar_lab.serving.SHARES", (0.0, 1.0))
     result = run_serving([tmp_path / "model"] * 2, tokens)
     assert result["missing"]["zeros 100%"]["closed"] == [0, 0] and result["missing"]["gate closed 100%"]["closed"] == [
         1,

@@ -5,13 +5,13 @@ from contextlib import nullcontext
 
 import pytest
 
-from engrammar.budget import count_parameters, solve_budget
-from engrammar.lab.catalogue import SCALES, STUDIES, studies_at
-from engrammar.lab.report.studies import apart
-from engrammar.lab.studies import _most_apart, plan, recipes, run_study
-from engrammar.presets import preset
+from engrammar.model.budget import count_parameters, solve_budget
+from engrammar.model.presets import preset
 from engrammar.train.recipe import load_recipe
-from engrammar_lab_cli import main
+from engrammar_cli.lab import main
+from engrammar_lab.catalogue import SCALES, STUDIES, studies_at
+from engrammar_lab.report.studies import apart
+from engrammar_lab.studies import _most_apart, plan, recipes, run_study
 
 TINY = (
     "data.vocab_size=300",
@@ -31,7 +31,7 @@ def test_every_point_of_a_seed_sees_the_same_text_and_training(tmp_path):
             own = [recipe for (_, of), recipe in queue.items() if of == seed]
             assert all(recipe.seed == seed for recipe in own)
             assert all(recipe.data == own[0].data and recipe.trainer == own[0].trainer for recipe in own)
-            assert name == "optimiser" or all(recipe.optimiser == own[0].optimiser for recipe in own)
+            assert name == "optimizer" or all(recipe.optimizer == own[0].optimizer for recipe in own)
 
 
 def test_studies_share_the_runs_that_they_have_in_common(tmp_path):

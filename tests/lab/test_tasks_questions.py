@@ -9,12 +9,12 @@ import pytest
 from tasks_models import byte_tokenizer
 from transformers import AutoTokenizer
 
-from engrammar.lab.tasks.code import code_questions, function_lines
-from engrammar.lab.tasks.context import WORD, Frequencies, context_questions
-from engrammar.lab.tasks.facts import fact_questions, read_fact
-from engrammar.lab.tasks.needle import KEYS, LETTERS, Haystack, needle_questions, tracking_questions, training_row
-from engrammar.lab.tasks.questions import Document, Question, count_tokens, fits, read_questions, write_questions
 from engrammar.train.data import train_tokenizer
+from engrammar_lab.tasks.code import code_questions, function_lines
+from engrammar_lab.tasks.context import WORD, Frequencies, context_questions
+from engrammar_lab.tasks.facts import fact_questions, read_fact
+from engrammar_lab.tasks.needle import KEYS, LETTERS, Haystack, needle_questions, tracking_questions, training_row
+from engrammar_lab.tasks.questions import Document, Question, count_tokens, fits, read_questions, write_questions
 
 TOKENIZER = byte_tokenizer()
 NOUNS = [
@@ -140,7 +140,7 @@ def readings() -> list[Document]:
 
 
 def test_reading_asks_for_the_second_occurrence_and_leaves_the_passage_out(monkeypatch):
-    monkeypatch.setattr("engrammar.lab.tasks.context.NUM_COMMON", 0)
+    monkeypatch.setattr("engrammar_lab.tasks.context.NUM_COMMON", 0)
     found = context_questions(readings(), TOKENIZER, length=500, num=9, seed=0)
     (with_passage,), (without,) = found["context/with"], found["context/without"]
     assert with_passage.right == " Zorba" and set(with_passage.choices) == {" Zorba", " Quilla", " Ferrin", " Mostar"}

@@ -9,11 +9,11 @@ from tasks_models import LETTERS, Knows, byte_tokenizer, letter_tokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from engrammar.fusion import Fusion
-from engrammar.lab.tasks.off import memory_off
-from engrammar.lab.tasks.questions import Question, start_ids
-from engrammar.lab.tasks.scoring import _batches, choose, recall, score_continuations, score_questions
-from engrammar.lab.tasks.yarn import stretched, yarn_parameters
-from engrammar.modeling import EngrammarForCausalLM
+from engrammar.model.modeling import EngrammarForCausalLM
+from engrammar_lab.tasks.off import memory_off
+from engrammar_lab.tasks.questions import Question, start_ids
+from engrammar_lab.tasks.scoring import _batches, choose, recall, score_continuations, score_questions
+from engrammar_lab.tasks.yarn import stretched, yarn_parameters
 from models import tiny_model
 
 IDS = torch.arange(60).reshape(3, 20) % 47 + 3

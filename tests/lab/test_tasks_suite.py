@@ -10,11 +10,11 @@ import pytest
 import torch
 from tasks_models import Knows, byte_tokenizer, write_corpora
 
-from engrammar.lab.tasks.questions import Question, fits
-from engrammar.lab.tasks.scoring import Continuation, choose, recall
-from engrammar.lab.tasks.suite import _summary, build_suite, read_corpus, score_suite
-from engrammar.lab.tasks.yarn import stretched
 from engrammar.train import corpora
+from engrammar_lab.tasks.questions import Question, fits
+from engrammar_lab.tasks.scoring import Continuation, choose, recall
+from engrammar_lab.tasks.suite import _summary, build_suite, read_corpus, score_suite
+from engrammar_lab.tasks.yarn import stretched
 from models import tiny_model
 
 TOKENIZER = byte_tokenizer()
@@ -35,7 +35,7 @@ def split_of(text: str):
 @pytest.fixture(scope="module", autouse=True)
 def few_common_words():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("engrammar.lab.tasks.context.NUM_COMMON", 20)
+        patch.setattr("engrammar_lab.tasks.context.NUM_COMMON", 20)
         yield
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from engrammar.lab.traffic import collisions, distinct, memory_traffic, row_traffic, zipf_exponent
+from engrammar_lab.traffic import collisions, distinct, memory_traffic, row_traffic, zipf_exponent
 from models import DIALECTS, END, VOCABULARY, tiny_model
 from token_sets import token_set
 

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from engrammar.train.exchange import leave_processes
-from engrammar.train.optimiser import build_optimiser
+from engrammar.train.optimizer import build_optimizer
 from engrammar.train.placement import place_tables
 from models import tiny_model
 
@@ -34,14 +34,14 @@ def train(how: Literal["alone", "replicated", "sharded"], matrices: str) -> tupl
             fully_shard(block)
         fully_shard(model)
         assert all(isinstance(param, DTensor) for param in model.parameters())
-    optimiser = build_optimiser(model, matrices=matrices, **SETTINGS)
+    optimizer = build_optimizer(model, matrices=matrices, **SETTINGS)
     losses = []
     for seed in range(5):
         ids = torch.randint(3, 53, (6, 13), generator=torch.Generator().manual_seed(seed)).chunk(num_ranks)[rank]
         loss = called(input_ids=ids, labels=ids).loss
         loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         mean = loss.detach() / num_ranks
         if how != "alone":
             dist.all_reduce(mean)

@@ -14,8 +14,8 @@ for group in sys.argv[4:]:  # before torch is imported: all of the process's mem
 
 import torch  # noqa: E402
 
-from engrammar.modeling import EngrammarForCausalLM  # noqa: E402
-from engrammar.train.optimiser import build_optimiser  # noqa: E402
+from engrammar.model.modeling import EngrammarForCausalLM  # noqa: E402
+from engrammar.train.optimizer import build_optimizer  # noqa: E402
 from engrammar.train.placement import place_tables  # noqa: E402
 from models import VOCABULARY, tiny_config  # noqa: E402
 
@@ -31,7 +31,7 @@ def main() -> None:
     model.model.memory.set_classes(torch.arange(VOCABULARY) % 41)
     placement = place_tables(model, where=where, folder=folder)
     (table,) = placement.tables.values()
-    optimiser = build_optimiser(
+    optimizer = build_optimizer(
         model, lr=1e-2, weight_decay=0.1, betas=(0.9, 0.99), eps=1e-8, memory="row_adam", max_grad_norm=1.0
     )
     losses = []
@@ -39,16 +39,16 @@ def main() -> None:
         ids = torch.randint(3, 53, (8, 64), generator=torch.Generator().manual_seed(seed))
         loss = model(ids, labels=ids).loss
         loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         losses.append(loss.item())
     some = torch.arange(0, len(table), 9973)
     trained = table.detach()[some].clone()
     saved = folder / "saved"
     model.save_pretrained(saved)
-    placement.save_state(saved, optimiser.rows)
+    placement.save_state(saved, optimizer.rows)
     placement.load(saved)
-    placement.load_state(saved, optimiser.rows)
+    placement.load_state(saved, optimizer.rows)
     assert torch.equal(table.detach()[some], trained)
     ids = torch.randint(3, 53, (8, 64), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -19,7 +19,7 @@ from engrammar.train.trainer import EngrammarTrainer
 
 def write_down(trainer: EngrammarTrainer, notes: Path, what: str) -> None:
     rank = dist.get_rank() if dist.is_initialized() else 0
-    placement, rows = trainer.placement, trainer.mixed_optimiser.rows
+    placement, rows = trainer.placement, trainer.mixed_optimizer.rows
     placement.flush()
     held = {
         name: {"weight": table.detach().clone(), **{key: value.clone() for key, value in rows.state[table].items()}}

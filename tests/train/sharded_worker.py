@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from engrammar.train.exchange import leave_processes
-from engrammar.train.optimiser import build_optimiser
+from engrammar.train.optimizer import build_optimizer
 from engrammar.train.placement import place_tables
 from models import tiny_model
 
@@ -17,10 +17,10 @@ SETTINGS = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.99), "eps": 1e-3, 
 
 
 def step(model, kind: str, ids: torch.Tensor) -> float:
-    optimiser = build_optimiser(getattr(model, "module", model), memory=kind, **SETTINGS)
+    optimizer = build_optimizer(getattr(model, "module", model), memory=kind, **SETTINGS)
     loss = model(input_ids=ids, labels=ids).loss
     loss.backward()
-    optimiser.step()
+    optimizer.step()
     return loss.item()
 
 

@@ -15,10 +15,10 @@ import torch
 from test_training import tiny_recipe, weights
 
 import engrammar.train.trainer as trainer_module
-from engrammar.durable import MANIFEST, last_good, verify
-from engrammar.store.format import open_tables
-from engrammar.store.rows import decode
-from engrammar.store.verify import read_table, verify_tables
+from engrammar.tables.encodings import decode
+from engrammar.tables.folder import open_tables
+from engrammar.tables.sealed import MANIFEST, last_good, verify
+from engrammar.tables.verify import read_table, verify_tables
 from engrammar.train import run as run_module
 from engrammar.train.recipe import Recipe
 from engrammar.train.run import train
@@ -73,7 +73,7 @@ def attempt(recipe: Recipe, log: Path) -> None:
 
 def fork_server():
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["engrammar.train.trainer", "engrammar.train.data", "engrammar.modeling"])
+    context.set_forkserver_preload(["engrammar.train.trainer", "engrammar.train.data", "engrammar.model.modeling"])
     return context
 
 

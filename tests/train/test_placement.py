@@ -11,10 +11,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
-from engrammar.checkpoint import table_shard
-from engrammar.modeling import EngrammarForCausalLM
+from engrammar.model.modeling import EngrammarForCausalLM
 from engrammar.table import draw_rows_
-from engrammar.train.optimiser import build_optimiser
+from engrammar.tables.shards import table_shard
+from engrammar.train.optimizer import build_optimizer
 from engrammar.train.pages import zeros_in_file, zeros_in_ram
 from engrammar.train.placement import place_tables, placement_of
 from models import tiny_config, tiny_model
@@ -29,7 +29,7 @@ def batches(num_steps: int, micro: int) -> list[list[torch.Tensor]]:
     return [[torch.randint(3, 53, (4, 11), generator=generator) for _ in range(micro)] for _ in range(num_steps)]
 
 
-def train(model, optimiser, steps, *, ahead: bool = False) -> list[float]:
+def train(model, optimizer, steps, *, ahead: bool = False) -> list[float]:
     losses = []
     placement = placement_of(model)
     for micro_batches in steps:
@@ -39,8 +39,8 @@ def train(model, optimiser, steps, *, ahead: bool = False) -> list[float]:
             loss = model(ids, labels=ids).loss / len(micro_batches)
             loss.backward()
             losses.append(loss.item())
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
     return losses
 
 
@@ -64,11 +64,11 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 @pytest.mark.parametrize("ahead", [False, True], ids=["read as needed", "read ahead"])
 def test_training_gives_the_same_bits_wherever_the_rows_are(tmp_path, kind, where, overlap, ahead):
     plain = tiny_model("paper", num_branches=2).train()
-    expected = train(plain, build_optimiser(plain, memory=kind, **SETTINGS), batches(4, 2))
+    expected = train(plain, build_optimizer(plain, memory=kind, **SETTINGS), batches(4, 2))
     placed = tiny_model("paper", num_branches=2).train()
     place_tables(placed, where=where, folder=tmp_path, overlap=overlap)
     assert not any("tables" in name for name, _ in placed.named_parameters())
-    found = train(placed, build_optimiser(placed, memory=kind, **SETTINGS), batches(4, 2), ahead=ahead)
+    found = train(placed, build_optimizer(placed, memory=kind, **SETTINGS), batches(4, 2), ahead=ahead)
     assert found == expected
     assert_equal(weights(placed), weights(plain))
 
@@ -78,7 +78,7 @@ def test_a_stale_read_is_one_update_old_and_no_more():
     steps = batches(3, 1)
     model = tiny_model("paper").train()
     placement = place_tables(model, where="ram", overlap="stale")
-    optimiser = build_optimiser(model, memory="row_adam", **SETTINGS)
+    optimizer = build_optimizer(model, memory="row_adam", **SETTINGS)
     (name, table), *_ = placement.tables.items()
     seen, held = [], []
     for index, (ids,) in enumerate(steps):
@@ -90,8 +90,8 @@ def test_a_stale_read_is_one_update_old_and_no_more():
         seen.append(placement.ahead[0].fetched.result().leaves[name].detach().clone())
         model(ids, labels=ids).loss.backward()
         held.append((table.detach().clone(), rows))
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
     placement.flush()
     assert torch.equal(seen[0], held[0][0][held[0][1]])
     for step in (1, 2):
@@ -105,30 +105,30 @@ def test_zeroing_gradients_between_forward_and_backward_loses_none():
     place_tables(placed, where="ram")
     (ids,) = batches(1, 1)[0]
     for model in (plain, placed):
-        optimiser = build_optimiser(model, **SETTINGS)
+        optimizer = build_optimizer(model, **SETTINGS)
         model(ids, labels=ids).loss.backward()  # to be forgotten
         loss = model(ids, labels=ids).loss
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
     assert_equal(weights(placed), weights(plain))
 
 
 def test_rows_that_were_not_read_ahead_are_an_error():
     model = tiny_model("paper").train()
     placement = place_tables(model, where="ram")
-    optimiser = build_optimiser(model, **SETTINGS)
+    optimizer = build_optimizer(model, **SETTINGS)
     ids, other = batches(1, 2)[0]
     placement.read_ahead([model.model.stored_rows(ids)])
     model(other, labels=other).loss.backward()
     with pytest.raises(ValueError, match="not read ahead"):
-        optimiser.step()
+        optimizer.step()
 
 
 def test_evaluation_reads_the_rows_as_updated(tmp_path):
     model = tiny_model("paper").train()
     place_tables(model, where="file", folder=tmp_path, overlap="exact")
-    train(model, build_optimiser(model, **SETTINGS), batches(2, 1))
+    train(model, build_optimizer(model, **SETTINGS), batches(2, 1))
     (ids,) = batches(1, 1)[0]
     with torch.no_grad():
         placed = model.eval()(ids).logits
@@ -179,7 +179,7 @@ def test_bf16_rows_are_read_as_bf16_and_their_gradients_summed_in_fp32():
     assert leaf.dtype == torch.float32
     loss.backward()
     assert leaf.grad is not None and leaf.grad.dtype == torch.float32
-    build_optimiser(model, memory_rounding="stochastic", **SETTINGS).step()
+    build_optimizer(model, memory_rounding="stochastic", **SETTINGS).step()
     assert all(table.dtype == torch.bfloat16 for table in placement.tables.values())
 
 
@@ -214,31 +214,31 @@ def test_there_must_be_tables_and_they_are_placed_once():
     with pytest.raises(ValueError, match="placed already"):
         place_tables(model)
     with pytest.raises(ValueError, match="dense_adam"):
-        build_optimiser(model, memory="dense_adam", **SETTINGS)
+        build_optimizer(model, memory="dense_adam", **SETTINGS)
 
 
 def test_state_is_saved_by_rows_and_read_back(tmp_path):
     model = tiny_model("paper").train()
     placement = place_tables(model, where="ram")
-    optimiser = build_optimiser(model, memory="adam", **SETTINGS)
-    train(model, optimiser, batches(2, 1))
+    optimizer = build_optimizer(model, memory="adam", **SETTINGS)
+    train(model, optimizer, batches(2, 1))
     model.save_pretrained(tmp_path)
-    placement.save_state(tmp_path, optimiser.rows)
+    placement.save_state(tmp_path, optimizer.rows)
     other = tiny_model("paper", seed=3).train()
     again = place_tables(other, where="ram")
-    other_optimiser = build_optimiser(other, memory="adam", **SETTINGS)
+    other_optimizer = build_optimizer(other, memory="adam", **SETTINGS)
     again.load(tmp_path)
-    again.load_state(tmp_path, other_optimiser.rows)
+    again.load_state(tmp_path, other_optimizer.rows)
     for name, table in placement.tables.items():
         assert torch.equal(again.tables[name], table)
-        for key, values in optimiser.rows.state[table].items():
-            assert torch.equal(other_optimiser.rows.state[again.tables[name]][key], values), key
-    (tmp_path / table_shard("model.memory.tables.1.optimiser")).unlink()
-    with pytest.raises(ValueError, match=r"has no memory\.tables\.1\.optimiser\.safetensors"):
-        again.load_state(tmp_path, other_optimiser.rows)
+        for key, values in optimizer.rows.state[table].items():
+            assert torch.equal(other_optimizer.rows.state[again.tables[name]][key], values), key
+    (tmp_path / table_shard("model.memory.tables.1.optimizer")).unlink()
+    with pytest.raises(ValueError, match=r"has no memory\.tables\.1\.optimizer\.safetensors"):
+        again.load_state(tmp_path, other_optimizer.rows)
     with pytest.raises(ValueError, match=r"should hold .*moment_and_count"):
-        wrong = build_optimiser(other, memory="row_adam", **SETTINGS)
-        placement.save_state(tmp_path, optimiser.rows)
+        wrong = build_optimizer(other, memory="row_adam", **SETTINGS)
+        placement.save_state(tmp_path, optimizer.rows)
         again.load_state(tmp_path, wrong.rows)
 
 
@@ -255,7 +255,7 @@ def torchrun(num_ranks: int, script: Path, *arguments: str) -> subprocess.Comple
 @pytest.mark.slow
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_one_step_over_ranks_equals_one_process(tmp_path, num_ranks):
-    """Every kind of optimiser and place: same loss and same update within rounding, each rank with its share."""
+    """Every kind of optimizer and place: same loss and same update within rounding, each rank with its share."""
     torchrun(num_ranks, Path(__file__).parent / "sharded_worker.py", str(tmp_path))
     report = json.loads((tmp_path / "report.json").read_text())
     assert set(report) == {
@@ -272,13 +272,13 @@ def test_torchs_distributed_checkpoint_reads_the_tables(tmp_path):
     """The files are plain safetensors, so its reader brings them to any sharding of its own."""
     model = tiny_model("paper")
     placement = place_tables(model, where="ram")
-    optimiser = build_optimiser(model, memory="adam", **SETTINGS)
-    train(model, optimiser, batches(1, 1))
+    optimizer = build_optimizer(model, memory="adam", **SETTINGS)
+    train(model, optimizer, batches(1, 1))
     model.save_pretrained(tmp_path)
-    placement.save_state(tmp_path, optimiser.rows)
+    placement.save_state(tmp_path, optimizer.rows)
     expected = {f"{name}.weight": table.detach() for name, table in placement.tables.items()}
     for name, table in placement.tables.items():
-        expected |= {f"{name}.{key}": values for key, values in optimiser.rows.state[table].items()}
+        expected |= {f"{name}.{key}": values for key, values in optimizer.rows.state[table].items()}
     found = {key: torch.full_like(values, -1) for key, values in expected.items()}
     dcp.load(found, storage_reader=HuggingFaceStorageReader(str(tmp_path)), no_dist=True)
     assert len(found) == 8

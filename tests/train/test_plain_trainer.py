@@ -1,4 +1,4 @@
-"""transformers' own Trainer trains placed tables, of our model and of others, given our optimiser."""
+"""transformers' own Trainer trains placed tables, of our model and of others, given our optimizer."""
 
 from pathlib import Path
 
@@ -8,9 +8,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
 from engrammar.addressing import derive_geometry
 from engrammar.config import MemoryConfig
-from engrammar.modeling import EngrammarForCausalLM
+from engrammar.model.modeling import EngrammarForCausalLM
 from engrammar.table import MemoryTable
-from engrammar.train.optimiser import build_optimiser
+from engrammar.train.optimizer import build_optimizer
 from engrammar.train.placement import place_tables, placement_of
 from models import tiny_model
 
@@ -71,11 +71,11 @@ def sentences() -> list[dict[str, torch.Tensor]]:
 
 def train(model, out: Path, resume: Path | None = None, **settings) -> Trainer:
     place_tables(model)
-    optimiser = build_optimiser(model, **SETTINGS)
+    optimizer = build_optimizer(model, **SETTINGS)
     arguments = TrainingArguments(
         output_dir=str(out),
         **{"max_steps": 12, "per_device_train_batch_size": 4, "save_steps": 8, "logging_steps": 1, **settings},
-        max_grad_norm=0.0,  # build_optimiser's clips dense gradients and rows together
+        max_grad_norm=0.0,  # build_optimizer's clips dense gradients and rows together
         learning_rate=SETTINGS["lr"],
         lr_scheduler_type="constant",
         report_to="none",
@@ -83,7 +83,7 @@ def train(model, out: Path, resume: Path | None = None, **settings) -> Trainer:
         use_cpu=True,
     )
     callbacks = [] if isinstance(model, EngrammarForCausalLM) else [SaveRows()]
-    trainer = Trainer(model, arguments, train_dataset=sentences(), optimizers=(optimiser, None), callbacks=callbacks)
+    trainer = Trainer(model, arguments, train_dataset=sentences(), optimizers=(optimizer, None), callbacks=callbacks)
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     return trainer
 

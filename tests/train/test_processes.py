@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 from test_training import tiny_recipe
 from transformers import AutoModelForCausalLM
 
-from engrammar.checkpoint import table_shard
-from engrammar.durable import last_good
-from engrammar.store.verify import verify_tables
+from engrammar.tables.sealed import last_good
+from engrammar.tables.shards import table_shard
+from engrammar.tables.verify import verify_tables
 from engrammar.train.recipe import Recipe, to_yaml
 from engrammar.train.run import prepare_tokens
 from engrammar.train.trainer import sum_cross_entropy
@@ -108,7 +108,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, straight, first, t
     if first == 4:
         assert_same_rows(saved, noted(straight / "notes", "saved-4"))
     for name, entry in saved.items():
-        shards = [tmp_path / "run" / "checkpoint-4" / table_shard(name + suffix) for suffix in ("", ".optimiser")]
+        shards = [tmp_path / "run" / "checkpoint-4" / table_shard(name + suffix) for suffix in ("", ".optimizer")]
         in_files = {key.rpartition(".")[2]: values for shard in shards for key, values in load_file(shard).items()}
         assert_same_rows({name: in_files}, {name: entry})
     for num_ranks in then:

@@ -3,8 +3,8 @@
 import torch
 from transformers import TrainingArguments
 
-from engrammar.modeling import EngrammarForCausalLM
-from engrammar.stored import StoredTables, stored_tables_of
+from engrammar.model.modeling import EngrammarForCausalLM
+from engrammar.stores.serving import StoredTables, stored_tables_of
 from engrammar.train.trainer import EngrammarTrainer
 from models import VOCABULARY, tiny_model
 

@@ -111,7 +111,7 @@ def test_a_run_killed_after_its_last_step_is_evaluated_not_trained_again(tmp_pat
 def test_a_folder_with_a_run_of_another_recipe_is_refused(tmp_path):
     settings = ("trainer.max_steps=2", "trainer.save_steps=1")
     train(tiny_recipe(tmp_path, *settings))
-    for change in ("optimiser.lr=1e-6", "seed=5", "model.settings.memory.seed=5", "data.vocab_size=380"):
+    for change in ("optimizer.lr=1e-6", "seed=5", "model.settings.memory.seed=5", "data.vocab_size=380"):
         with pytest.raises(ValueError, match=f"holds a run of another recipe .{change.split('=')[0]} is "):
             train(tiny_recipe(tmp_path, *settings, change))
     moved = tiny_recipe(tmp_path, *settings, f"data.folder={tmp_path / 'elsewhere'}")
@@ -130,7 +130,7 @@ def test_settings_of_memory_go_over_the_presets_own(tmp_path):
 @pytest.mark.slow
 def test_a_hundred_seeded_steps_follow_the_recorded_curve(tmp_path):
     """Remake the fixture with: REMAKE_FIXTURE=1 .venv/bin/pytest tests/train/test_training.py -k hundred"""
-    result = train(tiny_recipe(tmp_path, "trainer.max_steps=100", "trainer.save_strategy=no", "optimiser.lr=1e-3"))
+    result = train(tiny_recipe(tmp_path, "trainer.max_steps=100", "trainer.save_strategy=no", "optimizer.lr=1e-3"))
     losses = [entry["loss"] for entry in result["curve"] if "loss" in entry]
     if os.environ.get("REMAKE_FIXTURE"):
         FIXTURE.write_text(json.dumps({"processor": processor(), "losses": losses}, indent=1) + "\n")
@@ -143,7 +143,7 @@ def test_a_hundred_seeded_steps_follow_the_recorded_curve(tmp_path):
 
 
 def test_experts_are_balanced_without_a_loss(tmp_path):
-    train(tiny_recipe(tmp_path, "trainer.max_steps=3", "trainer.save_strategy=no", "optimiser.balance_rate=0.01"))
+    train(tiny_recipe(tmp_path, "trainer.max_steps=3", "trainer.save_strategy=no", "optimizer.balance_rate=0.01"))
     biases = [tensor for name, tensor in weights(tmp_path / "run").items() if name.endswith("e_score_correction_bias")]
     assert len(biases) == 2
     for bias in biases:
@@ -193,8 +193,8 @@ def test_an_unwritable_folder_is_one_sentence(tmp_path):
 
 
 def test_a_resolved_recipe_reads_back_equal(tmp_path):
-    recipe = tiny_recipe(tmp_path, "model.settings.hidden_size=96", "optimiser.lr=1e-4")
-    assert recipe.model.settings == {"hidden_size": 96} and recipe.optimiser.lr == 1e-4
+    recipe = tiny_recipe(tmp_path, "model.settings.hidden_size=96", "optimizer.lr=1e-4")
+    assert recipe.model.settings == {"hidden_size": 96} and recipe.optimizer.lr == 1e-4
     (tmp_path / "resolved.yaml").write_text(to_yaml(recipe))
     assert load_recipe(tmp_path / "resolved.yaml") == recipe
 
@@ -207,12 +207,12 @@ def test_a_resolved_recipe_reads_back_equal(tmp_path):
         ("data.sauce=x", r"There is no setting 'data\.sauce'"),
         ("seed=many", "seed is 'many'; allowed: int"),
         ("seed=true", "seed is True; allowed: int"),
-        ("optimiser.lr=fast", "optimiser.lr is 'fast'; allowed: float"),
+        ("optimizer.lr=fast", "optimizer.lr is 'fast'; allowed: float"),
         ("model.memory=lots", "allowed: preset, none, budget"),
         ("data=5", "data is 5; a section of settings is expected"),
         ("model.preset=giga", "model.preset is 'giga'; allowed: micro, nano"),
         ("model.rho=7", "model.rho is 7"),
-        ("optimiser.memory_lr_scale=-5", "memory_lr_scale is -5"),
+        ("optimizer.memory_lr_scale=-5", "memory_lr_scale is -5"),
         ("data.sequence_length=-3", "sequence_length is -3"),
         ("seed=[", "The override 'seed=\[' is not valid YAML"),
         ("out.deep=5", "goes into 'out', which is not a section"),
@@ -228,7 +228,7 @@ def test_a_wrong_setting_is_named(override, message):
     [
         ("trainer.max_step=5", "trainer.max_step is not one of transformers' TrainingArguments"),
         ("model.settings.hiden_size=5", "'hiden_size' is not a setting of EngrammarConfig"),
-        ("trainer.learning_rate=1", "its setting is optimiser.lr"),
+        ("trainer.learning_rate=1", "its setting is optimizer.lr"),
         ("trainer.max_steps=0", "trainer.max_steps is 0"),
         ("data.sequence_length=512", "this model allows up to 256"),
         ("model.settings.memory.rows=5", "unknown settings rows"),

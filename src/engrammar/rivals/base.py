@@ -31,7 +31,7 @@ class Rival(nn.Module, ABC):
     """Looks up by token ids before the first block (`read`), and adds to the embeddings and before each block.
 
     It keeps no state between calls. `weight` [R, C] is a table that is trained as memory is: touched rows
-    only, by the row optimiser.
+    only, by the row optimizer.
 
     Attributes:
         looks_up: what `read` looks up by; a model whose rival looks up n-grams reads whole rows, not on from a cache.
@@ -85,7 +85,7 @@ class RivalConfig(ABC):
 
     @abstractmethod
     def build(self, backbone: Backbone) -> Rival:
-        """The module, its parameters not yet initialised; a ValueError where it does not fit the backbone."""
+        """The module, its parameters not yet initialized; a ValueError where it does not fit the backbone."""
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": self.kind, **asdict(self)}

@@ -87,7 +87,7 @@ def _read_hugging_face(name: str, text_field: str) -> Iterator[Any]:
 
 
 def is_validation(text: str, share: float) -> bool:
-    """Whether a document belongs to validation: a function of its own normalised text and of nothing else.
+    """Whether a document belongs to validation: a function of its own normalized text and of nothing else.
 
     So it never changes sides when others come or go, and copies that differ in case or spacing stay together.
     """
@@ -100,7 +100,7 @@ def is_kept(text: str, share: float) -> bool:
 
 
 def _draw(text: str, purpose: bytes) -> int:
-    """A number of 64 bits that depends on the normalised text and the purpose alone."""
+    """A number of 64 bits that depends on the normalized text and the purpose alone."""
     normal = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
     digest = hashlib.blake2b(normal.encode("utf-8"), digest_size=8, person=purpose).digest()
     return int.from_bytes(digest, "big")

@@ -17,12 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from engrammar.checkpoint import lay_out, read_rows, table_shard, write_index, write_rows
-from engrammar.store.memory_json import finish_checkpoint
 from engrammar.table import Embedded, MemoryTable, RowSource, draw_rows_, new_table
+from engrammar.tables.memory_json import finish_checkpoint
+from engrammar.tables.shards import lay_out, read_rows, table_shard, write_index, write_rows
 from engrammar.train.exchange import Group, Route, Traffic, all_sum, broadcast, own_rows
 from engrammar.train.pages import zeros_in_file, zeros_in_ram
-from engrammar.train.row_optimisers import Home, RowOptimiser
+from engrammar.train.row_optimizers import Home, RowOptimizer
 
 Where = Literal["device", "ram", "file"]
 Overlap = Literal["auto", "none", "exact", "stale"]
@@ -271,20 +271,20 @@ class TablePlacement(RowSource):
             write_index(directory, [f"{name}.weight" for name in self.tables])
             finish_checkpoint(directory)
 
-    def save_state(self, directory: Path, optimiser: RowOptimiser) -> None:
-        """Adds the optimiser's state of every row, a shard for each table; as `save`."""
+    def save_state(self, directory: Path, optimizer: RowOptimizer) -> None:
+        """Adds the optimizer's state of every row, a shard for each table; as `save`."""
         self.flush()
         layouts = {
             name: {
                 f"{name}.{key}": (dtype, shape)
-                for key, (shape, dtype) in optimiser.layout(self.modules[name].shape).items()
+                for key, (shape, dtype) in optimizer.layout(self.modules[name].shape).items()
             }
             for name in self.tables
         }
-        self._lay_out(directory, ".optimiser", layouts)
+        self._lay_out(directory, ".optimizer", layouts)
         for name, table_RC in self.tables.items():
-            for key, values in optimiser.state[table_RC].items():
-                write_rows(directory / table_shard(name + ".optimiser"), f"{name}.{key}", self._first_row(name), values)
+            for key, values in optimizer.state[table_RC].items():
+                write_rows(directory / table_shard(name + ".optimizer"), f"{name}.{key}", self._first_row(name), values)
         self._barrier()
 
     def load(self, directory: Path) -> None:
@@ -293,16 +293,16 @@ class TablePlacement(RowSource):
         for name, table_RC in self.tables.items():
             read_rows(directory / table_shard(name), f"{name}.weight", self._first_row(name), table_RC.detach())
 
-    def load_state(self, directory: Path, optimiser: RowOptimiser) -> None:
-        """Reads the optimiser's state of this rank's rows; as `load`."""
+    def load_state(self, directory: Path, optimizer: RowOptimizer) -> None:
+        """Reads the optimizer's state of this rank's rows; as `load`."""
         for name, table_RC in self.tables.items():
-            path = directory / table_shard(name + ".optimiser")
+            path = directory / table_shard(name + ".optimizer")
             if not path.exists():
                 raise ValueError(
-                    f"{directory} has no {path.name}, the row optimiser's state: copy the checkpoint again."
+                    f"{directory} has no {path.name}, the row optimizer's state: copy the checkpoint again."
                 )
-            optimiser.state.pop(table_RC, None)
-            for key, values in optimiser.state_of(table_RC).items():
+            optimizer.state.pop(table_RC, None)
+            for key, values in optimizer.state_of(table_RC).items():
                 read_rows(path, f"{name}.{key}", self._first_row(name), values)
 
     def _first_row(self, name: str) -> int:
@@ -333,7 +333,7 @@ def place_tables(
 
     Args:
         where: "device", that of the model; "ram", of this machine; "file", mapped in `folder`, larger than RAM.
-        overlap: when rows are updated, if they are not on the device. "none": within the optimiser's step. "exact":
+        overlap: when rows are updated, if they are not on the device. "none": within the optimizer's step. "exact":
             behind the next forward pass, up to its first block with memory. "stale": that pass does not wait, and reads
             rows one update old. "auto": exact with an accelerator, none without.
         checkpoint: a folder to read the rows from. None keeps the model's own, or draws those of a model that was built

@@ -14,9 +14,9 @@ PLACES = ("out", "data.folder", "placement.where", "placement.folder")  # settin
 OWN_ARGUMENTS = {
     "output_dir": "out",
     "seed": "seed",
-    "learning_rate": "optimiser.lr",
-    "weight_decay": "optimiser.weight_decay",
-    "optim": "optimiser.matrices",
+    "learning_rate": "optimizer.lr",
+    "weight_decay": "optimizer.weight_decay",
+    "optim": "optimizer.matrices",
     "per_device_train_batch_size": "data.batch_size, sequences a step over all processes",
     "report_to": "nothing: read result.json",
 }  # TrainingArguments that the recipe sets elsewhere
@@ -31,7 +31,7 @@ def _require(setting: str, value: object, holds: bool, allowed: str) -> None:
 class DataRecipe:
     """Text and tokens. `source`: files, `pocket:NAME`, or `hf:NAME` (docs/data.md), of which `keep_share` is used.
 
-    `batch_size` is in sequences per optimiser step, over all processes and accumulated passes together.
+    `batch_size` is in sequences per optimizer step, over all processes and accumulated passes together.
     """
 
     source: str = "pocket:wiki"
@@ -67,7 +67,7 @@ class ModelRecipe:
     settings: Settings = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        from engrammar.presets import PRESETS
+        from engrammar.model.presets import PRESETS
 
         _require("model.preset", self.preset, self.preset in PRESETS, ", ".join(PRESETS))
         alone = self.memory == "none" or self.rival == "none"
@@ -76,7 +76,7 @@ class ModelRecipe:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimiserRecipe:
+class OptimizerRecipe:
     lr: float = 2e-3
     weight_decay: float = 0.1
     memory_lr_scale: float = 5.0
@@ -86,8 +86,8 @@ class OptimiserRecipe:
 
     def __post_init__(self) -> None:
         for name in ("weight_decay", "memory_lr_scale", "balance_rate"):
-            _require(f"optimiser.{name}", getattr(self, name), getattr(self, name) >= 0, "0 or more")
-        _require("optimiser.lr", self.lr, self.lr > 0, "over 0")
+            _require(f"optimizer.{name}", getattr(self, name), getattr(self, name) >= 0, "0 or more")
+        _require("optimizer.lr", self.lr, self.lr > 0, "over 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +107,7 @@ class Recipe:
     seed: int = 0
     data: DataRecipe = field(default_factory=DataRecipe)
     model: ModelRecipe = field(default_factory=ModelRecipe)
-    optimiser: OptimiserRecipe = field(default_factory=OptimiserRecipe)
+    optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
     placement: PlacementRecipe = field(default_factory=PlacementRecipe)
     trainer: Settings = field(default_factory=dict)
 

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engrammar.durable import check_writable, clear_partials, last_good, verify, write_text, writing
+from engrammar.tables.sealed import check_writable, clear_partials, last_good, verify, write_text, writing
 from engrammar.train.recipe import (
     PLACES,
     DataRecipe,
@@ -21,8 +21,8 @@ from engrammar.train.recipe import (
 if TYPE_CHECKING:
     from transformers import TrainerState, TrainingArguments
 
-    from engrammar.configuration import EngrammarConfig
-    from engrammar.modeling import EngrammarForCausalLM
+    from engrammar.model.configuration import EngrammarConfig
+    from engrammar.model.modeling import EngrammarForCausalLM
     from engrammar.table import Rows
     from engrammar.train.data import TokenSet
     from engrammar.train.trainer import EngrammarTrainer
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 def build_config(recipe: ModelRecipe, tokenizer: Any, classes_V: Any) -> "EngrammarConfig":
     """The model's config for this tokenizer, by the recipe's way of splitting its budget."""
-    from engrammar.budget import solve_budget
-    from engrammar.presets import PRESETS, preset
+    from engrammar.model.budget import solve_budget
+    from engrammar.model.presets import PRESETS, preset
     from engrammar.rivals import rival_from_json
 
     settings = dict(recipe.settings)
@@ -55,11 +55,11 @@ def build_config(recipe: ModelRecipe, tokenizer: Any, classes_V: Any) -> "Engram
 
 
 def build_model(config: "EngrammarConfig", classes_V: Any, seed: int, rows: "Rows" = "own") -> "EngrammarForCausalLM":
-    """A freshly initialised model with its class map set; its tables' rows are its own, or to be placed."""
+    """A freshly initialized model with its class map set; its tables' rows are its own, or to be placed."""
     import torch
     from transformers import set_seed
 
-    from engrammar.modeling import EngrammarForCausalLM
+    from engrammar.model.modeling import EngrammarForCausalLM
 
     set_seed(seed)
     model = EngrammarForCausalLM(config, rows)
@@ -110,8 +110,8 @@ def _training_arguments(recipe: Recipe) -> "TrainingArguments":
     arguments = TrainingArguments(
         output_dir=recipe.out,
         seed=recipe.seed,
-        learning_rate=recipe.optimiser.lr,
-        weight_decay=recipe.optimiser.weight_decay,
+        learning_rate=recipe.optimizer.lr,
+        weight_decay=recipe.optimizer.weight_decay,
         per_device_train_batch_size=recipe.data.batch_size // shares,
         report_to="none",
         dataloader_pin_memory=torch.accelerator.is_available(),
@@ -136,7 +136,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
         ValueError: a wrong setting, an `out` that is not writable or holds another recipe's run, a damaged checkpoint.
         OSError: the disk is full or failed; the same call goes on from the last good checkpoint.
     """
-    from engrammar.budget import count_parameters
+    from engrammar.model.budget import count_parameters
 
     out = Path(recipe.out)
     check_writable(out)
@@ -181,7 +181,7 @@ def _trainer(
     """The recipe's trainer and its model's config; the model is that of the checkpoint `finished`, else a new one."""
     from transformers import AutoTokenizer
 
-    from engrammar.modeling import EngrammarForCausalLM
+    from engrammar.model.modeling import EngrammarForCausalLM
     from engrammar.train.trainer import EngrammarTrainer
     from engrammar.vocabulary import cached_classes
 
@@ -196,7 +196,7 @@ def _trainer(
             f"data.sequence_length is {length}; this model allows up to {config.max_position_embeddings} "
             "(model.settings.max_position_embeddings)."
         )
-    rows: Rows = "own" if recipe.optimiser.memory == "dense_adam" else "elsewhere"
+    rows: Rows = "own" if recipe.optimizer.memory == "dense_adam" else "elsewhere"
     if finished is not None:
         model = EngrammarForCausalLM.from_pretrained(finished, rows=rows)
     else:
@@ -204,12 +204,12 @@ def _trainer(
     trainer = EngrammarTrainer(
         model,
         arguments,
-        optimiser={
-            "memory_lr_scale": recipe.optimiser.memory_lr_scale,
-            "matrices": recipe.optimiser.matrices,
-            "memory": recipe.optimiser.memory,
+        optimizer={
+            "memory_lr_scale": recipe.optimizer.memory_lr_scale,
+            "matrices": recipe.optimizer.matrices,
+            "memory": recipe.optimizer.memory,
         },
-        balance_rate=recipe.optimiser.balance_rate,
+        balance_rate=recipe.optimizer.balance_rate,
         bytes_per_eval_token=tokens.num_bytes("validation") / tokens.num_tokens("validation"),
         placement={
             "where": recipe.placement.where,

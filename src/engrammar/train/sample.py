@@ -16,8 +16,8 @@ def load(directory: Path, **serving: Any) -> tuple[Any, Any]:
     """
     from transformers import AutoTokenizer
 
-    from engrammar.configuration import load_config
-    from engrammar.modeling import EngrammarForCausalLM
+    from engrammar.model.configuration import load_config
+    from engrammar.model.modeling import EngrammarForCausalLM
 
     load_config(directory)
     model = EngrammarForCausalLM.from_pretrained(directory, **serving)

@@ -1,4 +1,4 @@
-"""transformers' Trainer with one optimiser for matrices, rows and the rest, expert balancing and sealed checkpoints."""
+"""transformers' Trainer with one optimizer for matrices, rows and the rest, expert balancing and sealed checkpoints."""
 
 import logging
 import math
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
-from engrammar.checkpoint import load_backbone
-from engrammar.durable import MANIFEST, PARTIAL, clear_partials, last_good, rotate, seal, verify, writing
-from engrammar.stored import look_ahead
+from engrammar.stores.serving import look_ahead
 from engrammar.table import MemoryTable
-from engrammar.train.optimiser import MixedOptimiser, build_optimiser
+from engrammar.tables.sealed import MANIFEST, PARTIAL, clear_partials, last_good, rotate, seal, verify, writing
+from engrammar.tables.shards import load_backbone
+from engrammar.train.optimizer import MixedOptimizer, build_optimizer
 from engrammar.train.placement import place_tables, placement_of
 
 IGNORED = -100  # label of a position that is not scored
@@ -66,11 +66,11 @@ class LoadBalancing(TrainerCallback):
 class EngrammarTrainer(Trainer):
     """Trains any model with (or without) memory tables.
 
-    Checkpoints are whole or absent (`engrammar.durable`); they are flushed to the disk while training goes on, so
+    Checkpoints are whole or absent (`engrammar.tables.sealed`); they are flushed to the disk while training goes on, so
     `checkpoint-N` may appear after the `on_save` callbacks.
 
     Args:
-        optimiser: keyword arguments of `build_optimiser` besides lr and weight decay.
+        optimizer: keyword arguments of `build_optimizer` besides lr and weight decay.
         balance_rate: step of loss-free balancing; 0 leaves it out.
         bytes_per_eval_token: UTF-8 bytes per token of the evaluation text; evaluation then reports bits per byte.
         placement: keyword arguments of `place_tables`: where the tables are while it trains, sharded over ranks where
@@ -82,7 +82,7 @@ class EngrammarTrainer(Trainer):
         model: nn.Module,
         args: TrainingArguments,
         *,
-        optimiser: Mapping[str, Any] | None = None,
+        optimizer: Mapping[str, Any] | None = None,
         balance_rate: float = 1e-3,
         bytes_per_eval_token: float | None = None,
         placement: Mapping[str, Any] | None = None,
@@ -93,7 +93,7 @@ class EngrammarTrainer(Trainer):
         if args.fsdp:
             raise ValueError("fsdp is not supported by this Trainer: leave it out for DDP, or see docs/placement.md.")
         super().__init__(model=model, args=args, **kwargs)
-        self.optimiser_settings = dict(optimiser or {})
+        self.optimizer_settings = dict(optimizer or {})
         self.bytes_per_eval_token = bytes_per_eval_token
         self.placement_settings = {"where": "device", **(placement or {})}
         self.placement = placement_of(model)
@@ -105,15 +105,15 @@ class EngrammarTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            self.optimizer = build_optimiser(
+            self.optimizer = build_optimizer(
                 self.model if model is None else model,
                 lr=self.args.learning_rate,
                 weight_decay=self.args.weight_decay,
                 betas=(self.args.adam_beta1, self.args.adam_beta2),
                 eps=self.args.adam_epsilon,
-                **self.optimiser_settings,
+                **self.optimizer_settings,
             )
-            self.mixed_optimiser.rows_apart = self.placement is not None
+            self.mixed_optimizer.rows_apart = self.placement is not None
         return self.optimizer
 
     def place(self, checkpoint: Path | None = None) -> None:
@@ -122,21 +122,21 @@ class EngrammarTrainer(Trainer):
         tables = [module for module in model.modules() if isinstance(module, MemoryTable)]
         if self.placement is not None and checkpoint is not None:
             self.placement.load(checkpoint)
-        elif self.placement is None and tables and self.optimiser_settings.get("memory") != "dense_adam":
+        elif self.placement is None and tables and self.optimizer_settings.get("memory") != "dense_adam":
             self.placement = place_tables(model, **self.placement_settings, checkpoint=checkpoint)
 
     @property
-    def mixed_optimiser(self) -> MixedOptimiser:
+    def mixed_optimizer(self) -> MixedOptimizer:
         mixed = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
-        assert isinstance(mixed, MixedOptimiser)
+        assert isinstance(mixed, MixedOptimizer)
         return mixed
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         """The norm over dense gradients and touched rows together, those of all ranks."""
-        return self.mixed_optimiser.clip_grad_norm(self.args.max_grad_norm)
+        return self.mixed_optimizer.clip_grad_norm(self.args.max_grad_norm)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | None = None) -> float:
-        return float(self.mixed_optimiser.clip_grad_norm(math.inf) if grad_norm is None else grad_norm)
+        return float(self.mixed_optimizer.clip_grad_norm(math.inf) if grad_norm is None else grad_norm)
 
     def get_batch_samples(self, *args: Any) -> Any:
         """A step's batches, whose rows are on their way when this returns; each distinct row is read once."""
@@ -237,8 +237,8 @@ class EngrammarTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.placement is not None and self.mixed_optimiser.rows is not None:
-            self.placement.save_state(Path(output_dir), self.mixed_optimiser.rows)
+        if self.placement is not None and self.mixed_optimizer.rows is not None:
+            self.placement.save_state(Path(output_dir), self.mixed_optimizer.rows)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.placement is None or self.is_fsdp_enabled:
@@ -256,8 +256,8 @@ class EngrammarTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self.placement is not None and self.mixed_optimiser.rows is not None:
-            self.placement.load_state(Path(checkpoint), self.mixed_optimiser.rows)
+        if checkpoint is not None and self.placement is not None and self.mixed_optimizer.rows is not None:
+            self.placement.load_state(Path(checkpoint), self.mixed_optimizer.rows)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Left to `_save_checkpoint`: a partial folder would be renamed during the upload."""

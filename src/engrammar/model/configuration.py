@@ -1,0 +1,201 @@
+"""The model's settings as a transformers config: DeepSeek-V3's, plus branches, memory, and the memory's geometry."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import numpy as np
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
+from numpy.typing import NDArray
+from transformers import DeepseekV3Config
+
+from engrammar.addressing import derive_geometry, table_sizes
+from engrammar.config import Geometry, MemoryConfig
+from engrammar.rivals import Backbone, RivalConfig, rival_from_json
+from engrammar.vocabulary import fingerprint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@strict
+class EngrammarConfig(DeepseekV3Config):
+    """Settings of `EngrammarForCausalLM`.
+
+    Besides DeepSeek-V3's (`hidden_size`, `n_routed_experts`, `kv_lora_rank`, ...):
+        num_branches: residual branches M; 1 is the plain residual, more is mHC.
+        hc_sinkhorn_iters, hc_eps: mHC's Sinkhorn iterations and epsilon.
+        memory: `MemoryConfig.to_json()`, or settings over a preset; None is a model without memory.
+        rival: what stands in memory's place, to compare (`rivals.RIVALS`): {"kind": NAME, sizes}; None is none.
+        num_ids: ids that the class map covers (`len(tokenizer)`); defaults to `vocab_size`.
+        num_classes, fill_class: of the compressed vocabulary; needed once, to derive `geometry`.
+        geometry: `Geometry.to_json()`; derived when absent, then saved and never derived again.
+        tokenizer_sha256: `vocabulary.fingerprint` of the tokenizer that the addresses belong to.
+    """
+
+    model_type = "engrammar"
+    attribute_map: ClassVar[dict[str, str]] = {**DeepseekV3Config.attribute_map, "hc_mult": "num_branches"}
+
+    num_branches: int = 1
+    hc_sinkhorn_iters: int = 20
+    hc_eps: float = 1e-6
+    n_group: int | None = 1
+    topk_group: int | None = 1
+    num_mtp_layers: int = 0
+    memory: dict[str, Any] | None = None
+    rival: dict[str, Any] | None = None
+    num_ids: int | None = None
+    num_classes: int | None = None
+    fill_class: int | None = None
+    geometry: dict[str, Any] | None = None
+    tokenizer_sha256: str | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.num_ids is None:
+            self.num_ids = self.vocab_size
+        if self.num_ids > self.vocab_size:
+            raise ValueError(
+                f"vocab_size is {self.vocab_size}; the tokenizer has {self.num_ids} ids: give it at least that."
+            )
+        if self.num_branches < 1:
+            raise ValueError(f"num_branches is {self.num_branches}; allowed: 1 or more.")
+        if self.n_routed_experts < (self.num_experts_per_tok or 0):
+            raise ValueError(f"num_experts_per_tok is {self.num_experts_per_tok} of {self.n_routed_experts} experts.")
+        if self.memory is not None:
+            self._resolve_memory()
+        if self.rival is not None:
+            if self.memory is not None:
+                raise ValueError("A model has memory or a rival, not both: set memory or rival to null.")
+            self.rival = rival_from_json(self.rival).to_json()
+        super().__post_init__(**kwargs)
+
+    def _resolve_memory(self) -> None:
+        memory = MemoryConfig.from_json(self.memory or {})
+        if max(memory.layers) >= self.num_hidden_layers:
+            raise ValueError(
+                f"memory.layers is {list(memory.layers)}, but the model has layers 0 to {self.num_hidden_layers - 1}."
+            )
+        for name, ids in (("fill_id", (memory.fill_id,)), ("dead_ids", memory.dead_ids), ("end_ids", memory.end_ids)):
+            if not all(0 <= token_id < (self.num_ids or 0) for token_id in ids):
+                raise ValueError(
+                    f"memory.{name} is {list(ids)}; allowed: ids of the vocabulary, 0 to {self.num_ids}-1."
+                )
+        self.memory = memory.to_json()
+        if self.geometry is None:
+            num_classes, fill_class = self.num_classes, self.fill_class
+            if memory.compression == "none":
+                num_classes, fill_class = self.vocab_size, memory.fill_id
+            if num_classes is None or fill_class is None:
+                raise ValueError(
+                    "memory.compression is 'normalized', so the hash depends on the tokenizer: build the config with "
+                    "EngrammarConfig.for_tokenizer, or give num_classes and fill_class."
+                )
+            self.geometry = derive_geometry(memory, num_classes=num_classes, fill_class=fill_class).to_json()
+        else:
+            self._check_geometry(memory)
+        # A memory layer keeps the last ids, and the convolution's window if it has one, beside its keys and values.
+        self.layer_types = [
+            "hybrid" if layer in memory.layers else "full_attention" for layer in range(self.num_hidden_layers)
+        ]
+        self.number_of_conv_states = 2 if memory.conv_kernel else 1
+
+    def _check_geometry(self, memory: MemoryConfig) -> None:
+        """Table sizes follow from the settings for ever; multipliers do not (NumPy may change its stream)."""
+        geometry = self.memory_geometry
+        multipliers_fit = [len(m) for m in geometry.multipliers] == [memory.max_ngram_size] * len(memory.layers)
+        sizes_fit = geometry.table_sizes == table_sizes(memory) and geometry.rows_multiple == memory.rows_multiple
+        if not multipliers_fit or not sizes_fit:
+            raise ValueError(
+                "The saved geometry does not follow from the memory settings (layers, orders, heads, rows_per_head, "
+                "rows_multiple): a built model's memory cannot be resized; leave out `geometry` to build a new one."
+            )
+
+    @property
+    def memory_config(self) -> MemoryConfig | None:
+        return None if self.memory is None else MemoryConfig.from_json(self.memory)
+
+    @property
+    def rival_config(self) -> RivalConfig | None:
+        return None if self.rival is None else rival_from_json(self.rival)
+
+    @property
+    def backbone(self) -> Backbone:
+        """What a rival has to know of this model; `eos_token_id` ends its texts."""
+        end = self.eos_token_id
+        return Backbone(
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            num_layers=self.num_hidden_layers,
+            norm_eps=self.rms_norm_eps,
+            end_ids=() if end is None else (end,) if isinstance(end, int) else tuple(end),
+        )
+
+    @property
+    def memory_geometry(self) -> Geometry:
+        assert self.geometry is not None
+        return Geometry.from_json(self.geometry)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """transformers' `from_dict`; a `memory` that is a place ("disk", a function) is the model's, not a setting."""
+        where = (
+            kwargs.pop("memory") if isinstance(kwargs.get("memory"), str) or callable(kwargs.get("memory")) else None
+        )
+        made = super().from_dict(config_dict, **kwargs)
+        if where is None or not kwargs.get("return_unused_kwargs"):
+            return made
+        config, unused = made
+        return config, unused | {"memory": where}
+
+    @classmethod
+    def for_tokenizer(
+        cls, tokenizer: "PreTrainedTokenizerBase", classes_V: NDArray[np.int64] | None = None, **settings: Any
+    ) -> Self:
+        """A config whose vocabulary, special ids and memory addresses belong to `tokenizer`.
+
+        Args:
+            classes_V: `vocabulary.compress_vocabulary(tokenizer)`; needed where the memory is compressed.
+        """
+        if classes_V is not None and len(classes_V) != len(tokenizer):
+            raise ValueError(
+                f"classes_V maps {len(classes_V)} ids, the tokenizer has {len(tokenizer)}: compress it anew."
+            )
+        settings.setdefault("vocab_size", len(tokenizer))
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            settings.setdefault(name, getattr(tokenizer, name))
+        settings |= {"num_ids": len(tokenizer), "tokenizer_sha256": fingerprint(tokenizer)}
+        if settings.get("memory") is not None and classes_V is not None:
+            memory = MemoryConfig.from_json(settings["memory"])
+            if memory.fill_id >= len(classes_V):
+                raise ValueError(
+                    f"memory.fill_id is {memory.fill_id}; the tokenizer has ids 0 to {len(classes_V) - 1}."
+                )
+            settings |= {"num_classes": int(classes_V.max()) + 1, "fill_class": int(classes_V[memory.fill_id])}
+        return cls(**settings)
+
+    def check_tokenizer(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Raises a ValueError where `tokenizer` is not the one that this model's addresses belong to."""
+        if self.tokenizer_sha256 is not None and fingerprint(tokenizer) != self.tokenizer_sha256:
+            raise ValueError(
+                f"This tokenizer ({len(tokenizer)} tokens) is not the one the model was built with: its memory "
+                "would be read at wrong rows. Use the tokenizer saved beside the model."
+            )
+
+
+def load_config(directory: Path) -> EngrammarConfig:
+    """The config of a checkpoint folder.
+
+    Raises:
+        ValueError: the folder has no config.json, or one that is not an engrammar model's.
+    """
+    path = directory / "config.json"
+    if not path.exists():
+        raise ValueError(f"{directory} has no config.json: give a folder that training or save_pretrained wrote.")
+    try:
+        settings = json.loads(path.read_text())
+        if not isinstance(settings, dict) or settings.get("model_type") != EngrammarConfig.model_type:
+            raise ValueError("its model_type is not engrammar")
+        return EngrammarConfig.from_dict(settings)
+    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+        raise ValueError(f"{path} is not the config of an engrammar model ({' '.join(str(error).split())}).") from error

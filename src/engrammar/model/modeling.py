@@ -1,0 +1,393 @@
+"""The paper's backbone as a transformers model (paper section 2.4, appendix A).
+
+Attention (MLA) and experts (DeepSeekMoE) are transformers' DeepSeek-V3 modules; ours are the multi-branch residual
+(`hyper.py`) and the memory. All retrieval happens before block 0; a block with memory fuses its rows before attention.
+Letters: B batch, T tokens, M branches, D hidden width, E width of a token's rows, S positions of history.
+"""
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
+    DeepseekV3Attention,
+    DeepseekV3Experts,
+    DeepseekV3RMSNorm,
+    DeepseekV3RotaryEmbedding,
+    DeepseekV3TopkRouter,
+)
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4HyperConnection, DeepseekV4HyperHead
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from engrammar.fusion import Fusion
+from engrammar.masks import masked_ids
+from engrammar.memory import Memory, Retrieved
+from engrammar.model.block import IDS_STATE, EngrammarBlock
+from engrammar.model.configuration import EngrammarConfig
+from engrammar.model.hyper import Collapse
+from engrammar.rivals import Rival
+from engrammar.stores.serving import PLAIN, serve_tables
+from engrammar.table import MemoryTable, Rows, draw_rows_
+from engrammar.tables.folder import open_tables
+from engrammar.tables.memory_json import finish_checkpoint
+from engrammar.tables.shards import MEMORY, check_shards, is_table, remove_checkpoint, write_tables
+
+SERVING = ("cache_rows", "prefetch", "on_missing", "deadline")  # settings of `serve_tables`
+
+
+class EngrammarPreTrainedModel(PreTrainedModel):
+    config: EngrammarConfig
+    config_class = EngrammarConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("EngrammarBlock",)
+    _skip_keys_device_placement = ("past_key_values",)
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_record_outputs: ClassVar[dict[str, Any]] = {
+        "hidden_states": EngrammarBlock,
+        "attentions": DeepseekV3Attention,
+        "router_logits": OutputRecorder(DeepseekV3TopkRouter, index=0),
+    }
+    _keep_in_fp32_modules_strict = ("e_score_correction_bias",)
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: transformers then leaves no module out of `_init_weights`, which itself spares what was loaded."""
+        return False
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, DeepseekV3TopkRouter):
+            init.normal_(module.weight, mean=0.0, std=std)
+            init.zeros_(module.e_score_correction_bias)
+        elif isinstance(module, DeepseekV3Experts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std)
+        elif isinstance(module, DeepseekV4HyperConnection):
+            init.normal_(module.fn, mean=0.0, std=std)
+            init.zeros_(module.base)
+            init.ones_(module.scale)
+        elif isinstance(module, DeepseekV4HyperHead):
+            init.normal_(module.hc_fn, mean=0.0, std=std)
+            init.zeros_(module.hc_base)
+            init.ones_(module.hc_scale)
+        elif isinstance(module, MemoryTable):
+            module.init_seed = int(torch.randint(2**62, ()))
+            if module.weight is not None and not getattr(module.weight, "_is_hf_initialized", False):
+                draw_rows_(module.weight, seed=module.init_seed, first_row=0, std=std)
+        elif isinstance(module, Rival):
+            module.init_weights(std)
+        elif isinstance(module, Memory) and module.class_of_id is not None:
+            init.constant_(module.class_of_id, -1)
+        elif isinstance(module, Fusion):
+            for name, norm in module.named_parameters():
+                if name.endswith("_norm"):
+                    init.ones_(norm)
+            if module.config.conv_kernel:
+                if module.config.conv_init == "zero":
+                    init.zeros_(module.conv_weight)
+                else:
+                    init.kaiming_uniform_(module.conv_weight, a=5**0.5)
+
+    def save_pretrained(self, save_directory: Any, is_main_process: bool = True, **kwargs: Any) -> None:
+        """transformers' `save_pretrained`, with each memory table in a safetensors shard of its own."""
+        if kwargs.get("variant") is not None:
+            raise ValueError(f"variant is {kwargs['variant']!r}; checkpoints with memory tables have no variants.")
+        given = kwargs.pop("state_dict", None)
+        state_dict = self.state_dict() if given is None else given
+        tables = {name: tensor for name, tensor in state_dict.items() if is_table(name)}
+        backbone = {name: tensor for name, tensor in state_dict.items() if name not in tables}
+        sources = {module.source for module in self.modules() if isinstance(module, MemoryTable) and module.source}
+        for source in sources:
+            source.check_save(Path(save_directory))
+        if is_main_process:
+            remove_checkpoint(Path(save_directory))
+        super().save_pretrained(save_directory, is_main_process, state_dict=backbone, **kwargs)
+        if tables and is_main_process:
+            write_tables(Path(save_directory), tables)
+            finish_checkpoint(Path(save_directory))
+        for source in sources if given is None else ():
+            source.save(Path(save_directory))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """transformers' `from_pretrained`, which refuses a missing or truncated shard and a missing weight.
+
+        Args:
+            memory: where the memory's tables stay: "ram" or "disk", or a function that opens the store of a table.
+                Without it they are weights of the model. `cache_rows`, `prefetch`, `on_missing` and `deadline` go with
+                it: see `stored.serve_tables`.
+
+        Raises:
+            ValueError: a shard is missing or cut short, or the checkpoint lacks weights of this model.
+        """
+        folder = Path(pretrained_model_name_or_path or "", kwargs.get("subfolder", ""))
+        if pretrained_model_name_or_path is not None and folder.is_dir():
+            check_shards(folder)
+        serving = {key: kwargs.pop(key) for key in SERVING if key in kwargs}
+        if isinstance(kwargs.get("memory"), str) or callable(kwargs.get("memory")):
+            serving["where"] = kwargs.pop("memory")
+            kwargs["rows"] = "elsewhere"
+        elif serving:
+            raise ValueError(
+                f"{next(iter(serving))} needs memory='ram', 'disk' or a store: tables are weights otherwise."
+            )
+        wants_info = kwargs.pop("output_loading_info", False)
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
+        except RuntimeError as error:
+            if "mismatch" not in str(error):
+                raise
+            raise ValueError(
+                f"The weights in {folder} have other shapes than its config.json says: copy the checkpoint again."
+            ) from error
+        elsewhere = kwargs.get("rows") == "elsewhere"
+        left_over = sorted(
+            key
+            for key in info["unexpected_keys"]
+            if ".fusion." in key or "rival." in key or ("memory." in key and not (elsewhere and is_table(key)))
+        )
+        if left_over:
+            raise ValueError(
+                f"{folder} holds memory that its config.json does not name ({left_over[0]}, ...): it is of another "
+                "model; copy the checkpoint again."
+            )
+        encoding = open_tables(folder).encoding if info["missing_keys"] and (folder / MEMORY).exists() else "fp32"
+        if encoding not in PLAIN and all(map(is_table, info["missing_keys"])):
+            raise ValueError(f"The tables in {folder} are stored as {encoding}: load them with memory='ram' or 'disk'.")
+        if info["missing_keys"]:
+            names = ", ".join(sorted(info["missing_keys"])[:3])
+            raise ValueError(
+                f"{pretrained_model_name_or_path} lacks {len(info['missing_keys'])} weights of this model "
+                f"({names}, ...): the checkpoint is incomplete or of another model; copy it again."
+            )
+        for module in model.modules():
+            if isinstance(module, MemoryTable):
+                module.init_seed = None
+            if isinstance(module, MemoryTable | Rival) and module.weight is not None:
+                module.weight.is_memory_table = True  # type: ignore[attr-defined]  # loading made a new parameter
+        if serving:
+            serve_tables(model, folder, **serving)
+        return (model, info) if wants_info else model
+
+
+class EngrammarModel(EngrammarPreTrainedModel):
+    """Embedding, blocks and final norm. Without `config.memory` it is the plain MoE (or dense) model.
+
+    rows="elsewhere" makes the tables without their rows (`train.placement.place_tables` gives them a place).
+    """
+
+    def __init__(self, config: EngrammarConfig, rows: Rows = "own") -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.memory: Memory | None = None
+        if config.memory_config is not None:
+            self.memory = Memory(
+                config.memory_config,
+                config.memory_geometry,
+                num_ids=config.num_ids or config.vocab_size,
+                vocab_size=config.vocab_size,
+                rows=rows,
+            )
+        self.rival: Rival | None = None
+        if config.rival_config is not None:
+            self.rival = config.rival_config.build(config.backbone)
+        self.layers = nn.ModuleList([EngrammarBlock(config, index) for index in range(config.num_hidden_layers)])
+        self.collapse = Collapse(config)
+        self.norm = DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = DeepseekV3RotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> MoeModelOutputWithPast:
+        """Hidden states [B, T, D] of `input_ids` [B, T].
+
+        Raises:
+            ValueError: memory or a rival without `input_ids`, a mask that is not [B, positions], an id outside the
+                vocabulary, a cache to go on from with a rival that looks up n-grams.
+        """
+        if input_ids is None:
+            if self.memory is not None or self.rival is not None:
+                raise ValueError("This model looks up token ids: pass input_ids, not inputs_embeds alone.")
+            if inputs_embeds is None:
+                raise ValueError("Pass input_ids or inputs_embeds.")
+        else:
+            self._check_ids(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        retrieved = Retrieved(waits={}, dead_BT=None, starts_BT=None)
+        if self.memory is not None and input_ids is not None:
+            retrieved = self._retrieve(input_ids, attention_mask, position_ids, past_key_values)
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        read_BTX = None
+        if self.rival is not None and input_ids is not None:
+            read_BTX = self._read_rival(input_ids, attention_mask, position_ids, past_key_values)
+            inputs_embeds = self.rival.embed(inputs_embeds, read_BTX)
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(seen, seen + inputs_embeds.shape[1], device=inputs_embeds.device)[None]
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
+        streams_BTMD = inputs_embeds.unsqueeze(2).repeat(1, 1, self.config.num_branches, 1)
+        for layer, block in enumerate(self.layers):
+            if self.rival is not None:
+                streams_BTMD = self.rival.before(layer, streams_BTMD, read_BTX)
+            streams_BTMD = block(
+                streams_BTMD,
+                *retrieved.wait(layer),
+                retrieved.starts_BT,
+                past_key_values,
+                position_embeddings=position_embeddings,
+                attention_mask=mask,
+                position_ids=position_ids,
+                **kwargs,
+            )
+        return MoeModelOutputWithPast(
+            last_hidden_state=self.norm(self.collapse(streams_BTMD)), past_key_values=past_key_values
+        )
+
+    def _check_ids(self, input_ids: Tensor) -> None:
+        if input_ids.device.type != "cpu" or torch.compiler.is_compiling() or not input_ids.numel():
+            return
+        for token_id in (int(input_ids.min()), int(input_ids.max())):
+            if not 0 <= token_id < self.config.vocab_size:
+                raise ValueError(
+                    f"Token id {token_id} is outside the vocabulary of {self.config.vocab_size} ids: use the tokenizer "
+                    "of this model, and an attention_mask for padding."
+                )
+
+    def stored_rows(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """The stored rows that `forward` reads for a whole batch (no cache): per table name [B, T, H]."""
+        assert self.memory is not None
+        input_ids, _, starts_BT = masked_ids(input_ids, attention_mask, position_ids, None)
+        rows = self.memory.addresses(input_ids, None, starts_BT)
+        tables = {layer: self.memory.table(layer) for layer in rows}
+        return {tables[layer].name: tables[layer].stored_rows(rows_BTH) for layer, rows_BTH in rows.items()}
+
+    def _retrieve(
+        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: Cache | None
+    ) -> Retrieved:
+        """The rows of every memory layer; the last N-1 ids live in the attention cache, stored as id + 1."""
+        assert self.memory is not None
+        input_ids, mask_BT, starts_BT = masked_ids(input_ids, attention_mask, position_ids, cache)
+        history_BS = None if cache is None else self._update_history(input_ids, cache)
+        return self.memory.fetch(input_ids, history_BS=history_BS, mask_BT=mask_BT, starts_BT=starts_BT)
+
+    def _read_rival(
+        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: Cache | None
+    ) -> Tensor | None:
+        assert self.rival is not None
+        if self.rival.looks_up == "ngrams" and cache is not None and cache.get_seq_length():
+            raise ValueError("An n-gram rival reads whole rows, not on from a cache: pass use_cache=False.")
+        ids_BT, _, starts_BT = masked_ids(input_ids, attention_mask, position_ids, cache)
+        return self.rival.read(ids_BT, starts_BT)
+
+    def _update_history(self, input_ids: Tensor, cache: Cache) -> Tensor:
+        """Appends `input_ids` to the ids kept in the cache and returns the N-1 before them, -1 where there are none."""
+        assert self.memory is not None
+        num_back = self.memory.config.max_ngram_size - 1
+        stored = None
+        for layer in self.memory.config.layers:  # every memory layer carries it: a layer's states are cropped together
+            if len(cache.layers) <= layer or not hasattr(cache.layers[layer], "conv_states"):
+                raise ValueError("This cache cannot hold the memory's state: use DynamicCache(config=model.config).")
+            stored = cache.update_conv_state(input_ids[:, None] + 1, layer, IDS_STATE, conv_kernel_size=num_back)
+        assert stored is not None
+        before = nn.functional.pad(stored[:, 0], (num_back, 0))[:, -(num_back + input_ids.shape[1]) :]
+        return before[:, :num_back] - 1
+
+
+class EngrammarForCausalLM(EngrammarPreTrainedModel, GenerationMixin):
+    """`EngrammarModel` with a language-model head; works with `generate`, Trainer and the Auto classes."""
+
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: EngrammarConfig, rows: Rows = "own") -> None:
+        super().__init__(config)
+        if rows == "elsewhere":
+            self._keys_to_ignore_on_load_unexpected = {r"memory\.tables\."}
+        self.model = EngrammarModel(config, rows)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def stored_rows(self, input_ids: Tensor, **masks: Tensor) -> dict[str, Tensor]:
+        """As `EngrammarModel.stored_rows`."""
+        return self.model.stored_rows(input_ids, **masks)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> MoeCausalLMOutputWithPast:
+        """Logits [B, T, vocabulary] and, with `labels` [B, T] (-100 ignored), the mean cross entropy in nats."""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return MoeCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+        )
+
+
+AutoConfig.register("engrammar", EngrammarConfig)
+AutoModel.register(EngrammarConfig, EngrammarModel)
+AutoModelForCausalLM.register(EngrammarConfig, EngrammarForCausalLM)

@@ -1,0 +1,151 @@
+"""A connection to a Mooncake Store pool, in a process of its own that can be given up on (`process.py`)."""
+
+import contextlib
+import json
+import mmap
+import os
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from multiprocessing import Pipe
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+BUFFER_BYTES = 2**24  # of the library's own, for small texts
+IN_FLIGHT = 4  # messages that are served at the same time
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolServer:
+    """Where a pool is, and how long to wait for it.
+
+    Attributes:
+        address: of `mooncake_master`.
+        metadata: where transfers find each other; `P2PHANDSHAKE` needs no server for that.
+        protocol: `tcp`, or `rdma` with `devices`.
+        devices: RDMA devices, separated by commas.
+        host: this machine, as the pool names it.
+        seconds: silence after which what was asked for counts as lost, one try over a new connection included.
+    """
+
+    address: str = "127.0.0.1:50051"
+    metadata: str = "P2PHANDSHAKE"
+    protocol: str = "tcp"
+    devices: str = ""
+    host: str = "127.0.0.1"
+    seconds: float = 10.0
+
+
+class PoolLost(OSError):
+    """The pool, or the process that talks to it, did not answer in time, refused, or died; the text says which."""
+
+
+class Pool:
+    """One connection. Once `PoolLost` was raised it is of no use: close it and open another.
+
+    Attributes:
+        memory: uint8, bytes shared with the process: `read` writes there, `put` reads there.
+    """
+
+    def __init__(self, server: PoolServer, num_bytes: int, seconds: float) -> None:
+        """Connects.
+
+        Raises:
+            PoolLost: nobody answered within `seconds`.
+            ValueError: the package is not installed, or lacks a library of the system.
+        """
+        _check_port(server.address, seconds)
+        handle = os.memfd_create("engrammar-pool")
+        os.ftruncate(handle, num_bytes)
+        self.memory = np.frombuffer(mmap.mmap(handle, num_bytes), dtype=np.uint8)
+        self._connection, theirs = Pipe()
+        program = Path(__file__).with_name("process.py")
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", program, str(theirs.fileno()), str(handle)],
+            pass_fds=(theirs.fileno(), handle),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,  # the library tells of its every step
+        )
+        theirs.close()
+        os.close(handle)
+        self._owner = os.getpid()
+        self._last, self._answers = 0, dict[int, dict[str, Any]]()
+        try:
+            settings: dict[str, str | int] = {
+                name: getattr(server, name) for name in ("address", "metadata", "protocol", "devices", "host")
+            }
+            settings |= {"buffer_bytes": BUFFER_BYTES, "in_flight": IN_FLIGHT}
+            self._connection.send_bytes(json.dumps(settings).encode())
+            self.receive(0, seconds)
+        except BaseException:
+            self.close()
+            raise
+
+    def send(self, name: str, *, alone: bool = False, **arguments: Any) -> int:
+        """Asks for something (a method of `process.Served`); the number of its answer.
+
+        Args:
+            alone: the next message comes after its answer.
+        """
+        self._last += 1
+        message = {"number": self._last, "name": name, "alone": alone, "arguments": arguments}
+        try:
+            self._connection.send_bytes(json.dumps(message).encode())
+        except OSError as error:
+            raise PoolLost(self._death()) from error
+        return self._last
+
+    def receive(self, number: int, seconds: float) -> Any:
+        """The answer with that number, waiting for it no longer than `seconds`."""
+        until = time.monotonic() + seconds
+        while number not in self._answers:
+            try:
+                if not self._connection.poll(max(0.0, until - time.monotonic())):
+                    raise PoolLost(f"no answer within {seconds:.3g} s")
+                answer = json.loads(self._connection.recv_bytes())
+            except (EOFError, ConnectionError) as error:
+                raise PoolLost(self._death()) from error
+            self._answers[answer["number"]] = answer
+        answer = self._answers.pop(number)
+        if "absent" in answer:
+            raise ValueError(
+                f"Remote tables need the Mooncake client, which cannot be loaded ({answer['absent']}): pip install "
+                "'engrammar[remote]', and on Debian apt-get install libibverbs1 libnuma1 libcurl4."
+            )
+        if "error" in answer:
+            raise PoolLost(answer["error"])
+        return answer["result"]
+
+    def ask(self, name: str, seconds: float, **arguments: Any) -> Any:
+        """Asks, and waits for the answer."""
+        return self.receive(self.send(name, alone=True, **arguments), seconds)
+
+    def close(self) -> None:
+        """Ends the process, wherever in the library it is. A fork only lets go of it: it belongs to the parent."""
+        if self._owner == os.getpid():
+            self._process.kill()
+            self._process.wait()
+        self._connection.close()
+
+    def _death(self) -> str:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(1)
+        return f"its client process ended (exit status {self._process.poll()})"
+
+
+def _check_port(address: str, seconds: float) -> None:
+    """A port that nobody listens on is known at once; the library would ask for ever."""
+    host, _, port = address.rpartition(":")
+    if "://" in address or not host or not port.isdecimal():
+        if "://" not in address:
+            raise ValueError(f"The pool's address is {address!r}; allowed: HOST:PORT of mooncake_master.")
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=seconds).close()
+    except OSError as error:
+        raise PoolLost(f"no connection ({error.strerror or error})") from error

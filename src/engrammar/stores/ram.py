@@ -1,0 +1,138 @@
+"""Rows in memory: this process's own, or one copy for all processes of the machine.
+
+Letters: R rows of the table, U rows asked for, S bytes of a row, P pages of a piece of a file.
+"""
+
+import contextlib
+import os
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engrammar.stores.base import Arrived, Fetch, RowStore
+from engrammar.stores.paged import identity_of, load_crc32
+from engrammar.stores.shared import Segment, private_bytes
+from engrammar.tables.folder import PAGE, Shard, TableFile
+from engrammar.tables.progress import progress
+
+PIECE = 2**20  # bytes read at once: small enough to be summed and copied while the processor's cache holds them
+
+
+@final
+class RamStore(RowStore):
+    """All rows of a table, copied from its files, so that nothing that happens to these later matters."""
+
+    def __init__(self, table: TableFile, *, shared: bool = False, verify: bool = True) -> None:
+        """Reads the table; shows a progress bar where that takes more than two seconds.
+
+        Args:
+            shared: all processes of this user that open the table use one copy; the last to close gives it back.
+            verify: checks each page against its CRC-32, where the table has them.
+
+        Raises:
+            ValueError: a file cannot be read, is damaged or too short, or there is no room.
+        """
+        self.name = f"{table.name} in {table.shards[0].path.parent}"
+        self.num_rows, self.row_bytes = table.num_rows, table.row_bytes
+        self._segment = None
+        num_bytes = self.num_rows * self.row_bytes
+        with contextlib.ExitStack() as files:
+            handles = [_open(shard.path) for shard in table.shards]
+            for handle in handles:
+                files.callback(os.close, handle)
+            self.identity = identity_of(table, handles)
+
+            def fill(memory: NDArray[np.uint8]) -> None:
+                _read(table, handles, memory, verify)
+                if identity_of(table, handles) != self.identity:
+                    raise ValueError(f"The files of {self.name} changed while they were read: open the table again.")
+
+            if shared:
+                content = f"{self.name}, files {self.identity}, {'' if verify else 'not '}verified"
+                self._segment = Segment(f"{table.name} {content}", num_bytes, fill, content=content)
+                memory = self._segment.bytes
+            else:
+                memory = private_bytes(num_bytes)
+                fill(memory)
+        memory.flags.writeable = False
+        self._rows_RS = memory.reshape(self.num_rows, self.row_bytes)
+
+    def _fetch(self, rows_U: NDArray[np.int64]) -> Fetch:
+        if self._rows_RS.shape[0] != self.num_rows:
+            raise ValueError(f"{self.name} is closed.")
+        # Of take, indexing, wider elements and rows as one element each, this is the fastest or equal to it from 64 to
+        # 1,024 bytes a row; the range is checked already, and "clip" is the mode that checks nothing again.
+        return Arrived(self._rows_RS.take(rows_U, 0, None, "clip"))
+
+    def close(self) -> None:
+        self._rows_RS = np.empty((0, self.row_bytes), np.uint8)
+        if self._segment is not None:
+            self._segment.close()
+
+
+def _open(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be opened ({error.strerror}): put it back, or copy the folder again."
+        ) from error
+
+
+def _read(table: TableFile, handles: list[int], memory: NDArray[np.uint8], verify: bool) -> None:
+    with progress(f"reading {table.name}", len(memory)) as advance:
+        for shard, handle in zip(table.shards, handles):
+            first = shard.first_row * table.row_bytes
+            rows = memory[first : first + shard.num_rows * table.row_bytes]
+            _read_shard(shard, handle, rows, verify, advance)
+
+
+def _read_shard(
+    shard: Shard, handle: int, rows: NDArray[np.uint8], verify: bool, advance: Callable[[int], None]
+) -> None:
+    """Copies a shard's rows into `rows` [num_rows * S], whole pages at a time, and checks these."""
+    size, end = os.fstat(handle).st_size, shard.start + len(rows)
+    if size < end:
+        raise ValueError(f"{shard.path} has {size} bytes, its rows end at {end}: copy it again.")
+    crc32_P = load_crc32(shard.crc32, shard.path, -(-size // PAGE)) if verify and shard.crc32 is not None else None
+    buffer = np.empty(PIECE, np.uint8)
+    last = min(-(-end // PAGE) * PAGE, size)
+    for at in range(shard.start // PAGE * PAGE, last, PIECE):
+        piece = buffer[: min(PIECE, last - at)]
+        _read_piece(shard, handle, piece, at)
+        if crc32_P is not None:
+            bad_page = _first_bad_page(piece, crc32_P[at // PAGE :])
+            if bad_page is not None:
+                bad = at + bad_page * PAGE
+                row = shard.first_row + max(bad - shard.start, 0) * shard.num_rows // len(rows)
+                raise ValueError(f"{shard.path} is damaged at byte {bad}, row {row} of the table: copy it again.")
+        low, high = max(at, shard.start), min(at + len(piece), end)
+        rows[low - shard.start : high - shard.start] = piece[low - at : high - at]
+        advance(high - low)
+
+
+def _read_piece(shard: Shard, handle: int, piece: NDArray[np.uint8], at: int) -> None:
+    """Fills `piece` with the file's bytes from `at` on."""
+    num_read = 0
+    while num_read < len(piece):
+        try:
+            count = os.preadv(handle, [piece[num_read:].data], at + num_read)
+        except OSError as error:
+            where = f"{shard.path} cannot be read at byte {at + num_read}"
+            raise ValueError(f"{where} ({error.strerror}): copy it again.") from error
+        if not count:
+            raise ValueError(f"{shard.path} ends at byte {at + num_read}, amid its rows: copy it again.")
+        num_read += count
+    if hasattr(os, "posix_fadvise"):  # the memory holds them now; the page cache may keep what others need
+        os.posix_fadvise(handle, at, len(piece), os.POSIX_FADV_DONTNEED)
+
+
+def _first_bad_page(piece: NDArray[np.uint8], crc32_P: NDArray[np.uint32]) -> int | None:
+    view = piece.data
+    sums = [zlib.crc32(view[start : start + PAGE]) for start in range(0, len(view), PAGE)]
+    (bad,) = np.nonzero(np.array(sums, np.uint32) != crc32_P[: len(sums)])
+    return int(bad[0]) if len(bad) else None

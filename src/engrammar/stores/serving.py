@@ -1,0 +1,261 @@
+"""Serves a model's rows from table files on any tier, read-only (`train.placement` is for training).
+
+All layers' reads of a forward pass start before its first block; each is waited for by the block that needs it.
+Letters: B batch, T tokens, H columns, C row width, E = H*C, U = B*T*H rows, S bytes of a stored row.
+"""
+
+import logging
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, final, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+from torch import Tensor, nn
+
+from engrammar.memory import Memory
+from engrammar.stores.base import Fetch, RowsMissing, RowStore
+from engrammar.stores.cache import CachedStore
+from engrammar.stores.disk import DiskStore
+from engrammar.stores.ram import RamStore
+from engrammar.table import Embedded, MemoryTable, RowSource
+from engrammar.tables.encodings import decode
+from engrammar.tables.folder import MEMORY, TableFile, TableFolder, open_tables
+from engrammar.tables.shards import HOT_ROWS, write_index
+
+Tier = Literal["ram", "disk"]
+OnMissing = Literal["error", "skip", "zeros"]
+PLAIN = ("fp32", "bf16")  # encodings that transformers reads as weights
+TIERS: dict[str, Callable[[TableFile], RowStore]] = {"ram": RamStore, "disk": DiskStore}
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class Counts:
+    """What was read so far.
+
+    Attributes:
+        rows: rows asked for.
+        missing_rows: rows that could not be had.
+        closed: (layer, position) pairs whose gate was closed for want of a row.
+    """
+
+    rows: int = 0
+    missing_rows: int = 0
+    closed: int = 0
+
+
+@final
+class StoredTables(RowSource):
+    """Reads a model's rows from stores, one for each table; made by `serve_tables`.
+
+    Attributes:
+        stores: the store of each table, by the table's name in the model.
+        counts: rows read and missed so far.
+    """
+
+    def __init__(
+        self,
+        folder: TableFolder,
+        stores: Mapping[str, RowStore],
+        *,
+        prefetch: bool,
+        on_missing: OnMissing,
+        deadline: float | None,
+        dtype: torch.dtype,
+    ) -> None:
+        self.tables: dict[str, nn.Parameter] = {}  # no parameters: nothing here is trained
+        self.folder, self.stores = folder, dict(stores)
+        self.files = {file.name: file for file in folder.tables.values()}
+        self.prefetch, self.on_missing, self.deadline, self.dtype = prefetch, on_missing, deadline, dtype
+        self.counts = Counts()
+        self.ahead: deque[tuple[dict[str, Tensor], dict[str, Fetch]]] = deque()
+
+    def read(self, rows: Mapping[str, Tensor]) -> dict[str, Callable[[], Embedded]]:
+        """As `RowSource.read`. Rows that `read_ahead` started to read are not read again."""
+        if self.ahead and all(torch.equal(rows[name], given) for name, given in self.ahead[0][0].items()):
+            _, fetches = self.ahead.popleft()
+        elif self.prefetch:
+            fetches = self._start(rows)
+        else:
+            return {name: partial(self._read_now, name, rows_BTH) for name, rows_BTH in rows.items()}
+        return {name: partial(self._embed, name, rows_BTH, fetches[name]) for name, rows_BTH in rows.items()}
+
+    def read_ahead(self, rows: Mapping[str, Tensor]) -> None:
+        """Starts reading what the forward pass after this one will ask for."""
+        self.ahead.append((dict(rows), self._start(rows)))
+
+    def _start(self, rows: Mapping[str, Tensor]) -> dict[str, Fetch]:
+        return {
+            name: self.stores[name].fetch(rows_BTH.detach().cpu().numpy().reshape(-1))
+            for name, rows_BTH in rows.items()
+        }
+
+    def _read_now(self, name: str, rows_BTH: Tensor) -> Embedded:
+        return self._embed(name, rows_BTH, self._start({name: rows_BTH})[name])
+
+    def _embed(self, name: str, rows_BTH: Tensor, fetch: Fetch) -> Embedded:
+        """Waits, decodes, and says which positions lack a row."""
+        file = self.files[name]
+        self.counts.rows += rows_BTH.numel()
+        missing_BT = None
+        try:
+            rows_US = fetch.wait(self.deadline)
+        except RowsMissing as error:
+            if self.on_missing == "error":
+                raise
+            rows_US = error.rows_US
+            rows_US[error.missing_U] = 0
+            if self.on_missing == "skip":
+                missing_BT = torch.from_numpy(error.missing_U).view(rows_BTH.shape).any(-1).to(rows_BTH.device)
+            self._count(error, 0 if missing_BT is None else int(missing_BT.sum()))
+        values_UC = decode(torch.from_numpy(rows_US), file.width, file.encoding, self.dtype, file.scale)
+        return Embedded(values_UC.view(*rows_BTH.shape[:-1], -1).to(rows_BTH.device), missing_BT)
+
+    def _count(self, error: RowsMissing, closed: int) -> None:
+        """Counts; warns at the first row and whenever their number has doubled."""
+        before, now = self.counts.missing_rows, self.counts.missing_rows + int(error.missing_U.sum())
+        self.counts.missing_rows, self.counts.closed = now, self.counts.closed + closed
+        if now.bit_length() > before.bit_length():
+            done = "their gates closed" if self.on_missing == "skip" else "zeros in their place"
+            logger.warning("%d of %d rows were missing so far, %s: %s", now, self.counts.rows, done, error)
+
+    def check_save(self, directory: Path) -> None:
+        """As `RowSource.check_save`: not over the files that the rows are read from."""
+        if directory.resolve() == self.folder.path.resolve():
+            raise ValueError(f"The model's rows are read from {directory}: save it to another folder.")
+
+    def save(self, directory: Path) -> None:
+        """As `RowSource.save`: the files that the rows are read from are copied."""
+        shards = [shard for file in self.files.values() for shard in file.shards]
+        paths = {path for shard in shards for path in (shard.path, shard.crc32) if path is not None}
+        for path in (*sorted(paths), self.folder.path / MEMORY):
+            shutil.copyfile(path, directory / path.name)
+        whole = [file.name for file in self.files.values() if len(file.shards) == 1]
+        if self.folder.encoding in PLAIN and len(whole) == len(self.files):
+            write_index(directory, whole)
+
+    def close(self) -> None:
+        """Gives back files, memory and connections."""
+        for store in self.stores.values():
+            store.close()
+
+
+def serve_tables(
+    model: nn.Module,
+    folder: Path,
+    *,
+    where: Tier | Callable[[TableFile], RowStore],
+    cache_rows: int = 0,
+    prefetch: bool = True,
+    on_missing: OnMissing = "error",
+    deadline: float | None = None,
+) -> StoredTables:
+    """Gives a model that was built with rows="elsewhere" the rows of a table folder.
+
+    Args:
+        where: "ram", "disk", or a function that opens the store of a table (say, a remote one).
+        cache_rows: rows of each table kept in RAM in front of its store; 0 is no cache. Half of them are pinned to the
+            hottest rows where `folder` names those (`engrammar table plan` writes `memory.hot.safetensors`).
+        prefetch: whether reads start before the first block; False reads where a block waits, for comparison.
+        on_missing: what happens where a row cannot be had within `deadline` seconds: "error"; "skip", the position
+            takes nothing from that layer's memory; "zeros", that row alone is zero. The last two count and warn.
+
+    Raises:
+        ValueError: the folder's tables are not this model's; another `where` or `on_missing`; no deadline.
+    """
+    if on_missing not in get_args(OnMissing):
+        raise ValueError(f"on_missing is {on_missing!r}; allowed: {', '.join(get_args(OnMissing))}.")
+    if on_missing != "error" and (deadline is None or deadline <= 0):
+        raise ValueError(f"on_missing={on_missing!r} needs a deadline in seconds, over 0; it is {deadline}.")
+    if not callable(where) and where not in TIERS:
+        raise ValueError(f"memory is {where!r}; allowed: {', '.join(TIERS)}, or a function that opens a table's store.")
+    if cache_rows < 0:
+        raise ValueError(f"cache_rows is {cache_rows}; allowed: 0 (no cache) or more.")
+    opened, memory = open_tables(folder), _memory_of(model)
+    if opened.geometry != memory.geometry or set(opened.tables) != set(memory.config.layers):
+        raise ValueError(f"The tables in {folder} are of another geometry than this model's: give the model's own.")
+    open_store = where if callable(where) else TIERS[where]
+    stores: dict[str, RowStore] = {}
+    hot = load_hot_rows(folder) if cache_rows else {}
+    try:
+        for file in opened.tables.values():
+            stores[file.name] = open_store(file)
+            if cache_rows:
+                stores[file.name] = cache = CachedStore(stores[file.name], cache_rows)
+                if file.layer in hot:
+                    cache.pin(hot[file.layer][: cache_rows // 2])
+    except BaseException:
+        for store in stores.values():
+            store.close()
+        raise
+    source = StoredTables(
+        opened,
+        stores,
+        prefetch=prefetch,
+        on_missing=on_missing,
+        deadline=deadline,
+        dtype=next(model.parameters()).dtype,
+    )
+    for layer, file in opened.tables.items():
+        table = memory.table(layer)
+        table.weight, table.source, table.name = None, source, file.name
+    return source
+
+
+def stored_tables_of(model: nn.Module) -> StoredTables | None:
+    """What serves a model's tables from files, or None."""
+    for module in model.modules():
+        if isinstance(module, MemoryTable) and isinstance(module.source, StoredTables):
+            return module.source
+    return None
+
+
+def look_ahead(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> Iterator[Mapping[str, Tensor]]:
+    """Yields batches of `input_ids` (and masks), having started to read the memory's rows of the one after.
+
+    For evaluation: the next batch's rows come from their tier while this one is computed. Where the model's tables are
+    not served from stores, or without prefetch, it yields the batches and nothing else.
+    """
+    source = stored_tables_of(model)
+    if source is None or not source.prefetch:
+        yield from batches
+        return
+    before = None
+    try:
+        for batch in batches:
+            masks = {key: batch[key] for key in ("attention_mask", "position_ids") if batch.get(key) is not None}
+            source.read_ahead(model.stored_rows(batch["input_ids"], **masks))
+            if before is not None:
+                yield before
+            before = batch
+        if before is not None:
+            yield before
+    finally:
+        source.ahead.clear()  # where the caller stopped early: nobody would ask for these rows
+
+
+def _memory_of(model: nn.Module) -> Memory:
+    memories = [module for module in model.modules() if isinstance(module, Memory)]
+    if len(memories) != 1:
+        raise ValueError(f"{type(model).__name__} has no memory: it cannot be given tables.")
+    return memories[0]
+
+
+def load_hot_rows(folder: Path) -> dict[int, NDArray[np.int64]]:
+    """Per layer the rows that were read most in some corpus, the hottest first; none where nobody counted."""
+    path = folder / HOT_ROWS
+    if not path.exists():
+        return {}
+    try:
+        return {int(layer): rows.astype(np.int64) for layer, rows in load_file(path).items()}
+    except (ValueError, SafetensorError) as error:
+        raise ValueError(f"{path} does not hold rows to pin ({error}): delete it, or plan again.") from error

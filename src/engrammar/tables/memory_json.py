@@ -1,0 +1,186 @@
+"""Reads and writes `memory.json`, which says what a folder's rows are; nothing in it is believed unchecked."""
+
+import json
+import re
+import zlib
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_args
+
+from engrammar.config import Encoding, Geometry, MemoryConfig
+from engrammar.tables.headers import AGAIN, Requirement, load_json, read_header
+from engrammar.tables.sealed import MANIFEST, PARTIAL, is_count, page_sums_path, read_manifest, write_checksums
+from engrammar.tables.shards import INDEX, MEMORY
+
+VERSION = 1
+KEYS = ("version", "memory", "geometry", "num_ids", "tokenizer_sha256", "encoding", "source", "tables", "crc32")
+MOST_BYTES = 16 * 2**20
+ENCODING_OF: dict[str, Encoding] = {"F32": "fp32", "BF16": "bf16", "F8_E4M3": "fp8"}  # other rows are bytes
+
+
+def read_memory(folder: Path) -> dict[str, Any]:
+    """The content of a folder's memory.json, everything in it but `tables` checked.
+
+    Raises:
+        ValueError: names the file, what is wrong with it, and what to do.
+    """
+    path = folder / MEMORY
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder: give a checkpoint, or a folder of table files.")
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} has no {MEMORY}, so it holds no table files: give another folder, or, where an older version "
+            f"wrote this checkpoint, `engrammar table pack {folder} NEW` makes one with it."
+        )
+    require = Requirement(path)
+    try:
+        require(path.stat().st_size <= MOST_BYTES, f"it has more than {MOST_BYTES} bytes")
+        data = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}): {AGAIN}") from error
+    if (folder / MANIFEST).is_file():
+        manifest = read_manifest(folder)
+        size, sums = manifest.files.get(MEMORY, (len(data), ()))
+        blocks = [data[first : first + manifest.block_bytes] for first in range(0, size, manifest.block_bytes)]
+        same = size == len(data) and (MEMORY not in manifest.files or [*map(zlib.crc32, blocks)] == [*sums])
+        require(same, f"it is not the one that {MANIFEST} lists")
+    content = load_json(data, require)
+    check_content(content, require)
+    return content
+
+
+def content_sum(content: Mapping[str, Any]) -> int:
+    """The CRC-32 of a memory.json's contents but for the sum itself: what `crc32` in it must be.
+
+    It keeps a flipped digit of a multiplier from being another, valid, memory.
+    """
+    rest = {key: value for key, value in content.items() if key != "crc32"}
+    return zlib.crc32(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode())
+
+
+def write_memory(folder: Path, content: Mapping[str, Any]) -> None:
+    """Writes `content`, all KEYS but version and crc32, as the memory.json of a folder."""
+    content = {"version": VERSION, **content}
+    content["crc32"] = content_sum(content)
+    check_content(content, Requirement(folder / MEMORY))
+    (folder / MEMORY).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def check_content(content: Any, require: Requirement) -> None:
+    """Checks all fields but those of `tables`."""
+    require(isinstance(content, dict), "it is not an object")
+    require(content.get("version") == VERSION, f"its version is {content.get('version')!r}, not {VERSION}")
+    require(content.keys() == set(KEYS), f"its keys are {', '.join(content)}, not {', '.join(KEYS)}")
+    try:
+        found = content_sum(content)
+    except (ValueError, RecursionError):  # numbers too long to write, text that is no Unicode
+        found = None
+    require(content["crc32"] == found, "its crc32 is not that of its contents")
+    memory, geometry = memory_of(content["memory"], require), geometry_of(content["geometry"], require)
+    _check_geometry(memory, geometry, require)
+    num_ids, sha256 = content["num_ids"], content["tokenizer_sha256"]
+    require(num_ids is None or (is_count(num_ids, 2**63) and num_ids > 0), f"num_ids is {num_ids!r}")
+    is_hash = isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256)
+    require(sha256 is None or is_hash, f"tokenizer_sha256 is {sha256!r}")
+    require(content["encoding"] in get_args(Encoding), f"encoding is {content['encoding']!r}")
+    require(isinstance(content["source"], str), "source is no text")
+    layers, tables = [str(layer) for layer in memory.layers], content["tables"]
+    require(isinstance(tables, dict) and tables.keys() == set(layers), f"tables are not of layers {', '.join(layers)}")
+
+
+def memory_of(data: Any, require: Requirement) -> MemoryConfig:
+    """The settings that `data` holds; all of them must be there."""
+    names = {field.name for field in fields(MemoryConfig)}
+    require(isinstance(data, dict) and data.keys() == names, f"memory does not have the settings {sorted(names)}")
+    try:
+        return MemoryConfig(**data)
+    except (ValueError, TypeError, OverflowError) as error:
+        require(False, str(error))
+        raise AssertionError from error
+
+
+def geometry_of(data: Any, require: Requirement) -> Geometry:
+    """The integers that `data` holds."""
+    names = {field.name for field in fields(Geometry)}
+    require(isinstance(data, dict) and data.keys() == names, f"geometry does not have the settings {sorted(names)}")
+
+    def check(value: Any, name: str, depth: int) -> None:
+        if depth:
+            require(isinstance(value, list), f"geometry.{name} is not lists of integers")
+            for part in value:
+                check(part, name, depth - 1)
+        else:
+            require(is_count(value, 2**63 - 1), f"geometry.{name} has {value!r}, which is no row or class")
+
+    for name in names:
+        check(data[name], name, {"multipliers": 2, "table_sizes": 3}.get(name, 0))
+    require(data["rows_multiple"] >= 1, "geometry.rows_multiple is 0")
+    return Geometry.from_json(data)
+
+
+def _check_geometry(memory: MemoryConfig, geometry: Geometry, require: Requirement) -> None:
+    """Layers, orders and heads must be as many as the settings say, and every head as large as they ask for."""
+    per_layer = [len(multipliers) for multipliers in geometry.multipliers]
+    require(per_layer == [memory.max_ngram_size] * len(memory.layers), "geometry.multipliers are not N for each layer")
+    odd = all(multiplier % 2 for layer in geometry.multipliers for multiplier in layer)
+    require(odd, "a multiplier in geometry is even")
+    require(len(geometry.table_sizes) == len(memory.layers), "geometry.table_sizes are not one list for each layer")
+    for orders in geometry.table_sizes:
+        require(len(orders) == len(memory.rows_per_head), "geometry.table_sizes are not one list for each order")
+        for sizes_K, rows in zip(orders, memory.rows_per_head):
+            require(len(sizes_K) == memory.num_heads, "geometry.table_sizes are not one for each head")
+            require(min(sizes_K) >= rows, f"a head in geometry has fewer than rows_per_head={rows} rows")
+    require(geometry.rows_multiple == memory.rows_multiple, "rows_multiple differs between memory and geometry")
+    require(geometry.fill_class < geometry.num_classes, "geometry.fill_class is not below num_classes")
+
+
+def describe_checkpoint(folder: Path, *, source: str = "a checkpoint of engrammar") -> dict[str, Any] | None:
+    """The content of the memory.json of a checkpoint, by its config.json, index and shards.
+
+    None where it has no memory tables, or tables of a dtype that no encoding has (fp16).
+    """
+    config, index = (folder / name for name in ("config.json", INDEX))
+    if not config.is_file() or not index.is_file():
+        return None
+    settings = load_json(config.read_bytes(), Requirement(config))
+    shards = {
+        int(match[1]): (name, shard)
+        for name, shard in load_json(index.read_bytes(), Requirement(index))["weight_map"].items()
+        if (match := re.search(r"memory\.tables\.([0-9]+)\.weight$", name))
+    }
+    if not shards or settings.get("memory") is None or settings.get("geometry") is None:
+        return None
+    memory, tables, dtypes = MemoryConfig.from_json(settings["memory"]), {}, set()
+    for layer, (name, shard) in sorted(shards.items()):
+        (tensor,) = read_header(folder / shard)[0].values()
+        dtypes.add(tensor["dtype"])
+        rows, width = tensor["shape"]
+        files = [{"file": shard, "rows": rows, "crc32": page_sums_path(folder / shard).name}]
+        tables[str(layer)] = {"name": name, "rows": rows, "width": width, "scale": None, "shards": files}
+    dtype = dtypes.pop()
+    if dtypes or dtype not in ("F32", "BF16"):
+        return None
+    return {
+        "memory": memory.to_json(),
+        "geometry": Geometry.from_json(settings["geometry"]).to_json(),
+        "num_ids": settings.get("num_ids"),
+        "tokenizer_sha256": settings.get("tokenizer_sha256"),
+        "encoding": ENCODING_OF[dtype],
+        "source": source,
+        "tables": tables,
+    }
+
+
+def finish_checkpoint(folder: Path) -> None:
+    """Makes the checkpoint that was just written into `folder` a folder of table files: memory.json, page checksums.
+
+    In a partial folder the checksums are left to `durable.seal`, which reads every file anyway, beside the training.
+    """
+    content = describe_checkpoint(folder)
+    if content is None:
+        return
+    write_memory(folder, content)
+    if not folder.parent.name.startswith(PARTIAL):
+        for table in content["tables"].values():
+            write_checksums(folder / table["shards"][0]["file"])

@@ -1,0 +1,118 @@
+"""Reads whole tables, every byte checked against the checksums beside it.
+
+Letters: U rows of a block, S bytes of a stored row.
+"""
+
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engrammar.tables.folder import Shard, TableFile, TableFolder, open_tables
+from engrammar.tables.headers import AGAIN, read_header
+from engrammar.tables.progress import progress
+from engrammar.tables.sealed import MANIFEST, PAGE, page_sums_path, read_manifest
+
+READ_BYTES = 2**20  # a multiple of PAGE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sums:
+    """Checksums of a shard's file: where they are from, and one CRC-32 per `block_bytes`."""
+
+    path: Path
+    block_bytes: int
+    values: NDArray[np.uint32]
+
+
+def verify_tables(folder: Path) -> int:
+    """Checks every byte of a folder's tables; a bar on stderr shows how far it is.
+
+    Returns:
+        The bytes that were read.
+
+    Raises:
+        ValueError: names the file, the bytes and the rows that are damaged, or a shard that has no checksums.
+    """
+    tables = open_tables(folder)
+    found = {shard.path: sums_of(tables, shard) for table in tables.tables.values() for shard in table.shards}
+    for path, sums in found.items():
+        if sums is None:
+            raise ValueError(
+                f"{path} has no checksums, neither {page_sums_path(path).name} nor in {MANIFEST}: "
+                f"`engrammar table pack {folder} NEW` makes a copy that has."
+            )
+    num_bytes = sum(path.stat().st_size for path in found)
+    with progress(f"verifying {folder}", num_bytes) as advance:
+        for table in tables.tables.values():
+            for shard in table.shards:
+                for block in _checked_blocks(table, shard, found[shard.path]):
+                    advance(len(block))
+    return num_bytes
+
+
+def sums_of(folder: TableFolder, shard: Shard) -> Sums | None:
+    """The checksums of a shard's file: of its pages, else of its blocks in the manifest, else None."""
+    if shard.crc32 is not None:
+        header, start, _ = read_header(shard.crc32)
+        values = np.fromfile(shard.crc32, dtype="<u4", offset=start, count=header["crc32"]["shape"][0])
+        return Sums(path=shard.crc32, block_bytes=PAGE, values=values)
+    if (folder.path / MANIFEST).is_file():
+        manifest = read_manifest(folder.path)
+        if shard.path.name in manifest.files:
+            sums = np.array(manifest.files[shard.path.name][1], dtype=np.uint32)
+            return Sums(path=folder.path / MANIFEST, block_bytes=manifest.block_bytes, values=sums)
+    return None
+
+
+def read_table(folder: TableFolder, table: TableFile) -> Iterator[NDArray[np.uint8]]:
+    """A table's stored rows in order, as blocks [U, S], checked where the folder has checksums.
+
+    Raises:
+        ValueError: names the file, the bytes and the rows that are damaged.
+    """
+    for shard in table.shards:
+        skip, left = shard.start, shard.num_rows * table.row_bytes
+        kept = np.empty(0, dtype=np.uint8)
+        for block in _checked_blocks(table, shard, sums_of(folder, shard)):
+            data = np.frombuffer(block, dtype=np.uint8)[skip:][:left]
+            skip, left = max(0, skip - len(block)), left - len(data)
+            data = np.concatenate([kept, data])
+            whole = len(data) // table.row_bytes * table.row_bytes
+            kept = data[whole:]
+            if whole:
+                yield data[:whole].reshape(-1, table.row_bytes)
+
+
+def _checked_blocks(table: TableFile, shard: Shard, sums: Sums | None) -> Iterator[bytes]:
+    """The bytes of a shard's file."""
+    block_bytes = READ_BYTES if sums is None else sums.block_bytes
+    step = max(READ_BYTES // block_bytes, 1) * block_bytes
+    first = 0
+    try:
+        with shard.path.open("rb") as file:
+            while data := file.read(step):
+                if sums is not None:
+                    _check(table, shard, sums, first, data)
+                yield data
+                first += len(data)
+    except OSError as error:
+        raise ValueError(f"{shard.path} cannot be read from byte {first} on ({error.strerror}): {AGAIN}") from error
+
+
+def _check(table: TableFile, shard: Shard, sums: Sums, first: int, data: bytes) -> None:
+    view = memoryview(data)
+    for start in range(0, len(data), sums.block_bytes):
+        part, index = view[start : start + sums.block_bytes], (first + start) // sums.block_bytes
+        if index >= len(sums.values) or zlib.crc32(part) != sums.values[index]:
+            raise ValueError(_damage(table, shard, sums, first + start, first + start + len(part) - 1))
+
+
+def _damage(table: TableFile, shard: Shard, sums: Sums, first: int, last: int) -> str:
+    low, high = ((byte - shard.start) // table.row_bytes for byte in (first, last))
+    rows = f"rows {shard.first_row + max(low, 0)} to {shard.first_row + min(high, shard.num_rows - 1)}"
+    what = f"{rows} of table {table.layer}" if high >= 0 else f"the header of table {table.layer}"
+    return f"{shard.path} is damaged in bytes {first} to {last}, {what}, by the checksums in {sums.path.name}: {AGAIN}"

@@ -1,0 +1,296 @@
+"""Optimizers: Muon for matrices, AdamW for the rest, a row optimizer for memory tables, behind the interface of one.
+
+Shape letters: O output width, I input width, E experts of a stack.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from engrammar.train.placement import TablePlacement, placement_of
+from engrammar.train.row_optimizers import (
+    Closure,
+    Rounding,
+    RowOptimizer,
+    RowOptimizerKind,
+    build_row_optimizer,
+    evaluate,
+    sum_by_row,
+)
+
+# The quintic of Keller Jordan's post: its slope at zero is as steep as five steps allow, so singular values land
+# near 1 (about 0.7 to 1.2), not on it.
+NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+NEWTON_SCHULZ_STEPS = 5
+# Matrices that Muon leaves to AdamW: output head, router, depthwise convolution, hyper-connection mixers.
+ADAMW_MATRICES = re.compile(r"(^|\.)lm_head\.|(^|\.)mlp\.gate\.weight$|conv(\.|_weight$)|(^|\.)(hc_)?fn$")
+
+
+def orthogonalise(update: Tensor) -> Tensor:
+    """Nearest semi-orthogonal matrix, roughly: `[O, I]` or each `[O, I]` of `[E, O, I]` -> same shape.
+
+    Newton-Schulz iteration of Jordan et al., https://kellerjordan.github.io/posts/muon; a zero matrix stays zero.
+    Returns fp32 on the CPU (where a bf16 product is very slow) and bf16 elsewhere.
+    """
+    a, b, c = NEWTON_SCHULZ_COEFFICIENTS
+    num_rows, num_columns = update.shape[-2:]
+    x = update.float().reshape(-1, num_rows, num_columns)
+    x = x.mT if num_rows > num_columns else x  # the smaller Gram matrix of the two
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # the iteration needs singular values of at most 1
+    x = x if x.device.type == "cpu" else x.bfloat16()
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if num_rows > num_columns else x).reshape(update.shape)
+
+
+class Muon(Optimizer):
+    """Nesterov momentum, orthogonalised, for matrices `[O, I]` and stacks of matrices `[E, O, I]`.
+
+    Each matrix of a stack gets the update it would get alone. Weight decay is decoupled; the step is
+    `lr * 0.2 * sqrt(max(O, I))`, which matches the size of an AdamW step, so both share one lr.
+    Sources: Muon (Jordan et al., https://kellerjordan.github.io/posts/muon), step size arXiv 2502.16982.
+    Equals `torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`, which takes `[O, I]` only.
+    Raises ValueError for parameters of other dimensions and for sparse gradients.
+    """
+
+    def __init__(self, params: ParamsT, *, lr: float, weight_decay: float = 0.1, momentum: float = 0.95) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.ndim not in (2, 3):
+                    raise ValueError(f"Muon takes [O, I] or [E, O, I] parameters, got shape {tuple(param.shape)}.")
+
+    @torch.no_grad()
+    def step(self, closure: Closure | None = None) -> Any:
+        """One update of every parameter that has a gradient; returns what `closure` returns."""
+        loss = evaluate(closure)
+        for group in self.param_groups:
+            lr, momentum = group["lr"], group["momentum"]
+            for param in group["params"]:
+                grad = param.grad
+                if grad is None:
+                    continue
+                if grad.is_sparse:
+                    raise ValueError(f"Muon takes dense gradients, got a sparse one of shape {tuple(grad.shape)}.")
+                state = self.state[param]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(grad)
+                momentum_buffer = state["momentum_buffer"].lerp_(grad, 1 - momentum)
+                update = orthogonalise(grad.lerp(momentum_buffer, momentum))
+                param.mul_(1 - lr * group["weight_decay"])
+                param.add_(update, alpha=-lr * 0.2 * math.sqrt(max(param.shape[-2:])))
+        return loss
+
+
+class DenseAdam(torch.optim.Adam):
+    """torch's Adam over every row of a table in every step: the baseline of the row optimizers.
+
+    Its time and memory are those of the whole table.
+    """
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for table_RC in group["params"]:
+                grad = table_RC.grad
+                table_RC.grad = torch.zeros_like(table_RC) if grad is None else grad.to_dense()
+        return super().step(closure)
+
+
+class MixedOptimizer(Optimizer):
+    """Several optimizers behind the interface of one, for learning rate schedulers, accelerate and Trainer.
+
+    `param_groups` concatenates the inner optimizers' own group dicts, so whatever a scheduler writes into a group
+    reaches the optimizer that reads it. Groups are fixed at construction.
+    """
+
+    def __init__(
+        self, inner: Sequence[Optimizer], placement: TablePlacement | None = None, max_grad_norm: float | None = None
+    ) -> None:
+        super().__init__([group for optimizer in inner for group in optimizer.param_groups], {})
+        self.inner = tuple(inner)
+        self.placement = placement
+        self.max_grad_norm = max_grad_norm
+        self.rows_apart = False  # True: `state_dict` leaves out the rows' state, which the placement saves
+        self.rows = next((optimizer for optimizer in inner if isinstance(optimizer, RowOptimizer)), None)
+        if placement is not None and self.rows is not None:
+            self.rows.home = placement.home
+
+    @property  # type: ignore[override]
+    def state(self) -> dict[Tensor, Any]:
+        """State of every parameter: a new dict over the inner optimizers' own per-parameter dicts."""
+        return {param: state for optimizer in self.inner for param, state in optimizer.state.items()}
+
+    @state.setter
+    def state(self, state: dict[Tensor, Any]) -> None:
+        assert not state, "only Optimizer.__init__ sets it, to an empty dict: state lives in the inner optimizers"
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused once built: raises ValueError."""
+        if hasattr(self, "inner"):
+            raise ValueError("MixedOptimizer has fixed groups; build a new one from optimizers that hold the group.")
+        super().add_param_group(param_group)
+
+    @torch.no_grad()
+    def step(self, closure: Closure | None = None) -> Any:
+        """One step of every inner optimizer; returns what `closure` returns."""
+        loss = evaluate(closure)
+        if self.max_grad_norm is not None:
+            self.clip_grad_norm(self.max_grad_norm)
+        if self.placement is not None:
+            self.placement.collect()
+        for optimizer in self.inner:
+            optimizer.step()
+        if self.placement is not None:
+            for table_RC in self.placement.tables.values():
+                table_RC.grad = None  # model.zero_grad() does not reach it
+        return loss
+
+    def clip_grad_norm(self, max_norm: float) -> Tensor:
+        """`clip_grad_norm` of every parameter, gradients of placed tables collected first."""
+        if self.placement is not None:
+            self.placement.collect()
+        parameters = [param for group in self.param_groups for param in group["params"]]
+        return clip_grad_norm(parameters, max_norm, self.placement)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        if self.placement is not None:
+            self.placement.zero_grad()
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.placement is not None:
+            self.placement.flush()
+        state = super().state_dict()
+        if self.rows_apart:
+            of_rows = {i for group in state["param_groups"] if group.get("name") == "memory" for i in group["params"]}
+            state["state"] = {i: values for i, values in state["state"].items() if i not in of_rows}
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict()` returned. Raises ValueError if names or sizes of the groups differ."""
+        saved_groups = state_dict["param_groups"]
+        saved, own = ([(g.get("name"), len(g["params"])) for g in gs] for gs in (saved_groups, self.param_groups))
+        if saved != own:
+            raise ValueError(f"Saved groups (name, number of parameters) are {saved}, this optimizer's are {own}.")
+        start = 0
+        for optimizer in self.inner:
+            groups = saved_groups[start : start + len(optimizer.param_groups)]
+            start += len(groups)
+            ids = [saved_id for group in groups for saved_id in group["params"]]
+            state = {saved_id: state_dict["state"][saved_id] for saved_id in ids if saved_id in state_dict["state"]}
+            optimizer.load_state_dict({"state": state, "param_groups": groups})
+        # Loading gave the inner optimizers new group dicts.
+        self.param_groups = [group for optimizer in self.inner for group in optimizer.param_groups]
+
+
+def build_optimizer(
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    eps: float,
+    memory_lr_scale: float = 5.0,
+    muon_momentum: float = 0.95,
+    matrices: Literal["muon", "adamw"] = "muon",
+    memory: RowOptimizerKind | Literal["dense_adam"] = "row_adam",
+    memory_rounding: Rounding = "nearest",
+    max_grad_norm: float | None = None,
+) -> MixedOptimizer:
+    """Sort the model's trainable parameters into groups named "muon", "adamw_decay", "adamw_no_decay" and "memory".
+
+    memory: parameters with `is_memory_table = True`, the row optimizer called `memory` (or the baseline `DenseAdam`) at
+    `lr * memory_lr_scale`, no decay; `memory_rounding` says how bf16 tables are written.
+    muon: matrices `[O, I]` and stacks `[E, O, I]` of the backbone, except embeddings, `lm_head`, routers
+    (`mlp.gate.weight`), depthwise convolutions (`conv.`), hyper-connections (`fn`, `hc_fn`) and stacked norm weights;
+    with matrices="adamw" they join adamw_decay. adamw_no_decay: vectors, scalars and all norm weights. adamw_decay: the
+    rest. Tied weights count once; empty groups are left out. With `max_grad_norm` each step clips first, rows and dense
+    gradients together: for loops that cannot, like transformers' plain Trainer (its own max_grad_norm is then 0).
+    Tables that `place_tables` took out of the model are found; place them before.
+    Raises ValueError for another `matrices`, `memory` or `memory_rounding`, and for a model without trainable
+    parameters.
+    Source: arXiv 2601.07372, section 4 (Muon for the backbone, Adam for tables at five times its lr without decay).
+    """
+    if matrices not in ("muon", "adamw"):
+        raise ValueError(f'matrices must be "muon" or "adamw", got {matrices!r}.')
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    groups: dict[str, list[nn.Parameter]] = {"muon": [], "adamw_decay": [], "adamw_no_decay": [], "memory": []}
+    placement = placement_of(model)
+    placed = {} if placement is None else placement.tables
+    for name, param in [*model.named_parameters(), *placed.items()]:
+        if not param.requires_grad:
+            continue
+        if getattr(param, "is_memory_table", False) is True:
+            groups["memory"].append(param)
+        elif param.ndim < 2 or "norm" in name:
+            groups["adamw_no_decay"].append(param)
+        elif matrices == "adamw" or param.ndim > 3 or id(param) in embeddings or ADAMW_MATRICES.search(name):
+            groups["adamw_decay"].append(param)
+        else:
+            groups["muon"].append(param)
+    num_grouped = sum(param.numel() for group in groups.values() for param in group)
+    trainable = [param for param in [*model.parameters(), *placed.values()] if param.requires_grad]
+    num_trainable = sum(param.numel() for param in trainable)
+    assert num_grouped == num_trainable, (num_grouped, num_trainable)
+    if num_trainable == 0:
+        raise ValueError("The model has no trainable parameter: every requires_grad is False.")
+
+    def filled(name: str, **settings: float) -> list[dict[str, Any]]:
+        return [{"params": groups[name], "name": name, **settings}] if groups[name] else []
+
+    inner: list[Optimizer] = []
+    if muon := filled("muon"):
+        inner.append(Muon(muon, lr=lr, weight_decay=weight_decay, momentum=muon_momentum))
+    if adamw := filled("adamw_decay", weight_decay=weight_decay) + filled("adamw_no_decay", weight_decay=0.0):
+        inner.append(torch.optim.AdamW(adamw, lr=lr, betas=betas, eps=eps))
+    if tables := filled("memory"):
+        memory_lr = lr * memory_lr_scale
+        if memory == "dense_adam":
+            if placement is not None:
+                raise ValueError('memory="dense_adam" updates every row: it is for tables that are not placed.')
+            inner.append(DenseAdam(tables, lr=memory_lr, betas=betas, eps=eps))
+        else:
+            rows = build_row_optimizer(memory, tables, lr=memory_lr, betas=betas, eps=eps, rounding=memory_rounding)
+            inner.append(rows)
+    return MixedOptimizer(inner, placement, max_grad_norm)
+
+
+@torch.no_grad()
+def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float, placement: TablePlacement | None = None) -> Tensor:
+    """Scale gradients in place so that their total L2 norm is at most `max_norm`; returns the norm before, a scalar.
+
+    As `torch.nn.utils.clip_grad_norm_`, which refuses sparse gradients: those are replaced by their coalesced form
+    here, so that a row touched twice counts as one sum. The rows of a `placement` over several ranks count on every
+    rank. `math.inf` only measures. A norm that is not finite leaves the gradients as they are. Raises ValueError unless
+    `max_norm` is over 0.
+    """
+    if not max_norm > 0:
+        raise ValueError(f"max_norm must be over 0 (math.inf only measures), got {max_norm}.")
+    sharded = placement is not None and placement.num_ranks > 1
+    values: list[Tensor] = []
+    row_values: list[Tensor] = []
+    for param in parameters:
+        if param.grad is not None and param.grad.is_sparse:
+            param.grad = sum_by_row(param.grad)
+            (row_values if sharded else values).append(param.grad.values())
+        elif param.grad is not None:
+            values.append(param.grad)
+    norm = nn.utils.get_total_norm([value for value in values if not isinstance(value, DTensor)])
+    if in_shards := [value for value in values if isinstance(value, DTensor)]:
+        norm_of_shards = nn.utils.get_total_norm(in_shards)
+        assert isinstance(norm_of_shards, DTensor)
+        norm = torch.hypot(norm, norm_of_shards.full_tensor())
+    if placement is not None and sharded:
+        squares = placement.home.all_sum(sum((v.square().sum() for v in row_values), torch.zeros(())))
+        norm = (norm.square() + squares.to(norm.device)).sqrt()
+    if max_norm < norm.item() < math.inf:  # False for nan
+        for value in (*values, *row_values):
+            value.mul_((max_norm / (norm + 1e-6)).to(value.device))
+    return norm

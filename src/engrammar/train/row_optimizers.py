@@ -1,0 +1,337 @@
+"""Optimizers of memory tables whose time and memory follow the touched rows: lazy Adam, row Adam, Sinkhorn.
+
+Shape letters: R rows of a table, C row width, U touched rows.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from engrammar.train.pages import zeros_in_ram
+
+Closure = Callable[[], float]
+RowOptimizerKind = Literal["adam", "row_adam", "sinkhorn"]
+Rounding = Literal["nearest", "stochastic"]
+StateLayout = dict[str, tuple[torch.dtype, Literal["element", "row"]]]  # one number per element or per row
+
+COUNT_BITS = 8  # of a row's word in RowAdam
+MAX_COUNT = 2**COUNT_BITS - 1
+SINKHORN_STEPS = 11  # odd: rows, columns, ..., rows
+SINKHORN_SMALL_ROW = 1e-3  # of the mean row norm
+
+
+def evaluate(closure: Closure | None) -> float | None:
+    """What `closure` returns, with gradients on; None without one."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
+def _now(update: Callable[[], None]) -> None:
+    update()
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return zeros_in_ram(shape, dtype) if device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Home:
+    """Where the tables of an optimizer live.
+
+    Attributes:
+        allocate: zeros of a shape, for state.
+        submit: carries an update out, now or in order behind others.
+        all_sum: the sum of a tensor over the ranks that share the tables, in place.
+    """
+
+    allocate: Callable[[Sequence[int], torch.dtype, torch.device], Tensor] = _allocate
+    submit: Callable[[Callable[[], None]], None] = _now
+    all_sum: Callable[[Tensor], Tensor] = _same
+
+
+def sum_by_row(gradient: Tensor) -> Tensor:
+    """A sparse gradient of a table as a coalesced one: rows distinct and ascending, gradients of equal rows summed.
+
+    Rows that are so already are not summed again, and the values are then shared with `gradient`: `MemoryTable` hands
+    over such rows, but autograd drops the flag that says it.
+    """
+    rows = gradient._indices()
+    if gradient.is_coalesced() or rows.shape[0] != 1 or not bool((rows[0, 1:] > rows[0, :-1]).all()):
+        return gradient.coalesce()
+    return torch.sparse_coo_tensor(rows, gradient._values(), gradient.shape, is_coalesced=True, check_invariants=False)
+
+
+def round_stochastically(values: Tensor, seed: int) -> Tensor:
+    """fp32 -> bf16, up or down with the probability that makes the mean exact.
+
+    The upper half of an fp32 is a bf16, so a random number added to the lower half carries with that probability.
+    """
+    # 64 random bits serve four numbers: drawing them one by one would cost more than an Adam step.
+    num_draws = math.ceil(values.numel() / 4)
+    bits = torch.empty(num_draws, dtype=torch.int64, device=values.device)
+    bits.random_(-(2**63), None, generator=torch.Generator(values.device).manual_seed(seed))
+    lower_half = bits.view(torch.uint16)[: values.numel()].view(values.shape).int()
+    return ((values.contiguous().view(torch.int32) + lower_half) & -(2**16)).view(torch.float32).bfloat16()
+
+
+def balance_(update_UC: Tensor, all_sum: Callable[[Tensor], Tensor] = _same) -> Tensor:
+    """Sinkhorn balance in place: rows and columns scaled in turn to norm 1, 11 times, ending on rows; RMS 1 in a row.
+
+    Rows whose norm is not over 1e-3 of the mean row norm, and rows of zeros, come out as zeros and do not count.
+    Scaling rows and columns of x in turn needs only the sums of its squares: 11 products of x^2 with a vector. Where
+    rows are spread over ranks, `all_sum` adds what their columns sum to.
+    """
+    norm_U1 = torch.linalg.vector_norm(update_UC, dim=1, keepdim=True)
+    norm_and_count = all_sum(torch.stack([norm_U1.sum(), torch.tensor(float(len(norm_U1)), device=norm_U1.device)]))
+    mean_norm = (norm_and_count[0] / norm_and_count[1]).clamp(min=1e-30)
+    kept_UC = update_UC.div_(mean_norm).masked_fill_(norm_U1 <= SINKHORN_SMALL_ROW * mean_norm, 0)
+    square_UC = kept_UC.square()
+    column_square_C = torch.ones_like(square_UC[0])  # squared factor of each column, as row_square_U of each row
+    for _ in range(SINKHORN_STEPS // 2):
+        row_square_U = (square_UC @ column_square_C).clamp_(min=1e-30).reciprocal_()
+        column_square_C = all_sum(row_square_U @ square_UC).clamp_(min=1e-30).reciprocal_()
+    row_square_U = (square_UC @ column_square_C).clamp_(min=1e-30).reciprocal_()
+    num_columns = update_UC.shape[1]
+    return kept_UC.mul_(column_square_C.sqrt_()).mul_(row_square_U.mul_(num_columns).sqrt_().unsqueeze(1))
+
+
+class RowOptimizer(Optimizer, ABC):
+    """Updates the touched rows of tables `[R, C]` with sparse gradients, and no others; abstract.
+
+    A row without a gradient keeps its bits, and so does its state. Tables are fp32 or bf16; state and update are
+    fp32, and each written number of a bf16 table is rounded once: "nearest" loses updates under about 1/256 of a
+    weight, "stochastic" keeps their mean (`round_stochastically`). On the CPU a page of state (4 KiB) takes memory
+    once one of its rows is touched. No weight decay (arXiv 2601.07372, section 4).
+    Raises ValueError for a dense gradient, for stochastic rounding of a table that is not bf16, and for loaded
+    state of another optimizer or another shape.
+    """
+
+    state_layout: ClassVar[StateLayout]
+    home = Home()  # `build_optimizer` sets the one that the tables' placement gives
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any], rounding: Rounding) -> None:
+        if rounding not in ("nearest", "stochastic"):
+            raise ValueError(f'rounding must be "nearest" or "stochastic", got {rounding!r}.')
+        super().__init__(params, {**defaults, "rounding": rounding})
+        for group in self.param_groups:
+            for table_RC in group["params"]:
+                if rounding == "stochastic" and table_RC.dtype != torch.bfloat16:
+                    raise ValueError(f'rounding="stochastic" is for bf16 tables, got one of {table_RC.dtype}.')
+
+    @abstractmethod
+    def _direction(self, rows_U: Tensor, grad_UC: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
+        """Updates the state of these rows; returns the fp32 `[U, C]` to be subtracted lr times."""
+
+    @torch.no_grad()
+    def step(self, closure: Closure | None = None) -> Any:
+        """One update of every touched row; returns what `closure` returns."""
+        loss = evaluate(closure)
+        for group in self.param_groups:
+            for table_RC in group["params"]:
+                if table_RC.grad is not None:
+                    seed = int(torch.randint(2**62, ())) if group["rounding"] == "stochastic" else None
+                    # The settings as they are now: a scheduler may write to the group before the update is done.
+                    self.home.submit(partial(self._update_table, table_RC, self._gradient(table_RC), {**group}, seed))
+        return loss
+
+    def _gradient(self, table_RC: Tensor) -> Tensor:
+        assert table_RC.grad is not None
+        if not table_RC.grad.is_sparse:
+            name, shape = type(self).__name__, tuple(table_RC.shape)
+            raise ValueError(f"{name} takes sparse gradients, got a dense one of shape {shape}.")
+        assert table_RC.grad.sparse_dim() == 1 and table_RC.ndim == 2, (table_RC.grad.sparse_dim(), table_RC.shape)
+        return table_RC.grad
+
+    @torch.no_grad()
+    def _update_table(self, table_RC: Tensor, gradient: Tensor, group: dict[str, Any], seed: int | None) -> None:
+        gradient = sum_by_row(gradient)
+        rows_U, grad_UC = gradient.indices()[0], gradient.values()
+        if rows_U.numel() == 0 and self.home.all_sum is _same:
+            return
+        update_UC = self._direction(rows_U, grad_UC.float(), self.state_of(table_RC), group)
+        updated_UC = table_RC.index_select(0, rows_U).float().add_(update_UC, alpha=-group["lr"])
+        rounded_UC = updated_UC.to(table_RC.dtype) if seed is None else round_stochastically(updated_UC, seed)
+        table_RC.index_copy_(0, rows_U, rounded_UC)
+
+    def layout(self, shape: Sequence[int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of each state of a table `[R, C]`."""
+        return {
+            key: (tuple(shape) if per == "element" else (shape[0],), dtype)
+            for key, (dtype, per) in self.state_layout.items()
+        }
+
+    def state_of(self, table_RC: Tensor) -> dict[str, Tensor]:
+        """The state of a table; zeros where no row was touched yet."""
+        state = self.state[table_RC]
+        if not state:
+            for key, (shape, dtype) in self.layout(table_RC.shape).items():
+                state[key] = self.home.allocate(shape, dtype, table_RC.device)
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As `Optimizer.load_state_dict`, which would cast the fp32 state of a bf16 table to bf16."""
+        super().load_state_dict({**state_dict, "state": {}})
+        saved_ids = [saved_id for group in state_dict["param_groups"] for saved_id in group["params"]]
+        tables = [table_RC for group in self.param_groups for table_RC in group["params"]]
+        for saved_id, table_RC in zip(saved_ids, tables, strict=True):
+            if saved_id not in state_dict["state"]:  # never touched before the save
+                continue
+            state = {key: value.to(table_RC.device) for key, value in state_dict["state"][saved_id].items()}
+            expected = self.layout(table_RC.shape)
+            if state.keys() != expected.keys():
+                name = type(self).__name__
+                raise ValueError(f"Saved state holds {sorted(state)}, {name} needs {sorted(expected)}: check `memory`.")
+            for key, (shape, dtype) in expected.items():
+                saved_shape = tuple(state[key].shape)
+                if saved_shape != shape:
+                    raise ValueError(f"Saved {key} has shape {saved_shape}, this table's is {shape}.")
+                assert state[key].dtype == dtype, (key, state[key].dtype)
+            self.state[table_RC] = state
+
+
+class LazyAdam(RowOptimizer):
+    """Adam on the touched rows: two fp32 buffers and a step count per row, 8 C + 4 bytes a row.
+
+    A row with a gradient at every step follows `torch.optim.Adam`. A row without one does not change by a bit, and
+    this is the difference from a dense Adam: there, momentum keeps moving rows after their last touch, and `exp_avg`
+    and `exp_avg_sq` decay once a step; here they decay once a touch. The step count for the bias correction is
+    per row, so a row's first update is a full one however late it comes.
+    """
+
+    state_layout: ClassVar[StateLayout] = {
+        "exp_avg": (torch.float32, "element"),
+        "exp_avg_sq": (torch.float32, "element"),
+        "step": (torch.int32, "row"),
+    }
+
+    def __init__(
+        self,
+        params: ParamsT,
+        *,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        rounding: Rounding = "nearest",
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps}, rounding)
+
+    def _direction(self, rows_U: Tensor, grad_UC: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
+        beta1, beta2 = group["betas"]
+        step_U = state["step"].index_select(0, rows_U) + 1
+        exp_avg_UC = state["exp_avg"].index_select(0, rows_U).lerp_(grad_UC, 1 - beta1)
+        exp_avg_sq_UC = state["exp_avg_sq"].index_select(0, rows_U)
+        exp_avg_sq_UC.mul_(beta2).addcmul_(grad_UC, grad_UC, value=1 - beta2)
+        state["step"].index_copy_(0, rows_U, step_U)
+        state["exp_avg"].index_copy_(0, rows_U, exp_avg_UC)
+        state["exp_avg_sq"].index_copy_(0, rows_U, exp_avg_sq_UC)
+        # In fp64, as 1 - beta2 is a difference of close numbers: fp32 would lose 4 digits of a row's first update.
+        correction1_U1 = (1 - beta1 ** step_U.double()).float().unsqueeze(1)
+        correction2_U1 = (1 - beta2 ** step_U.double()).sqrt().float().unsqueeze(1)
+        denominator_UC = exp_avg_sq_UC.sqrt_().div_(correction2_U1).add_(group["eps"])
+        return exp_avg_UC.div_(correction1_U1).div_(denominator_UC)
+
+
+class RowAdam(RowOptimizer):
+    """Adam without momentum and with one second moment per row, the mean over its squared gradients: 4 bytes a row.
+
+    It is `LazyAdam` with beta1 = 0 and `exp_avg_sq` averaged over the row: the moment decays once a touch, and its
+    bias is corrected by the row's own count of touches. Both share the row's 4 bytes: the last 8 bits of the fp32
+    moment, which is rounded to the 15 bits of fraction left, hold the count. It stops at 255; from there on the
+    average forgets by (1 - beta2) / (1 - beta2^255) a touch, so a beta2 over 0.98 acts as a shorter one: 0.999 as
+    0.9955. Decay per step instead (beta2^n for n steps untouched) would be exact in 4 bytes too, but gives a row
+    that is touched every n steps updates sqrt(n) times larger, up to 1/sqrt(1 - beta2).
+    """
+
+    state_layout: ClassVar[StateLayout] = {"moment_and_count": (torch.int32, "row")}
+
+    def __init__(
+        self,
+        params: ParamsT,
+        *,
+        lr: float,
+        beta2: float = 0.999,
+        eps: float = 1e-8,
+        rounding: Rounding = "nearest",
+    ) -> None:
+        super().__init__(params, {"lr": lr, "beta2": beta2, "eps": eps}, rounding)
+
+    def _direction(self, rows_U: Tensor, grad_UC: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
+        beta2 = group["beta2"]
+        word_U = state["moment_and_count"].index_select(0, rows_U)
+        count_U = (word_U & MAX_COUNT).add_(1).clamp_(max=MAX_COUNT)
+        moment_U = (word_U & ~MAX_COUNT).view(torch.float32)
+        # The bias-corrected average after k touches is a running mean with this weight.
+        weight_U = ((1 - beta2) / (1 - beta2 ** count_U.double())).float()
+        square_U = torch.linalg.vector_norm(grad_UC, dim=1).square_().div_(grad_UC.shape[1])
+        moment_U = moment_U.lerp(square_U, weight_U)
+        word_U = (moment_U.view(torch.int32) + (MAX_COUNT + 1) // 2) & ~MAX_COUNT | count_U
+        state["moment_and_count"].index_copy_(0, rows_U, word_U)
+        return grad_UC / moment_U.sqrt_().add_(group["eps"]).unsqueeze(1)
+
+
+class Sinkhorn(RowOptimizer):
+    """Nesterov momentum in one fp32 buffer, then `balance_` over the touched rows together: 4 C bytes a row.
+
+    Every updated row moves by lr RMS in each element, the size of a row's first Adam step, so Adam's lr is a fair
+    start. Momentum decays once a touch. Rows whose update is not over 1e-3 of the mean norm are not moved; their
+    momentum is kept up to date. A row's update depends on which other rows were touched, through the columns' norms.
+    Source: DeepSeek-V4.1.
+    """
+
+    state_layout: ClassVar[StateLayout] = {"momentum_buffer": (torch.float32, "element")}
+
+    def __init__(self, params: ParamsT, *, lr: float, momentum: float = 0.95, rounding: Rounding = "nearest") -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum}, rounding)
+
+    def _direction(self, rows_U: Tensor, grad_UC: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
+        momentum_UC = state["momentum_buffer"].index_select(0, rows_U).lerp_(grad_UC, 1 - group["momentum"])
+        state["momentum_buffer"].index_copy_(0, rows_U, momentum_UC)
+        return balance_(grad_UC.lerp(momentum_UC, group["momentum"]), self.home.all_sum)
+
+
+ROW_OPTIMIZERS: dict[RowOptimizerKind, type[RowOptimizer]] = {
+    "adam": LazyAdam,
+    "row_adam": RowAdam,
+    "sinkhorn": Sinkhorn,
+}
+
+
+def build_row_optimizer(
+    kind: RowOptimizerKind,
+    params: ParamsT,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    rounding: Rounding = "nearest",
+) -> RowOptimizer:
+    """The row optimizer of that name; "row_adam" takes the second of `betas`, "sinkhorn" neither betas nor eps.
+
+    Raises ValueError for another name and for another rounding.
+    """
+    if kind == "adam":
+        return LazyAdam(params, lr=lr, betas=betas, eps=eps, rounding=rounding)
+    if kind == "row_adam":
+        return RowAdam(params, lr=lr, beta2=betas[1], eps=eps, rounding=rounding)
+    if kind == "sinkhorn":
+        return Sinkhorn(params, lr=lr, rounding=rounding)
+    raise ValueError(f"memory must be one of {', '.join(ROW_OPTIMIZERS)}, got {kind!r}.")
+
+
+def state_bytes_per_row(kind: RowOptimizerKind, row_width: int) -> int:
+    """Bytes of optimizer state that a touched row of `row_width` elements takes."""
+    layout = ROW_OPTIMIZERS[kind].state_layout.values()
+    return sum(dtype.itemsize * (row_width if per == "element" else 1) for dtype, per in layout)

@@ -1,0 +1,57 @@
+"""`engrammar eval`: lm-evaluation-harness tasks on any model. As in `engrammar_cli`, it imports inside."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+
+def evaluate(
+    model: Positional[Path | None] = None,
+    /,
+    tasks: str = "",
+    limit: int | None = None,
+    batch_size: int = 8,
+    num_fewshot: int | None = None,
+    memory: Literal["weights", "ram", "disk", "off"] = "weights",
+    out: Path | None = None,
+    cache: Path = Path("data/pocket"),
+    list_sets: Annotated[bool, arg(name="list")] = False,
+) -> None:
+    """Score a model on tasks of lm-evaluation-harness, on question sets, or on questions of your own.
+
+    Args:
+        model: The folder of a model of ours or of any transformers causal LM.
+        tasks: Names, with commas between them: lm-eval's tasks, local/NAME (see --list), or a JSONL file of
+            context, choices and answer in each line.
+        limit: The most questions of a task.
+        batch_size: Requests at a time.
+        num_fewshot: Answered questions to put before each; without it, as each task says.
+        memory: Where the memory's tables stay; off scores the model without what its memory adds.
+        out: A JSON file for the scores.
+        cache: Where fetched question sets are kept.
+        list_sets: List the question sets and stop.
+    """
+    from engrammar_lab.question_sets import SETS
+
+    if list_sets:
+        for name, known in SETS.items():
+            print(f"local/{name}: {known.summary} ({known.num_questions:,} questions; licence: {known.licence})")
+        return
+    if model is None:
+        raise ValueError("engrammar eval needs the folder of a model; --list shows the question sets.")
+    from engrammar.tables.sealed import check_writable, write_text
+    from engrammar_lab import harness
+    from engrammar_lab.machine import describe_run
+
+    if out is not None:
+        check_writable(out.parent)
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    how = {"limit": limit, "batch_size": batch_size, "num_fewshot": num_fewshot}
+    result = harness.evaluate(model, names, memory=memory, cache=cache, **how)
+    result = describe_run(" ".join(["engrammar", *sys.argv[1:]])) | result
+    harness.show(result)
+    if out is not None:
+        write_text(out, json.dumps(result, indent=1) + "\n")

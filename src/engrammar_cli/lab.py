@@ -1,0 +1,137 @@
+"""`engrammar lab ...`: studies of what memory buys. As in `engrammar_cli`, commands import inside."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import tyro
+from tyro.conf import Positional
+
+from engrammar_cli.answer import answer
+
+app = tyro.extras.SubcommandApp()
+
+
+def _where(scale: str, out: Path | None, results: Path | None) -> dict[str, Path]:
+    return {"runs": out or Path("runs") / scale, "results": results or Path("results") / scale}
+
+
+@app.command
+def run(
+    study: Positional[str],
+    overrides: Positional[tuple[str, ...]] = (),
+    /,
+    scale: str = "lab",
+    seeds: int = 3,
+    jobs: int = 2,
+    out: Path | None = None,
+    results: Path | None = None,
+    dry_run: bool = False,
+) -> None:
+    """Run a study, or go on with one that was killed; results are written after each run.
+
+    Args:
+        study: allocation, scaling, rivals, pair, ablation, branches, placement, optimizer, dialects or boundary.
+        overrides: Settings for all of its points, as section.setting=value (trainer.max_steps=20 for a rehearsal).
+        scale: The recipe that points change: lab (two cores) or lab-100m (one GPU; jobs 1).
+        seeds: Runs of each point.
+        jobs: Runs at the same time, one thread each.
+        out: Folder for the runs [runs/SCALE].
+        results: Folder for the study's JSON [results/SCALE].
+        dry_run: Train nothing: prepare the text, count every point's parameters and FLOPs, and print them.
+    """
+    from engrammar_lab.studies import plan, run_study
+
+    if not dry_run:
+        run_study(study, **_where(scale, out, results), seeds=seeds, jobs=jobs, scale=scale, overrides=overrides)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("point", "total", "active", "rows", "tokens a run", "training FLOPs a run", title=f"{study}, {scale}")
+    planned = plan(study, scale=scale, seeds=seeds, overrides=overrides)
+    for point in planned:
+        counts = (f"{point[key]:,}" for key in ("total_parameters", "active_parameters", "memory_rows", "tokens"))
+        table.add_row(point["point"], *counts, f"{point['training_flops']:.2e}")
+    Console().print(table)
+    print(f"{len(planned) * seeds} runs, {sum(each['training_flops'] for each in planned) * seeds:.2e} FLOPs in all.")
+
+
+@app.command
+def rerun(
+    study: Positional[str],
+    point: Positional[str],
+    /,
+    seed: int = 0,
+    out: Path = Path("runs/rerun"),
+    results: Path = Path("results/lab"),
+) -> None:
+    """Train one point of a committed study again and compare: a stranger's check. Exit code 2 where it does not agree.
+
+    Args:
+        study: A study with results.
+        point: One of its points, as the report names it ("80%").
+        seed: Which of its runs.
+        out: Folder for the run; delete it to train again.
+        results: Folder with the studies' JSON.
+    """
+    from engrammar_lab.studies import rerun as again
+
+    found = again(study, point, seed, out=out, results=results)
+    difference = found.here - found.committed
+    print(f"{study}, {point}, seed {seed}: {found.committed:.6f} bits per byte committed, {found.here:.6f} here.")
+    if difference == 0:
+        print("Equal to the last bit.")
+        return
+    if found.committed_on != found.here_on:
+        print(f"The committed run used {found.committed_on or 'unrecorded'} instructions, this one {found.here_on}.")
+    usual = f"two runs of a point differ by up to {found.most_apart:.6f}, 99 times in 100."
+    if abs(difference) > found.most_apart:
+        raise ValueError(f"They differ by {difference:+.6f}, too much: {usual}")
+    print(f"They differ by {difference:+.6f}; {usual}")
+
+
+@app.command
+def measure(
+    overrides: Positional[tuple[str, ...]] = (),
+    /,
+    scale: str = "lab",
+    seeds: int = 3,
+    jobs: int = 2,
+    out: Path | None = None,
+    results: Path | None = None,
+) -> None:
+    """Measure the models of the study `pair` beside their loss: tasks, depth, gates over text, row traffic.
+
+    Args:
+        overrides: Those that the study was run with.
+        scale: The scale that it was run at.
+        seeds: As the study's.
+        jobs: Seeds at the same time, one thread each.
+        out: Folder with the runs [runs/SCALE].
+        results: Folder for the JSON [results/SCALE].
+    """
+    from engrammar_lab.measure import run_measures
+
+    run_measures(**_where(scale, out, results), seeds=seeds, jobs=jobs, scale=scale, overrides=overrides)
+
+
+@app.command
+def report(results: Path = Path("results/lab"), check: bool = False) -> None:
+    """Make the report from the results, or check that it follows from them.
+
+    Args:
+        results: Folder with the studies' JSON.
+        check: Change nothing; exit 2 where the report is not what the JSON says.
+    """
+    from engrammar_lab.report import write_report
+
+    write_report(results, check=check)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """`engrammar lab ARGS`."""
+    answer(app, "engrammar lab", "Studies of what memory buys.", args)
+
+
+if __name__ == "__main__":
+    main()

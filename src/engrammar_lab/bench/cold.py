@@ -1,0 +1,190 @@
+"""Rows from a disk of which nothing is in memory, beside what the disk itself can do.
+
+Cold means: `os.sync`, the file's pages dropped, a fresh process for each way and round. Letters: U rows, P pages.
+"""
+
+import os
+import time
+from collections.abc import Iterator
+from statistics import median
+from threading import Thread
+from typing import Any
+
+import numpy as np
+
+from engrammar.stores.aio import AioQueue
+from engrammar.tables.folder import PAGE, TableFile
+from engrammar_lab.bench.files import drop_page_cache
+from engrammar_lab.bench.large_file import count_pages, draw_rows, in_fresh_process
+from engrammar_lab.bench.readers import (
+    ADVISED,
+    DISK,
+    ENGRAMDB,
+    ENGRAMDB_PAGES,
+    FROM_FILE,
+    READERS,
+    TAKE,
+    why_no_engramdb,
+)
+
+SLOW = (TAKE, FROM_FILE)  # which read ahead: fewer rows or one round are enough
+THREADS, DEPTHS = (16, 64, 128), (64, 256, 512)
+LIMIT_TARGET, BYTES_TARGET, ENGRAMDB_TARGET = 0.85, 1.05, 1.5
+NUM_CHECKED = 200
+
+
+def measure_cold(table: TableFile, way: str, num_rows: int, seed: int) -> dict[str, float]:
+    """Seconds of one call, distinct pages of its rows, and bytes that came from the disk."""
+    rows_U = draw_rows(table, num_rows, seed)
+    (shard,) = table.shards
+    os.sync()
+    drop_page_cache(shard.path)
+    read = READERS[way](table)
+    before, started = bytes_from_disk(), time.perf_counter()
+    rows_US = read(rows_U)
+    seconds, num_bytes = time.perf_counter() - started, bytes_from_disk() - before
+    with shard.path.open("rb") as file:
+        for row, found in zip(rows_U[:NUM_CHECKED].tolist(), rows_US):
+            file.seek(shard.start + row * table.row_bytes)
+            assert file.read(table.row_bytes) == found.tobytes(), f"{way} read row {row} wrongly"
+    return {"seconds": seconds, "pages": count_pages(table, rows_U), "bytes": num_bytes}
+
+
+def bytes_from_disk() -> int:
+    """That this process caused to be read so far."""
+    with open("/proc/self/io") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("read_bytes"))
+
+
+def measure_limit(table: TableFile, num_pages: int, seed: int) -> dict[str, float]:
+    """Pages/s that the disk delivers past the page cache to threads and to asynchronous reads; nothing else is done."""
+    (shard,) = table.shards
+    random = np.random.default_rng(seed)
+    handle = os.open(shard.path, os.O_RDONLY | os.O_DIRECT)
+    rates = {}
+    for kind, numbers, reading in (("threads", THREADS, _read_by_threads), ("AIO, depth", DEPTHS, _read_by_aio)):
+        for number in numbers:
+            page_P = np.unique(random.integers(0, shard.path.stat().st_size // PAGE, num_pages))
+            queue = AioQueue(number)
+            started = time.perf_counter()
+            reading(handle, page_P, queue, number)
+            rates[f"{kind} {number}"] = len(page_P) / (time.perf_counter() - started)
+            queue.close()
+    os.close(handle)
+    return rates
+
+
+def _read_by_threads(handle: int, page_P: np.ndarray, queue: AioQueue, num_threads: int) -> None:
+    memory = queue.memory.data
+
+    def work(number: int, pages: Iterator[int]) -> None:
+        own = [memory[number * PAGE : (number + 1) * PAGE]]
+        for page in pages:
+            assert os.preadv(handle, own, page * PAGE) == PAGE
+
+    pages = iter(page_P.tolist())  # shared: who is done takes the next
+    threads = [Thread(target=work, args=(number, pages)) for number in range(num_threads)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def _read_by_aio(handle: int, page_P: np.ndarray, queue: AioQueue, depth: int) -> None:
+    slot_D, begin = np.arange(depth), 0
+    while begin < len(page_P) or queue.in_flight:
+        page_N = page_P[begin : begin + len(slot_D)]
+        slot_N = slot_D[: len(page_N)]
+        queue.start(np.full_like(slot_N, handle), page_N * PAGE, slot_N, np.ones_like(slot_N))
+        begin += len(page_N)
+        slot_D, result_D = queue.collect(max(1, depth // 8))
+        assert (result_D == PAGE).all()
+
+
+def bench_cold(quick: bool, table: TableFile) -> dict[str, Any]:
+    """Reads rows of a cold file in every way, after measuring what the disk can do, in rounds.
+
+    Returns:
+        `limit`: pages/s of the disk by kind of reads, the median of the rounds. `ways`: of each, rows/s and pages/s
+        (median), pages/s over the best of `limit` in the same round (`share`), and bytes read over those of the
+        distinct pages (`bytes`).
+    """
+    num_rows, rounds = (10_000, 1) if quick else (100_000, 3)
+    num_slow = num_rows // 20 if quick else num_rows
+    gib = table.num_rows * table.row_bytes / 2**30
+    rivals = () if why_no_engramdb() else (ENGRAMDB, ENGRAMDB_PAGES)
+    ways = (DISK, ADVISED, *rivals, *SLOW)  # ours next to the limit, which moves when others use the disk
+    limits: list[dict[str, float]] = []
+    runs: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
+    for turn in range(rounds):
+        limits.append(in_fresh_process(measure_limit, table, num_rows, turn))
+        for place, way in enumerate(ways):
+            if way not in SLOW or turn == 0:
+                count = num_slow if way in SLOW else num_rows
+                # Rows of their own, lest what is below the file system remembers the pages.
+                run = in_fresh_process(measure_cold, table, way, count, 1000 + turn * len(ways) + place)
+                runs[way].append(run | {"rows": count})
+    best = [max(limit.values()) for limit in limits]
+    return {
+        "shapes": f"cold file of {gib:g} GiB{' (smaller than it should be: hides read-ahead)' if quick else ''}, "
+        f"256-byte rows, {num_rows:,} uniform rows in one call ({num_slow:,} for {' and '.join(SLOW)}), "
+        f"{rounds} rounds in turn, a fresh process each",
+        "quick": quick,
+        "limit": {kind: median(limit[kind] for limit in limits) for kind in limits[0]},
+        "ways": {
+            way: {
+                "rows_per_second": median(run["rows"] / run["seconds"] for run in own),
+                "pages_per_second": median(run["pages"] / run["seconds"] for run in own),
+                "share": median(run["pages"] / run["seconds"] / limit for run, limit in zip(own, best)),
+                "bytes": median(run["bytes"] / PAGE / run["pages"] for run in own),
+            }
+            for way, own in runs.items()
+        },
+    }
+
+
+def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines: the disk's limit, then one for each way."""
+    header = ["cold", "rows/s", "pages/s", "of the limit", "bytes read / distinct pages"]
+    best = max(result["limit"].values())
+    lines = [
+        [f"limit: 4 KiB, O_DIRECT, {kind}", "", f"{rate:,.0f}", f"{rate / best:.1%}", ""]
+        for kind, rate in result["limit"].items()
+    ]
+    lines += [
+        [
+            way,
+            f"{own['rows_per_second']:,.0f}",
+            f"{own['pages_per_second']:,.0f}",
+            f"{own['share']:.1%}",
+            f"{own['bytes']:.3f}",
+        ]
+        for way, own in result["ways"].items()
+    ]
+    return header, lines
+
+
+def verdict(result: dict[str, Any]) -> str:
+    """Our store beside the disk's limit and the best of the others, and whether that is what was wanted."""
+    ways, own = result["ways"], result["ways"][DISK]
+    kind, rate = max(result["limit"].items(), key=lambda item: item[1])
+
+    def met(holds: bool, target: str) -> str:
+        return f"{'meets' if holds else 'misses'} the target of {target}"
+
+    text = (
+        f"The disk does {rate:,.0f} random 4 KiB reads/s at best ({kind}). {DISK}, checksums included, reads "
+        f"{own['share']:.2f} of the best of its round ({met(own['share'] >= LIMIT_TARGET, f'{LIMIT_TARGET}')}), and "
+        f"{own['bytes']:.3f} times the bytes of the distinct pages "
+        f"({met(own['bytes'] <= BYTES_TARGET, f'at most {BYTES_TARGET}')})."
+    )
+    rivals = [way for way in (ENGRAMDB, ENGRAMDB_PAGES) if way in ways]
+    if rivals:
+        best = max(rivals, key=lambda way: ways[way]["rows_per_second"])
+        times = own["rows_per_second"] / ways[best]["rows_per_second"]
+        target = met(times >= ENGRAMDB_TARGET, str(ENGRAMDB_TARGET))
+        text += f" That is {times:.2f} times engramdb's best, its {best.removeprefix('engramdb ')} ({target})."
+    else:
+        text += f" engramdb was not measured: {why_no_engramdb()}."
+    plain = own["rows_per_second"] / ways[TAKE]["rows_per_second"]
+    return text + f" {TAKE} reads {ways[TAKE]['bytes']:.0f} times those bytes: {DISK} is {plain:.0f} times as fast."

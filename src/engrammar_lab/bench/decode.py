@@ -1,0 +1,267 @@
+"""Decoding with tables on disk against tables in RAM: same model, same real text, same steps.
+
+One backbone with random weights; in each round every variant in turn gives it its rows. The text is fed token by token
+(nothing is sampled), so that all variants read the same rows. "Cold" has no cache: every row comes off the disk, past
+the page cache.
+"""
+
+import re
+import time
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from engrammar.config import MemoryConfig
+from engrammar.model.configuration import EngrammarConfig
+from engrammar.model.modeling import EngrammarForCausalLM
+from engrammar.model.presets import preset
+from engrammar.stores.base import RowStore
+from engrammar.stores.cache import CachedStore
+from engrammar.stores.disk import DiskStore
+from engrammar.stores.ram import RamStore
+from engrammar.stores.serving import StoredTables, serve_tables
+from engrammar.tables.folder import TableWriter, open_tables
+from engrammar.train.documents import read_documents
+from engrammar_lab.bench.files import bench_folder
+from engrammar_lab.machine import describe_run
+
+COLD, COLD_LATE, RAM = "disk, cold", "disk, cold, no prefetch", "RAM"
+WARM, WARM_LATE = "disk, warm cache", "disk, warm cache, no prefetch"
+VARIANTS = (COLD, COLD_LATE, RAM, WARM, WARM_LATE)  # cold ones first: nobody has read a round's rows before them
+PROMPT = 32
+BLOCK_ROWS = 1 << 16  # rows written at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What one run measures.
+
+    Attributes:
+        preset: the backbone, and the memory but for its rows.
+        rows_per_head: of each order.
+        batches: batch sizes.
+        rounds: in each, every variant decodes `steps` tokens of new text.
+        corpus: the text.
+    """
+
+    preset: str
+    rows_per_head: int
+    batches: tuple[int, ...]
+    rounds: int
+    steps: int
+    corpus: str
+
+
+FULL = Plan(preset="100m", rows_per_head=8_400_000, batches=(1, 16), rounds=5, steps=24, corpus="pocket:wiki")
+QUICK = Plan(preset="nano", rows_per_head=60_000, batches=(1, 4), rounds=2, steps=8, corpus="pocket:stdlib")
+
+
+def _config(plan: Plan) -> EngrammarConfig:
+    memory = preset(plan.preset).memory_config
+    assert memory is not None
+    rows = {"rows_per_head": [plan.rows_per_head] * len(memory.orders), "row_encoding": "bf16"}
+    return preset(plan.preset, memory=memory.to_json() | rows)
+
+
+def _make_tables(config: EngrammarConfig, folder: Path) -> None:
+    """Tables of random bf16 rows in `folder`, unless they are there from an earlier run."""
+    memory, geometry = config.memory_config, config.memory_geometry
+    assert memory is not None
+    if folder.exists():
+        if open_tables(folder).geometry != geometry:
+            raise ValueError(f"{folder} holds other tables: delete it.")
+        return
+    block = torch.empty(BLOCK_ROWS, memory.head_dim).normal_(0, 0.02).to(torch.bfloat16)
+    with TableWriter(
+        folder, memory=memory, geometry=geometry, encoding="bf16", source="engrammar bench decode"
+    ) as writer:
+        for index, layer in enumerate(memory.layers):
+            for first in range(0, geometry.num_stored_rows(index), BLOCK_ROWS):
+                rows = min(BLOCK_ROWS, geometry.num_stored_rows(index) - first)
+                writer.write(layer, block.roll(first // BLOCK_ROWS, 0)[:rows].view(torch.uint8))
+
+
+def _read_text(plan: Plan, vocab_size: int) -> Tensor:
+    """Ids of real text: a word's is its CRC-32 modulo the vocabulary. As many as the run needs, or all there are."""
+    wanted = (plan.rounds + 1) * (PROMPT + plan.steps) * sum(plan.batches)
+    ids: list[int] = []
+    for text in read_documents(plan.corpus, cache=Path("data/pocket")):
+        ids += [2 + zlib.crc32(word.encode()) % (vocab_size - 2) for word in re.findall(r"\w+|[^\w\s]", text)]
+        if len(ids) >= wanted:
+            break
+    return torch.tensor(ids)
+
+
+class Texts:
+    """Real text as ids, handed out piece by piece, none twice."""
+
+    def __init__(self, ids: Tensor) -> None:
+        self.ids, self.next = ids, 0
+
+    def take(self, batch: int, length: int) -> Tensor:
+        """ids [batch, length] that were not handed out before.
+
+        Raises:
+            ValueError: the text is at its end.
+        """
+        first, self.next = self.next, self.next + batch * length
+        if self.next > len(self.ids):
+            raise ValueError(f"The corpus has {len(self.ids)} tokens; this run needs more: name a longer one.")
+        return self.ids[first : self.next].view(batch, length)
+
+
+@torch.no_grad()
+def _decode(model: EngrammarForCausalLM, ids_BT: Tensor) -> list[float]:
+    """Seconds of each step, after a prompt."""
+    cache = DynamicCache(config=model.config)
+    model(ids_BT[:, :PROMPT], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    seconds = []
+    for position in range(PROMPT, ids_BT.shape[1]):
+        started = time.perf_counter()
+        model(ids_BT[:, position : position + 1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+def _serve(model: EngrammarForCausalLM, folder: Path, cache_rows: int) -> dict[str, StoredTables]:
+    """What gives the model its rows, by variant. Those with a cache share one, those in RAM one copy."""
+    stores: dict[tuple[str, int], RowStore] = {}
+
+    def opened(kind: str) -> StoredTables:
+        def open_store(table: Any) -> RowStore:
+            place = "RAM" if kind == RAM else "cache" if kind in (WARM, WARM_LATE) else "disk"
+            if (place, table.layer) not in stores:
+                store: RowStore = RamStore(table) if place == "RAM" else DiskStore(table)
+                stores[place, table.layer] = CachedStore(store, cache_rows) if place == "cache" else store
+            return stores[place, table.layer]
+
+        return serve_tables(model, folder, where=open_store, prefetch=kind not in (COLD_LATE, WARM_LATE))
+
+    return {kind: opened(kind) for kind in VARIANTS}
+
+
+def _give(model: EngrammarForCausalLM, source: StoredTables) -> None:
+    memory = model.model.memory
+    assert memory is not None
+    for layer in memory.config.layers:
+        memory.table(layer).source = source
+
+
+def _warm(model: EngrammarForCausalLM, source: StoredTables, ids_BT: Tensor) -> None:
+    """Reads the rows of a text until the cache has all of them."""
+    for name, rows in model.stored_rows(ids_BT).items():
+        store = source.stores[name]
+        assert isinstance(store, CachedStore)
+        for _ in range(8):
+            store.reset_counts()
+            store.fetch(rows.flatten().numpy()).wait()
+            if not store.misses:
+                break
+
+
+def _rates(plan: Plan, model: EngrammarForCausalLM, sources: Mapping[str, StoredTables], texts: Texts) -> Iterator[Any]:
+    """Per batch size: tokens/s of each variant (median over rounds), its share of RAM's, and misses of the cache."""
+    for batch in plan.batches:
+        seconds: dict[str, list[float]] = {kind: [] for kind in VARIANTS}
+        misses: dict[str, int] = {}
+        for turn in range(plan.rounds + 1):
+            ids_BT = texts.take(batch, PROMPT + plan.steps)
+            cold = (COLD, COLD_LATE) if turn % 2 else (COLD_LATE, COLD)
+            others = [kind for kind in VARIANTS if kind not in cold]
+            for kind in (*cold, *others[turn % 3 :], *others[: turn % 3]):
+                _give(model, sources[kind])
+                if kind in (WARM, WARM_LATE):
+                    _warm(model, sources[kind], ids_BT)
+                took = _decode(model, ids_BT)
+                if turn:  # the first round only warms up the model
+                    seconds[kind].append(median(took))
+                if kind in (WARM, WARM_LATE):
+                    found = sum(store.misses for store in sources[kind].stores.values())  # type: ignore[attr-defined]
+                    misses[kind] = misses.get(kind, 0) + found
+        yield {
+            "batch": batch,
+            "variants": {
+                kind: {
+                    "tokens_per_second": batch / median(seconds[kind]),
+                    "step_ms": 1e3 * median(seconds[kind]),
+                    "share": median(base / own for own, base in zip(seconds[kind], seconds[RAM])),
+                    **({"misses": misses[kind]} if kind in misses else {}),
+                }
+                for kind in VARIANTS
+            },
+        }
+
+
+def bench_decode(quick: bool, plan: Plan | None = None) -> dict[str, Any]:
+    """Decodes real text with the tables in RAM and on disk, cold and with a warm cache of 10 % of the rows.
+
+    Returns:
+        `batches`: per batch size and variant tokens/s, step time, and the share of RAM's tokens/s (median over rounds).
+    """
+    plan = plan or (QUICK if quick else FULL)
+    config = _config(plan)
+    memory = config.memory_config
+    assert isinstance(memory, MemoryConfig)
+    folder = bench_folder() / f"decode-{plan.preset}-{plan.rows_per_head}"
+    _make_tables(config, folder)
+    ids = _read_text(plan, config.vocab_size)
+    torch.manual_seed(0)
+    model = EngrammarForCausalLM(config, rows="elsewhere").eval()
+    assert model.model.memory is not None
+    model.model.memory.set_classes(torch.arange(config.vocab_size))
+    tables = open_tables(folder).tables.values()
+    cache_rows = min(table.num_rows for table in tables) // 10
+    sources = _serve(model, folder, cache_rows)
+    batches = list(_rates(plan, model, sources, Texts(ids)))
+    for source in sources.values():
+        source.close()
+    table_bytes = sum(table.num_rows * table.row_bytes for table in tables)
+    return {
+        **describe_run("engrammar bench decode"),
+        "quick": quick,
+        "shapes": f"{plan.preset}, fp32, {len(memory.layers)} layers of {memory.num_columns} rows of {memory.head_dim} "
+        f"bf16 a token, {table_bytes / 2**30:.2f} GiB of rows, {plan.rounds} rounds of {plan.steps} tokens after "
+        f"{PROMPT} of prompt",
+        "table_bytes": table_bytes,
+        "batches": batches,
+    }
+
+
+def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines, one for each batch size and variant."""
+    lines = [
+        [
+            str(part["batch"]),
+            kind,
+            f"{found['tokens_per_second']:,.1f}",
+            f"{found['step_ms']:.2f}",
+            f"{found['share']:.1%}",
+            str(found.get("misses", "")),
+        ]
+        for part in result["batches"]
+        for kind, found in part["variants"].items()
+    ]
+    return ["batch", "rows", "tokens/s", "step ms", "of RAM", "cache misses"], lines
+
+
+def verdict(result: dict[str, Any]) -> str:
+    """Against the targets: 97 % warm, 90 % cold."""
+    sentences = []
+    for kind, late, target in ((WARM, WARM_LATE, 0.97), (COLD, COLD_LATE, 0.90)):
+        shares = {part["batch"]: part["variants"][kind]["share"] for part in result["batches"]}
+        without = {part["batch"]: part["variants"][late]["share"] for part in result["batches"]}
+        met = "met" if min(shares.values()) >= target else "missed"
+        each = ", ".join(
+            f"{share:.1%} at batch {batch} ({without[batch]:.1%} without prefetch)" for batch, share in shares.items()
+        )
+        sentences.append(f"{kind}: {each}; the target of {target:.0%} is {met}.")
+    if result["quick"]:
+        sentences.append("Quick: a small table, which says little about a disk.")
+    return " ".join(sentences)

@@ -1,0 +1,183 @@
+"""Memory that stores take: of several processes on one table together, and over a long series of fetches.
+
+Letters: U rows of a call.
+"""
+
+import os
+import time
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from multiprocessing.synchronize import Barrier
+from typing import Any
+
+import numpy as np
+
+from engrammar.stores.base import RowStore
+from engrammar.stores.cache import CachedStore
+from engrammar.stores.disk import DiskStore
+from engrammar.stores.ram import RamStore
+from engrammar.tables.folder import PAGE, TableFile
+from engrammar_lab.bench.files import drop_page_cache, pages_in_cache, resident_bytes
+from engrammar_lab.bench.large_file import draw_rows, first_rows, in_fresh_process
+from engrammar_lab.bench.readers import CACHED, RAM
+
+NUM_PROCESSES = (1, 2, 4)
+NUM_SETS = 3  # of rows, which come round
+ROWS_PER_TOKEN = 16
+MIB = 2**20
+
+
+def memory_of_process() -> tuple[int, int]:
+    """Bytes in files and shared memory, of which what N processes map counts as an N-th (PSS), and bytes of its own."""
+    with open("/proc/self/smaps_rollup") as file:
+        sizes = {line.split()[0]: int(line.split()[1]) * 1024 for line in file if line.startswith("Pss")}
+    return sizes["Pss:"] - sizes["Pss_Anon:"], sizes["Pss_Anon:"]
+
+
+def _open(kind: str, table: TableFile, name: str) -> tuple[RowStore, int]:
+    """The store, and bytes of its rows."""
+    if kind == RAM:
+        return RamStore(table, shared=True), table.num_rows * table.row_bytes
+    cache_rows = table.num_rows // 2
+    return CachedStore(DiskStore(table), cache_rows, shared_name=name), cache_rows * table.row_bytes
+
+
+def _work(kind: str, table: TableFile, name: str, plan: tuple[int, float], barrier: Barrier, out: Connection) -> None:
+    (num_rows, seconds), before = plan, memory_of_process()
+    store, num_bytes = _open(kind, table, name)
+    sets = [draw_rows(table, num_rows, seed) for seed in range(NUM_SETS)]
+    for rows_U in sets * 3:
+        store.fetch(rows_U).wait()
+    barrier.wait()
+    started, num_calls = time.perf_counter(), 0
+    while time.perf_counter() - started < seconds:
+        store.fetch(sets[num_calls % NUM_SETS]).wait()
+        num_calls += 1
+    rate = num_calls * num_rows / (time.perf_counter() - started)
+    if kind == RAM:
+        for first in range(0, table.num_rows, num_rows):  # all of it counts, touched or not
+            store.fetch(np.arange(first, min(first + num_rows, table.num_rows))).wait()
+    del sets, rows_U
+    barrier.wait()
+    shared, own = (after - earlier for after, earlier in zip(memory_of_process(), before))
+    barrier.wait()  # nobody closes while another one counts
+    store.close()
+    out.send({"rows_per_second": rate, "shared": shared, "own": own, "bytes": num_bytes})
+
+
+def measure_processes(kind: str, table: TableFile, num_processes: int, plan: tuple[int, float]) -> dict[str, float]:
+    """What processes on one table do together, each asking for rows of a call again and again for some seconds.
+
+    Returns:
+        `rows_per_second` of all together; what opening and reading added to the memory of all: `memory`, of which `own`
+        is that which they do not share; `bytes` of the rows.
+    """
+    context = get_context("forkserver")
+    barrier = context.Barrier(num_processes, timeout=600)
+    pipes = [context.Pipe(duplex=False) for _ in range(num_processes)]
+    name = f"bench {os.getpid()}"
+    workers = [context.Process(target=_work, args=(kind, table, name, plan, barrier, out)) for _, out in pipes]
+    for worker in workers:
+        worker.start()
+    for _, out in pipes:
+        out.close()  # so that the end of a worker is seen
+    runs = [receive.recv() for receive, _ in pipes]
+    for worker in workers:
+        worker.join()
+    return {
+        "processes": num_processes,
+        "rows_per_second": sum(run["rows_per_second"] for run in runs),
+        "memory": sum(run["shared"] + run["own"] for run in runs),
+        "own": sum(run["own"] for run in runs),
+        "bytes": runs[0]["bytes"],
+    }
+
+
+def measure_long_run(table: TableFile, num_tokens: int, tokens_per_call: int) -> dict[str, float]:
+    """Memory and page cache that many fetches add, at most, and what they may: rows drawn as words are (Zipf)."""
+    path, cache_rows = table.shards[0].path, table.num_rows // 10
+    drop_page_cache(path)
+    num_pages = table.num_rows * table.row_bytes // PAGE
+    # A place's row, tag, count and mark, and up to 16 counts in the sketch; a sum for each page; calls and staging.
+    bound = cache_rows * (table.row_bytes + 10 + 16) + 4 * num_pages + 64 * MIB
+    memory, cached, random = resident_bytes(), pages_in_cache(path), np.random.default_rng(0)
+    store = CachedStore(DiskStore(table), cache_rows)
+    most, num_calls = 0, num_tokens // tokens_per_call
+    started = time.perf_counter()
+    for call in range(num_calls):
+        rank_U = table.num_rows ** random.random(tokens_per_call * ROWS_PER_TOKEN)
+        rows_U = (rank_U.astype(np.int64) * 0x9E3779B1) % table.num_rows
+        store.fetch(rows_U).wait()
+        if call % 16 == 0 or call == num_calls - 1:
+            grown = resident_bytes() - memory + PAGE * (pages_in_cache(path) - cached)
+            most = max(most, grown)
+    rate = num_calls * tokens_per_call * ROWS_PER_TOKEN / (time.perf_counter() - started)
+    hit_rate = store.hits / (store.hits + store.misses)
+    store.close()
+    return {"rows_per_second": rate, "memory": most, "bytes": bound, "hit_rate": hit_rate, "tokens": num_tokens}
+
+
+def bench_footprint(quick: bool, file: TableFile) -> dict[str, Any]:
+    """Opens one table in several processes at once, and reads a long series of rows through a cache of a tenth.
+
+    Returns:
+        `shared`: per store, what `measure_processes` says of each number of processes; `long`: `measure_long_run`'s.
+    """
+    warm_gib, plan = (0.0625, (20_000, 0.5)) if quick else (1, (100_000, 5.0))
+    num_tokens = 10_240 if quick else 1_000_000
+    gib = file.num_rows * file.row_bytes / 2**30
+    table = first_rows(file.shards[0].path, int(warm_gib * 2**30), 256)
+    return {
+        "shapes": f"shared: {warm_gib:g} GiB of 256-byte rows, {plan[0]:,} uniform rows a call, the cache as large as "
+        f"half of them; long: {num_tokens:,} tokens of {ROWS_PER_TOKEN} Zipf rows over {gib:g} GiB, "
+        "a cache of a tenth of the rows",
+        "quick": quick,
+        "shared": {
+            kind: [measure_processes(kind, table, count, plan) for count in NUM_PROCESSES] for kind in (RAM, CACHED)
+        },
+        "long": in_fresh_process(measure_long_run, file, num_tokens, 1024),
+    }
+
+
+def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines: each store in each number of processes, then the long run."""
+    header = ["memory", "processes", "MiB of rows, or bound", "MiB taken", "not shared", "million rows/s together"]
+
+    def line(name: str, processes: int, run: dict[str, float]) -> list[str]:
+        own = run.get("own", run["memory"])
+        numbers = [f"{size / MIB:,.0f}" for size in (run["bytes"], run["memory"], own)]
+        numbers.append(f"{run['rows_per_second'] / 1e6:.3g}")
+        return [name, str(processes), *numbers]
+
+    lines = [line(f"{kind}, shared", run["processes"], run) for kind, runs in result["shared"].items() for run in runs]
+    return header, [*lines, line(f"{CACHED}, {result['long']['tokens']:,} tokens", 1, result["long"])]
+
+
+def verdict(result: dict[str, Any]) -> str:
+    """Whether several processes hold one copy, and whether a long run stays within its bound."""
+    sentences = []
+    for kind, runs in result["shared"].items():
+        shared = [run["memory"] - run["own"] for run in runs]
+        counts, taken, own, rates = (
+            " / ".join(values)
+            for values in (
+                [str(run["processes"]) for run in runs],
+                [f"{size / MIB:,.0f}" for size in shared],
+                [f"{run['own'] / run['processes'] / MIB:,.0f}" for run in runs],
+                [f"{run['rows_per_second'] / 1e6:.3g}" for run in runs],
+            )
+        )
+        more = max(shared) - shared[0] > runs[0]["bytes"] / 2  # staging memory of each counts as shared
+        copies = "MORE THAN ONE COPY" if more else "one copy"
+        sentences.append(
+            f"{counts} processes on one {kind} share {taken} MiB ({copies}) and have {own} MiB each of their own; they "
+            f"read {rates} million rows/s together."
+        )
+    run = result["long"]
+    holds = "stays under" if run["memory"] <= run["bytes"] else "BREAKS"
+    sentences.append(
+        f"Over {run['tokens']:,} tokens ({run['hit_rate']:.0%} of their rows were in the cache), resident memory and "
+        f"page cache grew by {run['memory'] / MIB:,.0f} MiB at most, which {holds} the bound of "
+        f"{run['bytes'] / MIB:,.0f} MiB."
+    )
+    return " ".join(sentences)

@@ -1,0 +1,162 @@
+"""What addressing costs: tokens/s from raw ids to the rows of every memory layer, beside the authors' way of doing it.
+
+Letters: B batch, T tokens, V ids, H columns.
+"""
+
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from engrammar.addressing import derive_geometry, hash_ngrams, hash_ngrams_numpy, look_back
+from engrammar.config import PRESETS
+from engrammar_lab.machine import describe_run
+
+BATCH, LENGTH = 8, 2048
+NUM_IDS, NUM_CLASSES, FILL_CLASS = 128_815, 98_627, 2  # the sizes of DeepSeek-V3's class map
+CONFIG = PRESETS["demo"]
+GEOMETRY = derive_geometry(CONFIG, num_classes=NUM_CLASSES, fill_class=FILL_CLASS)
+LAYERS = range(len(CONFIG.layers))
+DEMO, NUMPY, TORCH = "demo-style NumPy", "ours, NumPy", "ours, torch"
+NUMPY_BY_TOKEN = "ours, NumPy, copied token by token"  # as demo-style lays its rows out
+FILL, COPY = "fill the output", "copy the output"
+
+Rows = list[NDArray[np.int64]]
+
+
+def _demo_style(ids_BT: NDArray[np.int64], classes_V: NDArray[np.int64]) -> Rows:
+    """The baseline: per layer shift by padding, XOR of products, `%` once per head, stack."""
+    class_BT = classes_V[ids_BT]
+    rows = []
+    for multipliers_N, sizes in zip(GEOMETRY.multipliers, GEOMETRY.table_sizes):
+        shifted = [
+            np.pad(class_BT, ((0, 0), (back, 0)), constant_values=FILL_CLASS)[:, :LENGTH]
+            for back in range(CONFIG.max_ngram_size)
+        ]
+        columns = []
+        for order, sizes_K in zip(CONFIG.orders, sizes):
+            mix_BT = shifted[0] * multipliers_N[0]
+            for back in range(1, order):
+                mix_BT = np.bitwise_xor(mix_BT, shifted[back] * multipliers_N[back])
+            columns += [mix_BT % size for size in sizes_K]
+        rows.append(np.stack(columns, axis=2))
+    return rows
+
+
+def _contenders() -> tuple[dict[str, Callable[[], Rows]], dict[str, Callable[[], object]]]:
+    """What is compared, and what the machine needs merely to write as many bytes."""
+    rng = np.random.default_rng(0)
+    ids_BT, classes_V = rng.integers(0, NUM_IDS, (BATCH, LENGTH)), rng.integers(0, NUM_CLASSES, NUM_IDS)
+    ids, classes = torch.from_numpy(ids_BT), torch.from_numpy(classes_V)
+    chosen: dict[str, Any] = {"config": CONFIG, "geometry": GEOMETRY}
+
+    def ours_numpy() -> Rows:
+        seen = [seen_BT.numpy() for seen_BT in look_back(ids, classes_V=classes, **chosen)]
+        return [hash_ngrams_numpy(seen, layer_index=index, **chosen) for index in LAYERS]
+
+    def ours_by_token() -> Rows:
+        return [np.ascontiguousarray(rows_BTH) for rows_BTH in ours_numpy()]
+
+    def ours_torch() -> Rows:
+        seen = look_back(ids, classes_V=classes, **chosen)
+        return [hash_ngrams(seen, layer_index=index, **chosen).numpy() for index in LAYERS]
+
+    output = np.empty((len(LAYERS), BATCH, LENGTH, CONFIG.num_columns), dtype=np.int64)
+    source = np.ones_like(output)
+    limits: dict[str, Callable[[], object]] = {FILL: lambda: output.fill(1), COPY: lambda: np.copyto(output, source)}
+    contenders: dict[str, Callable[[], Rows]] = {
+        DEMO: lambda: _demo_style(ids_BT, classes_V),
+        NUMPY: ours_numpy,
+        NUMPY_BY_TOKEN: ours_by_token,
+        TORCH: ours_torch,
+    }
+    return contenders, limits
+
+
+def _settle_allocator() -> None:
+    """Brings the C library to keep freed memory, as it does in a process that has run for a while.
+
+    Until one large block was freed it returns every output to the system, and each call then pays for fresh pages:
+    up to three times the arithmetic, by chance of what ran before.
+    """
+    np.ones(31 * 2**20, dtype=np.uint8)
+
+
+def bench_hash(quick: bool) -> dict[str, Any]:
+    """Times the ways to hash, in turn, so that all see the same machine, on one thread.
+
+    Returns:
+        tokens/s (median and best of the repeats) over both layers, class lookup included; `speedup` is ours in NumPy
+        over demo-style by the medians; `share_of_limit` is the time to write the output array over the time taken.
+        Ours lies in memory head by head; `speedup_by_token` includes a copy into demo-style's order.
+    """
+    repeats = 30 if quick else 300
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _measure(repeats) | {"quick": quick}
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _measure(repeats: int) -> dict[str, Any]:
+    contenders, limits = _contenders()
+    expected = contenders[DEMO]()
+    for name, contender in contenders.items():
+        equal = all(np.array_equal(rows_BTH, other) for rows_BTH, other in zip(contender(), expected))
+        assert equal, f"{name} differs from {DEMO}"
+    _settle_allocator()
+    times: dict[str, list[float]] = {name: [] for name in (*contenders, *limits)}
+    for index in range(repeats + 3):
+        for name, run in (*contenders.items(), *limits.items()):
+            started = time.perf_counter()
+            run()
+            if index >= 3:
+                times[name].append(time.perf_counter() - started)
+    num_tokens, limit = BATCH * LENGTH, median(times[FILL])
+    rates = {
+        name: {
+            "tokens_per_second": num_tokens / median(seconds),
+            "best_tokens_per_second": num_tokens / min(seconds),
+            "milliseconds": 1e3 * median(seconds),
+            "share_of_limit": limit / median(seconds),
+        }
+        for name, seconds in times.items()
+    }
+    return {
+        **describe_run("engrammar bench hash"),
+        "shapes": f"{BATCH} x {LENGTH} tokens, {len(LAYERS)} layers x {CONFIG.num_columns} heads, {repeats} runs each",
+        "rates": rates,
+        "speedup": rates[NUMPY]["tokens_per_second"] / rates[DEMO]["tokens_per_second"],
+        "speedup_by_token": rates[NUMPY_BY_TOKEN]["tokens_per_second"] / rates[DEMO]["tokens_per_second"],
+        "speedup_torch": rates[TORCH]["tokens_per_second"] / rates[DEMO]["tokens_per_second"],
+    }
+
+
+def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines, one for each way to hash."""
+    rows = [
+        [
+            name,
+            f"{rate['tokens_per_second'] / 1e6:.1f}",
+            f"{rate['best_tokens_per_second'] / 1e6:.1f}",
+            f"{rate['milliseconds']:.3f}",
+            f"{rate['share_of_limit']:.0%}",
+        ]
+        for name, rate in result["rates"].items()
+    ]
+    return ["", "million tokens/s", "best", "ms", "share of limit"], rows
+
+
+def verdict(result: dict[str, Any]) -> str:
+    """The speed-ups, and what the path that the model takes costs."""
+    return (
+        f"Ours in NumPy is {result['speedup']:.1f} times demo-style ({result['speedup_by_token']:.1f} with the rows "
+        f"then copied token by token); in torch {result['speedup_torch']:.1f}. Training and the model take the torch "
+        f"path, which costs {1e6 / result['rates'][TORCH]['tokens_per_second']:.1f} ms a thousand tokens; the NumPy "
+        "path is for reading ahead of them."
+    )

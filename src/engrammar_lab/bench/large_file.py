@@ -1,0 +1,94 @@
+"""A large file of rows for the benches of stores, kept from one run to the next, and what is read of it where.
+
+Letters: R rows, S bytes of a row.
+"""
+
+import shutil
+import struct
+import zlib
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from engrammar.tables.folder import PAGE, Shard, TableFile
+from engrammar_lab.bench.files import FOLDER, bench_folder
+
+START = PAGE  # the byte where rows begin
+BLOCK = 2**24  # bytes written at once
+T = TypeVar("T")
+
+
+def large_table(num_gib: float) -> TableFile:
+    """Random rows of 256 bytes in a file of so many GiB with checksums; written if it is not there yet.
+
+    Raises:
+        ValueError: there is no room for it.
+    """
+    num_bytes = int(num_gib * 2**30)
+    path = bench_folder() / f"rows-{num_gib:g}-GiB.safetensors"
+    sums = path.with_suffix(".crc32.safetensors")
+    if not sums.exists() or not path.exists() or path.stat().st_size != START + num_bytes:
+        free = shutil.disk_usage(path.parent).free
+        if free < num_bytes + 2**30:
+            raise ValueError(
+                f"{path.parent} has {free / 2**30:.0f} GiB free, the bench's file takes {num_gib:g}: name another "
+                f"folder in {FOLDER}, or run with --quick."
+            )
+        sums.unlink(missing_ok=True)
+        save_file({"crc32": _write(path, num_bytes)}, sums)  # last: an interrupted write is begun anew
+    return first_rows(path, num_bytes, 256)
+
+
+def _write(path: Path, num_bytes: int) -> np.ndarray:
+    """Fills the file; the CRC-32 of its pages."""
+    text = f'{{"t": {{"dtype": "U8", "shape": [{num_bytes // 256}, 256], "data_offsets": [0, {num_bytes}]}}}}'.encode()
+    text = text.ljust(START - 8)
+    blocks, random = [struct.pack("<Q", len(text)) + text], np.random.SFC64(0)
+    crc32 = []
+    with path.open("wb") as file:
+        for first in range(0, num_bytes, BLOCK):
+            blocks.append(random.random_raw(min(BLOCK, num_bytes - first) // 8).tobytes())
+            for block in blocks:
+                file.write(block)
+                view = memoryview(block)
+                crc32 += [zlib.crc32(view[page : page + PAGE]) for page in range(0, len(block), PAGE)]
+            blocks = []
+    return np.array(crc32, np.uint32)
+
+
+def first_rows(path: Path, num_bytes: int, row_bytes: int) -> TableFile:
+    """The first bytes of the rows of such a file as a table of its own, with rows of any size."""
+    num_rows = num_bytes // row_bytes
+    shard = Shard(
+        path=path,
+        tensor="t",
+        start=START,
+        first_row=0,
+        num_rows=num_rows,
+        crc32=path.with_suffix(".crc32.safetensors"),
+    )
+    return TableFile(layer=0, name="t", num_rows=num_rows, width=row_bytes, encoding="fp8", scale=None, shards=(shard,))
+
+
+def draw_rows(table: TableFile, num_rows: int, seed: int) -> np.ndarray:
+    """Uniform rows of a table."""
+    return np.random.default_rng(seed).integers(0, table.num_rows, num_rows)
+
+
+def count_pages(table: TableFile, rows_U: np.ndarray) -> int:
+    """Distinct pages that rows lie on."""
+    first_U = START + rows_U * table.row_bytes
+    return len(np.union1d(first_U // PAGE, (first_U + table.row_bytes - 1) // PAGE))
+
+
+def in_fresh_process(function: Callable[..., T], *arguments: object) -> T:
+    """What a function returns in a process that has read, mapped and computed nothing yet."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["engrammar_lab.bench.readers"])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, *arguments).result()

@@ -1,0 +1,245 @@
+"""What it costs to keep the tables off the device: tokens/s with them on it, in host RAM and in a file, overlapped.
+
+One backbone; per round it is given another memory and its optimizer, and only where that memory's rows are differs.
+"""
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engrammar.addressing import derive_geometry
+from engrammar.config import MemoryConfig
+from engrammar.memory import Memory
+from engrammar.model.modeling import EngrammarForCausalLM
+from engrammar.model.presets import preset
+from engrammar.train.optimizer import MixedOptimizer, build_optimizer
+from engrammar.train.placement import Overlap, TablePlacement, Where, place_tables
+from engrammar.train.row_optimizers import build_row_optimizer
+from engrammar_lab.bench.rows import BETAS, EPS, LR, MEMORY_LR, draw_ids
+from engrammar_lab.bench.rows import LENGTH as DRAWN_LENGTH
+from engrammar_lab.machine import describe_run
+
+BASELINE, EXACT, STALE = "device", "RAM, exact", "RAM, stale"
+VARIANTS: dict[str, tuple[Where, Overlap]] = {
+    BASELINE: ("device", "none"),
+    "RAM": ("ram", "none"),
+    EXACT: ("ram", "exact"),
+    STALE: ("ram", "stale"),
+    "file, exact": ("file", "exact"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What one run measures.
+
+    Attributes:
+        preset: the backbone, and the memory but for its rows.
+        rows_per_head: of each order.
+        batch, length: tokens of a step.
+        num_batches: batches that come round again and again; each variant sees all of them before it is timed.
+        rounds: of each variant, in turn.
+        steps: timed ones in a round.
+    """
+
+    preset: str
+    rows_per_head: int
+    batch: int
+    length: int
+    num_batches: int
+    rounds: int
+    steps: int
+
+
+ON_CPU = Plan(preset="nano", rows_per_head=100_000, batch=8, length=128, num_batches=4, rounds=6, steps=3)
+# Of one 80 GB GPU: rows and Adam's state are 6 GB, backbone and its state 8 GB, the rest activations.
+ON_ACCELERATOR = Plan(preset="100m", rows_per_head=500_000, batch=16, length=1024, num_batches=8, rounds=8, steps=8)
+
+
+def find_device() -> torch.device:
+    """The accelerator of this machine; without one, its CPU."""
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return torch.device("cpu") if device is None else device
+
+
+def _wait_for(device: torch.device) -> None:
+    """Until all that was started on the accelerator is done."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def _build_backbone(plan: Plan, device: torch.device) -> tuple[EngrammarForCausalLM, MixedOptimizer, MemoryConfig]:
+    """The model without tables, the optimizer of all it has, and the memory that variants give it."""
+    torch.manual_seed(0)
+    config = preset(plan.preset).memory_config
+    assert config is not None
+    memory = replace(config, rows_per_head=(plan.rows_per_head,) * len(config.orders))
+    model = EngrammarForCausalLM(preset(plan.preset, memory=memory.to_json()), rows="elsewhere").train().to(device)
+    model.model.memory = None
+    return model, build_optimizer(model, lr=LR, weight_decay=0.1, betas=BETAS, eps=EPS), memory
+
+
+class Variant:
+    """A memory whose rows are somewhere, trained with the backbone that all share.
+
+    Attributes:
+        placement: where its rows are.
+    """
+
+    def __init__(
+        self, model: EngrammarForCausalLM, backbone: MixedOptimizer, config: MemoryConfig, kind: str, folder: Path
+    ) -> None:
+        classes, fill_class, num_ids = model.config.num_classes, model.config.fill_class, model.config.vocab_size
+        assert classes is not None and fill_class is not None
+        geometry = derive_geometry(config, num_classes=classes, fill_class=fill_class)
+        self.model, self.next = model, 0
+        self.memory = Memory(config, geometry, num_ids=num_ids, vocab_size=num_ids, rows="elsewhere")
+        self.memory.set_classes(torch.arange(num_ids))
+        for layer in config.layers:
+            self.memory.table(layer).init_seed = layer
+        self.device = next(model.parameters()).device
+        self.model.model.memory = self.memory.to(self.device)
+        where, overlap = VARIANTS[kind]
+        self.placement: TablePlacement = place_tables(model, where=where, folder=folder, overlap=overlap)
+        tables = list(self.placement.tables.values())
+        rows = build_row_optimizer("adam", tables, lr=MEMORY_LR, betas=BETAS, eps=EPS)
+        self.optimizer = MixedOptimizer([*backbone.inner, rows], self.placement, max_grad_norm=1.0)
+
+    def step(self, batches: list[Tensor]) -> None:
+        """Reads ahead as the trainer does, and trains on the next batch."""
+        if self.placement.reads_ahead:
+            for ahead in range(len(self.placement.ahead), 2 if self.placement.stale else 1):
+                ids_BT = batches[(self.next + ahead) % len(batches)]
+                self.placement.read_ahead([self.model.stored_rows(ids_BT)])
+        ids_BT = batches[self.next % len(batches)]
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type != "cpu"):
+            loss = self.model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.next += 1
+
+    def run(self, batches: list[Tensor], num_steps: int) -> float:
+        """Seconds of that many steps after one more: the update before them and that of the last both overlap."""
+        self.model.model.memory = self.memory
+        self.step(batches)
+        _wait_for(self.device)
+        started = time.perf_counter()
+        for _ in range(num_steps):
+            self.step(batches)
+        _wait_for(self.device)
+        seconds = time.perf_counter() - started
+        self.placement.flush()  # nothing of it runs beside the next variant
+        return seconds
+
+    def bytes_moved(self) -> float:
+        """Bytes to and from the device in a step: ids one way, rows the other, gradients back."""
+        if not self.placement.reads_ahead:
+            return 0
+        num_reads = self.next + len(self.placement.ahead)
+        a_row = next(iter(self.placement.tables.values()))[0].nbytes
+        return self.placement.traffic.num_distinct / num_reads * (8 + 2 * a_row)
+
+
+def _measure(plan: Plan, device: torch.device, folder: Path) -> tuple[dict[str, Any], int]:
+    """Runs the variants in turn; what each did, and bytes of its tables and their state."""
+    model, backbone, config = _build_backbone(plan, device)
+    num_drawn = plan.batch * plan.length // DRAWN_LENGTH
+    batches = [
+        draw_ids(model.config.vocab_size, num_drawn, seed=seed).view(plan.batch, plan.length).to(device)
+        for seed in range(plan.num_batches)
+    ]
+    variants = {kind: Variant(model, backbone, config, kind, folder) for kind in VARIANTS}
+    for variant in variants.values():
+        variant.run(batches, plan.num_batches)  # touches every row and page
+    rates: dict[str, list[float]] = {kind: [] for kind in variants}
+    kinds = list(variants)
+    for turn in range(plan.rounds):
+        for place in range(len(kinds)):
+            kind = kinds[(turn + place) % len(kinds)]  # nobody always follows the same one
+            seconds = variants[kind].run(batches, plan.steps)
+            rates[kind].append(plan.steps * plan.batch * plan.length / seconds)
+    placement, optimizer = variants[BASELINE].placement, variants[BASELINE].optimizer
+    assert optimizer.rows is not None
+    held = [
+        tensor
+        for table_RC in placement.tables.values()
+        for tensor in (table_RC, *optimizer.rows.state_of(table_RC).values())
+    ]
+    measured = {
+        kind: {
+            "tokens_per_second": median(rates[kind]),
+            "best_tokens_per_second": max(rates[kind]),
+            "share": median(own / base for own, base in zip(rates[kind], rates[BASELINE])),
+            "bytes_moved": variants[kind].bytes_moved(),
+        }
+        for kind in kinds
+    }
+    return measured, sum(tensor.nbytes for tensor in held)
+
+
+def bench_placement(quick: bool) -> dict[str, Any]:
+    """Trains one backbone with its tables on the device, in RAM, and in a file, in turn; on the CPU where that is all.
+
+    Returns:
+        per variant tokens/s (median and best of the rounds), its `share` of the device's (median over rounds), and
+        bytes moved between device and rows in a step. `device` is the kind of device that it ran on.
+    """
+    device = find_device()
+    plan = ON_CPU if device.type == "cpu" else ON_ACCELERATOR
+    if quick:
+        plan = replace(plan, num_batches=2, rounds=2, steps=1)
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        variants, held_bytes = _measure(plan, device, Path(folder))
+    precision = "fp32" if device.type == "cpu" else "bf16 autocast"
+    return {
+        **describe_run("engrammar bench placement"),
+        "quick": quick,
+        "shapes": f"{plan.preset}, {plan.batch} x {plan.length} tokens, {precision}, {held_bytes / 1e9:.2f} GB of rows "
+        f"and Adam's state, {plan.rounds} rounds of {plan.steps} steps each, in turn, on {plan.num_batches} batches "
+        "that come round",
+        "device": device.type,
+        "held_bytes": held_bytes,
+        "variants": variants,
+    }
+
+
+def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines, one for each place and overlap."""
+    rows = [
+        [
+            kind,
+            f"{variant['tokens_per_second']:,.0f}",
+            f"{variant['best_tokens_per_second']:,.0f}",
+            f"{variant['share']:.1%}",
+            f"{variant['bytes_moved'] / 1e6:.2f}",
+        ]
+        for kind, variant in result["variants"].items()
+    ]
+    return ["rows, overlap", "tokens/s", "best", "of device", "MB moved/step"], rows
+
+
+def verdict(result: dict[str, Any]) -> str:
+    """What RAM costs over the device, where there is one; without, that this run does not say."""
+    costs = {kind: f"{1 - result['variants'][kind]['share']:+.1%}" for kind in (EXACT, STALE)}
+    how = (
+        'Updates run within the optimizer\'s step, or behind the next forward pass: "exact" waits for them where rows '
+        'are needed, "stale" reads rows one update old.'
+    )
+    if result["device"] == "cpu":
+        return (
+            f"No accelerator here: says nothing about offload. All places are memory of the same CPU (exact costs "
+            f"{costs[EXACT]}, stale {costs[STALE]} of its tokens/s); rows read from it are copied, which is what "
+            f'"MB moved" counts. {how}'
+        )
+    name = result["machine"]["accelerator"] or result["device"]
+    return (
+        f"On {name}, tables in RAM cost {costs[EXACT]} of tokens/s where updates overlap exactly and {costs[STALE]} "
+        f"where they are stale (the target is at most 2 %). {how}"
+    )

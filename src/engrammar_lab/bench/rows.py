@@ -1,0 +1,351 @@
+"""What the number of rows costs a training step: its time and memory, beside the usual ways to hold a table.
+
+One backbone, trained by Muon and AdamW throughout; per step it is given another memory, and only that differs.
+Letters: B batch, T tokens, H columns, C row width, E = H*C, R rows, U distinct rows touched.
+"""
+
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+from engrammar.addressing import derive_geometry
+from engrammar.memory import Memory
+from engrammar.model.modeling import EngrammarForCausalLM
+from engrammar.model.presets import preset
+from engrammar.table import MemoryTable, new_table
+from engrammar.train.optimizer import MixedOptimizer, build_optimizer, clip_grad_norm
+from engrammar.train.row_optimizers import ROW_OPTIMIZERS, build_row_optimizer
+from engrammar_lab.bench.optimizer import gather_and_scatter
+from engrammar_lab.bench.rivals import EmbeddingRows, FbgemmRows, why_no_fbgemm
+
+LENGTH, NUM_HEADS = 128, 2  # two heads an order, not nano's four: all tables of a run fit 16 GB
+LR, BETAS, EPS = 1e-3, (0.9, 0.999), 1e-8
+MEMORY_LR = 5 * LR  # build_optimizer's scale
+DENSE_ADAM, SPARSE_ADAM, FBGEMM = "Adam, dense", "SparseAdam", "FBGEMM"
+PROCESS = Path("/proc/self")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What one run measures.
+
+    Attributes:
+        sizes: rows per head, ascending.
+        batch: rows of LENGTH tokens in a step.
+        num_batches: batches that come round again and again, so that steps touch pages that were touched before.
+        repeats: timed steps on those.
+        num_fresh: timed steps on batches that never came before; at most `repeats`.
+        max_dense_rows: rows per head up to which the dense Adam runs.
+    """
+
+    sizes: tuple[int, ...]
+    batch: int
+    num_batches: int
+    repeats: int
+    num_fresh: int
+    max_dense_rows: int
+
+
+FULL = Plan(
+    sizes=(10_000, 100_000, 1_000_000, 10_000_000),
+    batch=16,
+    num_batches=16,
+    repeats=24,
+    num_fresh=8,
+    max_dense_rows=1_000_000,  # beyond, a step takes seconds and 20 GB
+)
+QUICK = Plan(sizes=(10_000, 100_000), batch=2, num_batches=4, repeats=4, num_fresh=1, max_dense_rows=100_000)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """One way to hold and train the rows: a memory to give to the backbone, and what updates its rows after backward.
+
+    `optimizer` is None where backward updates them.
+    """
+
+    memory: Memory
+    optimizer: Optimizer | None
+
+    @property
+    def table(self) -> MemoryTable:
+        (layer,) = self.memory.config.layers
+        return self.memory.table(layer)
+
+    def update(self) -> None:
+        if self.optimizer is not None:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+
+def build_backbone() -> tuple[EngrammarForCausalLM, MixedOptimizer]:
+    """`nano` without tables, whose fusion takes the embedding of `new_memory`, and the optimizer of all it has."""
+    torch.manual_seed(0)
+    own = preset("nano")
+    assert own.memory_config is not None
+    smallest = replace(own.memory_config, num_heads=NUM_HEADS, rows_per_head=(2,) * len(own.memory_config.orders))
+    model = EngrammarForCausalLM(preset("nano", memory=smallest.to_json())).train()
+    model.model.memory = None
+    return model, build_optimizer(model, lr=LR, weight_decay=0.1, betas=BETAS, eps=EPS)
+
+
+def new_memory(model: EngrammarForCausalLM, rows_per_head: int) -> Memory:
+    """A memory of that size for this backbone, its rows elsewhere."""
+    config = model.config.memory_config
+    assert config is not None and model.config.num_classes is not None and model.config.fill_class is not None
+    config = replace(config, rows_per_head=(rows_per_head,) * len(config.orders))
+    geometry = derive_geometry(config, num_classes=model.config.num_classes, fill_class=model.config.fill_class)
+    vocab_size = model.config.vocab_size
+    memory = Memory(config, geometry, num_ids=vocab_size, vocab_size=vocab_size, rows="elsewhere")
+    memory.set_classes(torch.arange(vocab_size))
+    return memory
+
+
+def build_contender(name: str, memory: Memory, weight_RC: Tensor) -> Contender:
+    """The contender of that name on this table, whose storage all contenders may share."""
+    (layer,) = memory.config.layers
+    table = memory.table(layer)
+    if name in ROW_OPTIMIZERS:
+        table.weight = new_table(weight_RC)
+        return Contender(
+            memory=memory,
+            optimizer=build_row_optimizer(name, [table.weight], lr=MEMORY_LR, betas=BETAS, eps=EPS),
+        )
+    if name == FBGEMM:
+        table.source = FbgemmRows(weight_RC, lr=MEMORY_LR, eps=EPS)
+        return Contender(memory=memory, optimizer=None)
+    table.source = EmbeddingRows(weight_RC, sparse=name == SPARSE_ADAM)
+    kind = torch.optim.SparseAdam if name == SPARSE_ADAM else torch.optim.Adam
+    weights = list(table.source.tables.values())
+    return Contender(memory=memory, optimizer=kind(weights, lr=MEMORY_LR, betas=BETAS, eps=EPS))
+
+
+def draw_ids(vocab_size: int, batch: int, *, seed: int) -> Tensor:
+    """Token ids of one batch [B, LENGTH], frequencies like a text's (Zipf): rows repeat within it as in training."""
+    weights, generator = 1 / torch.arange(1, vocab_size + 1), torch.Generator().manual_seed(seed)
+    return torch.multinomial(weights, batch * LENGTH, replacement=True, generator=generator).view(batch, LENGTH)
+
+
+def train_step(
+    model: EngrammarForCausalLM, optimizer: MixedOptimizer, contender: Contender, ids_BT: Tensor
+) -> tuple[float, float]:
+    """One step of backbone and table; seconds and the loss before it."""
+    model.model.memory = contender.memory
+    started = time.perf_counter()
+    loss = model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss
+    loss.backward()
+    source = contender.table.source
+    clip_grad_norm([*model.parameters(), *(source.tables.values() if source is not None else ())], 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    contender.update()
+    return time.perf_counter() - started, loss.item()
+
+
+def table_step(contender: Contender, ids_BT: Tensor) -> float:
+    """Seconds of the table's share of a step alone: lookup, its backward, update; no hashing."""
+    (rows_BTH,) = contender.memory.addresses(ids_BT).values()
+    gradient_BTE = torch.full((*ids_BT.shape, contender.memory.config.memory_dim), 1e-3)
+    started = time.perf_counter()
+    contender.table(rows_BTH).backward(gradient_BTE)
+    contender.update()
+    return time.perf_counter() - started
+
+
+def limit_step(contender: Contender, ids_BT: Tensor) -> float | None:
+    """Seconds to gather and scatter the rows of one of our tables and of its state, no more; None for the others."""
+    table = contender.table
+    if table.weight is None or contender.optimizer is None:
+        return None
+    (rows_BTH,) = contender.memory.addresses(ids_BT).values()
+    rows_U = table.stored_rows(rows_BTH).unique()
+    tensors = [table.weight.detach(), *contender.optimizer.state[table.weight].values()]
+    started = time.perf_counter()
+    gather_and_scatter(tensors, rows_U)
+    return time.perf_counter() - started
+
+
+def _memory_of(run: Callable[[], None]) -> int | None:
+    """Bytes by which resident memory at its highest during `run` exceeds that before it; None where not Linux."""
+    reset = PROCESS / "clear_refs"
+    if not reset.exists():
+        return None
+
+    def status(key: str) -> int:
+        found = re.search(rf"{key}:\s+(\d+) kB", (PROCESS / "status").read_text())
+        assert found is not None
+        return 1024 * int(found[1])
+
+    reset.write_text("5")  # the high-water mark starts anew
+    before = status("VmRSS")
+    run()
+    return status("VmHWM") - before
+
+
+def _build_cells(
+    plan: Plan, names: list[str], model: EngrammarForCausalLM, ids: Callable[[int], Tensor]
+) -> Iterator[tuple[tuple[str, int], Contender, dict[str, Any]]]:
+    """Every contender at every size, its memory measured over a table step on each of the batches that come round."""
+    for rows_per_head in plan.sizes:
+        shape = Contender(memory=new_memory(model, rows_per_head), optimizer=None).table.shape
+        weight_RC = torch.empty(shape).normal_(std=model.config.initializer_range)
+        for name in names:
+            if name == DENSE_ADAM and rows_per_head > plan.max_dense_rows:
+                continue
+            contender = build_contender(name, new_memory(model, rows_per_head), weight_RC)
+
+            def warm_up(contender: Contender = contender) -> None:
+                for index in range(plan.num_batches):
+                    table_step(contender, ids(index))
+
+            sizes = {"rows_per_head": rows_per_head, "num_rows": len(weight_RC), "table_bytes": weight_RC.nbytes}
+            yield (name, rows_per_head), contender, sizes | {"growth_bytes": _memory_of(warm_up)}
+
+
+def _measure(plan: Plan, names: list[str]) -> dict[str, list[dict[str, Any]]]:
+    """Times all cells in turn; per contender its cells in order of size."""
+    model, optimizer = build_backbone()
+
+    def ids(seed: int) -> Tensor:
+        return draw_ids(model.config.vocab_size, plan.batch, seed=seed)
+
+    # The C library keeps freed memory once a block of this size was freed, as in a process that has run for a while.
+    torch.ones(31 * 2**20, dtype=torch.uint8)
+    cells, sizes = {}, {}
+    for key, contender, measured in _build_cells(plan, names, model, ids):
+        cells[key], sizes[key] = contender, measured
+        train_step(model, optimizer, contender, ids(0))
+    times: dict[tuple[str, int], dict[str, list[float]]] = {
+        key: {kind: [] for kind in ("step", "table", "limit", "fresh_step", "fresh_table")} for key in cells
+    }
+    keys = list(cells)
+    for turn in range(plan.repeats):
+        for place in range(len(keys)):
+            key = keys[(turn + place) % len(keys)]  # nobody always follows the same one
+            timed, contender = times[key], cells[key]
+            again = [(11 * turn + place + shift) % plan.num_batches for shift in range(3)]
+            timed["step"].append(train_step(model, optimizer, contender, ids(again[0]))[0])
+            timed["table"].append(table_step(contender, ids(again[1])))
+            limit = limit_step(contender, ids(again[2]))
+            timed["limit"] += [] if limit is None else [limit]
+            if turn < plan.num_fresh:
+                fresh = plan.num_batches + 2 * (turn * len(keys) + place)
+                timed["fresh_step"].append(train_step(model, optimizer, contender, ids(fresh))[0])
+                timed["fresh_table"].append(table_step(contender, ids(fresh + 1)))
+    return {
+        name: [sizes[key] | _summary(times[key], times[name, plan.sizes[0]]) for key in keys if key[0] == name]
+        for name in names
+    }
+
+
+def _summary(timed: dict[str, list[float]], smallest: dict[str, list[float]]) -> dict[str, Any]:
+    milliseconds = {kind: 1e3 * median(seconds) if seconds else None for kind, seconds in timed.items()}
+    ratios = [here / there for here, there in zip(timed["step"], smallest["step"])]
+    return {"milliseconds": milliseconds, "best_milliseconds": 1e3 * min(timed["step"]), "ratio": median(ratios)}
+
+
+def bench_rows(plan: Plan) -> dict[str, Any]:
+    """Times a training step for tables of growing size.
+
+    Returns:
+        per contender its cells in order of size: the median ms of a whole `step`, of the `table`'s share of it alone
+        and, for ours, of the `limit` (gather and scatter of the same rows of table and state), each on batches that
+        come round again, and of `fresh_` ones that never came before; `ratio`, the step's time over that of the
+        smallest size (median over turns); `table_bytes`, and `growth_bytes` on top of it at its highest.
+        `missing` says why a contender was left out.
+    """
+    reason = why_no_fbgemm()
+    names = [*ROW_OPTIMIZERS, DENSE_ADAM, SPARSE_ADAM, *([FBGEMM] if reason is None else [])]
+    memory = build_backbone()[0].config.memory_config
+    assert memory is not None
+    return {
+        "shapes": f"nano, {plan.batch} x {LENGTH} tokens, fp32, one memory layer of {memory.num_columns} heads x "
+        f"{memory.head_dim}; {plan.repeats} steps each, in turn, on {plan.num_batches} batches that come round, "
+        f"{plan.num_fresh} on new ones",
+        "contenders": _measure(plan, names),
+        "missing": {} if reason is None else {FBGEMM: reason},
+    }
+
+
+def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines: one for every contender and size, and for what was left out."""
+    header = ["", "rows a head", "step ms", "best", "ratio", "new batch", "table ms", "new batch", "limit ms", "MB"]
+    largest, rows = result["contenders"]["adam"][-1]["rows_per_head"], []
+    for name, cells in result["contenders"].items():
+        for cell in cells:
+            times, growth = cell["milliseconds"], cell["growth_bytes"]
+            rows.append(
+                [
+                    name,
+                    f"{cell['rows_per_head']:,}",
+                    f"{times['step']:.1f}",
+                    f"{cell['best_milliseconds']:.1f}",
+                    f"{cell['ratio']:.3f}",
+                    f"{times['fresh_step']:.1f}",
+                    f"{times['table']:.2f}",
+                    f"{times['fresh_table']:.2f}",
+                    "" if times["limit"] is None else f"{times['limit']:.2f}",
+                    "" if growth is None else f"{(cell['table_bytes'] + growth) / 1e6:,.0f}",
+                ]
+            )
+        if cells[-1]["rows_per_head"] < largest:
+            rows.append([name, f"{largest:,}", "not run", *[""] * (len(header) - 3)])
+    rows += [[name, "", "missing", *[""] * (len(header) - 3)] for name in result["missing"]]
+    return header, rows
+
+
+def verdict(result: dict[str, Any]) -> str:
+    """What the largest table costs over the smallest, and how much of it is the machine's memory."""
+    first, last = result["contenders"]["adam"][0], result["contenders"]["adam"][-1]
+    changes = ", ".join(
+        f"{name} {cells[-1]['ratio'] - 1:+.1%}"
+        + ("" if cells[-1]["rows_per_head"] == last["rows_per_head"] else f" (to {cells[-1]['rows_per_head']:,})")
+        for name, cells in result["contenders"].items()
+    )
+
+    def growth(kind: str) -> str:
+        return f"from {first['milliseconds'][kind]:.2f} to {last['milliseconds'][kind]:.2f} ms"
+
+    missing = "".join(f" {name} is missing: {reason}." for name, reason in result["missing"].items())
+    return (
+        f"Step time from {first['rows_per_head']:,} to {last['rows_per_head']:,} rows a head (ratio: to the smallest, "
+        f"median over turns): {changes}. adam's table alone (lookup, its backward, update) goes {growth('table')}, "
+        "and the limit, the machine's own gather and scatter of the same rows of table and state, "
+        f"{growth('limit')}: cache and page misses. On new batches, which touch state for the first time, adam's table "
+        f"goes {growth('fresh_table')}. MB: the table and what its contender takes on top at its highest on the "
+        "batches that come round; the state of ours grows with the rows touched. Adam, dense and SparseAdam train "
+        "nn.Embedding; FBGEMM is its table-batched embedding for CPUs, which updates by row-wise Adagrad within "
+        f"backward.{missing}"
+    )
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """The curves as a picture: a whole step, and the table's share of it alone, against rows per head."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, (whole, alone) = pyplot.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    for (name, cells), marker in zip(result["contenders"].items(), "osv^DX"):
+        sizes = [cell["rows_per_head"] for cell in cells]
+        for axes, kind in ((whole, "step"), (alone, "table")):
+            axes.plot(sizes, [cell["milliseconds"][kind] for cell in cells], marker=marker, label=name)
+    limits = result["contenders"]["adam"]
+    sizes = [cell["rows_per_head"] for cell in limits]
+    alone.plot(sizes, [cell["milliseconds"]["limit"] for cell in limits], "k--", label="gather + scatter, adam's rows")
+    whole.set(title="Whole training step", xlabel="rows per head", ylabel="ms", xscale="log", ylim=(0, None))
+    alone.set(title="Table alone", xlabel="rows per head", ylabel="ms", xscale="log", yscale="log")
+    for axes in (whole, alone):
+        axes.grid(alpha=0.3)
+    figure.legend(*alone.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

@@ -1,0 +1,292 @@
+"""Tables over ranks: the loss beside one process's, memory a rank, bytes on the wire, and the time of a step.
+
+Run by torchrun, this module is one rank of it.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+from torch.overrides import TorchFunctionMode
+
+from engrammar.model.configuration import EngrammarConfig
+from engrammar.model.modeling import EngrammarForCausalLM
+from engrammar.model.presets import SMALL_MEMORY, preset
+from engrammar.train.exchange import leave_processes
+from engrammar.train.optimizer import MixedOptimizer, build_optimizer
+from engrammar.train.placement import TablePlacement, place_tables
+from engrammar_lab.bench.rows import LENGTH, draw_ids
+from engrammar_lab.machine import describe_run
+
+RANKS = (1, 2, 4)
+BATCH = 8  # over all ranks
+NUM_STEPS, QUICK_STEPS = 50, 4
+WARM_UP = 3  # steps that are trained but not timed
+FIRST = 10  # steps within which rounding has not grown yet
+TARGET = 1e-5  # of the fp64 difference over all steps
+KINDS = ("ids", "rows", "gradients")
+Precision = Literal["fp64", "fp32"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training run, as the first rank knows it.
+
+    Attributes:
+        losses: of every step, the mean over the whole batch.
+        milliseconds: a step's median, read ahead to update.
+        table_bytes, state_bytes: of the tables' rows and their optimizer's state, on the rank that holds most.
+        wire: bytes that leave a rank in a step, by kind, and "undeduplicated"; the mean over ranks.
+    """
+
+    losses: list[float]
+    milliseconds: float
+    table_bytes: int
+    state_bytes: int
+    wire: dict[str, float]
+
+
+class Fp64Casts(TorchFunctionMode):
+    """Within it, what casts to fp32 casts to fp64: transformers' norms, softmax and router do, whatever the weights."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def precise(value: Any) -> Any:
+            return torch.float64 if value is torch.float32 else value
+
+        func = Tensor.double if func is Tensor.float else func
+        return func(*map(precise, args), **{key: precise(value) for key, value in (kwargs or {}).items()})
+
+
+def shape() -> EngrammarConfig:
+    """Between `micro` and `nano`, with tables on two layers that outweigh the rest."""
+    memory = {**SMALL_MEMORY, "layers": [1, 2], "num_heads": 4, "head_dim": 16, "rows_per_head": [10_000, 10_000]}
+    smaller: dict[str, Any] = {
+        "vocab_size": 1024,
+        "num_hidden_layers": 3,
+        "intermediate_size": 384,
+        "n_routed_experts": 8,
+    }
+    return preset("nano", memory=memory, **smaller)
+
+
+def _build(precision: Precision) -> tuple[DistributedDataParallel, TablePlacement, MixedOptimizer]:
+    """The model under DDP, its tables placed without ever being whole, and the optimizer of both.
+
+    fp64 goes without Muon, which computes in fp32.
+    """
+    torch.manual_seed(0)
+    config = shape()
+    model = EngrammarForCausalLM(config, rows="elsewhere").train()
+    assert model.model.memory is not None
+    model.model.memory.set_classes(torch.arange(config.vocab_size))
+    if precision == "fp64":
+        model.double()
+    placement = place_tables(model, where="ram")
+    optimizer = build_optimizer(
+        model,
+        lr=5e-5 if precision == "fp64" else 1e-3,
+        weight_decay=0.1,
+        betas=(0.9, 0.99),
+        eps=1e-6 if precision == "fp64" else 1e-8,
+        matrices="adamw" if precision == "fp64" else "muon",
+        memory="row_adam",
+        max_grad_norm=1.0,
+    )
+    return DistributedDataParallel(model), placement, optimizer
+
+
+def _accumulate(model: DistributedDataParallel, precision: Precision, passes: list[Tensor]) -> Tensor:
+    """Gradients of the mean loss over the passes; returns that loss, in fp64."""
+    total = torch.zeros((), dtype=torch.float64)
+    for ids_BT in passes:
+        with Fp64Casts() if precision == "fp64" else nullcontext():
+            logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
+        loss = cross_entropy(logits_BTV[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten())
+        (loss / len(passes)).backward()
+        total += loss.detach().double() / len(passes)
+    return total
+
+
+def train(precision: Precision, num_steps: int, num_passes: int) -> Run:
+    """Trains on this rank's share of every batch, in `num_passes` accumulated passes."""
+    rank, num_ranks = dist.get_rank(), dist.get_world_size()
+    model, placement, optimizer = _build(precision)
+    losses, seconds = [], []
+    for step in range(num_steps):
+        ids_BT = draw_ids(shape().vocab_size, BATCH, seed=step)
+        passes = list(ids_BT.chunk(num_ranks)[rank].chunk(num_passes))
+        dist.barrier()
+        started = time.perf_counter()
+        placement.read_ahead([model.module.stored_rows(part_BT) for part_BT in passes])
+        loss = _accumulate(model, precision, passes)
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(time.perf_counter() - started)
+        dist.all_reduce(loss)
+        losses.append(loss.item() / num_ranks)
+    table_bytes, state_bytes = _bytes_held(placement, optimizer)
+    return Run(
+        losses=losses,
+        milliseconds=1e3 * median(seconds[WARM_UP:]),
+        table_bytes=table_bytes,
+        state_bytes=state_bytes,
+        wire=_wire(placement, num_steps),
+    )
+
+
+def _bytes_held(placement: TablePlacement, optimizer: MixedOptimizer) -> tuple[int, int]:
+    """Bytes of rows and of their state, on the rank that holds most."""
+    assert optimizer.rows is not None
+    tables = placement.tables.values()
+    state = [values for table_RC in tables for values in optimizer.rows.state_of(table_RC).values()]
+    held = torch.tensor([sum(t.nbytes for t in tables), sum(values.nbytes for values in state)])
+    dist.all_reduce(held, op=dist.ReduceOp.MAX)
+    table_bytes, state_bytes = held.tolist()
+    return table_bytes, state_bytes
+
+
+def _wire(placement: TablePlacement, num_steps: int) -> dict[str, float]:
+    """Bytes that leave a rank in a step; undeduplicated: an id, a row and a gradient for every lookup elsewhere."""
+    traffic, num_ranks = placement.traffic, placement.num_ranks
+    a_row = next(iter(placement.tables.values()))[0].nbytes
+    undeduplicated = traffic.num_looked_up * (8 + 2 * a_row) * (num_ranks - 1) / num_ranks
+    counts = torch.tensor([*(getattr(traffic, kind) for kind in KINDS), undeduplicated], dtype=torch.float64)
+    dist.all_reduce(counts)
+    return dict(zip((*KINDS, "undeduplicated"), (counts / num_ranks / num_steps).tolist()))
+
+
+def _run_rank(out: Path, num_steps: int) -> None:
+    """What each rank does: fp64 and fp32; a process that is alone also accumulates as many passes as others have ranks.
+
+    The first rank writes `out`.
+    """
+    dist.init_process_group("gloo")
+    num_passes = RANKS if dist.get_world_size() == 1 else (1,)
+    runs = {"fp64": train("fp64", num_steps, 1)} | {f"fp32 {n}": train("fp32", num_steps, n) for n in num_passes}
+    if dist.get_rank() == 0:
+        out.write_text(json.dumps({name: asdict(run) for name, run in runs.items()}))
+    leave_processes()
+
+
+def _torchrun(num_ranks: int, num_steps: int) -> dict[str, Run]:
+    """The runs of that many ranks, by name; each rank has one thread.
+
+    Raises:
+        subprocess.CalledProcessError: a rank failed; what it said is on stderr.
+    """
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
+    with TemporaryDirectory() as folder:
+        out = Path(folder) / "runs.json"
+        subprocess.run(
+            [*launch, "-m", "engrammar_lab.bench.sharded", str(out), str(num_steps)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            check=True,
+        )
+        return {name: Run(**run) for name, run in json.loads(out.read_text()).items()}
+
+
+def _largest_difference(run: Run, other: Run, num_steps: int | None = None) -> float:
+    """Of any step's loss, or of any among the first `num_steps`."""
+    return max(abs(a - b) for a, b in list(zip(run.losses, other.losses, strict=True))[:num_steps])
+
+
+def bench_sharded(quick: bool) -> dict[str, Any]:
+    """Trains one model over 1, 2 and 4 processes at the same global batch, tables in RAM in equal shares.
+
+    Returns:
+        per number of ranks: `differences`, the largest of any step's loss: to one process in fp64 (`fp64_first`: over
+        the first 10 steps) and in fp32; of one process that accumulates as many passes, to one that does not
+        (`passes`): rounding alone; and of the ranks to those passes (`ranks_to_passes`); bytes of tables and their
+        state on the rank that holds most; bytes that leave a rank in a step, by kind; ms of an fp32 step; and the fp32
+        losses.
+    """
+    num_steps = QUICK_STEPS if quick else NUM_STEPS
+    runs = {num_ranks: _torchrun(num_ranks, num_steps) for num_ranks in RANKS}
+    alone = runs[1]
+    rows = []
+    for num_ranks, own in runs.items():
+        passes, run = alone[f"fp32 {num_ranks}"], own["fp32 1"]
+        differences = {
+            "fp64_first": _largest_difference(own["fp64"], alone["fp64"], FIRST),
+            "fp64": _largest_difference(own["fp64"], alone["fp64"]),
+            "fp32": _largest_difference(run, alone["fp32 1"]),
+            "passes": _largest_difference(passes, alone["fp32 1"]),
+            "ranks_to_passes": _largest_difference(run, passes),
+        }
+        rows.append({"ranks": num_ranks, "differences": differences, **asdict(run)})
+    return {
+        **describe_run("engrammar bench sharded"),
+        "quick": quick,
+        "shapes": f"{BATCH} x {LENGTH} tokens over all ranks, {num_steps} steps, DDP on gloo, each rank a process with "
+        "one thread, tables in RAM",
+        "ranks": rows,
+    }
+
+
+def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines, one for each number of ranks."""
+    header = [
+        "ranks",
+        f"fp64 loss, to one process, first {FIRST} steps",
+        "all steps",
+        "fp32, to one process",
+        "fp32, one process in as many passes",
+    ]
+    header += ["fp32, ranks to passes", "table MB", "state MB", *(f"{kind}, kB/step" for kind in KINDS)]
+    header += ["undeduplicated", "step ms"]
+    rows = [
+        [
+            str(row["ranks"]),
+            *(f"{row['differences'][key]:.1e}" for key in ("fp64_first", "fp64", "fp32", "passes", "ranks_to_passes")),
+            f"{row['table_bytes'] / 1e6:.2f}",
+            f"{row['state_bytes'] / 1e6:.2f}",
+            *(f"{row['wire'][key] / 1e3:.1f}" for key in (*KINDS, "undeduplicated")),
+            f"{row['milliseconds']:.0f}",
+        ]
+        for row in result["ranks"]
+    ]
+    return header, rows
+
+
+def verdict(result: dict[str, Any]) -> str:
+    """How far the curves are apart, what a rank holds and sends, and what its time is worth on this machine."""
+    first, *others = result["ranks"]
+    cores, most = result["machine"]["cores"], others[-1]["ranks"]
+
+    def each(values: list[str]) -> str:
+        return ", ".join(f"{value} with {row['ranks']} ranks" for value, row in zip(values, others))
+
+    def differences(key: str) -> str:
+        return each([format(row["differences"][key], ".1e") for row in others])
+
+    shares = each([f"{row['table_bytes'] / first['table_bytes']:.2%}" for row in others])
+    sent = each([f"{sum(row['wire'][kind] for kind in KINDS) / row['wire']['undeduplicated']:.0%}" for row in others])
+    met = all(row["differences"]["fp64"] < TARGET for row in others)
+    crowded = f" {most} ranks share {cores} cores: their step time is not that of {most} machines." * (cores < most)
+    return (
+        f"Largest difference of any step's loss. In fp64 (AdamW, rate 5e-5, eps 1e-6) it is "
+        f"{differences('fp64_first')} over the first {FIRST} steps "
+        f"and {differences('fp64')} over {len(first['losses'])}, which {'meets' if met else 'misses'} "
+        f"the target of {TARGET:.0e}: what differs is rounding, and it grows from step to step. In fp32 (Muon) the "
+        "yardstick is one process that splits its batch into as many accumulated passes: it differs from one pass by "
+        f"{differences('passes')}, the ranks from it by {differences('ranks_to_passes')}. A rank holds {shares} of the "
+        f"tables' bytes (the one with most rows). It sends {sent} of what it would if every lookup sent its id, row "
+        f"and gradient.{crowded}"
+    )
+
+
+if __name__ == "__main__":
+    _run_rank(Path(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,173 @@
+"""How fast rows are read: here from tables in memory; in its parts from cold disks, by several processes, over a wire.
+
+Letters: R rows of the table, U rows of a call, S bytes of a row.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from engrammar_lab.bench import cold, footprint, remote
+from engrammar_lab.bench.large_file import draw_rows, first_rows, in_fresh_process, large_table
+from engrammar_lab.bench.readers import (
+    CACHED,
+    DISK,
+    ENGRAMDB,
+    FROM_FILE,
+    RAM,
+    READERS,
+    TAKE,
+    Read,
+    why_no_engramdb,
+)
+from engrammar_lab.machine import describe_run
+
+WAYS = (TAKE, FROM_FILE, ENGRAMDB, RAM, CACHED, DISK)
+ROW_BYTES = (64, 256, 1024)
+FEW = 16  # rows of a small call
+NUM_SETS = 3  # of rows, which come round
+SHARE_TARGET, FEW_TARGET, ENGRAMDB_TARGET = 0.9, 20, 5
+# What else a result holds, and the module with its table and verdict.
+PARTS = {"cold": cold, "footprint": footprint, "remote": remote}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What one run measures.
+
+    Attributes:
+        file_gib: of the file that all parts read.
+        warm_gib: of its rows that are the table in memory.
+        num_rows: of a large call.
+        num_few: small calls in a round.
+        rounds: of each way, in turn.
+    """
+
+    file_gib: float
+    warm_gib: float
+    num_rows: int
+    num_few: int
+    rounds: int
+
+
+FULL = Plan(file_gib=16, warm_gib=1, num_rows=100_000, num_few=200, rounds=5)
+QUICK = Plan(file_gib=0.5, warm_gib=0.0625, num_rows=20_000, num_few=50, rounds=2)
+
+
+def measure_warm(plan: Plan, path: Path, row_bytes: int) -> dict[str, dict[str, float]]:
+    """Per way, rows/s of large calls, its share of np.take's in the same round, and microseconds of a small call."""
+    table = first_rows(path, int(plan.warm_gib * 2**30), row_bytes)
+    sets = [draw_rows(table, plan.num_rows, seed) for seed in range(NUM_SETS)]
+    few = [rows_U[first : first + FEW] for rows_U in sets for first in range(0, plan.num_rows - FEW, FEW)]
+    reads: dict[str, Read] = {}
+    for way in WAYS:
+        if way != ENGRAMDB or why_no_engramdb() is None:
+            reads[way] = READERS[way](table)
+            for rows_U in sets * (3 if way == CACHED else 1):  # touches pages, fills the cache
+                assert np.array_equal(reads[way](rows_U), reads[TAKE](rows_U)), way
+    large: dict[str, list[float]] = {way: [] for way in reads}
+    small: dict[str, list[float]] = {way: [] for way in reads}
+    ways = list(reads)
+    for turn in range(plan.rounds):
+        for place in range(len(ways)):
+            way = ways[(turn + place) % len(ways)]  # nobody always follows the same one
+            large[way].append(_seconds(reads[way], sets[: 1 if way == DISK else NUM_SETS]))
+            small[way].append(_seconds(reads[way], few[turn * plan.num_few :][: plan.num_few]))
+    return {
+        way: {
+            "rows_per_second": plan.num_rows / median(large[way]),
+            "best_rows_per_second": plan.num_rows / min(large[way]),
+            "share": median(base / own for own, base in zip(large[way], large[TAKE])),
+            "microseconds_of_few": 1e6 * median(small[way]),
+        }
+        for way in ways
+    }
+
+
+def _seconds(read: Read, calls: list[np.ndarray]) -> float:
+    """Of the median call."""
+    seconds = []
+    for rows_U in calls:
+        started = time.perf_counter()
+        read(rows_U)
+        seconds.append(time.perf_counter() - started)
+    return median(seconds)
+
+
+def bench_store(quick: bool) -> dict[str, Any]:
+    """Reads uniform rows of one file in every way: warm here, cold and by several processes in the parts.
+
+    Returns:
+        `row_bytes`: per bytes of a row and way what `measure_warm` says; the parts `cold`, `footprint` and `remote`;
+        `engramdb`: why it was left out, None where it was not.
+    """
+    plan = QUICK if quick else FULL
+    file = large_table(plan.file_gib)
+    path = file.shards[0].path
+    warm = {str(row_bytes): in_fresh_process(measure_warm, plan, path, row_bytes) for row_bytes in ROW_BYTES}
+    return {
+        **describe_run("engrammar bench store"),
+        "quick": quick,
+        "shapes": f"{'QUICK, smaller than it should be: ' if quick else ''}warm table of {plan.warm_gib:g} GiB, "
+        f"{plan.num_rows:,} uniform rows a large call, {FEW} a small one, {plan.rounds} rounds in turn",
+        "row_bytes": warm,
+        "engramdb": why_no_engramdb(),
+        "cold": cold.bench_cold(quick, file),
+        "footprint": footprint.bench_footprint(quick, file),
+        "remote": remote.bench_remote(quick),
+    }
+
+
+def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines, one for each size of row and way."""
+    header = ["row bytes", "warm", "million rows/s", "best", "of np.take", f"{FEW} rows, us"]
+    lines = [
+        [
+            row_bytes,
+            way,
+            f"{own['rows_per_second'] / 1e6:.3g}",
+            f"{own['best_rows_per_second'] / 1e6:.3g}",
+            f"{own['share']:.1%}",
+            f"{own['microseconds_of_few']:.1f}",
+        ]
+        for row_bytes, ways in result["row_bytes"].items()
+        for way, own in ways.items()
+    ]
+    return header, lines
+
+
+def verdict(result: dict[str, Any]) -> str:
+    """How the stores in memory compare with np.take and engramdb, and whether that is what was wanted."""
+    warm = result["row_bytes"]
+
+    def each(values: list[str]) -> str:
+        return f"{' / '.join(values)} at {' / '.join(warm)} bytes a row"
+
+    def met(holds: bool, target: str) -> str:
+        return f"{'meets' if holds else 'misses'} the target of {target}"
+
+    sentences = []
+    for way in (RAM, CACHED):
+        own = [ways[way] for ways in warm.values()]
+        shares, few = [row["share"] for row in own], [row["microseconds_of_few"] for row in own]
+        sentences.append(
+            f"{way} reads {each([f'{share:.2f}' for share in shares])} of what np.take on a memmap does "
+            f"({met(min(shares) >= SHARE_TARGET, str(SHARE_TARGET))}), and {FEW} rows in "
+            f"{' / '.join(f'{us:.1f}' for us in few)} us ({met(max(few) < FEW_TARGET, f'{FEW_TARGET} us')})."
+        )
+        if result["engramdb"] is None:
+            times = [
+                row["rows_per_second"] / ways[ENGRAMDB]["rows_per_second"] for row, ways in zip(own, warm.values())
+            ]
+            sentences.append(
+                f"That is {' / '.join(f'{ratio:.1f}' for ratio in times)} times engramdb "
+                f"({met(min(times) >= ENGRAMDB_TARGET, str(ENGRAMDB_TARGET))})."
+            )
+    if result["engramdb"] is not None:
+        sentences.append(f"engramdb was not measured: {result['engramdb']}.")
+    sentences.append(f"{DISK} leaves nothing in the page cache, so for it every read is a cold one.")
+    return " ".join(sentences)

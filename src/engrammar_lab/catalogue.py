@@ -1,0 +1,255 @@
+"""The lab's questions, each a handful of settings over a recipe, at the size of a laptop or of one GPU."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """One question.
+
+    Attributes:
+        question: what the report says it asks.
+        axis: what changes from point to point.
+        points: per point, settings over the recipe `lab` (`section.setting=value`); the first is what the others are
+            compared with.
+        equal: whether all points must have the same total and active parameters.
+        paper: what the paper found.
+        common: settings of all points.
+        exempt: points that have fewer parameters by intent.
+    """
+
+    question: str
+    axis: str
+    points: Mapping[str, tuple[str, ...]]
+    equal: bool
+    paper: str
+    common: tuple[str, ...] = ()
+    exempt: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """What the studies' points are at one size of model.
+
+    Attributes:
+        recipe: the recipe that every point changes.
+        rows: rows per head, of `scaling`.
+        row_width: of all heads of an order side by side, where one head has it alone.
+        depth: settings of the backbone of `placement`.
+        blocks: those that read the memory there, a second one early and late last; the first is what the others are
+            compared with.
+        dense: settings of the dense model with the active parameters of the MoE.
+        pair: settings of both models of `pair`.
+    """
+
+    recipe: str
+    rows: tuple[int, ...]
+    row_width: int
+    depth: tuple[str, ...]
+    blocks: tuple[str, ...]
+    dense: tuple[str, ...]
+    pair: tuple[str, ...]
+
+
+SCALES = {
+    scale.recipe: scale
+    for scale in (
+        Scale(
+            recipe="lab",
+            rows=(500, 1_600, 5_000, 16_000, 50_000),
+            row_width=32,
+            depth=("model.settings.num_hidden_layers=4",),
+            blocks=("1", "0", "2", "3", "1,3"),
+            dense=("model.settings.first_k_dense_replace=3", "model.settings.intermediate_size=220"),
+            pair=(
+                "data.source=pocket:wiki+wordnet+gcide+stdlib",
+                "data.keep_share=0.1",
+                "data.validation_share=0.06",
+                "data.vocab_size=2048",
+                "model.settings.num_hidden_layers=6",
+                "trainer.max_steps=1000",
+            ),
+        ),
+        Scale(
+            recipe="lab-100m",
+            rows=(26_000, 82_000, 260_000, 820_000, 2_600_000),
+            row_width=256,
+            depth=(),
+            blocks=("1", "0", "3", "5", "8", "11", "1,5"),
+            dense=("model.settings.first_k_dense_replace=12", "model.settings.intermediate_size=2388"),
+            pair=("data.keep_share=0.5", "data.validation_share=0.04", "trainer.max_steps=1600"),
+        ),
+    )
+}
+
+
+def studies_at(scale: Scale) -> dict[str, Study]:
+    """All studies at one size, by name."""
+    return _budgets(scale) | _parts(scale) | _choices()
+
+
+def study_of(result: Mapping[str, Any]) -> Study:
+    """The study that a result is of."""
+    return studies_at(SCALES[result.get("scale", "lab")])[result["study"]]
+
+
+def _rho(share: float) -> tuple[str, ...]:
+    return ("model.memory=none",) if share == 1 else ("model.memory=budget", f"model.rho={share}")
+
+
+def _rows(rows: int) -> tuple[str, ...]:
+    return ("model.memory=preset", f"model.settings.memory.rows_per_head=[{rows},{rows}]")
+
+
+def _memory(**settings: Any) -> tuple[str, ...]:
+    return tuple(f"model.settings.memory.{name}={value}" for name, value in settings.items())
+
+
+def _budgets(scale: Scale) -> dict[str, Study]:
+    """What a share of the parameters is worth as memory, and as other things."""
+    return {
+        "allocation": Study(
+            question="Which share of the idle parameters should be memory?",
+            axis="experts' share of the idle parameters",
+            points={f"{share:.0%}": _rho(share) for share in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)},
+            equal=True,
+            paper="best at 75 to 80 % experts, flat from 60 to 95 %",
+        ),
+        "scaling": Study(
+            question="What do more rows buy on a fixed backbone?",
+            axis="rows per head",
+            points={f"{rows:,}": _rows(rows) for rows in scale.rows},
+            equal=False,
+            paper="about 0.028 nats less for ten times the rows, over 2.6e5 to 1e7 rows per head",
+        ),
+        "rivals": Study(
+            question="Is a memory better than other ways to spend the same parameters?",
+            axis="what a fifth of the idle parameters are",
+            points={
+                "memory": (),
+                "experts": ("model.memory=none",),
+                **{
+                    label: ("model.memory=none", f"model.rival={kind}")
+                    for label, kind in (
+                        ("OverEncoding", "over_encoding"),
+                        ("per-layer embeddings", "per_layer"),
+                        ("bigram at every layer", "bigram"),
+                        ("product keys", "product_keys"),
+                    )
+                },
+                "nothing (dense)": ("model.memory=none", *scale.dense),
+            },
+            equal=True,
+            exempt=("nothing (dense)",),
+            paper="no comparison but with experts",
+        ),
+        "pair": Study(
+            question="What is left of the gain in a deeper model, trained longer on text that it sees twice?",
+            axis="model",
+            points={"MoE": ("model.memory=none",), "MoE + memory": ("model.rho=0.2",)},
+            common=scale.pair,
+            equal=True,
+            paper="1.7248 to 1.7109 nats at 6e20 FLOPs",
+        ),
+    }
+
+
+def _parts(scale: Scale) -> dict[str, Study]:
+    """What the parts of a memory are worth."""
+    return {
+        "ablation": Study(
+            question="What does each part of the memory contribute?",
+            axis="memory",
+            points={
+                "whole": (),
+                "without": ("model.memory=none",),
+                "gate without its root": _memory(gate="sigmoid"),
+                "no compression": _memory(compression="none"),
+                "no convolution": _memory(conv_kernel=0),
+                "2-grams alone": _memory(max_ngram_size=2, rows_per_head="[1000]"),
+                "4-grams too": _memory(max_ngram_size=4, rows_per_head="[1000,1000,1000]"),
+                "one head": _memory(num_heads=1, head_dim=scale.row_width),
+                "at the first block": _memory(layers="[0]"),
+            },
+            equal=True,
+            paper="every part helps, compression and gate more than the convolution; 4-grams do not",
+        ),
+        "gate": Study(
+            question="Does the gate help, or does adding the value as it is do as well?",
+            axis="memory",
+            points={"gate": (), "no gate": _memory(gate="none")},
+            equal=True,
+            paper="the gate is better",
+        ),
+        "branches": Study(
+            question="Does each residual branch need a key of its own?",
+            axis="keys of two residual branches",
+            points={"a key for each": (), "one key for both": _memory(branch_keys="shared")},
+            common=("model.settings.num_branches=2",),
+            equal=True,
+            paper="a key for each is better",
+        ),
+        "placement": Study(
+            question="Which blocks should read the memory?",
+            axis="blocks that read it, counted from 0",
+            points={blocks: _memory(layers=f"[{blocks}]") for blocks in scale.blocks},
+            common=scale.depth,
+            equal=True,
+            paper="one layer: best at the second block; two, early and late, are better still",
+        ),
+    }
+
+
+def _choices() -> dict[str, Study]:
+    """How to train it, and after which model."""
+    return {
+        "optimizer": Study(
+            question="Which optimizer trains the rows best?",
+            axis="optimizer of the tables, its rate over the backbone's",
+            points={
+                f"{kind} x{rate}": (f"optimizer.memory={kind}", f"optimizer.memory_lr_scale={rate}")
+                for kind, rate in (
+                    ("row_adam", 5),
+                    ("row_adam", 20),
+                    ("adam", 5),
+                    ("adam", 20),
+                    ("dense_adam", 20),
+                    ("sinkhorn", 5),
+                    ("sinkhorn", 10),
+                )
+            },
+            equal=True,
+            paper="Adam, five times the backbone's rate, without decay",
+        ),
+        "dialects": Study(
+            question="Which dialect is best at equal parameters?",
+            axis="dialect",
+            points={
+                "paper": (),
+                "demo": _memory(preset="demo", boundary="row", end_ids="[]"),
+                "deepseek_v41": _memory(
+                    preset="deepseek_v41",
+                    max_ngram_size=4,
+                    rows_per_head="[1000,1000,1000]",
+                    boundary="dead",
+                    dead_ids="[0]",
+                    end_ids="[]",
+                ),
+                "qwen_next": _memory(preset="qwen_next"),
+            },
+            equal=True,
+            paper="no comparison: the dialects are of three models",
+        ),
+        "boundary": Study(
+            question="Should look-back stop where a packed document ends?",
+            axis="what look-back never crosses",
+            points={"end of text": (), "start of row": _memory(boundary="row", end_ids="[]")},
+            equal=True,
+            paper="the demo stops at the start of a row only, Qwen at an end of text",
+        ),
+    }
+
+
+STUDIES = studies_at(SCALES["lab"])

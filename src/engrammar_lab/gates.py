@@ -1,0 +1,122 @@
+"""Where the memory opens: gate values over real text (paper section 6.3, figure 7).
+
+Letters: B batch, T tokens, M branches.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from engrammar.fusion import Fusion
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from engrammar.model.modeling import EngrammarForCausalLM
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatedText:
+    """The tokens of one text and the gate of each, in 0..1, per memory layer (mean over branches)."""
+
+    tokens: tuple[str, ...]
+    gates: dict[int, tuple[float, ...]]
+
+    def to_json(self) -> dict[str, Any]:
+        gates = {str(layer): [round(gate, 4) for gate in values] for layer, values in self.gates.items()}
+        return {"tokens": list(self.tokens), "gates": gates}
+
+
+@contextmanager
+def recorded_gates(model: "EngrammarForCausalLM") -> Iterator[dict[int, Tensor]]:
+    """Within it, each forward pass leaves its gates in the dict: {layer: gate_BT, the mean over branches}."""
+    seen: dict[int, Tensor] = {}
+
+    def record(layer: int) -> Any:
+        def hook(fusion: Fusion, inputs: tuple[Any, ...]) -> None:
+            gate_BTM, _ = fusion.gate(inputs[0], inputs[1])
+            seen[layer] = gate_BTM.mean(-1)
+
+        return hook
+
+    fusions = {layer: block.fusion for layer, block in enumerate(model.model.layers)}
+    hooks = [
+        fusion.register_forward_pre_hook(record(layer))
+        for layer, fusion in fusions.items()
+        if isinstance(fusion, Fusion)
+    ]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def gates_over_text(
+    model: "EngrammarForCausalLM", tokenizer: "PreTrainedTokenizerBase", texts: list[str]
+) -> list[GatedText]:
+    """Runs each text alone and reads the gates of every memory layer."""
+    gated = []
+    with recorded_gates(model) as seen:
+        for text in texts:
+            ids = tokenizer(text, return_tensors="pt").input_ids
+            model(ids, use_cache=False)
+            tokens = tuple(tokenizer.decode([token_id]) for token_id in ids[0].tolist())
+            gates = {layer: tuple(gate_BT[0].tolist()) for layer, gate_BT in sorted(seen.items())}
+            gated.append(GatedText(tokens=tokens, gates=gates))
+    return gated
+
+
+def plot_gates(texts: list[GatedText], path: Path) -> None:
+    """Each text as a line of tokens, shaded by the gate (mean over memory layers)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    lines = [_wrapped(text) for text in texts]
+    num_lines = sum(map(len, lines)) + len(lines)
+    figure, axes = plt.subplots(figsize=(12, 0.34 * num_lines + 0.9))
+    colours = plt.get_cmap("YlOrRd")
+    y = 0.0
+    for text_lines in lines:
+        for line in text_lines:
+            x = 0.0
+            for token, gate in line:
+                shown = token.replace("\n", "⏎")
+                axes.text(
+                    x, -y, shown.replace("$", r"\$"), family="monospace", fontsize=10, va="center",
+                    bbox={"facecolor": colours(gate * 0.85), "edgecolor": "none", "pad": 1.5},
+                )  # fmt: skip
+                x += len(shown)
+            y += 1
+        y += 0.6
+    axes.set_xlim(-0.5, LINE_WIDTH + 2)
+    axes.set_ylim(-y + 0.3, 0.9)
+    axes.axis("off")
+    scale = plt.cm.ScalarMappable(plt.Normalize(0, 1), colours)
+    figure.colorbar(scale, ax=axes, orientation="horizontal", fraction=0.04, pad=0.01, aspect=60, label="gate")
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+    plt.close(figure)
+
+
+LINE_WIDTH = 96  # characters on a line of the heat map
+
+
+def _wrapped(text: GatedText) -> list[list[tuple[str, float]]]:
+    means = [sum(values) / len(values) for values in zip(*text.gates.values())]
+    lines: list[list[tuple[str, float]]] = [[]]
+    width = 0
+    for token, gate in zip(text.tokens, means):
+        if width + len(token) > LINE_WIDTH:
+            lines.append([])
+            width = 0
+        lines[-1].append((token, gate))
+        width += len(token)
+    return lines

@@ -1,0 +1,304 @@
+"""lm-evaluation-harness tasks, and question files of our own, on any transformers causal LM (`engrammar eval`).
+
+lm-eval (0.4) asks a model for log likelihoods and continuations; its wrapper of transformers models pads on the right
+without a mask for the former and on the left with one for the latter, which our models answer exactly.
+"""
+
+import difflib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Literal, get_args
+
+from engrammar.train.sample import load
+from engrammar_lab.question_sets import SETS, questions
+from engrammar_lab.tasks.off import memory_off
+from engrammar_lab.tasks.questions import Question, read_questions
+
+Where = Literal["weights", "ram", "disk", "off"]
+PREFIX = "local/"  # of the tasks that are question sets of ours
+NUM_ANSWER_TOKENS = 32
+
+
+def evaluate(
+    folder: Path, tasks: Sequence[str], *, memory: Where = "weights", cache: Path = Path("data/pocket"), **how: Any
+) -> dict[str, Any]:
+    """Scores the model in a folder, and says with what versions.
+
+    Args:
+        tasks: and `how` as for `score_tasks`.
+        memory: where the tables stay, or "off": the model without what its memory adds.
+
+    Returns:
+        versions, model, memory, the settings, and `tasks` as `score_tasks` returns them.
+
+    Raises:
+        ValueError: as `score_tasks` and `load_model`.
+    """
+    specs, chances = _find_tasks(tasks, cache)  # before the model is read: a wrong name costs no time
+    model, tokenizer = load_model(folder, memory)
+    with memory_off(model) if memory == "off" else nullcontext():
+        scored = _score(model, tokenizer, specs, chances, **how)
+    return {
+        "versions": {name: version(name) for name in ("engrammar", "lm_eval", "datasets")},
+        "model": str(folder),
+        "memory": memory,
+        **how,
+        "tasks": scored,
+    }
+
+
+def score_tasks(
+    model: Any, tokenizer: Any, tasks: Sequence[str], *, cache: Path = Path("data/pocket"), **how: Any
+) -> dict[str, dict[str, Any]]:
+    """Scores a causal LM on tasks.
+
+    Args:
+        tasks: names of lm-eval's tasks, groups or tags; local/NAME, a question set; or a JSONL file of questions.
+        cache: folder of fetched question sets.
+        how: limit (the most questions of a task, None for all), batch_size, num_fewshot (None: as each task says).
+
+    Returns:
+        Per task: num_questions, num_fewshot, num_cut (questions too long for the model, which lost their beginning),
+        chance (None where unknown), and scores: per metric its value and stderr (None where lm-eval gives none).
+
+    Raises:
+        ValueError: lm-eval is not installed, an unknown task, a setting that is not allowed.
+    """
+    return _score(model, tokenizer, *_find_tasks(tasks, cache), **how)
+
+
+def load_model(folder: Path, memory: Where = "weights") -> tuple[Any, Any]:
+    """The model, on the accelerator where there is one, and the tokenizer of a folder.
+
+    Raises:
+        ValueError: the folder is no model, its tokenizer is of another, or `memory` is not for it.
+    """
+    if memory not in get_args(Where):
+        raise ValueError(f"memory is {memory!r}; allowed: {', '.join(get_args(Where))}.")
+    try:
+        kind = json.loads((folder / "config.json").read_text())["model_type"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{folder} has no config.json that names a model: give a folder that training or save_pretrained wrote."
+        ) from error
+    if kind == "engrammar":
+        model, tokenizer = load(folder, **({"memory": memory} if memory in ("ram", "disk") else {}))
+    else:
+        model, tokenizer = _load_other(folder)
+    if memory != "weights" and getattr(model.config, "memory", None) is None:
+        raise ValueError(f"--memory is {memory}, but the model in {folder} has no memory; allowed: weights.")
+    num_ids = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > num_ids:
+        raise ValueError(
+            f"The tokenizer in {folder} has {len(tokenizer)} tokens and the model {num_ids}: it is of another model."
+        )
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"The tokenizer in {folder} has no end-of-text token, which lm-eval needs: set eos_token.")
+    return model.to(_device()), tokenizer
+
+
+def _load_other(folder: Path) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+        return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers and tokenizers raise many kinds
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"{folder} cannot be read as a causal LM with its tokenizer ({reason}).") from error
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _find_tasks(tasks: Sequence[str], cache: Path) -> tuple[list[Any], dict[str, float]]:
+    """What lm-eval takes for each task, and the score of chance where it is known."""
+    if find_spec("lm_eval") is None:
+        raise ValueError("engrammar eval needs lm-eval: pip install 'engrammar[eval]'.")
+    if not tasks:
+        raise ValueError("--tasks is empty: name one task or more, local/NAME or one of lm-eval's.")
+    specs: list[Any] = []
+    chances = {}
+    for name in dict.fromkeys(tasks):
+        if name.startswith(PREFIX) or name.endswith(".jsonl"):
+            asked, measure = _read(name, cache)
+            specs.append(_task(name, asked, measure))
+            if measure == "choice":
+                chances[name] = fmean(1 / len(question.choices) for question in asked)
+        else:
+            specs.append(name)
+    _check_names([spec for spec in specs if isinstance(spec, str)])
+    return specs, chances
+
+
+def _read(name: str, cache: Path) -> tuple[list[Question], Literal["choice", "answer"]]:
+    short = name.removeprefix(PREFIX)
+    if name.startswith(PREFIX):
+        if short not in SETS:
+            raise ValueError(f"There is no task {name!r}; allowed: {', '.join(PREFIX + known for known in SETS)}.")
+        return questions(short, cache=cache), SETS[short].measure
+    asked = read_questions(Path(name))
+    written = [len(question.choices) == 1 for question in asked]
+    if any(written) and not all(written):
+        raise ValueError(f"{name} mixes questions of one choice, to be written, with more: make two files of it.")
+    return asked, "answer" if written[0] else "choice"
+
+
+def _check_names(names: Sequence[str]) -> None:
+    if not names:
+        return
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager()
+    for name in names:
+        if name not in manager.all_tasks:
+            near = difflib.get_close_matches(name, [*manager.all_tasks, *(PREFIX + known for known in SETS)])
+            raise ValueError(f"lm-eval has no task {name!r}{': near it are ' * bool(near)}{', '.join(near)}.")
+
+
+def _task(name: str, asked: Sequence[Question], measure: Literal["choice", "answer"]) -> dict[str, Any]:
+    """The settings of a question file as an lm-eval task.
+
+    acc takes the choice of the highest log likelihood, acc_norm the highest per character of the choice; exact_match is
+    as lm-eval's own nq_open has it: the first line up to a stop, less case, punctuation and articles.
+    """
+    settings = {
+        "task": name,
+        "custom_dataset": partial(_dataset, [_document(question, measure) for question in asked]),
+        "test_split": "test",
+        "doc_to_text": "context",
+    }
+    if measure == "choice":
+        metrics = [{"metric": kind, "aggregation": "mean", "higher_is_better": True} for kind in ("acc", "acc_norm")]
+        choosing = {"output_type": "multiple_choice", "doc_to_choice": "choices", "doc_to_target": "answer"}
+        return {**settings, **choosing, "target_delimiter": "", "metric_list": metrics}
+    match = {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}
+    match |= {"ignore_case": True, "ignore_punctuation": True, "regexes_to_ignore": [r"\b(?:[Tt]he |[Aa]n? )"]}
+    stop = {"until": ["\n", ".", ","], "do_sample": False, "max_gen_toks": NUM_ANSWER_TOKENS}
+    stripped = [{"name": "stripped", "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}]}]
+    writing = {"output_type": "generate_until", "doc_to_target": "answers", "generation_kwargs": stop}
+    return {**settings, **writing, "filter_list": stripped, "metric_list": [match]}
+
+
+def _document(question: Question, measure: Literal["choice", "answer"]) -> dict[str, Any]:
+    if measure == "choice":
+        return {"context": question.context, "choices": list(question.choices), "answer": question.answer}
+    return {"context": question.context, "answers": [choice.strip() for choice in question.choices]}
+
+
+def _dataset(documents: list[dict[str, Any]], **metadata: Any) -> Any:
+    from datasets import Dataset, DatasetDict
+
+    return DatasetDict(test=Dataset.from_list(documents))
+
+
+def _score(
+    model: Any,
+    tokenizer: Any,
+    specs: Sequence[Any],
+    chances: dict[str, float],
+    *,
+    limit: int | None = None,
+    batch_size: int = 8,
+    num_fewshot: int | None = None,
+) -> dict[str, dict[str, Any]]:
+    for name, value, least in (("limit", limit, 1), ("batch_size", batch_size, 1), ("num_fewshot", num_fewshot, 0)):
+        if value is not None and value < least:
+            raise ValueError(f"{name} is {value}; allowed: {least} or more.")
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    with _quiet():
+        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
+        manager = TaskManager(include_defaults=any(isinstance(spec, str) for spec in specs))
+        try:
+            found = simple_evaluate(
+                wrapped,
+                tasks=list(specs),
+                num_fewshot=num_fewshot,
+                limit=limit,
+                batch_size=batch_size,
+                task_manager=manager,
+            )
+        except AssertionError as error:
+            if "maximum sequence length" not in str(error):
+                raise
+            raise ValueError(f"A task writes longer answers than the model takes: {error}") from error
+    assert found is not None  # None only on ranks over 0
+    return {
+        name: {
+            "num_questions": found["n-samples"][name]["effective"] if name in found["n-samples"] else None,
+            "num_fewshot": found["n-shot"].get(name),
+            "num_cut": sum(_is_cut(wrapped, sample) for sample in found["samples"].get(name, ())),
+            "chance": chances.get(name),
+            "scores": _scores(metrics),
+        }
+        for name, metrics in found["results"].items()
+    }
+
+
+def _scores(metrics: dict[str, Any]) -> dict[str, dict[str, float | None]]:
+    """lm-eval's "acc,none": 0.5 and "acc_stderr,none": 0.1 as {"acc": {"value": 0.5, "stderr": 0.1}}."""
+    scores = {}
+    for key, value in metrics.items():
+        metric, comma, pipeline = key.partition(",")
+        if comma and not metric.endswith("_stderr"):
+            stderr = metrics.get(f"{metric}_stderr,{pipeline}")
+            name = metric if pipeline in ("none", "stripped") else f"{metric} ({pipeline})"
+            scores[name] = {"value": float(value), "stderr": stderr if isinstance(stderr, float) else None}
+    return scores
+
+
+def _is_cut(wrapped: Any, sample: dict[str, Any]) -> bool:
+    """Whether a request of this question is longer than the model takes, so that its beginning was left out."""
+    for context, *rest in sample["arguments"]:
+        if not rest:
+            continue  # a text whose every token is scored, in windows
+        if isinstance(rest[0], dict):
+            given, room = context, wrapped.max_length - rest[0].get("max_gen_toks", wrapped.max_gen_toks)
+        else:
+            given, room = context + rest[0], wrapped.max_length + 1  # the last token is scored, not read
+        if len(wrapped.tok_encode(given)) > room:
+            return True
+    return False
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """lm-eval warns of each thing that is meant here (a model that is there already, documents that are)."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def show(result: dict[str, Any]) -> None:
+    """Prints the scores of `evaluate`."""
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{result['model']}, memory: {result['memory']}", box=SIMPLE)
+    for column in ("task", "asked", "cut", "measure", "score", "stderr", "chance"):
+        table.add_column(column, justify="left" if column in ("task", "measure") else "right", overflow="fold")
+    for name, task in result["tasks"].items():
+        about = [name, "" if task["num_questions"] is None else f"{task['num_questions']:,}", f"{task['num_cut']:,}"]
+        for metric, score in task["scores"].items():
+            figures = (score["value"], score["stderr"], task["chance"])
+            table.add_row(*about, metric, *("" if figure is None else f"{figure:.3f}" for figure in figures))
+            about = [""] * len(about)
+    Console().print(table)

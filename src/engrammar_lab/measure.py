@@ -1,0 +1,216 @@
+"""What the pair of the lab (MoE, MoE + memory) is measured by beside its loss: tasks, depth, gates, traffic.
+
+Each seed's two models are compared with each other, on questions and text that all seeds share.
+"""
+
+import json
+import random
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engrammar.tables.sealed import write_text
+from engrammar.train.recipe import DataRecipe, Recipe
+from engrammar_lab.machine import describe_run
+from engrammar_lab.studies import RESULTS, command_line, recipes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from engrammar.model.modeling import EngrammarForCausalLM
+    from engrammar_lab.tasks.questions import Split
+
+PAIR = ("MoE", "MoE + memory")
+OFF = f"{PAIR[1]}, memory off"
+MEASURES = ("tasks", "depth", "gates", "traffic")
+FORMATS = ("needle", "tracking")  # groups that no text of the corpora shows how to answer
+NUM_TUNING_STEPS, TUNING_BATCH, TUNING_LR = 300, 32, 2e-3
+NUM_TUNING_SENTENCES = 400
+DEPTH_TOKENS = 32_768
+NUM_QUESTIONS = 200  # of a task
+NEAREST = 2  # of seven layers, about the paper's 5 of 30
+NUM_TEXTS, TEXT_BYTES = 4, 400  # shown with their gates
+
+
+def split_of(data: DataRecipe, text: str) -> "Split":
+    """Whether a run on `data` trained on a document of its corpora."""
+    from engrammar.train.documents import is_kept, is_validation
+
+    trained = is_kept(text, data.keep_share) and not is_validation(text, data.validation_share)
+    return "seen" if trained else "unseen"
+
+
+def tuning_rows(
+    tokenizer: "PreTrainedTokenizerBase", data: DataRecipe, *, seed: int, num_steps: int
+) -> list[dict[str, "Tensor"]]:
+    """Answered needles and tracking in random order, `TUNING_BATCH` a step; the test has other keys and values."""
+    from engrammar.train import corpora
+    from engrammar_lab.tasks.needle import Haystack, needle_questions, tracking_questions, training_row
+
+    texts = [entry.text for entry in corpora.entries("wiki", cache=Path(data.folder) / "pocket")]
+    whole = Haystack.of([text for text in texts if split_of(data, text) == "seen"][:200], tokenizer)
+    haystack = Haystack(whole.sentences[:NUM_TUNING_SENTENCES], whole.lengths[:NUM_TUNING_SENTENCES])
+    num, length = num_steps * TUNING_BATCH // 2, data.sequence_length
+    questions = [
+        question
+        for ask in (needle_questions, tracking_questions)
+        for question in ask(haystack, tokenizer, length=length, num=num, seed=seed, use="training")
+    ]
+    random.Random(seed).shuffle(questions)
+    return [training_row(tokenizer, question, length) for question in questions]
+
+
+def tune(model: "EngrammarForCausalLM", rows: Sequence[dict[str, "Tensor"]]) -> None:
+    """Trains `model` for a few steps on `tuning_rows`; what it learns is the format."""
+    import torch
+
+    from engrammar.train.optimizer import build_optimizer
+
+    optimizer = build_optimizer(model, lr=TUNING_LR, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8, max_grad_norm=1.0)
+    model.train()
+    num_steps = len(rows) // TUNING_BATCH
+    for step in range(num_steps):
+        batch = rows[step * TUNING_BATCH : (step + 1) * TUNING_BATCH]
+        for group in optimizer.param_groups:
+            group["lr"] *= 1 - 1 / (num_steps - step + 1)  # to nothing, in a straight line
+        model(**{name: torch.stack([row[name] for row in batch]) for name in batch[0]}, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+
+
+def measure_pair(memory: Recipe, plain: Recipe) -> dict[str, Any]:
+    """All measures of one seed's two trained models, on one thread.
+
+    Returns:
+        `tasks` (per point and task what `score_suite` returns), `depth`, `gates`, `traffic`, `texts`.
+    """
+    import torch
+    from transformers import AutoTokenizer
+
+    from engrammar.model.modeling import EngrammarForCausalLM
+    from engrammar.train.run import prepare_tokens
+    from engrammar_lab.depth import compare_depth
+    from engrammar_lab.frequency import gate_by_frequency
+    from engrammar_lab.gates import gates_over_text
+    from engrammar_lab.traffic import memory_traffic
+
+    torch.set_num_threads(1)
+    tokens, length = prepare_tokens(memory.data), memory.data.sequence_length
+    tokenizer = AutoTokenizer.from_pretrained(memory.out)
+    own, other = (EngrammarForCausalLM.from_pretrained(recipe.out).eval() for recipe in (memory, plain))
+    texts = [text[:TEXT_BYTES] for text in _held_out(memory.data)[:NUM_TEXTS]]
+    found = {
+        "depth": compare_depth(own, other, tokens, length=length, num_tokens=DEPTH_TOKENS, k=NEAREST),
+        "gates": gate_by_frequency(own, tokens, length=length, plain=other),
+        "traffic": memory_traffic(own.model.memory, tokens, length=length),
+        "texts": [text.to_json() for text in gates_over_text(own, tokenizer, texts)],
+    }
+    return found | {"tasks": _score(own, other, tokenizer, memory)}
+
+
+def _held_out(data: DataRecipe) -> list[str]:
+    """Wikipedia leads that a run on `data` did not train on."""
+    from engrammar.train import corpora
+
+    texts = (entry.text for entry in corpora.entries("wiki", cache=Path(data.folder) / "pocket"))
+    return [text for text in texts if split_of(data, text) == "unseen"]
+
+
+def _score(
+    own: "EngrammarForCausalLM", other: "EngrammarForCausalLM", tokenizer: "PreTrainedTokenizerBase", recipe: Recipe
+) -> dict[str, Any]:
+    """Every task, then needles and tracking again once both models have been tuned to their format."""
+    from engrammar_lab.tasks.off import memory_off
+    from engrammar_lab.tasks.suite import build_suite, score_suite
+
+    data = recipe.data
+    suite = build_suite(
+        tokenizer,
+        partial(split_of, data),
+        cache=Path(data.folder) / "pocket",
+        length=data.sequence_length,
+        per_task=NUM_QUESTIONS,
+        trained_on=data.source.removeprefix("pocket:").split("+"),
+    )
+    tuned = {name: questions for name, questions in suite.items() if name.split("/")[0] in FORMATS}
+    found: dict[str, Any] = {}
+    for asked, suffix in ((suite, ""), (tuned, "/tuned")):
+        if suffix:
+            rows = tuning_rows(tokenizer, data, seed=recipe.seed, num_steps=NUM_TUNING_STEPS)
+            for model in (own, other):
+                tune(model, rows)
+        for point, model in zip(PAIR, (other, own)):
+            scores = score_suite(model, tokenizer, asked, length=data.sequence_length)
+            found.setdefault(point, {}).update({name + suffix: score for name, score in scores.items()})
+        with memory_off(own):
+            scores = score_suite(own, tokenizer, asked, length=data.sequence_length)
+        found.setdefault(OFF, {}).update({name + suffix: score for name, score in scores.items()})
+    return found
+
+
+def run_measures(
+    *,
+    runs: Path = Path("runs/lab"),
+    seeds: int = 3,
+    jobs: int = 2,
+    results: Path = RESULTS,
+    scale: str = "lab",
+    overrides: Sequence[str] = (),
+) -> None:
+    """Measures the pair of every seed and writes tasks.json, depth.json, gates.json and traffic.json.
+
+    A seed's measures are kept beside its run, so that a killed call goes on with the seeds that are left.
+
+    Raises:
+        ValueError: a model of the pair is not trained yet.
+    """
+    queue = recipes("pair", runs, range(seeds), overrides, scale=scale)
+    for recipe in queue.values():
+        if not (Path(recipe.out) / "result.json").exists():
+            raise ValueError(f"{recipe.out} holds no finished run: engrammar lab run pair, with the same settings.")
+    with ProcessPoolExecutor(jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
+        waiting = [pool.submit(_measured, queue[PAIR[1], seed], queue[PAIR[0], seed]) for seed in range(seeds)]
+        each = [done.result() for done in waiting]
+    head = describe_run(command_line("measure", scale, seeds, overrides))
+    results.mkdir(parents=True, exist_ok=True)
+    for name in MEASURES[1:]:
+        made = head | {"runs": [{"seed": seed, **found[name]} for seed, found in enumerate(each)]}
+        _write(results / f"{name}.json", made | ({"texts": each[0]["texts"]} if name == "gates" else {}))
+    _write(results / "tasks.json", head | _tasks([found["tasks"] for found in each]))
+
+
+def _measured(memory: Recipe, plain: Recipe) -> dict[str, Any]:
+    path = Path(memory.out) / "measures.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    found = measure_pair(memory, plain)
+    write_text(path, json.dumps(found) + "\n")
+    return found
+
+
+def _tasks(each: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Scores of every seed side by side, for the report."""
+    points = [*PAIR, OFF]
+    first = each[0][points[0]]
+    return {
+        "points": points,
+        "seeds": list(range(len(each))),
+        "tasks": {
+            name: {
+                **{key: first[name][key] for key in ("measure", "chance", "questions")},
+                "scores": {point: [found[point][name]["score"] for found in each] for point in points},
+                "bits_per_byte": {point: [found[point][name]["bits_per_byte"] for found in each] for point in points},
+            }
+            for name in first
+        },
+    }
+
+
+def _write(path: Path, result: dict[str, Any]) -> None:
+    rounded = json.loads(json.dumps(result), parse_float=lambda digits: float(f"{float(digits):.6g}"))
+    write_text(path, json.dumps(rounded, indent=1) + "\n")

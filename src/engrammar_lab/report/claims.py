@@ -1,0 +1,62 @@
+"""The paper's own orderings (its allocation curve, ablation and placement), put to the test of runs here."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from engrammar_lab.report.parts import interval, one_of
+from engrammar_lab.report.statistics import compare
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """The paper found `better` below `worse`, by so many nats per token where it says."""
+
+    better: str
+    worse: str
+    nats: float | None = None
+
+
+CLAIMS: Mapping[str, tuple[Claim, ...]] = {
+    "allocation": (Claim(better="80%", worse="100%", nats=0.0139), Claim(better="80%", worse="40%")),
+    "ablation": (
+        Claim(better="whole", worse="without", nats=0.040),
+        Claim(better="whole", worse="no compression", nats=0.0057),
+        Claim(better="whole", worse="no convolution", nats=0.0005),
+        Claim(better="whole", worse="4-grams too", nats=0.0017),
+    ),
+    "gate": (Claim(better="gate", worse="no gate", nats=0.0045),),
+    "branches": (Claim(better="a key for each", worse="one key for both", nats=0.0064),),
+    "placement": (
+        *(Claim(better="1", worse=block) for block in ("0", "2", "3")),
+        Claim(better="1,3", worse="1"),
+    ),
+}
+
+
+def claims_words(
+    claims: Sequence[Claim], complete: Mapping[str, Sequence[float]], factor: float | None, *, short: bool = False
+) -> str:
+    """How the paper's orderings fare, tested together; nothing where none can be tested.
+
+    Args:
+        complete: bits per byte per point, seed by seed.
+        factor: nats per token of one bit per byte, where known.
+        short: the counts alone.
+    """
+    known = [claim for claim in claims if claim.better in complete and claim.worse in complete]
+    if not known:
+        return ""
+    found = compare({claim: (complete[claim.worse], complete[claim.better]) for claim in known})
+    sides: dict[str, list[str]] = {"confirmed": [], "open": [], "contradicted": []}
+    for claim, own in found.items():
+        side = "open" if not own.settled else "confirmed" if own.mean > 0 else "contradicted"
+        words = f"{claim.better} below {claim.worse} ({interval(own)} bits per byte"
+        if claim.nats is not None:
+            here = "" if factor is None else f", {own.mean * factor:+.4f} nats here"
+            words += f"{here}; {claim.nats:+.4f} nats there"
+        sides[side].append(f"{words})")
+    if short:
+        counts = [f"{len(sides[side])} {side}" for side in sides if sides[side]]
+        return f"of the paper's orderings: {', '.join(counts)}"
+    told = "; ".join(f"{side}: {one_of(words)}" for side, words in sides.items() if words)
+    return f"The paper's orderings. {told[0].upper()}{told[1:]}."

@@ -1,0 +1,134 @@
+"""What a report is made of; `page` and `pdf` turn it into files."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import mean, stdev
+from typing import Any
+
+from engrammar_lab.report.statistics import Difference
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Rows of cells already put into words; `strong` are the numbers of rows to bring out."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    caption: str = ""
+    strong: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """A PNG and what it shows."""
+
+    png: bytes
+    caption: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """A row of the summary: the answer, how sure it is, what the paper found, and whether that agrees."""
+
+    answer: str
+    sure: str
+    paper: str
+    agrees: str
+
+    def rows(self) -> tuple[tuple[str, str], ...]:
+        """What stands above a section."""
+        return ("Answer", self.answer), ("Settled", self.sure), ("The paper", self.paper), ("Agrees", self.agrees)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """One question: its verdict, how it was measured, then tables, figures and paragraphs (plain strings)."""
+
+    key: str
+    question: str
+    verdict: Verdict
+    measured: str
+    body: tuple[Table | Figure | str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """The sections in their order and the questions that were not run.
+
+    Attributes:
+        date: of the newest result.
+        digest: SHA-256 of all results.
+        versions: of the libraries whose versions may change figures and the PDF.
+    """
+
+    sections: tuple[Section, ...]
+    missing: tuple[str, ...]
+    date: str
+    digest: str
+    versions: str
+
+    @property
+    def figures(self) -> list[Figure]:
+        return [part for section in self.sections for part in section.body if isinstance(part, Figure)]
+
+    def with_figures(self, pngs: Iterable[bytes]) -> "Report":
+        """The same report, its figures replaced in order by as many PNGs."""
+        left = iter(pngs)
+        sections = (
+            tuple(replace(part, png=next(left)) if isinstance(part, Figure) else part for part in section.body)
+            for section in self.sections
+        )
+        return replace(self, sections=tuple(replace(old, body=body) for old, body in zip(self.sections, sections)))
+
+
+TITLE = "What memory buys"
+ABOUT = (
+    "Made by `engrammar lab report` from the JSON beside it; no number and no sentence about results is typed by hand. "
+    "± is the sample deviation over seeds. Differences are paired by seed (the same text in the same order) and stand "
+    "with their 95 % t-interval; p is of a paired t-test, Holm-corrected over the comparisons of a table. "
+    "“Settled” means corrected p below 0.05 and all seeds of one sign."
+)
+SUMMARY = ("question", "answer here", "settled?", "the paper", "agrees?")
+
+
+def summary(report: Report) -> Table:
+    """The first page: all verdicts in a table."""
+    rows = []
+    for section in report.sections:
+        own = section.verdict
+        rows.append((section.question, own.answer, own.sure, own.paper, own.agrees))
+    return Table(columns=SUMMARY, rows=tuple(rows))
+
+
+def spread(values: Sequence[float], digits: int = 4) -> str:
+    """Mean ± sample deviation; the value alone where there is one."""
+    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def interval(difference: Difference, digits: int = 4) -> str:
+    """The signed mean and its 95 % interval."""
+    if len(difference.values) == 1:
+        return f"{difference.mean:+.{digits}f}"
+    low, high = difference.mean - difference.half, difference.mean + difference.half
+    return f"{difference.mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+
+
+def p_words(difference: Difference) -> str:
+    if len(difference.values) == 1:
+        return "one seed"
+    return "<0.001" if difference.p < 0.001 else f"{difference.p:.3f}"
+
+
+def one_of(names: Sequence[str], empty: str = "none") -> str:
+    """Names in a row, or the word for none."""
+    return ", ".join(names) or empty
+
+
+def machine_words(result: Mapping[str, Any], num_seeds: int) -> str:
+    """How a result was measured: the command, its tokens a run where it says, seeds, day and machine."""
+    machine, tokens = result["machine"], f": {result['tokens']:,} tokens a run" if "tokens" in result else ""
+    instructions = f" ({machine['instructions']})" if "instructions" in machine else ""
+    return (
+        f"`{result['command']}`{tokens}, {num_seeds} seeds. {result['date']}; {machine['cpu']}{instructions}, "
+        f"{machine['cores']} cores, torch {machine['torch']}."
+    )

@@ -1,0 +1,242 @@
+"""Sections on studies: what each point scores, what its difference to another is worth, and what was held equal.
+
+Letters: S seeds, P points of a study, X places where a fitted curve is read.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import mean
+from typing import Any
+
+from engrammar_lab.catalogue import study_of
+from engrammar_lab.report.claims import CLAIMS, claims_words
+from engrammar_lab.report.curves import allocation_optimum, scaling_words
+from engrammar_lab.report.figures import draw_allocation, draw_curves, draw_points, draw_scaling
+from engrammar_lab.report.parts import Figure, Section, Table, Verdict, interval, machine_words, one_of, p_words, spread
+from engrammar_lab.report.statistics import Difference, compare
+
+COUNTS = ("total_parameters", "active_parameters", "flops_per_token")
+
+
+def scores(result: Mapping[str, Any]) -> dict[str, list[float]]:
+    """Bits per byte of the study's points, seed by seed, of points that have a run of every seed.
+
+    Raises:
+        ValueError: a run's point is not one of the study's.
+    """
+    known = study_of(result).points
+    found: dict[str, dict[int, float]] = {point: {} for point in known}
+    for run in result["runs"]:
+        if run["point"] not in known:
+            raise ValueError(
+                f"{result['study']}.json has a run of the point {run['point']!r}, which the study has not: "
+                f"engrammar lab run {result['study']}."
+            )
+        found[run["point"]][run["seed"]] = run["bits_per_byte"]
+    seeds = sorted({run["seed"] for run in result["runs"]})
+    return {point: [each[seed] for seed in seeds] for point, each in found.items() if len(each) == len(seeds)}
+
+
+def left_out(result: Mapping[str, Any]) -> list[str]:
+    """The study's points that lack runs, with how many they have."""
+    seeds = {run["seed"] for run in result["runs"]}
+    complete = scores(result)
+    counts = {point: sum(run["point"] == point for run in result["runs"]) for point in study_of(result).points}
+    return [f"{point} ({counts[point]} of {len(seeds)})" for point in counts if point not in complete]
+
+
+def bases(result: Mapping[str, Any]) -> dict[str, str]:
+    """Which complete point each other complete point is compared with: the first."""
+    complete = scores(result)
+    first = next(iter(study_of(result).points))
+    return {point: first for point in complete if first in complete and first != point}
+
+
+def differences(result: Mapping[str, Any]) -> dict[str, Difference]:
+    """How much worse (+) each point is than the one it is compared with, in bits per byte, tested together."""
+    own = scores(result)
+    return compare({point: (own[point], own[base]) for point, base in bases(result).items()})
+
+
+def nats_per_bit(result: Mapping[str, Any]) -> float | None:
+    """What turns bits per byte into the paper's nats per token: ln 2 times bytes per token; None where not recorded."""
+    known = result.get("bytes_per_token", result["runs"][0].get("bytes_per_token"))
+    return None if known is None else math.log(2) * known
+
+
+def apart(result: Mapping[str, Any]) -> dict[str, float]:
+    """The largest share by which total and active parameters and FLOPs differ between complete points held equal."""
+    held = scores(result).keys() - set(study_of(result).exempt)
+    runs = [run for run in result["runs"] if run["point"] in held]
+    return {kind: max(run[kind] for run in runs) / min(run[kind] for run in runs) - 1 for kind in COUNTS}
+
+
+def study_section(result: Mapping[str, Any]) -> Section:
+    """The section of one study."""
+    study, complete = study_of(result), scores(result)
+    missing = left_out(result)
+    notes = [f"Left out, because they have not all seeds yet: {', '.join(missing)}."] if missing else []
+    body: list[Table | Figure | str] = list(notes)
+    if complete:
+        body += [_score_table(result), _pictures(result), *_findings(result), _equal_table(result), _proof(result)]
+        if any(run.get("curve") for run in result["runs"]):
+            body.append(
+                Figure(
+                    png=draw_curves(result["runs"], list(complete)),
+                    caption="Training loss, nats per token; grey: the first point.",
+                )
+            )
+    return Section(
+        key=result["study"],
+        question=study.question,
+        verdict=_verdict(result),
+        measured=measured(result),
+        body=tuple(body),
+    )
+
+
+def measured(result: Mapping[str, Any]) -> str:
+    """The command, the amount, the day, the machine and the measure."""
+    seeds = {run["seed"] for run in result["runs"]}
+    return f"{machine_words(result, len(seeds))} Validation text, bits per byte; lower is better."
+
+
+def _score_table(result: Mapping[str, Any]) -> Table:
+    study, complete, against, found = study_of(result), scores(result), bases(result), differences(result)
+    factor = nats_per_bit(result)
+    best = min(complete, key=lambda point: mean(complete[point]))
+    rows = []
+    for point, values in complete.items():
+        row = [point, spread(values)]
+        if point in found:
+            own = found[point]
+            nats = [] if factor is None else [f"{own.mean * factor:+.4f}"]
+            row += [against[point], interval(own), *nats, p_words(own), "yes" if own.settled else "no"]
+        else:
+            row += [""] * (4 + (factor is not None))
+        rows.append(tuple(row))
+    nats_column = () if factor is None else ("in nats per token",)
+    return Table(
+        columns=(
+            study.axis, "bits per byte", "against", "difference [95 %]", *nats_column, "p", "settled",
+        ),
+        rows=tuple(rows),
+        caption="Negative differences are gains. The best point stands out.",
+        strong=(list(complete).index(best),),
+    )  # fmt: skip
+
+
+def _equal_table(result: Mapping[str, Any]) -> Table:
+    rows = []
+    for point in scores(result):
+        runs = [run for run in result["runs"] if run["point"] == point]
+        rows.append(
+            (
+                point,
+                f"{runs[0]['total_parameters']:,}",
+                f"{runs[0]['active_parameters']:,}",
+                f"{runs[0]['memory_rows']:,}",
+                f"{runs[0]['flops_per_token'] / 1e6:.3f}",
+            )
+        )
+    return Table(
+        columns=("", "total parameters", "active", "rows of memory", "MFLOPs/token"),
+        rows=tuple(rows),
+        caption="What is equal. FLOPs of a forward pass, by torch's counter.",
+    )
+
+
+def _proof(result: Mapping[str, Any]) -> str:
+    most = apart(result)
+    words = (
+        f"Between points, total parameters differ by at most {most['total_parameters']:.3%}, active ones by "
+        f"{most['active_parameters']:.3%}, FLOPs per token by {most['flops_per_token']:.3%}."
+    )
+    return words if study_of(result).equal else f"{words} This study does not hold them equal."
+
+
+def _pictures(result: Mapping[str, Any]) -> Figure:
+    complete, axis = scores(result), study_of(result).axis
+    dots = "Dots are seeds, bars the mean ± deviation"
+    if result["study"] == "allocation" and len(complete) > 3:
+        shaded = f"{dots}; the curve is the parabola over the points with memory, the band where the paper is flat."
+        return Figure(png=draw_allocation(complete, allocation_optimum(complete)), caption=shaded)
+    if result["study"] == "scaling" and len(complete) > 3:
+        return Figure(
+            png=draw_scaling(complete, axis),
+            caption=f"{dots}; fits with their 95 % band over seeds.",
+        )
+    found = differences(result)
+    return Figure(
+        png=draw_points(complete, found, axis),
+        caption=f"{dots}. Blue: settled better than what it is compared with; orange: worse; grey: not settled.",
+    )
+
+
+def _findings(result: Mapping[str, Any]) -> list[str]:
+    """What the differences, the fits and the paper's own orderings come to, in sentences."""
+    complete, found = scores(result), differences(result)
+    sentences = [_order_words(found)] if found else []
+    ties = as_good_as_the_best(complete)
+    if len(complete) > 2:
+        best = min(complete, key=lambda point: mean(complete[point]))
+        sentences.append(f"Not told apart from the best point, {best}: {one_of(ties)}.")
+    factor = nats_per_bit(result)
+    if result["study"] == "scaling" and len(complete) > 3:
+        sentences.append(scaling_words(complete, factor)[1])
+    if result["study"] == "allocation" and len(complete) > 3:
+        sentences.append(allocation_optimum(complete).words())
+    paragraphs = [" ".join(sentences)] if sentences else []
+    claims = claims_words(CLAIMS.get(result["study"], ()), complete, factor)
+    return paragraphs + ([claims] if claims else [])
+
+
+def as_good_as_the_best(complete: Mapping[str, Sequence[float]]) -> list[str]:
+    """The points whose difference to the best one is not settled."""
+    best = min(complete, key=lambda point: mean(complete[point]))
+    found = compare({point: (own, complete[best]) for point, own in complete.items() if point != best})
+    return [point for point, own in found.items() if not own.settled]
+
+
+def _order_words(found: Mapping[str, Difference]) -> str:
+    better = [point for point, own in found.items() if own.settled and own.mean < 0]
+    worse = [point for point, own in found.items() if own.settled and own.mean > 0]
+    open_ = [point for point, own in found.items() if not own.settled]
+    return f"Settled better: {one_of(better)}. Settled worse: {one_of(worse)}. Not settled: {one_of(open_)}."
+
+
+def _verdict(result: Mapping[str, Any]) -> Verdict:
+    study, complete, found = study_of(result), scores(result), differences(result)
+    if not complete or not found:
+        return Verdict(answer="no two points have all their seeds yet", sure="no", paper=study.paper, agrees="open")
+    answer = _answer(complete, found, bases(result))
+    settled = sum(own.settled for own in found.values())
+    sure = "yes" if settled == len(found) else f"{settled} of {len(found)} differences" if settled else "no"
+    agrees = claims_words(CLAIMS.get(result["study"], ()), complete, None, short=True)
+    if result["study"] == "allocation" and len(complete) > 3:
+        optimum = allocation_optimum(complete)
+        answer, agrees = f"{answer}; {optimum.short()}", optimum.agrees()
+    if result["study"] == "scaling" and len(complete) > 3:
+        answer, _, agrees = scaling_words(complete, nats_per_bit(result))
+    return Verdict(answer=answer, sure=sure, paper=study.paper, agrees=agrees or "no comparison")
+
+
+def _answer(
+    complete: Mapping[str, Sequence[float]], found: Mapping[str, Difference], against: Mapping[str, str]
+) -> str:
+    """Which point is best and by how much; where the lowest is not settled, what is settled better and worse."""
+    best = min(complete, key=lambda point: mean(complete[point]))
+    if best in found and found[best].settled:
+        ties = as_good_as_the_best(complete)
+        answer = f"{best} is best: {-found[best].mean:.4f} bits per byte less than {against[best]}"
+        return answer + (f"; not told apart from it: {', '.join(ties)}" if ties else "")
+    better, worse = (
+        [f"{point} {own.mean:+.4f}" for point, own in found.items() if own.settled and sign * own.mean > 0]
+        for sign in (-1, 1)
+    )
+    base = ", ".join(dict.fromkeys(against.values()))
+    answer = f"settled better: {', '.join(better)}" if better else f"nothing is settled better than {base}"
+    if worse:
+        answer += f"; settled worse, in bits per byte: {', '.join(worse)}"
+    open_ = [point for point, own in found.items() if not own.settled]
+    return answer + (f"; not told apart: {', '.join(open_)}" if open_ else "")

@@ -1,0 +1,275 @@
+"""Questions to memory as small recipes over one runner: `engrammar lab run NAME`.
+
+A study changes one thing in a recipe; every point of it sees the same text in the same order for a seed, with equal
+total and active parameters where its question needs that (the report proves it). Runs are a queue that a kill leaves
+where it was; results are written as they come.
+"""
+
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import variance
+from typing import Any
+
+from engrammar.tables.sealed import write_text
+from engrammar.train.recipe import Recipe, flat, load_recipe, to_yaml
+from engrammar_lab.catalogue import SCALES, Study, studies_at
+from engrammar_lab.machine import describe_machine, describe_run
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "results" / "lab"
+FINISHED = "finished.json"  # in a run's folder: what `run_one` returned
+
+
+def find_study(name: str, scale: str = "lab") -> Study:
+    """A study at one scale, by name.
+
+    Raises:
+        ValueError: there is none of that name, or no such scale.
+    """
+    if scale not in SCALES:
+        raise ValueError(f"There is no scale {scale!r}; known: {', '.join(SCALES)}.")
+    studies = studies_at(SCALES[scale])
+    if name not in studies:
+        raise ValueError(f"There is no study {name!r}; known: {', '.join(studies)}.")
+    return studies[name]
+
+
+def recipes(
+    name: str, runs: Path, seeds: Sequence[int], overrides: Sequence[str] = (), *, scale: str = "lab"
+) -> dict[tuple[str, int], Recipe]:
+    """The recipe of each point and seed, in the order of the queue: all points of a seed before the next seed.
+
+    A run's folder is named by its settings, so that studies share the runs they have in common.
+    """
+    study, queue = find_study(name, scale), {}
+    for seed in seeds:
+        for point, settings in study.points.items():
+            recipe = replace(load_recipe(scale, (*study.common, *settings, *overrides)), out="", seed=seed)
+            queue[point, seed] = replace(recipe, out=str(runs / _digest(recipe)))
+    return queue
+
+
+def _digest(recipe: Recipe) -> str:
+    """Names a run by the settings that are not default, so that settings added later leave old runs found."""
+    plain = flat(asdict(Recipe()))
+    own = {name: value for name, value in flat(asdict(recipe)).items() if plain.get(name) != value}
+    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def run_one(recipe: Recipe) -> dict[str, Any]:
+    """Trains one point on one thread, or finds it trained; what is kept of it, with measured FLOPs per token."""
+    import torch
+
+    from engrammar.train.run import train
+
+    torch.set_num_threads(1)
+    result = train(recipe)
+    found = {**result, "flops_per_token": measure_flops(recipe)}
+    write_text(Path(recipe.out) / FINISHED, json.dumps(found) + "\n")
+    return found
+
+
+def measure_flops(recipe: Recipe) -> float:
+    """FLOPs of a forward pass per token, as torch counts them, of the trained model in `recipe.out`."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from engrammar.model.modeling import EngrammarForCausalLM
+
+    model = EngrammarForCausalLM.from_pretrained(recipe.out).eval()
+    length = recipe.data.sequence_length
+    ids = torch.randint(model.config.vocab_size, (4, length), generator=torch.Generator().manual_seed(0))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    return counter.get_total_flops() / ids.numel()
+
+
+def run_study(
+    name: str,
+    *,
+    runs: Path = Path("runs/lab"),
+    seeds: int = 3,
+    jobs: int = 2,
+    results: Path = RESULTS,
+    scale: str = "lab",
+    overrides: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Runs a study, or goes on with it; writes `results/NAME.json` after each run.
+
+    Args:
+        jobs: runs at the same time, each a process with one thread.
+        overrides: settings for all points (trainer.max_steps=20 for a rehearsal).
+
+    Returns:
+        the study's `runs`: per point and seed bits per byte, the loss curve, parameters, FLOPs per token.
+
+    Raises:
+        ValueError: no such study or scale, or a wrong setting.
+    """
+    from engrammar.train.run import prepare_tokens
+
+    if seeds < 1 or jobs < 1:
+        raise ValueError(f"seeds is {seeds} and jobs {jobs}; allowed: 1 or more.")
+    queue = recipes(name, runs, range(seeds), overrides, scale=scale)
+    base = next(iter(queue.values()))
+    tokens = prepare_tokens(base.data)
+    bytes_per_token = tokens.num_bytes("validation") / tokens.num_tokens("validation")
+    found = {key: json.loads(path.read_text()) for key, path in _finished(queue).items()}
+    with ProcessPoolExecutor(jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
+        waiting = {pool.submit(run_one, recipe): key for key, recipe in queue.items() if key not in found}
+        for done in itertools.chain([None], as_completed(waiting)):
+            if done is not None:
+                found[waiting[done]] = done.result()
+            made = _head(name, scale, base, seeds, overrides) | {
+                "bytes_per_token": bytes_per_token,
+                "runs": [_kept(*key, found[key]) for key in queue if key in found],
+            }
+            results.mkdir(parents=True, exist_ok=True)
+            write_text(results / f"{name}.json", json.dumps(made, indent=1) + "\n")
+            last = "" if done is None else f": {waiting[done][0]}, seed {waiting[done][1]}"
+            print(f"{len(found)} of {len(queue)}{last}", flush=True)
+    return made
+
+
+def plan(name: str, *, scale: str = "lab", seeds: int = 3, overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """What `run_study` would train, without training: the text is prepared, every model's parameters are counted.
+
+    Returns:
+        per point `total_parameters`, `active_parameters`, `memory_rows`, `tokens` of a run and `training_flops` of it
+        (6 a token and active parameter: forward and backward, attention's products not counted).
+    """
+    from transformers import AutoTokenizer
+
+    from engrammar.model.budget import count_parameters
+    from engrammar.train.run import build_config, prepare_tokens
+    from engrammar.vocabulary import cached_classes
+
+    planned = []
+    for (point, _), recipe in recipes(name, Path(), range(1), overrides, scale=scale).items():
+        folder = prepare_tokens(recipe.data).tokenizer_path
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        counts = count_parameters(build_config(recipe.model, tokenizer, cached_classes(tokenizer, folder)))
+        num_tokens = recipe.trainer["max_steps"] * recipe.data.batch_size * recipe.data.sequence_length
+        planned.append(
+            {
+                "point": point,
+                "seeds": seeds,
+                "total_parameters": counts.total_parameters,
+                "active_parameters": counts.active_parameters,
+                "memory_rows": counts.memory_rows,
+                "tokens": num_tokens,
+                "training_flops": 6.0 * counts.active_parameters * num_tokens,
+            }
+        )
+    return planned
+
+
+def _finished(queue: Mapping[tuple[str, int], Recipe]) -> dict[tuple[str, int], Path]:
+    paths = {key: Path(recipe.out) / FINISHED for key, recipe in queue.items()}
+    return {key: path for key, path in paths.items() if path.exists()}
+
+
+def command_line(verb: str, scale: str, seeds: int, overrides: Sequence[str]) -> str:
+    """The `engrammar lab` command that makes a result, defaults left out."""
+    options = [*([] if scale == "lab" else [f"--scale {scale}"]), *([] if seeds == 3 else [f"--seeds {seeds}"])]
+    return " ".join(["engrammar lab", verb, *overrides, *options])
+
+
+def _head(name: str, scale: str, base: Recipe, seeds: int, overrides: Sequence[str]) -> dict[str, Any]:
+    return {
+        **describe_run(command_line(f"run {name}", scale, seeds, overrides)),
+        "study": name,
+        "scale": scale,
+        "overrides": list(overrides),
+        "recipe": to_yaml(replace(base, out="")),
+        "tokens": base.trainer["max_steps"] * base.data.batch_size * base.data.sequence_length,
+    }
+
+
+def _kept(point: str, seed: int, run: dict[str, Any]) -> dict[str, Any]:
+    counts = ("total_parameters", "active_parameters", "memory_parameters", "memory_rows", "flops_per_token")
+    return {
+        "point": point,
+        "seed": seed,
+        **{key: run[key] for key in counts},
+        "bits_per_byte": run["validation_bits_per_byte"],
+        "tokens_per_second": run["tokens_per_second"],
+        "curve": [[entry["step"], round(entry["loss"], 4)] for entry in run["curve"] if "loss" in entry],
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rerun:
+    """A committed run and the same run here, in bits per byte.
+
+    Attributes:
+        most_apart: two runs of a point stay within it 99 times in 100, by the study's deviation over seeds.
+        committed_on: the instruction set that the committed run used; "" where it is not recorded. On another one the
+            same run rounds otherwise.
+    """
+
+    committed: float
+    here: float
+    most_apart: float
+    committed_on: str
+    here_on: str
+
+
+def rerun(name: str, point: str, seed: int, *, out: Path, results: Path = RESULTS) -> Rerun:
+    """Trains one point of a committed study again, from nothing, and compares.
+
+    Args:
+        out: folder for the run; one that holds it already is not trained again.
+
+    Raises:
+        ValueError: the study's JSON is not in `results`, has no such point and seed, or no point with two seeds.
+    """
+    path = results / f"{name}.json"
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; studies with results: {', '.join(_with_results(results)) or 'none'}.")
+    result = json.loads(path.read_text())
+    known = {(run["point"], run["seed"]): run["bits_per_byte"] for run in result["runs"]}
+    if (point, seed) not in known:
+        points = ", ".join(dict.fromkeys(repr(of) for of, _ in known))
+        raise ValueError(f"{name} has no run of point {point!r} with seed {seed}; points: {points}; seeds: 0 and up.")
+    most_apart = _most_apart(result["runs"])
+    scale, overrides = result.get("scale", "lab"), result.get("overrides", ())
+    recipe = recipes(name, out, (seed,), overrides, scale=scale)[point, seed]
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        here = pool.submit(run_one, recipe).result()["validation_bits_per_byte"]
+    return Rerun(
+        committed=known[point, seed],
+        here=here,
+        most_apart=most_apart,
+        committed_on=result["machine"].get("instructions", ""),
+        here_on=describe_machine()["instructions"],
+    )
+
+
+def _most_apart(runs: Sequence[Mapping[str, Any]]) -> float:
+    """How far two runs of a point are apart at most, 99 times in 100: by the deviation over seeds, pooled over points.
+
+    Raises:
+        ValueError: no point has two seeds.
+    """
+    from scipy.stats import t
+
+    seeds: dict[str, list[float]] = {}
+    for run in runs:
+        seeds.setdefault(run["point"], []).append(run["bits_per_byte"])
+    squares = [(len(own) - 1) * variance(own) for own in seeds.values() if len(own) > 1]
+    freedom = sum(len(own) - 1 for own in seeds.values())
+    if not freedom:
+        raise ValueError("The study has one seed of each point: nothing says how far two runs of one are apart.")
+    return float(t.ppf(0.995, freedom)) * math.sqrt(2 * sum(squares) / freedom)
+
+
+def _with_results(results: Path) -> list[str]:
+    return [name for name in studies_at(SCALES["lab"]) if (results / f"{name}.json").exists()]

@@ -1,0 +1,172 @@
+"""Facts from encyclopaedia, glosses and dictionary: what was read in training, and what was not.
+
+A fact is the first thing an entry says of its headword: `headword (noun): definition` in WordNet, `Headword, n.
+Definition` in GCIDE, `X is a ...` up to the first comma or stop in Wikipedia. Two forms of question:
+choice: the headword -> its definition among three of the same kind (corpus and part of speech, or verb) and split;
+cloze: the entry up to the last word of the definition -> that word, where it is plain and does not stand before.
+An unseen fact is left out where its sentence (Wikipedia) or definition (the others) stands in any seen document.
+"""
+
+import random
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, zip_longest
+from typing import TYPE_CHECKING, Literal
+
+from engrammar_lab.tasks.questions import Document, Question, Split, fits, pose
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PATTERNS = {
+    "wordnet": r"(?P<names>.+?) \((?P<kind>noun|verb|adjective|adverb)\):(?P<definition> [^;:.()\"]+)",
+    "gcide": r"(?P<names>[^,.]+),? (?P<kind>n|a|adv|v\. t|v\. i)\.(?: \([A-Z][\w. ]*\))?(?: 1\.)?"
+    r"(?P<definition> [^;:.()\"]+)(?=[;:.])",
+    "wiki": r"(?P<names>[^.;:]{2,80}?) (?P<kind>is|are|was|were)(?P<definition> (?:an?|the) [^.,;:()\"]+)",
+}
+REFERENCES = ("Same as", "See ", "Of or pertaining to", "Pertaining to")  # say little of the headword
+DEFINITION_WORDS = range(4, 26)
+LAST_WORD = re.compile(r" [a-z]{4,}$")
+
+Form = Literal["choice", "cloze"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fact:
+    """What an entry says of its headword: `context` + `definition` begin the entry's text."""
+
+    names: frozenset[str]
+    context: str
+    definition: str
+    corpus: str
+    kind: str
+    split: Split
+
+    @property
+    def sentence(self) -> str:
+        """What no seen document may say where the fact is unseen."""
+        return self.context + self.definition if self.corpus == "wiki" else self.definition
+
+
+def read_fact(document: Document) -> Fact | None:
+    """The fact that a document begins with, or None where it does not begin as its corpus does."""
+    match = re.match(PATTERNS[document.corpus], document.text)
+    if match is None:
+        return None
+    definition = match["definition"].rstrip(" ,")
+    if len(_words(definition)) not in DEFINITION_WORDS or definition.strip().startswith(REFERENCES):
+        return None
+    return Fact(
+        names=frozenset(match["names"].casefold().split(", ")),
+        context=document.text[: match.start("definition")],
+        definition=definition,
+        corpus=document.corpus,
+        kind=match["kind"],
+        split=document.split,
+    )
+
+
+def fact_questions(
+    documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBase", *, length: int, num: int, seed: int
+) -> dict[str, list[Question]]:
+    """Up to `num` questions of each of facts/{choice,cloze}/{seen,unseen}, the corpora in turn, within `length` tokens.
+
+    Raises:
+        ValueError: a document is of a corpus whose entries have no known form.
+    """
+    strange = sorted({document.corpus for document in documents} - set(PATTERNS))
+    if strange:
+        raise ValueError(f"There are no facts to read in the corpus {strange[0]!r}; allowed: {', '.join(PATTERNS)}.")
+    facts = [fact for document in documents if (fact := read_fact(document)) is not None]
+    told = _told(facts, documents)
+    facts = [fact for fact in facts if fact.split == "seen" or _words(fact.sentence) not in told]
+    splits: tuple[Split, ...] = ("seen", "unseen")
+    forms: tuple[Form, ...] = ("choice", "cloze")
+    return {
+        f"facts/{form}/{split}": _take(
+            [fact for fact in facts if fact.split == split], form, tokenizer, length, num, seed
+        )
+        for form in forms
+        for split in splits
+    }
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(re.findall(r"[^\W_]+", text.casefold()))
+
+
+def _told(facts: Sequence[Fact], documents: Sequence[Document]) -> set[tuple[str, ...]]:
+    """The words of unseen facts' sentences that stand in seen documents, in one pass over these."""
+    by_start: dict[tuple[str, ...], set[tuple[str, ...]]] = {}
+    for fact in facts:
+        if fact.split == "unseen":
+            sentence = _words(fact.sentence)
+            by_start.setdefault(sentence[:3], set()).add(sentence)
+    told = set()
+    for document in documents:
+        if document.split == "seen":
+            words = _words(document.text)
+            for place, start in enumerate(zip(words, words[1:], words[2:])):
+                if start in by_start:
+                    told |= {each for each in by_start[start] if words[place : place + len(each)] == each}
+    return told
+
+
+def _take(
+    facts: Sequence[Fact],
+    form: Form,
+    tokenizer: "PreTrainedTokenizerBase",
+    length: int,
+    num: int,
+    seed: int,
+) -> list[Question]:
+    rng = random.Random(f"facts {form} {seed}")
+    kinds: dict[tuple[str, str], list[Fact]] = {}
+    for fact in facts:
+        kinds.setdefault((fact.corpus, fact.kind), []).append(fact)
+    questions: list[Question] = []
+    for fact in _in_turn(facts, rng):
+        if len(questions) == num:
+            break
+        question = _cloze(fact) if form == "cloze" else _choice(fact, kinds[fact.corpus, fact.kind], rng)
+        if question is not None and fits(tokenizer, question, length):
+            questions.append(question)
+    return questions
+
+
+def _in_turn(facts: Sequence[Fact], rng: random.Random) -> Iterator[Fact]:
+    """All facts in random order, one of each corpus in turn."""
+    corpora: dict[str, list[Fact]] = {}
+    for fact in facts:
+        corpora.setdefault(fact.corpus, []).append(fact)
+    for own in corpora.values():
+        rng.shuffle(own)
+    return (fact for fact in chain.from_iterable(zip_longest(*corpora.values())) if fact is not None)
+
+
+def _choice(fact: Fact, kind: Sequence[Fact], rng: random.Random) -> Question | None:
+    wrong: dict[str, Fact] = {}
+    for other in rng.sample(kind, min(len(kind), 12)):
+        if len(wrong) < 3 and other.definition != fact.definition and not other.names & fact.names:
+            wrong[other.definition] = other
+    if len(wrong) < 3 or fact.definition.strip().casefold() in fact.context.casefold():
+        return None
+    return pose(
+        rng,
+        context=fact.context,
+        right=fact.definition,
+        wrong=wrong,
+        task=f"facts/choice/{fact.split}",
+        split=fact.split,
+    )
+
+
+def _cloze(fact: Fact) -> Question | None:
+    last = LAST_WORD.search(fact.definition)
+    if last is None:
+        return None
+    context = fact.context + fact.definition[: last.start()]
+    if last[0].strip() in context.casefold():
+        return None
+    return Question(context=context, choices=(last[0],), answer=0, task=f"facts/cloze/{fact.split}", split=fact.split)

@@ -1,0 +1,156 @@
+"""How likely a model finds continuations of contexts: choices among them, and exact recall.
+
+Letters: B batch, T tokens, S scored tokens, V vocabulary.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from engrammar_lab.tasks.questions import Question, start_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, kw_only=True)
+class Continuation:
+    """What the model makes of a continuation.
+
+    Attributes:
+        log_likelihood: of its tokens given the context, in nats.
+        greedy: whether greedy decoding from the context begins with exactly its tokens.
+        num_bytes: of its text in UTF-8.
+    """
+
+    log_likelihood: float
+    greedy: bool
+    num_bytes: int
+
+    @property
+    def per_byte(self) -> float:
+        return self.log_likelihood / self.num_bytes
+
+
+def score_continuations(
+    model: Any,
+    tokenizer: "PreTrainedTokenizerBase",
+    pairs: Sequence[tuple[str, str]],
+    *,
+    batch_tokens: int = 4096,
+) -> list[Continuation]:
+    """Scores (context, continuation) pairs with any causal model that has `.logits` [B, T, V].
+
+    Context and continuation are encoded apart and their ids joined, so where one ends does not depend on the other.
+    `start_ids` come first: documents begin so in training.
+
+    Raises:
+        ValueError: the model is in training mode, a continuation has no tokens, there is nothing before it, or a row is
+            longer than the model's `max_position_embeddings`.
+    """
+    from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
+    if model.training:
+        raise ValueError("The model is in training mode; call model.eval() before scoring.")
+    unique = list(dict.fromkeys(pairs))
+    rows = _encode(tokenizer, unique, getattr(getattr(model, "config", None), "max_position_embeddings", None))
+    order = sorted(range(len(unique)), key=lambda index: sum(map(len, rows[index])))
+    found: dict[tuple[str, str], Continuation] = {}
+    with tqdm(total=len(unique), desc="scoring", unit=" rows", delay=2) as progress:
+        for batch in _batches([(index, sum(map(len, rows[index]))) for index in order], batch_tokens):
+            scores = _score_rows(model, [rows[index] for index in batch], tokenizer.pad_token_id or 0)
+            for index, (log_likelihood, greedy) in zip(batch, scores):
+                num_bytes = len(unique[index][1].encode())
+                found[unique[index]] = Continuation(log_likelihood=log_likelihood, greedy=greedy, num_bytes=num_bytes)
+            progress.update(len(batch))
+    return [found[pair] for pair in pairs]
+
+
+def _encode(
+    tokenizer: "PreTrainedTokenizerBase", pairs: Sequence[tuple[str, str]], limit: int | None
+) -> list[tuple[list[int], list[int]]]:
+    texts = list(dict.fromkeys(text for pair in pairs for text in pair))
+    ids = dict(zip(texts, tokenizer(texts, add_special_tokens=False).input_ids)) if texts else {}
+    start = start_ids(tokenizer)
+    rows = []
+    for context, continuation in pairs:
+        before, after = start + ids[context], ids[continuation]
+        if not before or not after:
+            raise ValueError(f"{context!r:.60} goes on as {continuation!r:.60}; both need at least one token.")
+        if limit is not None and len(before) + len(after) > limit:
+            raise ValueError(
+                f"{context!r:.60} with its continuation takes {len(before) + len(after)} tokens; the model's "
+                f"max_position_embeddings allows {limit}: shorten it, or stretch the model with yarn.stretched."
+            )
+        rows.append((before, after))
+    return rows
+
+
+def _batches(lengths: Sequence[tuple[int, int]], batch_tokens: int) -> Iterator[list[int]]:
+    """Groups (index, length) in order of length so that each, padded, is within the budget (or is one row)."""
+    batch: list[int] = []
+    for index, length in lengths:
+        if batch and (len(batch) + 1) * length > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+@torch.inference_mode()
+def _score_rows(model: Any, rows: Sequence[tuple[list[int], list[int]]], pad_id: int) -> list[tuple[float, bool]]:
+    device = getattr(model, "device", "cpu")
+    num_tokens = max(len(before) + len(after) for before, after in rows)
+    ids_BT = torch.full((len(rows), num_tokens), pad_id)
+    mask_BT = torch.zeros_like(ids_BT)
+    scored_BT = torch.zeros_like(ids_BT, dtype=torch.bool)
+    for row, (before, after) in enumerate(rows):
+        stop = len(before) + len(after)
+        ids_BT[row, :stop] = torch.tensor(before + after)
+        mask_BT[row, :stop] = 1
+        scored_BT[row, len(before) : stop] = True
+    ids_BT, mask_BT, scored_BT = ids_BT.to(device), mask_BT.to(device), scored_BT.to(device)
+    logits_BTV: Tensor = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits
+    logits_SV = logits_BTV[:, :-1][scored_BT[:, 1:]].float()
+    target_S = ids_BT[scored_BT]
+    log_likelihood_S = -torch.nn.functional.cross_entropy(logits_SV, target_S, reduction="none")
+    greedy_S = logits_SV.argmax(-1) == target_S
+    sizes = [len(after) for _, after in rows]
+    parts = zip(log_likelihood_S.double().split(sizes), greedy_S.split(sizes))
+    return [(float(log_likelihood.sum()), bool(greedy.all())) for log_likelihood, greedy in parts]
+
+
+def score_questions(
+    model: Any, tokenizer: "PreTrainedTokenizerBase", questions: Sequence[Question], *, batch_tokens: int = 4096
+) -> list[list[Continuation]]:
+    """Per question, its choices scored; see `score_continuations`."""
+    pairs = [(question.context, choice) for question in questions for choice in question.choices]
+    scores = iter(score_continuations(model, tokenizer, pairs, batch_tokens=batch_tokens))
+    return [[next(scores) for _ in question.choices] for question in questions]
+
+
+def best(choices: Sequence[Continuation]) -> tuple[int, int]:
+    """The index of the most likely choice, by total log likelihood and by log likelihood per byte."""
+    total = max(range(len(choices)), key=lambda index: choices[index].log_likelihood)
+    return total, max(range(len(choices)), key=lambda index: choices[index].per_byte)
+
+
+def choose(
+    model: Any, tokenizer: "PreTrainedTokenizerBase", questions: Sequence[Question]
+) -> tuple[list[int], list[int]]:
+    """The index of each question's most likely choice, by total log likelihood and by log likelihood per byte."""
+    chosen = [best(choices) for choices in score_questions(model, tokenizer, questions)]
+    return [total for total, _ in chosen], [per_byte for _, per_byte in chosen]
+
+
+def recall(model: Any, tokenizer: "PreTrainedTokenizerBase", questions: Sequence[Question]) -> list[bool]:
+    """Whether greedy decoding from each context begins with exactly the answer's tokens.
+
+    All answer tokens are read from one pass over the answer itself: the first wrong one is where decoding would leave.
+    """
+    pairs = [(question.context, question.right) for question in questions]
+    return [continuation.greedy for continuation in score_continuations(model, tokenizer, pairs)]

@@ -1,0 +1,60 @@
+"""`engrammar table`: each command says in a line what it did, and in a sentence what is wrong."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+import engrammar_cli.table
+from table_folders import write_folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_folder(tmp_path / "tables")
+    return tmp_path / "tables"
+
+
+def run(capsys, *args):
+    engrammar_cli.table.main([str(arg) for arg in args])
+    return capsys.readouterr().out
+
+
+def test_info_describes_the_tables(folder, capsys):
+    assert "table 1: 220 rows of 6 values in bf16, 12 bytes each" in run(capsys, "info", folder)
+    about = json.loads(run(capsys, "info", folder, "--json"))
+    assert about["encoding"] == "bf16" and about["tables"]["3"]["page_checksums"] is True
+
+
+def test_verify_counts_what_it_read(folder, capsys):
+    num_bytes = sum(path.stat().st_size for path in folder.glob("memory.tables.?.safetensors"))
+    assert f"{num_bytes:,} bytes are as they were written" in run(capsys, "verify", folder)
+
+
+def test_pack_and_quantize_make_folders(folder, capsys, tmp_path):
+    assert "in bf16, in 7 files" in run(capsys, "pack", folder, tmp_path / "packed", "--shard-bytes", 1000)
+    text = run(capsys, "quantize", tmp_path / "packed", tmp_path / "small", "--encoding", "int8")
+    assert "in int8, in 2 files" in text and "table 3: relative RMS error 0." in text
+    assert "bytes are as they were written" in run(capsys, "verify", tmp_path / "small")
+
+
+def test_a_mistake_is_one_sentence_and_exit_code_2(folder, capsys, tmp_path):
+    for args in (("info", tmp_path), ("pack", folder, folder), ("verify", tmp_path / "nowhere")):
+        with pytest.raises(SystemExit) as caught:
+            engrammar_cli.table.main([str(arg) for arg in args])
+        assert caught.value.code == 2
+        error = capsys.readouterr().err
+        assert error.startswith("engrammar: ") and error.count("\n") == 1
+
+
+def test_help_is_there_without_importing_torch():
+    code = (
+        "import sys, engrammar_cli.table\n"
+        "try: engrammar_cli.table.main(['--help'])\n"
+        "finally: assert 'torch' not in sys.modules"
+    )
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "quantize" in done.stdout and time.perf_counter() - started < 5

@@ -1,0 +1,24 @@
+"""The step bench compares like with like and finishes in its time."""
+
+import time
+
+import pytest
+
+from engrammar_lab.bench.step import bench_step
+
+
+@pytest.mark.slow
+def test_quick_step_bench_compares_equal_models_within_its_time():
+    started = time.perf_counter()
+    result = bench_step(quick=True)
+    assert time.perf_counter() - started < 50
+    plain, memory = result["models"]["moe"], result["models"]["moe + memory"]
+    for key in ("total_parameters", "active_parameters"):
+        assert memory[key] == pytest.approx(plain[key], rel=1e-3)
+    assert memory["flops_per_token"] == pytest.approx(plain["flops_per_token"], rel=0.01)
+    assert plain["milliseconds"]["retrieval"] < 1 < memory["tokens_per_second"]
+    assert 0 < memory["share_of_peak"] < 1 and result["quick"]
+    assert result["memory_tax"] == pytest.approx(1 - memory["tokens_per_second"] / plain["tokens_per_second"])
+    assert {name: cells[-1]["rows_per_head"] for name, cells in result["rows"]["contenders"].items()} == dict.fromkeys(
+        result["rows"]["contenders"], 100_000
+    )
