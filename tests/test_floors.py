@@ -53,7 +53,7 @@ ROOMS = {
         "mooncake.upload",
         "serving",
     ),
-    "engrammar.model": ("configuration", "hyper", "block", "modeling", "presets", "budget"),
+    "engrammar.model": ("configuration", "hyper", "block", "saving", "modeling", "presets", "budget"),
 }
 FLOOR_OF = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
 FILES = sorted(path for path in SOURCE.rglob("*.py"))

@@ -5,12 +5,11 @@ Attention (MLA) and experts (DeepSeekMoE) are transformers' DeepSeek-V3 modules;
 Letters: B batch, T tokens, M branches, D hidden width, E width of a token's rows, S positions of history.
 """
 
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
@@ -35,17 +34,12 @@ from engrammar.memory import Memory, Retrieved
 from engrammar.model.block import IDS_STATE, EngrammarBlock
 from engrammar.model.configuration import EngrammarConfig
 from engrammar.model.hyper import Collapse
+from engrammar.model.saving import SavedModel
 from engrammar.rivals import Rival
-from engrammar.stores.serving import PLAIN, serve_tables
 from engrammar.table import MemoryTable, Rows, draw_rows_
-from engrammar.tables.folder import open_tables
-from engrammar.tables.memory_json import finish_checkpoint
-from engrammar.tables.shards import MEMORY, check_shards, is_table, remove_checkpoint, write_tables
-
-SERVING = ("cache_rows", "prefetch", "on_missing", "deadline")  # settings of `serve_tables`
 
 
-class EngrammarPreTrainedModel(PreTrainedModel):
+class EngrammarPreTrainedModel(SavedModel):
     config: EngrammarConfig
     config_class = EngrammarConfig
     base_model_prefix = "model"
@@ -103,89 +97,6 @@ class EngrammarPreTrainedModel(PreTrainedModel):
                     init.zeros_(module.conv_weight)
                 else:
                     init.kaiming_uniform_(module.conv_weight, a=5**0.5)
-
-    def save_pretrained(self, save_directory: Any, is_main_process: bool = True, **kwargs: Any) -> None:
-        """transformers' `save_pretrained`, with each memory table in a safetensors shard of its own."""
-        if kwargs.get("variant") is not None:
-            raise ValueError(f"variant is {kwargs['variant']!r}; checkpoints with memory tables have no variants.")
-        given = kwargs.pop("state_dict", None)
-        state_dict = self.state_dict() if given is None else given
-        tables = {name: tensor for name, tensor in state_dict.items() if is_table(name)}
-        backbone = {name: tensor for name, tensor in state_dict.items() if name not in tables}
-        sources = {module.source for module in self.modules() if isinstance(module, MemoryTable) and module.source}
-        for source in sources:
-            source.check_save(Path(save_directory))
-        if is_main_process:
-            remove_checkpoint(Path(save_directory))
-        super().save_pretrained(save_directory, is_main_process, state_dict=backbone, **kwargs)
-        if tables and is_main_process:
-            write_tables(Path(save_directory), tables)
-            finish_checkpoint(Path(save_directory))
-        for source in sources if given is None else ():
-            source.save(Path(save_directory))
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """transformers' `from_pretrained`, which refuses a missing or truncated shard and a missing weight.
-
-        Args:
-            memory: where the memory's tables stay: "ram" or "disk", or a function that opens the store of a table.
-                Without it they are weights of the model. `cache_rows`, `prefetch`, `on_missing` and `deadline` go with
-                it: see `stored.serve_tables`.
-
-        Raises:
-            ValueError: a shard is missing or cut short, or the checkpoint lacks weights of this model.
-        """
-        folder = Path(pretrained_model_name_or_path or "", kwargs.get("subfolder", ""))
-        if pretrained_model_name_or_path is not None and folder.is_dir():
-            check_shards(folder)
-        serving = {key: kwargs.pop(key) for key in SERVING if key in kwargs}
-        if isinstance(kwargs.get("memory"), str) or callable(kwargs.get("memory")):
-            serving["where"] = kwargs.pop("memory")
-            kwargs["rows"] = "elsewhere"
-        elif serving:
-            raise ValueError(
-                f"{next(iter(serving))} needs memory='ram', 'disk' or a store: tables are weights otherwise."
-            )
-        wants_info = kwargs.pop("output_loading_info", False)
-        try:
-            model, info = super().from_pretrained(
-                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-            )
-        except RuntimeError as error:
-            if "mismatch" not in str(error):
-                raise
-            raise ValueError(
-                f"The weights in {folder} have other shapes than its config.json says: copy the checkpoint again."
-            ) from error
-        elsewhere = kwargs.get("rows") == "elsewhere"
-        left_over = sorted(
-            key
-            for key in info["unexpected_keys"]
-            if ".fusion." in key or "rival." in key or ("memory." in key and not (elsewhere and is_table(key)))
-        )
-        if left_over:
-            raise ValueError(
-                f"{folder} holds memory that its config.json does not name ({left_over[0]}, ...): it is of another "
-                "model; copy the checkpoint again."
-            )
-        encoding = open_tables(folder).encoding if info["missing_keys"] and (folder / MEMORY).exists() else "fp32"
-        if encoding not in PLAIN and all(map(is_table, info["missing_keys"])):
-            raise ValueError(f"The tables in {folder} are stored as {encoding}: load them with memory='ram' or 'disk'.")
-        if info["missing_keys"]:
-            names = ", ".join(sorted(info["missing_keys"])[:3])
-            raise ValueError(
-                f"{pretrained_model_name_or_path} lacks {len(info['missing_keys'])} weights of this model "
-                f"({names}, ...): the checkpoint is incomplete or of another model; copy it again."
-            )
-        for module in model.modules():
-            if isinstance(module, MemoryTable):
-                module.init_seed = None
-            if isinstance(module, MemoryTable | Rival) and module.weight is not None:
-                module.weight.is_memory_table = True  # type: ignore[attr-defined]  # loading made a new parameter
-        if serving:
-            serve_tables(model, folder, **serving)
-        return (model, info) if wants_info else model
 
 
 class EngrammarModel(EngrammarPreTrainedModel):
