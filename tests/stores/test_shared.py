@@ -59,7 +59,7 @@ class Worker:
 
     def end(self) -> int:
         self.process.stdin.close()
-        return self.process.wait(timeout=60)
+        return self.process.wait()
 
 
 def sevens(memory):
@@ -223,7 +223,7 @@ def test_processes_read_side_by_side_and_a_writer_waits_for_them(tmp_path):
         thread = threading.Thread(target=write)
         thread.start()
         assert not wrote.wait(0.05)
-    thread.join(10)
+    thread.join()
     assert wrote.is_set()
 
 

@@ -3,12 +3,13 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+
+from processes import run
 
 LIMIT = 420 * 2**20  # most of it is Python's, torch's and transformers' own
 DISK = 6 * 10**9
@@ -50,9 +51,7 @@ def limited():
 def work(where: str, folder: Path, *group: str) -> tuple[int, dict | None]:
     """The exit code, and what the process reported."""
     folder.mkdir()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parent.parent)}
-    command = [sys.executable, str(WORKER), where, str(folder), str(folder / "report.json"), *group]
-    done = subprocess.run(command, env=environment, timeout=300, check=False, capture_output=True, text=True)
+    done = run([sys.executable, str(WORKER), where, str(folder), str(folder / "report.json"), *group])
     report = json.loads((folder / "report.json").read_text()) if done.returncode == 0 else None
     assert done.returncode <= 0, done.stderr[-3000:]
     shutil.rmtree(folder)

@@ -1,9 +1,6 @@
 """Wherever a table's rows are, training gives the same bits; over ranks, the same curve with a share of the table."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,8 +15,8 @@ from engrammar.train.optimizer import build_optimizer
 from engrammar.train.pages import zeros_in_file, zeros_in_ram
 from engrammar.train.placement import place_tables, placement_of
 from models import tiny_config, tiny_model
+from processes import succeed, torchrun
 
-ROOT = Path(__file__).parent.parent.parent
 SETTINGS = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "max_grad_norm": 1.0}
 PLACES = [("device", "none"), ("ram", "none"), ("ram", "exact"), ("file", "none"), ("file", "exact")]
 
@@ -242,21 +239,11 @@ def test_state_is_saved_by_rows_and_read_back(tmp_path):
         again.load_state(tmp_path, wrong.rows)
 
 
-def torchrun(num_ranks: int, script: Path, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
-    done = subprocess.run(
-        [*command, str(script), *arguments], capture_output=True, text=True, timeout=300, env=environment, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_one_step_over_ranks_equals_one_process(tmp_path, num_ranks):
     """Every kind of optimizer and place: same loss and same update within rounding, each rank with its share."""
-    torchrun(num_ranks, Path(__file__).parent / "sharded_worker.py", str(tmp_path))
+    succeed(torchrun(num_ranks, str(Path(__file__).parent / "sharded_worker.py"), str(tmp_path)))
     report = json.loads((tmp_path / "report.json").read_text())
     assert set(report) == {
         f"{kind} {where}" for kind in ("adam", "row_adam", "sinkhorn") for where in ("device", "ram")

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import time
 
 import pytest
 import torch
@@ -66,9 +65,7 @@ def test_text_is_handed_out_once_and_its_end_is_said():
 
 
 @pytest.mark.slow
-def test_the_quick_bench_ends_in_time(tmp_path, monkeypatch):
+def test_the_quick_bench_takes_ram_as_its_baseline(tmp_path, monkeypatch):
     monkeypatch.setenv("ENGRAMMAR_BENCH_FOLDER", str(tmp_path))
-    started = time.monotonic()
     result = bench_decode(True)
-    assert time.monotonic() - started < 50
     assert all(part["variants"][RAM]["share"] == 1 for part in result["batches"])
