@@ -53,7 +53,7 @@ ROOMS = {
         "mooncake.upload",
         "serving",
     ),
-    "engrammar.model": ("configuration", "hyper", "block", "saving", "modeling", "presets", "budget"),
+    "engrammar.model": ("configuration", "presets", "hyper", "block", "saving", "modeling", "budget"),
 }
 FLOOR_OF = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
 FILES = sorted(path for path in SOURCE.rglob("*.py"))

@@ -1,12 +1,59 @@
-"""Conditional memory for language models: train it, attach it, place it, edit it, measure it.
+"""Conditional memory for language models (Engram, arXiv 2601.07372): build it, train it, place it, serve it.
 
-`import engrammar` registers the model with transformers' Auto classes.
+`import engrammar` registers the model with transformers' Auto classes. `__all__` is what most programs need; each
+package says in its docstring what else is public.
 """
 
-from engrammar.config import Geometry, MemoryConfig
-from engrammar.model.configuration import EngrammarConfig
-from engrammar.model.modeling import EngrammarForCausalLM, EngrammarModel
-from engrammar.model.presets import preset
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["EngrammarConfig", "EngrammarForCausalLM", "EngrammarModel", "Geometry", "MemoryConfig", "preset"]
+from engrammar.config import Geometry, MemoryConfig
+from engrammar.model import (
+    EngrammarConfig,
+    EngrammarForCausalLM,
+    EngrammarModel,
+    count_parameters,
+    preset,
+)
+from engrammar.stores import CachedStore, DiskStore, RamStore, RowStore
+from engrammar.stores.serving import look_ahead, serve_tables
+from engrammar.tables import open_tables
+from engrammar.train import build_optimizer, place_tables
+from engrammar.vocabulary import cached_classes, compress_vocabulary
+
+if TYPE_CHECKING:
+    from engrammar.train import EngrammarTrainer
+
+__all__ = [
+    "CachedStore",
+    "DiskStore",
+    "EngrammarConfig",
+    "EngrammarForCausalLM",
+    "EngrammarModel",
+    "EngrammarTrainer",
+    "Geometry",
+    "MemoryConfig",
+    "RamStore",
+    "RowStore",
+    "build_optimizer",
+    "cached_classes",
+    "compress_vocabulary",
+    "count_parameters",
+    "look_ahead",
+    "open_tables",
+    "place_tables",
+    "preset",
+    "serve_tables",
+]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name == "EngrammarTrainer":  # as in `engrammar.train`: transformers' Trainer is slow to import
+        from engrammar.train import EngrammarTrainer
+
+        return EngrammarTrainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

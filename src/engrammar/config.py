@@ -143,7 +143,12 @@ class MemoryConfig:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """Builds from `to_json`'s dict; `{"preset": NAME, ...}` starts from a dialect and replaces what is given."""
+        """Builds from `to_json`'s dict; `{"preset": NAME, ...}` starts from a dialect and replaces what is given.
+
+        Raises:
+            ValueError: no such dialect or setting, a value that is not allowed, or neither a dialect nor the settings
+                that have no default.
+        """
         data = dict(data)
         preset = data.pop("preset", None)
         unknown = sorted(set(data) - {field.name for field in fields(cls)})
@@ -151,6 +156,12 @@ class MemoryConfig:
             known = ", ".join(field.name for field in fields(cls))
             raise ValueError(f"memory has unknown settings {', '.join(unknown)}; known are {known}.")
         if preset is None:
+            lacking = [name for name in ("layers", "rows_per_head") if name not in data]
+            if lacking:
+                raise ValueError(
+                    f"memory lacks {' and '.join(lacking)}: give them, or a dialect to start from, as "
+                    f"memory.preset ({', '.join(PRESETS)})."
+                )
             return cls(**data)
         if preset not in PRESETS:
             raise ValueError(f"memory.preset is {preset!r}; allowed: {', '.join(PRESETS)}.")

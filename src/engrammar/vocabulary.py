@@ -52,7 +52,11 @@ def compress_vocabulary(tokenizer: "PreTrainedTokenizerBase") -> NDArray[np.int6
 
     Returns:
         classes_V, int64, `len(tokenizer)` long, values 0..num_classes-1 without gaps.
+
+    Raises:
+        ValueError: something other than a tokenizer was given.
     """
+    require_tokenizer(tokenizer)
     normalizer = _normalizer()
     texts = _decode_each(tokenizer)
     class_of_key: dict[str, int] = {}
@@ -64,6 +68,15 @@ def compress_vocabulary(tokenizer: "PreTrainedTokenizerBase") -> NDArray[np.int6
             key = normalizer.normalize_str(text) or text
         classes_V[token_id] = class_of_key.setdefault(key, len(class_of_key))
     return classes_V
+
+
+def require_tokenizer(tokenizer: object) -> None:
+    """Raises a ValueError if `tokenizer` is a name, a path or another library's tokenizer."""
+    if not hasattr(tokenizer, "convert_ids_to_tokens"):
+        raise ValueError(
+            f"tokenizer is {tokenizer!r:.80}; give a tokenizer of transformers, for instance "
+            "AutoTokenizer.from_pretrained(name_or_folder)."
+        )
 
 
 def _decode_each(tokenizer: "PreTrainedTokenizerBase") -> list[str]:

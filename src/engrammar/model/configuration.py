@@ -26,7 +26,8 @@ class EngrammarConfig(DeepseekV3Config):
     Besides DeepSeek-V3's (`hidden_size`, `n_routed_experts`, `kv_lora_rank`, ...):
         num_branches: residual branches M; 1 is the plain residual, more is mHC.
         hc_sinkhorn_iters, hc_eps: mHC's Sinkhorn iterations and epsilon.
-        memory: `MemoryConfig.to_json()`, or settings over a preset; None is a model without memory.
+        memory: a `MemoryConfig`, its `to_json()`, or a dict of settings over a dialect ({"preset": NAME, ...}); kept
+            as the dict. None is a model without memory.
         rival: what stands in memory's place, to compare (`rivals.RIVALS`): {"kind": NAME, sizes}; None is none.
         num_ids: ids that the class map covers (`len(tokenizer)`); defaults to `vocab_size`.
         num_classes, fill_class: of the compressed vocabulary; needed once, to derive `geometry`.
@@ -43,7 +44,7 @@ class EngrammarConfig(DeepseekV3Config):
     n_group: int | None = 1
     topk_group: int | None = 1
     num_mtp_layers: int = 0
-    memory: dict[str, Any] | None = None
+    memory: dict[str, Any] | MemoryConfig | None = None
     rival: dict[str, Any] | None = None
     num_ids: int | None = None
     num_classes: int | None = None
@@ -71,7 +72,8 @@ class EngrammarConfig(DeepseekV3Config):
         super().__post_init__(**kwargs)
 
     def _resolve_memory(self) -> None:
-        memory = MemoryConfig.from_json(self.memory or {})
+        memory = self.memory_config
+        assert memory is not None
         if max(memory.layers) >= self.num_hidden_layers:
             raise ValueError(
                 f"memory.layers is {list(memory.layers)}, but the model has layers 0 to {self.num_hidden_layers - 1}."
@@ -88,8 +90,9 @@ class EngrammarConfig(DeepseekV3Config):
                 num_classes, fill_class = self.vocab_size, memory.fill_id
             if num_classes is None or fill_class is None:
                 raise ValueError(
-                    "memory.compression is 'normalized', so the hash depends on the tokenizer: build the config with "
-                    "EngrammarConfig.for_tokenizer, or give num_classes and fill_class."
+                    "memory.compression is 'normalized', so its addresses depend on the tokenizer: build the config "
+                    "with EngrammarConfig.for_tokenizer(tokenizer, compress_vocabulary(tokenizer), ...), or give "
+                    "num_classes and fill_class."
                 )
             self.geometry = derive_geometry(memory, num_classes=num_classes, fill_class=fill_class).to_json()
         else:
@@ -113,7 +116,7 @@ class EngrammarConfig(DeepseekV3Config):
 
     @property
     def memory_config(self) -> MemoryConfig | None:
-        return None if self.memory is None else MemoryConfig.from_json(self.memory)
+        return None if self.memory is None else _memory_config(self.memory)
 
     @property
     def rival_config(self) -> RivalConfig | None:
@@ -155,7 +158,10 @@ class EngrammarConfig(DeepseekV3Config):
         """A config whose vocabulary, special ids and memory addresses belong to `tokenizer`.
 
         Args:
-            classes_V: `vocabulary.compress_vocabulary(tokenizer)`; needed where the memory is compressed.
+            classes_V: `compress_vocabulary(tokenizer)`; needed where the memory is compressed.
+
+        Raises:
+            ValueError: `classes_V` is missing or of another tokenizer, or a setting is not allowed.
         """
         if classes_V is not None and len(classes_V) != len(tokenizer):
             raise ValueError(
@@ -165,8 +171,14 @@ class EngrammarConfig(DeepseekV3Config):
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             settings.setdefault(name, getattr(tokenizer, name))
         settings |= {"num_ids": len(tokenizer), "tokenizer_sha256": fingerprint(tokenizer)}
-        if settings.get("memory") is not None and classes_V is not None:
-            memory = MemoryConfig.from_json(settings["memory"])
+        memory = None if settings.get("memory") is None else _memory_config(settings["memory"])
+        if memory is not None and memory.compression == "normalized":
+            if classes_V is None:
+                raise ValueError(
+                    "This memory is compressed: its addresses depend on which ids of the tokenizer read alike. Pass "
+                    "classes_V=compress_vocabulary(tokenizer), and give the same to model.model.memory.set_classes; or "
+                    "let EngrammarForCausalLM.from_preset(NAME, tokenizer=tokenizer) do all of it."
+                )
             if memory.fill_id >= len(classes_V):
                 raise ValueError(
                     f"memory.fill_id is {memory.fill_id}; the tokenizer has ids 0 to {len(classes_V) - 1}."
@@ -181,6 +193,10 @@ class EngrammarConfig(DeepseekV3Config):
                 f"This tokenizer ({len(tokenizer)} tokens) is not the one the model was built with: its memory "
                 "would be read at wrong rows. Use the tokenizer saved beside the model."
             )
+
+
+def _memory_config(memory: MemoryConfig | dict[str, Any]) -> MemoryConfig:
+    return memory if isinstance(memory, MemoryConfig) else MemoryConfig.from_json(memory)
 
 
 def load_config(directory: Path) -> EngrammarConfig:

@@ -5,7 +5,7 @@ Attention (MLA) and experts (DeepSeekMoE) are transformers' DeepSeek-V3 modules;
 Letters: B batch, T tokens, M branches, D hidden width, E width of a token's rows, S positions of history.
 """
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -34,9 +34,11 @@ from engrammar.memory import Memory, Retrieved
 from engrammar.model.block import IDS_STATE, EngrammarBlock
 from engrammar.model.configuration import EngrammarConfig
 from engrammar.model.hyper import Collapse
+from engrammar.model.presets import preset
 from engrammar.model.saving import SavedModel
 from engrammar.rivals import Rival
 from engrammar.table import MemoryTable, Rows, draw_rows_
+from engrammar.vocabulary import compress_vocabulary
 
 
 class EngrammarPreTrainedModel(SavedModel):
@@ -56,6 +58,23 @@ class EngrammarPreTrainedModel(SavedModel):
         "router_logits": OutputRecorder(DeepseekV3TopkRouter, index=0),
     }
     _keep_in_fp32_modules_strict = ("e_score_correction_bias",)
+
+    @classmethod
+    def from_preset(cls, name: str, *, tokenizer: Any, **overrides: Any) -> Self:
+        """A freshly initialized model of a preset for `tokenizer`, with its vocabulary compressed and class map set.
+
+        Args:
+            name, tokenizer, overrides: see `engrammar.preset`, which makes the config.
+
+        Raises:
+            ValueError: no such preset or setting, or a tokenizer that does not fit the memory.
+        """
+        classes_V = compress_vocabulary(tokenizer)
+        model = cls(preset(name, tokenizer=tokenizer, classes_V=classes_V, **overrides))
+        memory = model.base_model.memory
+        if memory is not None and memory.class_of_id is not None:
+            memory.set_classes(torch.from_numpy(classes_V))
+        return model
 
     @classmethod
     def is_custom_code(cls) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from engrammar.model.configuration import EngrammarConfig
+from engrammar.vocabulary import require_tokenizer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -126,18 +127,23 @@ def preset(
 
     Args:
         tokenizer: gives vocabulary size, special ids and, with `classes_V`, the memory's addresses.
-        classes_V: `vocabulary.compress_vocabulary(tokenizer)`.
-        overrides: any setting of `EngrammarConfig`; `memory=None` leaves the memory out.
+        classes_V: `compress_vocabulary(tokenizer)`.
+        overrides: any setting of `EngrammarConfig`. `memory` is a whole `MemoryConfig`, a dict of settings over the
+            preset's own, or None to leave the memory out.
 
     Raises:
-        ValueError: no preset of that name.
+        ValueError: no such preset or setting, or a tokenizer that does not fit the memory.
     """
+    if tokenizer is not None:
+        require_tokenizer(tokenizer)
     if name not in PRESETS:
         raise ValueError(f"There is no preset {name!r}; known: {', '.join(PRESETS)}.")
     unknown = sorted(set(overrides) - {field.name for field in fields(EngrammarConfig)})
     if unknown:
         raise ValueError(f"{unknown[0]!r} is not a setting of EngrammarConfig; see its docstring for those there are.")
     settings = {**PRESETS[name], **overrides}
+    if isinstance(settings.get("memory"), dict):
+        settings["memory"] = _memory_settings(PRESETS[name].get("memory") or {}, overrides.get("memory", {}), tokenizer)
     if tokenizer is None:
         if settings.get("memory") is not None and "num_classes" not in settings and "geometry" not in settings:
             settings |= {"num_classes": settings["vocab_size"], "fill_class": 0}  # for counting, before a tokenizer
@@ -145,10 +151,25 @@ def preset(
     for key in ("vocab_size", "num_ids", "num_classes", "fill_class", "pad_token_id", "bos_token_id", "eos_token_id"):
         if key not in overrides:
             settings.pop(key, None)
-    if settings.get("memory") is not None and tokenizer.eos_token_id is not None:
-        memory = dict(settings["memory"])
-        if memory.get("boundary") == "end":
-            memory["end_ids"] = [tokenizer.eos_token_id]
-            memory["fill_id"] = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else memory["fill_id"]
-        settings["memory"] = memory
     return EngrammarConfig.for_tokenizer(tokenizer, classes_V, **settings)
+
+
+def _memory_settings(
+    own: dict[str, Any], given: dict[str, Any], tokenizer: "PreTrainedTokenizerBase | None"
+) -> dict[str, Any]:
+    """A preset's own settings of its memory, with the tokenizer's special ids where `given` sets none, then `given`."""
+    memory = {**own, **given}
+    if own.get("boundary") != "end":
+        return memory
+    if memory["boundary"] != "end" and "end_ids" not in given:
+        memory["end_ids"] = []
+    if tokenizer is None or not memory["end_ids"]:
+        return memory
+    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    if end is None and not {"end_ids", "fill_id"} <= set(given):
+        raise ValueError(
+            "This preset's memory never looks back over the tokenizer's eos token, but the tokenizer has none: set "
+            "tokenizer.eos_token, or give memory={'end_ids': [...], 'fill_id': ...}."
+        )
+    memory |= {"end_ids": [end], "fill_id": end if pad is None else pad}
+    return memory | given

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 def build_config(recipe: ModelRecipe, tokenizer: Any, classes_V: Any) -> "EngrammarConfig":
     """The model's config for this tokenizer, by the recipe's way of splitting its budget."""
     from engrammar.model.budget import solve_budget
-    from engrammar.model.presets import PRESETS, preset
+    from engrammar.model.presets import preset
     from engrammar.rivals import rival_from_json
 
     settings = dict(recipe.settings)
@@ -39,8 +39,6 @@ def build_config(recipe: ModelRecipe, tokenizer: Any, classes_V: Any) -> "Engram
         rival = rival_from_json({**(settings.pop("rival", None) or {}), "kind": recipe.rival})
         plain = preset(recipe.preset, tokenizer=tokenizer, **(settings | {"memory": None}))
         return solve_budget(plain, rival, rho=recipe.rho)
-    if isinstance(settings.get("memory"), dict):
-        settings["memory"] = {**(PRESETS.get(recipe.preset, {}).get("memory") or {}), **settings["memory"]}
     own = preset(recipe.preset, tokenizer=tokenizer, classes_V=classes_V, **settings)
     if recipe.memory == "preset":
         return own
