@@ -1,4 +1,4 @@
-"""`engrammar eval`: lm-evaluation-harness tasks on any model. As in `engrammar_cli`, it imports inside."""
+"""`engrammar eval`: lm-evaluation-harness tasks on any model. Imports are inside the function, as in `main.py`."""
 
 import json
 import sys
@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
+
+from engrammar_cli.extras import require
 
 
 def evaluate(
@@ -20,16 +22,16 @@ def evaluate(
     cache: Path = Path("data/pocket"),
     list_sets: Annotated[bool, arg(name="list")] = False,
 ) -> None:
-    """Score a model on tasks of lm-evaluation-harness, on question sets, or on questions of your own.
+    """Score a model on tasks of lm-evaluation-harness, on question sets, or on your own questions.
 
     Args:
-        model: The folder of a model of ours or of any transformers causal LM.
-        tasks: Names, with commas between them: lm-eval's tasks, local/NAME (see --list), or a JSONL file of
-            context, choices and answer in each line.
+        model: The folder of an engrammar model or of any transformers causal LM.
+        tasks: Names separated by commas: tasks of lm-eval, local/NAME (see --list), or a JSONL file with context,
+            choices and answer in each line.
         limit: The most questions of a task.
         batch_size: Requests at a time.
-        num_fewshot: Answered questions to put before each; without it, as each task says.
-        memory: Where the memory's tables stay; off scores the model without what its memory adds.
+        num_fewshot: Answered questions put before each question; by default as many as the task says.
+        memory: Where the memory's tables are; off scores the model without what its memory adds.
         out: A JSON file for the scores.
         cache: Where fetched question sets are kept.
         list_sets: List the question sets and stop.
@@ -42,6 +44,7 @@ def evaluate(
         return
     if model is None:
         raise ValueError("engrammar eval needs the folder of a model; --list shows the question sets.")
+    require("eval")
     from engrammar.tables.sealed import check_writable, write_text
     from engrammar_lab import harness
     from engrammar_lab.machine import describe_run

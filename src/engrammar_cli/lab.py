@@ -1,21 +1,17 @@
-"""`engrammar lab ...`: studies of what memory buys. As in `engrammar_cli`, commands import inside."""
+"""`engrammar lab ...`: studies of what memory buys. Imports are inside the functions, as in `main.py`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 
-import tyro
 from tyro.conf import Positional
 
-from engrammar_cli.answer import answer
-
-app = tyro.extras.SubcommandApp()
+from engrammar_cli.extras import require
 
 
 def _where(scale: str, out: Path | None, results: Path | None) -> dict[str, Path]:
     return {"runs": out or Path("runs") / scale, "results": results or Path("results") / scale}
 
 
-@app.command
 def run(
     study: Positional[str],
     overrides: Positional[tuple[str, ...]] = (),
@@ -27,18 +23,20 @@ def run(
     results: Path | None = None,
     dry_run: bool = False,
 ) -> None:
-    """Run a study, or go on with one that was killed; results are written after each run.
+    """Run a study, or continue one that was killed; results are written after each run.
 
     Args:
-        study: allocation, scaling, rivals, pair, ablation, branches, placement, optimizer, dialects or boundary.
+        study: allocation, scaling, rivals, pair, ablation, branches, placement, optimizer, dialects,
+            boundary or gate.
         overrides: Settings for all of its points, as section.setting=value (trainer.max_steps=20 for a rehearsal).
-        scale: The recipe that points change: lab (two cores) or lab-100m (one GPU; jobs 1).
+        scale: The recipe that the points start from: lab (two cores) or lab-100m (one GPU; jobs 1).
         seeds: Runs of each point.
         jobs: Runs at the same time, one thread each.
         out: Folder for the runs [runs/SCALE].
         results: Folder for the study's JSON [results/SCALE].
-        dry_run: Train nothing: prepare the text, count every point's parameters and FLOPs, and print them.
+        dry_run: Train nothing; prepare the text, then count and print every point's parameters and FLOPs.
     """
+    require("lab")
     from engrammar_lab.studies import plan, run_study
 
     if not dry_run:
@@ -56,7 +54,6 @@ def run(
     print(f"{len(planned) * seeds} runs, {sum(each['training_flops'] for each in planned) * seeds:.2e} FLOPs in all.")
 
 
-@app.command
 def rerun(
     study: Positional[str],
     point: Positional[str],
@@ -74,6 +71,7 @@ def rerun(
         out: Folder for the run; delete it to train again.
         results: Folder with the studies' JSON.
     """
+    require("lab")
     from engrammar_lab.studies import rerun as again
 
     found = again(study, point, seed, out=out, results=results)
@@ -90,7 +88,6 @@ def rerun(
     print(f"They differ by {difference:+.6f}; {usual}")
 
 
-@app.command
 def measure(
     overrides: Positional[tuple[str, ...]] = (),
     /,
@@ -103,35 +100,30 @@ def measure(
     """Measure the models of the study `pair` beside their loss: tasks, depth, gates over text, row traffic.
 
     Args:
-        overrides: Those that the study was run with.
-        scale: The scale that it was run at.
-        seeds: As the study's.
+        overrides: The settings that the study was run with.
+        scale: The scale that the study was run at.
+        seeds: Runs of each point, as in the study.
         jobs: Seeds at the same time, one thread each.
         out: Folder with the runs [runs/SCALE].
         results: Folder for the JSON [results/SCALE].
     """
+    require("lab")
     from engrammar_lab.measure import run_measures
 
     run_measures(**_where(scale, out, results), seeds=seeds, jobs=jobs, scale=scale, overrides=overrides)
 
 
-@app.command
 def report(results: Path = Path("results/lab"), check: bool = False) -> None:
     """Make the report from the results, or check that it follows from them.
 
     Args:
         results: Folder with the studies' JSON.
-        check: Change nothing; exit 2 where the report is not what the JSON says.
+        check: Change nothing; exit with 2 if the report is not what the JSON says.
     """
+    require("lab")
     from engrammar_lab.report import write_report
 
     write_report(results, check=check)
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    """`engrammar lab ARGS`."""
-    answer(app, "engrammar lab", "Studies of what memory buys.", args)
-
-
-if __name__ == "__main__":
-    main()
+COMMANDS: dict[str, Callable[..., None]] = {"run": run, "rerun": rerun, "measure": measure, "report": report}

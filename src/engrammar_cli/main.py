@@ -1,33 +1,30 @@
-"""The command line. Each command imports what it needs inside, so that `--help` is instant.
+"""The command line. Each command imports what it needs inside its function, so that `--help` is instant.
 
-It stands beside the package, not in it: `import engrammar` registers the model with transformers' Auto classes, which
-takes seconds.
+It is a package of its own because `import engrammar` registers the model with transformers' Auto classes, which takes
+seconds.
 """
 
 import json
 import os
 import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Positional, arg
 
-from engrammar_cli.answer import answer
+from engrammar_cli import lab, table
 from engrammar_cli.evaluate import evaluate
-from engrammar_cli.lab import main as lab_command
-from engrammar_cli.table import main as table_command
-
-app = tyro.extras.SubcommandApp()
-app.command(name="eval")(evaluate)
+from engrammar_cli.extras import require
 
 
-@app.command
 def train(recipe: Positional[str], overrides: Positional[tuple[str, ...]] = (), /, dry_run: bool = False) -> None:
-    """Train a model from a recipe; a run that was killed goes on from its last checkpoint.
+    """Train a model from a recipe; a run that was killed continues from its last checkpoint.
 
     Args:
-        recipe: A YAML file, or the name of a recipe that ships: nano, micro, 100m.
+        recipe: A YAML file, or the name of a recipe in the package: micro, nano, 100m.
         overrides: Settings to replace, as section.setting=value (trainer.max_steps=50).
         dry_run: Print the resolved settings and stop.
     """
@@ -47,7 +44,6 @@ def train(recipe: Positional[str], overrides: Positional[tuple[str, ...]] = (), 
     print(f"{result['steps']} steps, validation {result['validation_bits_per_byte']:.4f} bits per byte: {resolved.out}")
 
 
-@app.command
 def generate(
     model: Positional[Path],
     prompt: Positional[str],
@@ -57,40 +53,48 @@ def generate(
     top_p: float = 0.95,
     num_beams: int = 1,
     seed: int = 0,
-    memory: Literal["weights", "ram", "disk"] = "weights",
+    memory: Literal["weights", "ram", "disk", "remote"] = "weights",
     cache_rows: int = 0,
     on_missing: Literal["error", "skip", "zeros"] = "error",
     deadline: float | None = None,
+    name: str | None = None,
+    address: str = "127.0.0.1:50051",
 ) -> None:
-    """Continue a prompt with a trained model.
+    """Continue a prompt with a trained model, on an accelerator if there is one.
 
     Args:
         model: The folder that training or save_pretrained wrote.
         prompt: Text to continue.
         max_new_tokens: Tokens to add.
         temperature: 0 is greedy.
-        top_p: Nucleus of probability to sample from.
+        top_p: Share of probability to sample from.
         num_beams: More than 1 is beam search.
         seed: Seed of the sampling.
-        memory: Where the memory's tables stay: weights of the model, their stored bytes in RAM, or on disk.
-        cache_rows: Rows of each table kept in RAM in front of the disk.
-        on_missing: A row that cannot be had is an error; its token takes nothing from the memory; or it is zeros.
+        memory: Where the memory's tables are: weights of the model, their stored bytes in RAM, on disk, or in a
+            Mooncake pool of other machines.
+        cache_rows: Rows of each table kept in RAM in front of the disk or the pool.
+        on_missing: What a row that cannot be read means: an error; its token takes nothing from the memory (skip); or
+            the row is zeros.
         deadline: Seconds to wait for a row (needed with skip and zeros).
+        name: Name that the tables were uploaded under, for --memory remote.
+        address: Address of mooncake_master, as HOST:PORT, for --memory remote.
     """
-    from engrammar.train.sample import Sampling, complete, load
+    from engrammar.train.sample import Sampling, complete, load, pool_store
 
     sampling = Sampling(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, num_beams=num_beams, seed=seed
     )
+    if (memory == "remote") != (name is not None):
+        raise ValueError("--memory remote and --name go together: name the tables as `engrammar table upload` did.")
     serving: dict[str, Any] = {}
     if memory != "weights":
-        serving = {"memory": memory, "cache_rows": cache_rows, "on_missing": on_missing, "deadline": deadline}
+        where = memory if name is None else pool_store(model, name, address)
+        serving = {"memory": where, "cache_rows": cache_rows, "on_missing": on_missing, "deadline": deadline}
     elif cache_rows or deadline is not None or on_missing != "error":
-        raise ValueError("cache-rows, on-missing and deadline are for tables in RAM or on disk: add --memory.")
+        raise ValueError("--cache-rows, --on-missing and --deadline are for tables off the model: add --memory.")
     print(complete(*load(model, **serving), prompt, sampling))
 
 
-@app.command
 def data(
     source: Positional[str] = "list",
     /,
@@ -127,9 +131,8 @@ def data(
         print(f"{split}: {tokens.num_tokens(split):,} tokens of {tokens.num_bytes(split):,} bytes in {out}")
 
 
-@app.command
 def info(model: Positional[str], /, json_output: Annotated[bool, arg(name="json")] = False) -> None:
-    """Parameters of a preset or a saved model, and what its memory costs a token.
+    """Count the parameters of a preset or a saved model, and what its memory costs a token.
 
     Args:
         model: A preset's name, or a folder with a config.json.
@@ -148,35 +151,36 @@ def info(model: Positional[str], /, json_output: Annotated[bool, arg(name="json"
         print(f"{key.replace('_', ' '):28} {round(value, 3):,}")
 
 
-@app.command
 def check(
     what: Positional[Literal["reference"]], files: Positional[tuple[Path, ...]], /, tokenizer: Path | None = None
 ) -> None:
-    """Prove that addresses equal a reference to the bit, and outputs within 1e-5; exit 1 on a difference.
+    """Check that addresses equal a reference to the bit, and outputs within 1e-5; exit with 1 on a difference.
 
     Args:
-        what: reference: reference files against the paper's authors' code.
-        files: JSON files of the shared reference format.
-        tokenizer: Folder with the tokenizer.json that the files were made with; proves the class map too.
+        what: Compare with reference files, which the code of the paper's authors made.
+        files: JSON files in the format of docs/reference.md.
+        tokenizer: Folder with the tokenizer.json that the files were made with; checks the class map too.
     """
+    require("lab")
+    from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
     from engrammar_lab.reference_check import check_reference, print_report
 
     if not files:
         raise ValueError("engrammar check reference needs at least one reference file.")
-    reports = [check_reference(file, tokenizer) for file in files]
+    reports = [check_reference(file, tokenizer) for file in tqdm(files, desc="checking", delay=2, leave=False)]
     for report in reports:
         print_report(report)
     sys.exit(0 if all(report.ok for report in reports) else 1)
 
 
-@app.command
 def bench(
     what: Positional[Literal["hash", "step", "optimizer", "sharded", "placement", "store", "decode"]],
     /,
     quick: bool = False,
     json_output: Annotated[bool, arg(name="json")] = False,
 ) -> None:
-    """Measure, beside a baseline in the same run.
+    """Measure a part of the library beside a baseline of the same run.
 
     Args:
         what: hash: ids to rows; step: a training step, with memory and without, and against rows per head; optimizer:
@@ -185,13 +189,13 @@ def bench(
         quick: Finish within 50 seconds.
         json_output: Print JSON.
     """
+    require("lab")
     from engrammar_lab.bench.report import BENCHES, show
 
     result = BENCHES[what].run(quick)
     print(json.dumps(result, indent=1)) if json_output else show(result)
 
 
-@app.command
 def demo(
     overrides: Positional[tuple[str, ...]] = (),
     /,
@@ -207,31 +211,73 @@ def demo(
         seeds: Runs of each; quality claims want three.
         recipe: The recipe to train.
     """
+    require("lab")
     from engrammar.train.recipe import load_recipe
     from engrammar_lab.demo import run_demo
 
     run_demo(load_recipe(recipe, overrides), out, seeds)
 
 
-@app.command
-def table() -> None:
-    """Table files: info, verify, pack, quantize, import, export, plan (engrammar table --help)."""
-    table_command(["--help"])
+COMMANDS: dict[str, Callable[..., None] | dict[str, Callable[..., None]]] = {
+    "train": train,
+    "generate": generate,
+    "data": data,
+    "info": info,
+    "table": table.COMMANDS,
+    "eval": evaluate,
+    "lab": lab.COMMANDS,
+    "check": check,
+    "bench": bench,
+    "demo": demo,
+}
+GROUPS = {"table": "Files of memory tables: look, check, repack, plan.", "lab": "Studies of what memory buys."}
+DESCRIPTION = """Conditional memory for language models.
+
+A mistake is one sentence; ENGRAMMAR_TRACEBACK=1 shows the traceback too."""
 
 
-@app.command
-def lab() -> None:
-    """Studies of what memory buys: run, report (engrammar lab --help)."""
-    lab_command(["--help"])
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs the command that `args` name, by default those of the process."""
+    args = sys.argv[1:] if args is None else args
+    try:
+        check_commands(args)
+        build_app(COMMANDS).cli(
+            prog="engrammar", description=DESCRIPTION, args=args, config=(tyro.conf.FlagCreatePairsOff,)
+        )
+    except (ValueError, OSError) as error:
+        if os.environ.get("ENGRAMMAR_TRACEBACK"):
+            traceback.print_exc()
+        print(f"engrammar: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
 
 
-def main() -> None:
-    """The entry point."""
-    apps = {"table": table_command, "lab": lab_command}  # apps of their own: tyro's do not nest
-    if len(sys.argv) > 1 and sys.argv[1] in apps:
-        apps[sys.argv[1]](sys.argv[2:])
-        return
-    answer(app, "engrammar", "Conditional memory for language models.")
+def build_app(commands: Mapping[str, Any]) -> tyro.extras.SubcommandApp:
+    """The commands, and groups of commands, as an app of tyro."""
+    app = tyro.extras.SubcommandApp()
+    for name, command in commands.items():
+        if isinstance(command, Mapping):
+            app.command(build_app(command), name=name, help=GROUPS[name])
+        else:
+            app.command(name=name)(command)
+    return app
+
+
+def check_commands(args: Sequence[str]) -> None:
+    """Checks the command's name, because tyro answers an unknown one before `--help` with help and exit code 0.
+
+    Raises:
+        ValueError: `args` begin with a command that does not exist, or end before one.
+    """
+    commands: Any = COMMANDS
+    before = "engrammar"
+    for name in args:
+        if not isinstance(commands, Mapping) or name.startswith("-"):
+            return
+        if name not in commands:
+            raise ValueError(f"There is no command '{before} {name}'; commands: {', '.join(commands)}.")
+        commands, before = commands[name], f"{before} {name}"
+    if isinstance(commands, Mapping):
+        raise ValueError(f"Which command of {before}? Name one of {', '.join(commands)}, or add --help.")
 
 
 if __name__ == "__main__":

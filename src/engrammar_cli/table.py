@@ -1,23 +1,18 @@
-"""`engrammar table ...`: what can be done with table files. As in `engrammar_cli`, commands import inside."""
+"""`engrammar table ...`: what can be done with table files. Imports are inside the functions, as in `main.py`."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import tyro
 from tyro.conf import Positional, arg
-
-from engrammar_cli.answer import answer
 
 if TYPE_CHECKING:
     from engrammar.tables.convert import Converted
 
-app = tyro.extras.SubcommandApp()
 Json = Annotated[bool, arg(name="json")]
 
 
-@app.command
 def info(folder: Positional[Path], /, json_output: Json = False) -> None:
     """What a folder's tables are; headers are checked, rows are not read.
 
@@ -44,16 +39,15 @@ def info(folder: Positional[Path], /, json_output: Json = False) -> None:
     if json_output:
         print(json.dumps({**about, "tables": tables}, indent=1))
         return
-    print(f"{folder}: {opened.source}")
+    print(f"{folder}: {opened.source}, rows in {opened.encoding}")
+    print(f"{'layer':>5} {'rows':>15} {'width':>6} {'bytes a row':>12} {'bytes':>19} {'files':>6} {'checksums':>10}")
     for layer, table in tables.items():
         print(
-            f"table {layer}: {table['rows']:,} rows of {table['width']} values in {opened.encoding}, "
-            f"{table['row_bytes']} bytes each, {table['bytes']:,} in all, in {table['shards']} files "
-            f"{'with' if table['page_checksums'] else 'without'} page checksums"
+            f"{layer:>5} {table['rows']:>15,} {table['width']:>6} {table['row_bytes']:>12} {table['bytes']:>19,} "
+            f"{table['shards']:>6} {'yes' if table['page_checksums'] else 'no':>10}"
         )
 
 
-@app.command
 def verify(folder: Positional[Path], /) -> None:
     """Read every byte of a folder's tables and compare it with its checksums.
 
@@ -65,7 +59,6 @@ def verify(folder: Positional[Path], /) -> None:
     print(f"{folder}: {verify_tables(folder):,} bytes are as they were written")
 
 
-@app.command
 def pack(
     source: Positional[Path],
     out: Positional[Path],
@@ -73,20 +66,19 @@ def pack(
     shard_bytes: int | None = None,
     tables_only: bool = False,
 ) -> None:
-    """Copy tables, with the model they belong to, into a new folder; also out of checkpoints of older versions.
+    """Copy tables, with the model they belong to, into a new folder; checkpoints of older versions are read too.
 
     Args:
         source: A checkpoint, or a folder of tables.
         out: The new folder.
         shard_bytes: The most bytes of rows in one file; without it, one file for each table.
-        tables_only: Leave the rest of the model out.
+        tables_only: Leave out the rest of the model.
     """
     from engrammar.tables import convert
 
     _show(convert.pack(source, out, shard_bytes=shard_bytes, tables_only=tables_only))
 
 
-@app.command
 def quantize(
     source: Positional[Path],
     out: Positional[Path],
@@ -95,14 +87,14 @@ def quantize(
     shard_bytes: int | None = None,
     tables_only: bool = False,
 ) -> None:
-    """As pack, with rows in another encoding; prints the error of each table.
+    """Copy tables as pack does, with rows in another encoding, and print the error of each table.
 
     Args:
         source: A checkpoint, or a folder of tables.
         out: The new folder, from which the model is served with its tables in RAM or on disk.
         encoding: How a row is stored.
         shard_bytes: The most bytes of rows in one file; without it, one file for each table.
-        tables_only: Leave the rest of the model out.
+        tables_only: Leave out the rest of the model.
     """
     from engrammar.tables import convert
 
@@ -112,14 +104,13 @@ def quantize(
         print(f"table {layer}: relative RMS error {error.relative:.3%}")
 
 
-@app.command(name="import")
 def import_(model: Positional[Path], out: Positional[Path], /, names: Path | None = None) -> None:
-    """Make table files of a released model's tables: Qwen3.8-Flash-Next or DeepSeek-V4.1-Flash.
+    """Make table files from a released model's tables: Qwen3.8-Flash-Next or DeepSeek-V4.1-Flash.
 
     Args:
         model: The folder of the release; config.json and the files that hold the tables are enough.
         out: The new folder.
-        names: A JSON file with names of tensors, where the files have others than the release.
+        names: A JSON file with the names of the tensors, for files that name them otherwise than the release.
     """
     from engrammar.tables.released.convert import import_tables, read_names
 
@@ -128,7 +119,6 @@ def import_(model: Positional[Path], out: Positional[Path], /, names: Path | Non
         print(f"table {layer}: {table.num_rows:,} rows of {table.width} values in {made.encoding}")
 
 
-@app.command
 def export(
     tables: Positional[Path], model: Positional[Path], out: Positional[Path], /, names: Path | None = None
 ) -> None:
@@ -146,7 +136,6 @@ def export(
     print(f"{out}: {model} with the rows of {tables}")
 
 
-@app.command
 def plan(
     model: Positional[str],
     corpus: Positional[str],
@@ -161,19 +150,19 @@ def plan(
     cache: Path = Path("data"),
     json_output: Json = False,
 ) -> None:
-    """Say what serving a model's tables will cost: hit rates by cache size, bytes, tokens/s by tier, rows to pin.
+    """Estimate what serving a model's tables costs: hit rates by cache size, bytes, tokens/s by tier, rows to pin.
 
     Args:
         model: A checkpoint, a folder of tables, or the name of a preset.
         corpus: Text like that to be served: a file or folder, pocket:NAME, hf:NAME, or a folder of tokens.
-        out: Folder for plan.json and plan.png, and for the rows to pin where the model is a preset.
-        tokenizer: Its folder; without it, the model's own or that of the folder of tokens.
+        out: Folder for plan.json and plan.png, and for the rows to pin if the model is a preset.
+        tokenizer: Folder of the tokenizer; by default the model's own, or that of the folder of tokens.
         tokens: The most tokens to read.
         prompt_tokens: The most tokens of a prompt; longer documents are cut.
-        machine: JSON with ram_rows_per_s, disk_reads_per_s, remote_rows_per_s, compute_tokens_per_s, as far as they
-            are known; without it, RAM and the disk of out are measured.
-        hit_rate: Say the smallest cache that hits as often.
-        tokens_per_s: Say the smallest cache for each tier that is as fast.
+        machine: JSON with those of ram_rows_per_s, disk_reads_per_s, remote_rows_per_s and compute_tokens_per_s that
+            are known; without it, the speeds of RAM and of the disk that holds out are measured.
+        hit_rate: Also find the smallest cache with this hit rate.
+        tokens_per_s: Also find, for each tier, the smallest cache that is this fast.
         cache: Folder of fetched corpora.
         json_output: Print JSON.
     """
@@ -196,20 +185,19 @@ def plan(
         memory, studied, speeds, wanted_hit_rate=hit_rate, wanted_tokens_per_s=tokens_per_s
     ) | describe_run(f"engrammar table plan {model} {corpus}")
     paths = write_plan(made, studied, out, Path(model) if Path(model).is_dir() else out)
-    print(json.dumps(made, indent=1) if json_output else f"{describe(made)}\n\n{', '.join(map(str, paths))}")
+    print(json.dumps(made, indent=1) if json_output else "\n".join([describe(made), "", *map(str, paths)]))
 
 
-@app.command
 def upload(
     folder: Positional[Path], name: Positional[str], /, address: str = "127.0.0.1:50051", metadata: str = "P2PHANDSHAKE"
 ) -> None:
-    """Send a folder's tables into a Mooncake pool; what is there already is not sent again (docs/remote-tables.md).
+    """Send a folder's tables into a Mooncake pool; pieces that are there already are not sent again.
 
     Args:
         folder: A checkpoint, or a folder of tables.
-        name: Under which to put them; the table of layer L becomes NAME/L.
-        address: Of mooncake_master, as HOST:PORT.
-        metadata: Where the pool's transfers find each other.
+        name: Name of the tables in the pool; the table of layer L becomes NAME/L.
+        address: Address of mooncake_master, as HOST:PORT.
+        metadata: Metadata server of the pool; P2PHANDSHAKE needs none.
     """
     from engrammar.stores.mooncake.pool import PoolServer
     from engrammar.stores.mooncake.upload import upload as send
@@ -228,10 +216,13 @@ def _show(made: "Converted") -> None:
     print(f"{made.tables.path}: {num_bytes:,} bytes of rows in {made.tables.encoding}, in {num_files} files")
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    """`engrammar table ARGS`."""
-    answer(app, "engrammar table", "Table files of conditional memories.", args)
-
-
-if __name__ == "__main__":
-    main()
+COMMANDS: dict[str, Callable[..., None]] = {
+    "info": info,
+    "verify": verify,
+    "pack": pack,
+    "quantize": quantize,
+    "import": import_,
+    "export": export,
+    "plan": plan,
+    "upload": upload,
+}

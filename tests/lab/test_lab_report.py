@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from report_results import blank_pictures, everything, made, made_allocation, made_tasks
 
-from engrammar_cli.lab import main
+from engrammar_cli.main import main
 from engrammar_lab import report
 from engrammar_lab.catalogue import STUDIES
 from engrammar_lab.report import load_results, make_report, write_report
@@ -152,7 +152,7 @@ def test_an_empty_folder_and_broken_json_are_refused(tmp_path, capsys):
     with pytest.raises(ValueError, match="is not JSON"):
         write_report(tmp_path)
     with pytest.raises(SystemExit):
-        main(["report", "--results", str(tmp_path / "none")])
+        main(["lab", "report", "--results", str(tmp_path / "none")])
     assert "holds no results" in capsys.readouterr().err
 
 

@@ -8,7 +8,7 @@ import pytest
 from engrammar.model.budget import count_parameters, solve_budget
 from engrammar.model.presets import preset
 from engrammar.train.recipe import load_recipe
-from engrammar_cli.lab import main
+from engrammar_cli.main import main
 from engrammar_lab.catalogue import SCALES, STUDIES, studies_at
 from engrammar_lab.report.studies import apart
 from engrammar_lab.studies import _most_apart, plan, recipes, run_study
@@ -112,7 +112,7 @@ def test_a_study_runs_a_second_call_trains_nothing_again_and_a_stranger_finds_th
     check = ["rerun", "boundary", "end of text", "--out", str(tmp_path / "own"), "--results", str(tmp_path / "results")]
     again["runs"].append({**again["runs"][0], "seed": 1, "bits_per_byte": again["runs"][0]["bits_per_byte"] + 0.001})
     (tmp_path / "results" / "boundary.json").write_text(json.dumps(again))
-    main(check)
+    main(["lab", *check])
     assert "Equal to the last bit." in capsys.readouterr().out
     again["machine"]["instructions"] = "abacus"
     for moved, fails in ((0.01, False), (0.1, True)):  # the deviation, 0.0007, allows for 0.064: one degree of freedom
@@ -120,14 +120,14 @@ def test_a_study_runs_a_second_call_trains_nothing_again_and_a_stranger_finds_th
         again["runs"][-1]["bits_per_byte"] = again["runs"][0]["bits_per_byte"] + 0.001
         (tmp_path / "results" / "boundary.json").write_text(json.dumps(again))
         with pytest.raises(SystemExit) if fails else nullcontext():
-            main(check)
+            main(["lab", *check])
         said = capsys.readouterr()
         assert f"They differ by -{moved}" in (said.err if fails else said.out)
         assert "used abacus instructions" in said.out
     again["runs"].pop()
     (tmp_path / "results" / "boundary.json").write_text(json.dumps(again))
     with pytest.raises(SystemExit):
-        main(check)
+        main(["lab", *check])
     assert "one seed of each point" in capsys.readouterr().err
 
 

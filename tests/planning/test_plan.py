@@ -21,7 +21,7 @@ from engrammar.stores.serving import load_hot_rows
 from engrammar.tables.shards import HOT_ROWS
 from engrammar.train.data import train_tokenizer
 from engrammar.vocabulary import compress_vocabulary
-from engrammar_cli.table import main
+from engrammar_cli.main import main
 from models import DIALECTS, VOCABULARY, tiny_model
 
 TEXT = "the cat sat on the mat and the dog lay by the door of the house in the rain . "
@@ -165,7 +165,17 @@ def test_a_text_that_repeats_itself_is_planned(tmp_path, tokenizer_folder, capsy
     corpus, machine, out = tmp_path / "text.jsonl", tmp_path / "machine.json", tmp_path / "out"
     corpus.write_text((json.dumps({"text": TEXT}) + "\n") * 40)
     machine.write_text('{"ram_rows_per_s": 1e6, "disk_reads_per_s": 5e4}')
-    arguments = ["plan", "nano", str(corpus), str(out), "--tokenizer", str(tokenizer_folder), "--machine", str(machine)]
+    arguments = [
+        "table",
+        "plan",
+        "nano",
+        str(corpus),
+        str(out),
+        "--tokenizer",
+        str(tokenizer_folder),
+        "--machine",
+        str(machine),
+    ]
     main([*arguments, "--hit-rate", "1", "--tokens-per-s", "30000", "--json"])
     made = json.loads(capsys.readouterr().out)
     assert made == json.loads((out / "plan.json").read_text())
@@ -188,14 +198,14 @@ def test_a_checkpoint_and_its_tables_alone_are_planned_alike(tmp_path, tokenizer
     model, tables, corpus, machine = (tmp_path / name for name in ("model", "tables", "text.txt", "machine.json"))
     EngrammarForCausalLM(config).save_pretrained(model)
     tokenizer.save_pretrained(model)
-    main(["pack", str(model), str(tables), "--tables-only"])
+    main(["table", "pack", str(model), str(tables), "--tables-only"])
     corpus.write_text(TEXT * 5)
     machine.write_text("{}")
     made = []
     for folder, extra in ((model, []), (tables, ["--tokenizer", str(tokenizer_folder)])):
         capsys.readouterr()
         arguments = [str(folder), str(corpus), str(tmp_path / "out"), "--machine", str(machine)]
-        main(["plan", *arguments, "--prompt-tokens", "20", "--json", *extra])
+        main(["table", "plan", *arguments, "--prompt-tokens", "20", "--json", *extra])
         made.append(json.loads(capsys.readouterr().out))
         assert load_hot_rows(folder).keys() == {1}
     assert made[0]["caches"] == made[1]["caches"]
@@ -213,6 +223,6 @@ def test_mistakes_are_one_sentence(tmp_path, tokenizer_folder, capsys):
         (["nano", str(tmp_path / "x"), "--tokenizer", str(tokenizer_folder)], "no text at"),
     ):
         with pytest.raises(SystemExit) as caught:
-            main(["plan", arguments[0], arguments[1], str(tmp_path / "out"), *arguments[2:]])
+            main(["table", "plan", arguments[0], arguments[1], str(tmp_path / "out"), *arguments[2:]])
         assert caught.value.code == 2
         assert said in capsys.readouterr().err

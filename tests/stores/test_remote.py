@@ -25,9 +25,9 @@ from engrammar.stores.mooncake.store import Note, RemoteStore, cut_slices
 from engrammar.stores.mooncake.upload import upload
 from engrammar.tables.folder import Shard, TableFile
 from engrammar.tables.sealed import write_checksums
-from engrammar_cli.table import main as table_command
+from engrammar_cli.main import main
 from engrammar_lab.bench.loopback import LoopbackPool, why_no_pool
-from models import tiny_model
+from models import save_micro, tiny_model
 
 needs_pool = pytest.mark.skipif(why_no_pool() is not None, reason=why_no_pool() or "")
 ROWS, WIDTH, ROW_BYTES = 3001, 33, 66
@@ -306,12 +306,25 @@ def test_a_checkpoint_is_served_from_a_pool(tmp_path):
         return opened[-1]
 
     with LoopbackPool() as pool, torch.no_grad():
-        table_command(["upload", str(tmp_path), "m", "--address", pool.server.address])
+        main(["table", "upload", str(tmp_path), "m", "--address", pool.server.address])
         served = EngrammarForCausalLM.from_pretrained(tmp_path, memory=connect).eval()
         assert torch.equal(served(ids_BT).logits, model(ids_BT).logits)
         assert len(opened) == len(model.model.memory.config.layers)
         for store in opened:
             store.close()
+
+
+@needs_pool
+def test_a_prompt_is_continued_with_tables_in_a_pool(tmp_path, capsys):
+    save_micro(tmp_path)
+    command = ["generate", str(tmp_path), "To be", "--max-new-tokens", "4"]
+    main(command)
+    expected = capsys.readouterr().out
+    with LoopbackPool() as pool:
+        main(["table", "upload", str(tmp_path), "m", "--address", pool.server.address])
+        capsys.readouterr()
+        main([*command, "--memory", "remote", "--name", "m", "--address", pool.server.address])
+    assert capsys.readouterr().out == expected
 
 
 def read_until_killed(store, rows_RS, kill):

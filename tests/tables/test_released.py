@@ -16,7 +16,7 @@ from engrammar.tables.encodings import decode
 from engrammar.tables.folder import open_tables
 from engrammar.tables.released.convert import NAMES, export_tables, import_tables
 from engrammar.tables.released.files import INDEX, read_header
-from engrammar_cli.table import main
+from engrammar_cli.main import main
 from released_models import (
     END,
     VOCABULARY,
@@ -238,12 +238,12 @@ def test_damaged_tables_are_not_exported(tmp_path):
 def test_commands_import_and_export(tmp_path, capsys):
     release = qwen_release(qwen_model(torch.bfloat16), tmp_path / "release", fp8=True)
     tables, back = tmp_path / "tables", tmp_path / "back"
-    main(["import", str(release), str(tables)])
+    main(["table", "import", str(release), str(tables)])
     assert "table 2: 320 rows of 7 values in fp8" in capsys.readouterr().out
-    main(["export", str(tables), str(release), str(back)])
+    main(["table", "export", str(tables), str(release), str(back)])
     assert files_of(back) == files_of(release)
     with pytest.raises(SystemExit) as stop:
-        main(["export", str(tables), str(release), str(back)])
+        main(["table", "export", str(tables), str(release), str(back)])
     assert stop.value.code == 2
     assert "back is there already" in capsys.readouterr().err
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self, get_args
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from engrammar.config import Encoding, Geometry, MemoryConfig, row_bytes
 from engrammar.model.configuration import load_config
@@ -114,7 +115,7 @@ def study(addresses: Addresses, sample: Sample) -> Study:
     sizes = sorted({max(FEWEST, round(max(num_rows) * share)) for share in SHARES})
     pinned, afterwards, seen, repeated = [], [], [], []
     hot, pages, dynamic = {}, {}, list[float]()
-    for index, layer in enumerate(memory.layers):
+    for index, layer in enumerate(tqdm(memory.layers, desc="counting rows", unit="layer", delay=2, leave=False)):
         rows_TH = touches.touched_rows(sample, memory, geometry, addresses.classes_V, index)
         known, asked = np.split(rows_TH, [len(rows_TH) // 2])
         hot[layer] = touches.hot_rows(rows_TH)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from engrammar.addressing import hash_ngrams_numpy, head_offsets, look_back
 from engrammar.config import Geometry, MemoryConfig
@@ -76,12 +77,14 @@ def read_sample(
         documents = [document for document in np.split(ids_T, ends) if len(document)]
     else:
         left = num_tokens
-        for text in read_documents(corpus, cache=cache):
-            document = np.array(tokenizer(text, verbose=False).input_ids[:left], dtype=np.int64)
-            documents.append(document)
-            left -= len(document)
-            if left == 0:
-                break
+        with tqdm(desc=f"reading {corpus}", total=num_tokens, unit="token", delay=2, leave=False) as bar:
+            for text in read_documents(corpus, cache=cache):
+                document = np.array(tokenizer(text, verbose=False).input_ids[:left], dtype=np.int64)
+                documents.append(document)
+                bar.update(len(document))
+                left -= len(document)
+                if left == 0:
+                    break
     sample = Sample.of_documents(documents, prompt_tokens)
     if len(sample.ids_T) < 2:
         raise ValueError(f"{corpus} has {len(sample.ids_T)} tokens: give a text of at least 2, better of a million.")

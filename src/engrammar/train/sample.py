@@ -1,24 +1,33 @@
-"""Text from a trained model, with the tokenizer its addresses belong to."""
+"""Continues a prompt with a trained model and the tokenizer that its addresses belong to."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, final
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
+from transformers import AutoTokenizer, StoppingCriteria, StoppingCriteriaList, set_seed
+
+from engrammar.model.configuration import load_config
+from engrammar.model.modeling import EngrammarForCausalLM
+from engrammar.stores.base import RowStore
+from engrammar.stores.mooncake.pool import PoolServer
+from engrammar.stores.mooncake.store import RemoteStore
+from engrammar.tables.folder import TableFile, open_tables
 
 
-def load(directory: Path, **serving: Any) -> tuple[Any, Any]:
+def load(directory: Path, *, device: str | None = None, **serving: Any) -> tuple[Any, Any]:
     """The model and tokenizer of a folder that training wrote.
 
     Args:
+        device: where to put the model; by default on the accelerator if there is one, else on the CPU.
         serving: `memory`, `cache_rows`, `on_missing` and `deadline` of `EngrammarForCausalLM.from_pretrained`.
 
     Raises:
         ValueError: the folder is no checkpoint, a shard is damaged, or the tokenizer is not the model's.
     """
-    from transformers import AutoTokenizer
-
-    from engrammar.model.configuration import load_config
-    from engrammar.model.modeling import EngrammarForCausalLM
-
     load_config(directory)
     model = EngrammarForCausalLM.from_pretrained(directory, **serving)
     if not (directory / "tokenizer.json").exists():
@@ -31,7 +40,24 @@ def load(directory: Path, **serving: Any) -> tuple[Any, Any]:
         reason = str(error).split("\n")[0]
         raise ValueError(f"The tokenizer in {directory} cannot be read ({reason}): copy it again.") from error
     model.config.check_tokenizer(tokenizer)
-    return model.eval(), tokenizer
+    return model.eval().to(device or torch.accelerator.current_accelerator(check_available=True) or "cpu"), tokenizer
+
+
+def pool_store(directory: Path, name: str, address: str) -> Callable[[TableFile], RowStore]:
+    """Returns the function that opens each table's store in a Mooncake pool, for `from_pretrained(memory=...)`.
+
+    Args:
+        directory: the model's folder, whose geometry the pool's tables must have.
+        name: the name that the tables were uploaded under; the table of layer L is `name`/L.
+        address: of `mooncake_master`, as HOST:PORT.
+    """
+    server, geometry = PoolServer(address=address), open_tables(directory).geometry
+
+    def open_store(table: TableFile) -> RowStore:
+        shape = {"num_rows": table.num_rows, "row_bytes": table.row_bytes}
+        return RemoteStore(f"{name}/{table.layer}", server, encoding=table.encoding, geometry=geometry, **shape)
+
+    return open_store
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,18 +83,30 @@ class Sampling:
 
 def complete(model: Any, tokenizer: Any, prompt: str, sampling: Sampling) -> str:
     """The prompt and its continuation."""
-    from transformers import set_seed
-
-    inputs = tokenizer(prompt, return_tensors="pt")
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     if inputs.input_ids.numel() == 0:
-        raise ValueError("The prompt is empty: give at least one token to go on from.")
+        raise ValueError("The prompt is empty: give at least one token to continue.")
     set_seed(sampling.seed)
     how = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
-    ids = model.generate(
-        inputs.input_ids,
-        attention_mask=inputs.attention_mask,
-        max_new_tokens=sampling.max_new_tokens,
-        num_beams=sampling.num_beams,
-        **(how if sampling.temperature > 0 else {"do_sample": False}),
-    )
+    with tqdm(desc="generating", total=sampling.max_new_tokens, unit="token", delay=2, leave=False) as bar:
+        ids = model.generate(
+            inputs.input_ids,
+            attention_mask=inputs.attention_mask,
+            max_new_tokens=sampling.max_new_tokens,
+            num_beams=sampling.num_beams,
+            stopping_criteria=StoppingCriteriaList([_Advance(bar)]),
+            **(how if sampling.temperature > 0 else {"do_sample": False}),
+        )
     return tokenizer.decode(ids[0], skip_special_tokens=True)
+
+
+@final
+class _Advance(StoppingCriteria):
+    """Moves a progress bar at each step, which transformers asks whether to stop; it never stops."""
+
+    def __init__(self, bar: tqdm) -> None:
+        self.bar = bar
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        self.bar.update()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)

@@ -1,0 +1,17 @@
+"""Optional requirements: which extra of the package brings which modules."""
+
+from importlib.util import find_spec
+from typing import Literal
+
+MODULES = {"lab": ("matplotlib", "scipy", "fpdf", "PIL", "rich"), "eval": ("lm_eval", "rich")}
+
+
+def require(extra: Literal["lab", "eval"]) -> None:
+    """Checks that an extra is installed, before a command works for minutes and only then misses it.
+
+    Raises:
+        ValueError: a module is missing; the sentence names the command that installs it.
+    """
+    missing = [module for module in MODULES[extra] if find_spec(module) is None]
+    if missing:
+        raise ValueError(f"This command needs {', '.join(missing)}: pip install 'engrammar[{extra}]'.")
