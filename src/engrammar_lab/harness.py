@@ -17,6 +17,7 @@ from statistics import fmean
 from typing import Any, Literal, get_args
 
 from engrammar.train.sample import load
+from engrammar_lab.machine import accelerator
 from engrammar_lab.question_sets import SETS, questions
 from engrammar_lab.tasks.off import memory_off
 from engrammar_lab.tasks.questions import Question, read_questions
@@ -101,7 +102,7 @@ def load_model(folder: Path, memory: Where = "weights") -> tuple[Any, Any]:
         )
     if tokenizer.eos_token_id is None:
         raise ValueError(f"The tokenizer in {folder} has no end-of-text token, which lm-eval needs: set eos_token.")
-    return model.to(_device()), tokenizer
+    return model.to(accelerator()), tokenizer
 
 
 def _load_other(folder: Path) -> tuple[Any, Any]:
@@ -113,12 +114,6 @@ def _load_other(folder: Path) -> tuple[Any, Any]:
     except Exception as error:  # transformers and tokenizers raise many kinds
         reason = str(error).split("\n")[0]
         raise ValueError(f"{folder} cannot be read as a causal LM with its tokenizer ({reason}).") from error
-
-
-def _device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _find_tasks(tasks: Sequence[str], cache: Path) -> tuple[list[Any], dict[str, float]]:

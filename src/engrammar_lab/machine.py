@@ -4,7 +4,10 @@ import os
 import platform
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 
 def describe_run(command: str) -> dict[str, Any]:
@@ -23,12 +26,28 @@ def describe_machine() -> dict[str, Any]:
         "instructions": torch.backends.cpu.get_cpu_capability(),  # of torch: others round sums in another order
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "accelerator": None if (device := accelerator()).type == "cpu" else _name(device),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "numpy": numpy.__version__,
     }
+
+
+def accelerator() -> "torch.device":
+    """The device that torch computes on fastest here, or else the CPU."""
+    import torch
+
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return torch.device("cpu") if device is None else device
+
+
+def _name(device: "torch.device") -> str:
+    """As its maker calls it, where torch can tell; else the kind of device."""
+    import torch
+
+    module = torch.get_device_module(device)
+    return module.get_device_name() if hasattr(module, "get_device_name") else device.type
 
 
 def _cpu() -> str:

@@ -7,6 +7,7 @@ import json
 import random
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from engrammar.tables.sealed import write_text
 from engrammar.train.recipe import DataRecipe, Recipe
 from engrammar_lab.machine import describe_run
-from engrammar_lab.studies import RESULTS, command_line, recipes
+from engrammar_lab.studies import RESULTS, command_line, finished, recipes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,12 +29,32 @@ PAIR = ("MoE", "MoE + memory")
 OFF = f"{PAIR[1]}, memory off"
 MEASURES = ("tasks", "depth", "gates", "traffic")
 FORMATS = ("needle", "tracking")  # groups that no text of the corpora shows how to answer
-NUM_TUNING_STEPS, TUNING_BATCH, TUNING_LR = 300, 32, 2e-3
-NUM_TUNING_SENTENCES = 400
-DEPTH_TOKENS = 32_768
-NUM_QUESTIONS = 200  # of a task
-NEAREST = 2  # of seven layers, about the paper's 5 of 30
-NUM_TEXTS, TEXT_BYTES = 4, 400  # shown with their gates
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How much is measured. What was measured with other settings is measured again.
+
+    Attributes:
+        num_tuning_sentences: of the text that needles are hidden in.
+        num_questions: of each task.
+        depth_tokens: that CKA and LogitLens read.
+        nearest: layers that the soft alignment index is over: two of seven, about the paper's five of thirty.
+        num_texts, text_bytes: what is shown with its gates.
+    """
+
+    num_tuning_steps: int = 300
+    tuning_batch: int = 32
+    tuning_lr: float = 2e-3
+    num_tuning_sentences: int = 400
+    num_questions: int = 200
+    depth_tokens: int = 32_768
+    nearest: int = 2
+    num_texts: int = 4
+    text_bytes: int = 400
+
+
+SETTINGS = Settings()
 
 
 def split_of(data: DataRecipe, text: str) -> "Split":
@@ -47,14 +68,16 @@ def split_of(data: DataRecipe, text: str) -> "Split":
 def tuning_rows(
     tokenizer: "PreTrainedTokenizerBase", data: DataRecipe, *, seed: int, num_steps: int
 ) -> list[dict[str, "Tensor"]]:
-    """Answered needles and tracking in random order, `TUNING_BATCH` a step; the test has other keys and values."""
+    """Answered needles and tracking in random order, `tuning_batch` a step; the test has other keys and values."""
     from engrammar.train import corpora
     from engrammar_lab.tasks.needle import Haystack, needle_questions, tracking_questions, training_row
 
     texts = [entry.text for entry in corpora.entries("wiki", cache=Path(data.folder) / "pocket")]
     whole = Haystack.of([text for text in texts if split_of(data, text) == "seen"][:200], tokenizer)
-    haystack = Haystack(whole.sentences[:NUM_TUNING_SENTENCES], whole.lengths[:NUM_TUNING_SENTENCES])
-    num, length = num_steps * TUNING_BATCH // 2, data.sequence_length
+    haystack = Haystack(
+        whole.sentences[: SETTINGS.num_tuning_sentences], whole.lengths[: SETTINGS.num_tuning_sentences]
+    )
+    num, length = num_steps * SETTINGS.tuning_batch // 2, data.sequence_length
     questions = [
         question
         for ask in (needle_questions, tracking_questions)
@@ -70,11 +93,13 @@ def tune(model: "EngrammarForCausalLM", rows: Sequence[dict[str, "Tensor"]]) -> 
 
     from engrammar.train.optimizer import build_optimizer
 
-    optimizer = build_optimizer(model, lr=TUNING_LR, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8, max_grad_norm=1.0)
+    optimizer = build_optimizer(
+        model, lr=SETTINGS.tuning_lr, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8, max_grad_norm=1.0
+    )
     model.train()
-    num_steps = len(rows) // TUNING_BATCH
+    num_steps = len(rows) // SETTINGS.tuning_batch
     for step in range(num_steps):
-        batch = rows[step * TUNING_BATCH : (step + 1) * TUNING_BATCH]
+        batch = rows[step * SETTINGS.tuning_batch : (step + 1) * SETTINGS.tuning_batch]
         for group in optimizer.param_groups:
             group["lr"] *= 1 - 1 / (num_steps - step + 1)  # to nothing, in a straight line
         model(**{name: torch.stack([row[name] for row in batch]) for name in batch[0]}, use_cache=False).loss.backward()
@@ -103,9 +128,9 @@ def measure_pair(memory: Recipe, plain: Recipe) -> dict[str, Any]:
     tokens, length = prepare_tokens(memory.data), memory.data.sequence_length
     tokenizer = AutoTokenizer.from_pretrained(memory.out)
     own, other = (EngrammarForCausalLM.from_pretrained(recipe.out).eval() for recipe in (memory, plain))
-    texts = [text[:TEXT_BYTES] for text in _held_out(memory.data)[:NUM_TEXTS]]
+    texts = [text[: SETTINGS.text_bytes] for text in _held_out(memory.data)[: SETTINGS.num_texts]]
     found = {
-        "depth": compare_depth(own, other, tokens, length=length, num_tokens=DEPTH_TOKENS, k=NEAREST),
+        "depth": compare_depth(own, other, tokens, length=length, num_tokens=SETTINGS.depth_tokens, k=SETTINGS.nearest),
         "gates": gate_by_frequency(own, tokens, length=length, plain=other),
         "traffic": memory_traffic(own.model.memory, tokens, length=length),
         "texts": [text.to_json() for text in gates_over_text(own, tokenizer, texts)],
@@ -134,14 +159,14 @@ def _score(
         partial(split_of, data),
         cache=Path(data.folder) / "pocket",
         length=data.sequence_length,
-        per_task=NUM_QUESTIONS,
+        per_task=SETTINGS.num_questions,
         trained_on=data.source.removeprefix("pocket:").split("+"),
     )
     tuned = {name: questions for name, questions in suite.items() if name.split("/")[0] in FORMATS}
     found: dict[str, Any] = {}
     for asked, suffix in ((suite, ""), (tuned, "/tuned")):
         if suffix:
-            rows = tuning_rows(tokenizer, data, seed=recipe.seed, num_steps=NUM_TUNING_STEPS)
+            rows = tuning_rows(tokenizer, data, seed=recipe.seed, num_steps=SETTINGS.num_tuning_steps)
             for model in (own, other):
                 tune(model, rows)
         for point, model in zip(PAIR, (other, own)):
@@ -167,11 +192,11 @@ def run_measures(
     A seed's measures are kept beside its run, so that a killed call goes on with the seeds that are left.
 
     Raises:
-        ValueError: a model of the pair is not trained yet.
+        ValueError: a model of the pair is not trained yet, or was trained with other settings.
     """
     queue = recipes("pair", runs, range(seeds), overrides, scale=scale)
     for recipe in queue.values():
-        if not (Path(recipe.out) / "result.json").exists():
+        if finished(recipe) is None:
             raise ValueError(f"{recipe.out} holds no finished run: engrammar lab run pair, with the same settings.")
     with ProcessPoolExecutor(jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
         waiting = [pool.submit(_measured, queue[PAIR[1], seed], queue[PAIR[0], seed]) for seed in range(seeds)]
@@ -185,12 +210,12 @@ def run_measures(
 
 
 def _measured(memory: Recipe, plain: Recipe) -> dict[str, Any]:
-    path = Path(memory.out) / "measures.json"
-    if path.exists():
-        return json.loads(path.read_text())
-    found = measure_pair(memory, plain)
-    write_text(path, json.dumps(found) + "\n")
-    return found
+    path, settings = Path(memory.out) / "measures.json", asdict(SETTINGS)
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    if kept.get("settings") != settings:
+        kept = {"settings": settings, "found": measure_pair(memory, plain)}
+        write_text(path, json.dumps(kept) + "\n")
+    return kept["found"]
 
 
 def _tasks(each: Sequence[dict[str, Any]]) -> dict[str, Any]:

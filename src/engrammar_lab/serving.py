@@ -7,6 +7,7 @@ from disk as a server would. Nothing is trained here. Remake: engrammar demo --s
 import json
 import math
 import random
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -33,8 +34,6 @@ from engrammar.train.data import TokenSet
 from engrammar.train.trainer import IGNORED
 from engrammar_lab.machine import describe_run
 
-ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "results" / "serving"
 SHARES = (0.0, 0.01, 0.05, 0.2, 1.0)
 CHOICES, QUESTIONS, PART = 4, 200, 24  # PART: tokens of a beginning, and of a continuation
 LENGTH, BATCH = 128, 16
@@ -155,7 +154,7 @@ def run_serving(models: Sequence[Path], tokens: TokenSet) -> dict[str, Any]:
             found["closed"].append(source.counts.closed / (source.counts.rows / model.config.memory_config.num_columns))
             source.close()
     return {
-        **describe_run("python -m engrammar_lab.serving"),
+        **describe_run(" ".join(["python -m engrammar_lab.serving", *sys.argv[1:]])),
         "models": [folder.name for folder in models],
         "validation_tokens": tokens.num_tokens("validation"),
         "questions": len(questions),
@@ -248,14 +247,31 @@ def verdict(result: dict[str, Any]) -> str:
     )
 
 
-def main() -> None:
-    models = sorted(Path("runs/demo").glob("moe-memory-*"))
-    tokens = TokenSet.open(Path("data/pocket-wiki-4096"))
-    result = run_serving(models, tokens)
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "serving.json").write_text(json.dumps(result, indent=1) + "\n")
-    (RESULTS / "serving.md").write_text(render(result))
+def write_serving(
+    runs: Path = Path("runs/demo"),
+    tokens: Path = Path("data/pocket-wiki-4096"),
+    results: Path = Path("results/serving"),
+) -> None:
+    """Score the demo's models with memory, and write serving.json and serving.md.
+
+    Args:
+        runs: The folder of the demo.
+        tokens: The folder of token shards that the demo trained on.
+        results: The folder to write to.
+
+    Raises:
+        ValueError: `runs` holds no model with memory, or `tokens` no token shards.
+    """
+    models = sorted(runs.glob("moe-memory-*"))
+    if not models:
+        raise ValueError(f"{runs} holds no moe-memory-*: engrammar demo --seeds 3, or name the demo's folder.")
+    result = run_serving(models, TokenSet.open(tokens))
+    results.mkdir(parents=True, exist_ok=True)
+    (results / "serving.json").write_text(json.dumps(result, indent=1) + "\n")
+    (results / "serving.md").write_text(render(result))
 
 
 if __name__ == "__main__":
-    main()
+    import tyro
+
+    tyro.cli(write_serving)

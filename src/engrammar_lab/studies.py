@@ -22,8 +22,7 @@ from engrammar.train.recipe import Recipe, flat, load_recipe, to_yaml
 from engrammar_lab.catalogue import SCALES, Study, studies_at
 from engrammar_lab.machine import describe_machine, describe_run
 
-ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "results" / "lab"
+RESULTS = Path("results/lab")  # of the current directory
 FINISHED = "finished.json"  # in a run's folder: what `run_one` returned
 
 
@@ -57,7 +56,10 @@ def recipes(
 
 
 def _digest(recipe: Recipe) -> str:
-    """Names a run by the settings that are not default, so that settings added later leave old runs found."""
+    """Names a run by the settings that are not default, so that settings added later leave old runs found.
+
+    A run that was made with other defaults has the same name: `finished` compares all settings.
+    """
     plain = flat(asdict(Recipe()))
     own = {name: value for name, value in flat(asdict(recipe)).items() if plain.get(name) != value}
     return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:16]
@@ -111,7 +113,7 @@ def run_study(
         the study's `runs`: per point and seed bits per byte, the loss curve, parameters, FLOPs per token.
 
     Raises:
-        ValueError: no such study or scale, or a wrong setting.
+        ValueError: no such study or scale, a wrong setting, or a run in `runs` that was made with other settings.
     """
     from engrammar.train.run import prepare_tokens
 
@@ -119,9 +121,9 @@ def run_study(
         raise ValueError(f"seeds is {seeds} and jobs {jobs}; allowed: 1 or more.")
     queue = recipes(name, runs, range(seeds), overrides, scale=scale)
     base = next(iter(queue.values()))
+    found = {key: run for key, recipe in queue.items() if (run := finished(recipe)) is not None}
     tokens = prepare_tokens(base.data)
     bytes_per_token = tokens.num_bytes("validation") / tokens.num_tokens("validation")
-    found = {key: json.loads(path.read_text()) for key, path in _finished(queue).items()}
     with ProcessPoolExecutor(jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
         waiting = {pool.submit(run_one, recipe): key for key, recipe in queue.items() if key not in found}
         for done in itertools.chain([None], as_completed(waiting)):
@@ -171,9 +173,19 @@ def plan(name: str, *, scale: str = "lab", seeds: int = 3, overrides: Sequence[s
     return planned
 
 
-def _finished(queue: Mapping[tuple[str, int], Recipe]) -> dict[tuple[str, int], Path]:
-    paths = {key: Path(recipe.out) / FINISHED for key, recipe in queue.items()}
-    return {key: path for key, path in paths.items() if path.exists()}
+def finished(recipe: Recipe) -> dict[str, Any] | None:
+    """What `run_one` kept of the run in `recipe.out`; None where it is not finished.
+
+    Raises:
+        ValueError: the run there was made with other settings.
+    """
+    from engrammar.train.run import check_same_recipe
+
+    path = Path(recipe.out) / FINISHED
+    if not path.exists():
+        return None
+    check_same_recipe(recipe)
+    return json.loads(path.read_text())
 
 
 def command_line(verb: str, scale: str, seeds: int, overrides: Sequence[str]) -> str:
@@ -220,6 +232,26 @@ class Rerun:
     most_apart: float
     committed_on: str
     here_on: str
+
+    @property
+    def difference(self) -> float:
+        return self.here - self.committed
+
+    @property
+    def agrees(self) -> bool:
+        return abs(self.difference) <= self.most_apart
+
+    def words(self) -> str:
+        """Both figures, and what their difference means."""
+        words = f"{self.committed:.6f} bits per byte committed, {self.here:.6f} here.\n"
+        if self.difference == 0:
+            return words + "Equal to the last bit."
+        if self.committed_on != self.here_on:
+            words += (
+                f"The committed run used {self.committed_on or 'unrecorded'} instructions, this one {self.here_on}.\n"
+            )
+        words += f"They differ by {self.difference:+.6f}{'' if self.agrees else ', too much'}: "
+        return words + f"two runs of a point differ by up to {self.most_apart:.6f}, 99 times in 100."
 
 
 def rerun(name: str, point: str, seed: int, *, out: Path, results: Path = RESULTS) -> Rerun:

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from engrammar.train import corpora
+from engrammar_lab.tasks.scoring import best, score_continuations, score_questions
 
 SPECIAL = ("<|pad|>", "<|bos|>", "<|end|>")
 LETTERS = [chr(code) for code in (*range(ord("a"), ord("z") + 1), *range(ord("A"), ord("X") + 1))]
@@ -97,3 +98,15 @@ def write_corpora(folder: Path) -> None:
         entries = [asdict(corpora.Entry(text.split()[0], text)) for text in texts]
         path = folder / f"{name}-{corpora.POCKET[name].version}-{corpora.PARSER_VERSION}.jsonl"
         path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+
+
+def choose(model, tokenizer, questions) -> tuple[list[int], list[int]]:
+    """The index of each question's most likely choice, by total log likelihood and by log likelihood per byte."""
+    chosen = [best(choices) for choices in score_questions(model, tokenizer, questions)]
+    return [total for total, _ in chosen], [per_byte for _, per_byte in chosen]
+
+
+def recall(model, tokenizer, questions) -> list[bool]:
+    """Whether greedy decoding from each context begins with exactly the answer's tokens."""
+    pairs = [(question.context, question.right) for question in questions]
+    return [continuation.greedy for continuation in score_continuations(model, tokenizer, pairs)]

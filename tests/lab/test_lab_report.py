@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 from report_results import blank_pictures, everything, made, made_allocation, made_tasks
 
+from committed import RESULTS
 from engrammar_cli.main import main
 from engrammar_lab import report
 from engrammar_lab.catalogue import STUDIES
@@ -15,7 +16,6 @@ from engrammar_lab.report import load_results, make_report, write_report
 from engrammar_lab.report.page import render_page, without_figures
 from engrammar_lab.report.pdf import render_pdf
 from engrammar_lab.report.studies import apart, scores
-from engrammar_lab.studies import RESULTS
 
 SMALL = {"boundary": made("boundary", {"end of text": [2.0, 2.1], "start of row": [1.9, 1.95]})}
 
@@ -168,8 +168,8 @@ def test_every_section_is_rendered_into_both_files(tmp_path):
 
 @pytest.mark.slow
 def test_the_committed_report_follows_from_the_committed_json():
-    write_report(check=True)
-    for name, result in load_results(RESULTS).items():
+    write_report(RESULTS / "lab", check=True)
+    for name, result in load_results(RESULTS / "lab").items():
         if name in STUDIES:
             assert list(scores(result)) == list(STUDIES[name].points)
             assert len({run["seed"] for run in result["runs"]}) >= 3

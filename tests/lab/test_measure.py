@@ -1,6 +1,7 @@
 """What the pair is measured by: each model for itself, tuned with other keys than the test's, kept when killed."""
 
 import json
+from dataclasses import asdict, replace
 from functools import partial
 
 import pytest
@@ -11,7 +12,7 @@ from engrammar.train.data import prepare
 from engrammar.train.documents import read_documents
 from engrammar.train.recipe import DataRecipe
 from engrammar_lab import measure
-from engrammar_lab.measure import MEASURES, OFF, PAIR, measure_pair, run_measures, split_of, tune, tuning_rows
+from engrammar_lab.measure import MEASURES, OFF, PAIR, SETTINGS, measure_pair, run_measures, split_of, tune, tuning_rows
 from engrammar_lab.report import write_report
 from engrammar_lab.studies import recipes, run_study
 from engrammar_lab.tasks.needle import KEYS, Haystack, needle_questions
@@ -44,8 +45,7 @@ def test_tuning_teaches_the_format_and_uses_other_keys_than_the_test(tmp_path):
     scored = partial(_loss_of_answers, model, tokenizer, asked)
     before = scored()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measure, "TUNING_BATCH", 4)
-        patch.setattr(measure, "TUNING_LR", 1e-2)
+        patch.setattr(measure, "SETTINGS", replace(SETTINGS, tuning_batch=4, tuning_lr=1e-2))
         tune(model, tuning_rows(tokenizer, data, seed=0, num_steps=25))
     assert scored() < 0.8 * before and not model.training
 
@@ -61,8 +61,8 @@ def _loss_of_answers(model, tokenizer, questions) -> float:
 @pytest.mark.slow
 def test_a_pair_is_measured_once_and_makes_every_section_of_the_report(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(measure, "NUM_TUNING_STEPS", 2)
-    monkeypatch.setattr(measure, "NUM_QUESTIONS", 5)
+    few = replace(SETTINGS, num_tuning_steps=2, num_questions=5)
+    monkeypatch.setattr(measure, "SETTINGS", few)
     monkeypatch.setattr("engrammar_lab.tasks.context.NUM_COMMON", 20)
     write_corpora(tmp_path / "data" / "pocket")
     how = {"runs": tmp_path / "runs", "seeds": 2, "results": tmp_path / "results", "overrides": SMALL}
@@ -72,7 +72,9 @@ def test_a_pair_is_measured_once_and_makes_every_section_of_the_report(tmp_path,
     queue = recipes("pair", tmp_path / "runs", range(2), SMALL)
     for seed in range(2):
         found = measure_pair(queue[PAIR[1], seed], queue[PAIR[0], seed])
-        (tmp_path / queue[PAIR[1], seed].out / "measures.json").write_text(json.dumps(found))
+        (tmp_path / queue[PAIR[1], seed].out / "measures.json").write_text(
+            json.dumps({"settings": asdict(few), "found": found})
+        )
     assert set(found["tasks"]) == {*PAIR, OFF}
     names = set(found["tasks"][OFF])
     assert {"facts/choice/unseen", "needle/choice/768", "needle/choice/768/tuned", "code/choice/unseen"} <= names
@@ -86,3 +88,15 @@ def test_a_pair_is_measured_once_and_makes_every_section_of_the_report(tmp_path,
     write_report(tmp_path / "results")
     page = (tmp_path / "results" / "report.html").read_text()
     assert all(f'id="{name}"' in page for name in (*MEASURES, "pair"))
+
+
+def test_what_was_measured_with_other_settings_is_measured_again(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        measure, "measure_pair", lambda memory, plain: calls.append(memory.out) or {"tasks": len(calls)}
+    )
+    pair = recipes("pair", tmp_path, (0,))
+    own, other = (replace(pair[point, 0], out=str(tmp_path)) for point in PAIR[::-1])
+    assert measure._measured(own, other) == measure._measured(own, other) == {"tasks": 1}
+    monkeypatch.setattr(measure, "SETTINGS", replace(SETTINGS, num_questions=SETTINGS.num_questions + 1))
+    assert measure._measured(own, other) == measure._measured(own, other) == {"tasks": 2}

@@ -7,16 +7,17 @@ import numpy as np
 import pytest
 import torch
 
+from committed import RESULTS
 from engrammar.stores.base import Arrived, RowsMissing, RowStore
 from engrammar.train.data import prepare
-from engrammar_lab.serving import RESULTS, LossyStore, differences, make_questions, render, run_serving, score
+from engrammar_lab.serving import LossyStore, differences, make_questions, render, run_serving, score, write_serving
 from models import tiny_model
 
 TEXT = ["the cat sat on the mat and ate the rat " * 12, "a hash table maps keys to values by their sums " * 12]
 
 
 def committed() -> dict:
-    return json.loads((RESULTS / "serving.json").read_text())
+    return json.loads((RESULTS / "serving" / "serving.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def tokens(tmp_path_factory):
 
 
 def test_the_committed_report_is_made_from_the_committed_json():
-    assert (RESULTS / "serving.md").read_text() == render(committed())
+    assert (RESULTS / "serving" / "serving.md").read_text() == render(committed())
 
 
 def test_every_kind_was_scored_on_three_seeds():
@@ -114,3 +115,13 @@ def test_the_study_runs_on_any_model(tokens, tmp_path, monkeypatch):
     assert result["encodings"]["int4"]["bytes_per_row"] == 3 + 2
     scores = [found["scores"][0]["bits_per_byte"] for found in result["encodings"].values()]
     assert len(set(scores)) > 3 and max(scores) - min(scores) < 0.5
+
+
+def test_results_go_where_the_caller_is(tokens, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"runs/demo holds no moe-memory-\*"):
+        write_serving(tokens=tokens.path)
+    (tmp_path / "runs" / "demo" / "moe-memory-0").mkdir(parents=True)
+    monkeypatch.setattr("engrammar_lab.serving.run_serving", lambda models, tokens: committed())
+    write_serving(tokens=tokens.path)
+    assert (tmp_path / "results/serving/serving.md").read_text() == render(committed())

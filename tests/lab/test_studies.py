@@ -1,17 +1,18 @@
 """Studies are equal where they say so and go on after a kill."""
 
 import json
-from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from engrammar.model.budget import count_parameters, solve_budget
 from engrammar.model.presets import preset
-from engrammar.train.recipe import load_recipe
+from engrammar.train.recipe import load_recipe, to_yaml
 from engrammar_cli.main import main
 from engrammar_lab.catalogue import SCALES, STUDIES, studies_at
 from engrammar_lab.report.studies import apart
-from engrammar_lab.studies import _most_apart, plan, recipes, run_study
+from engrammar_lab.studies import _most_apart, finished, plan, recipes, run_study
 
 TINY = (
     "data.vocab_size=300",
@@ -97,6 +98,27 @@ def test_a_dry_run_counts_every_point_and_trains_nothing(text, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def rerun_of(arguments) -> int:
+    """The exit code of the command."""
+    with pytest.raises(SystemExit) as end:
+        main(["lab", *arguments])
+    return end.value.code
+
+
+def test_a_run_made_with_other_settings_does_not_answer_for_these(tmp_path):
+    """A default that changed leaves a run's name as it was."""
+    recipe = recipes("boundary", tmp_path, (0,))["end of text", 0]
+    Path(recipe.out).mkdir()
+    (Path(recipe.out) / "recipe.yaml").write_text(to_yaml(recipe))
+    assert finished(recipe) is None
+    (Path(recipe.out) / "finished.json").write_text('{"steps": 1}')
+    assert finished(recipe) == {"steps": 1}
+    earlier = replace(recipe, optimizer=replace(recipe.optimizer, balance_rate=recipe.optimizer.balance_rate / 2))
+    (Path(recipe.out) / "recipe.yaml").write_text(to_yaml(earlier))
+    with pytest.raises(ValueError, match=r"holds a run of another recipe \(optimizer.balance_rate is 0.0005 there"):
+        run_study("boundary", runs=tmp_path, seeds=1)
+
+
 @pytest.mark.slow
 def test_a_study_runs_a_second_call_trains_nothing_again_and_a_stranger_finds_the_same(text, tmp_path, capsys):
     how = {"runs": tmp_path / "runs", "seeds": 1, "jobs": 2, "results": tmp_path / "results", "overrides": text}
@@ -112,22 +134,20 @@ def test_a_study_runs_a_second_call_trains_nothing_again_and_a_stranger_finds_th
     check = ["rerun", "boundary", "end of text", "--out", str(tmp_path / "own"), "--results", str(tmp_path / "results")]
     again["runs"].append({**again["runs"][0], "seed": 1, "bits_per_byte": again["runs"][0]["bits_per_byte"] + 0.001})
     (tmp_path / "results" / "boundary.json").write_text(json.dumps(again))
-    main(["lab", *check])
+    assert rerun_of(check) == 0
     assert "Equal to the last bit." in capsys.readouterr().out
     again["machine"]["instructions"] = "abacus"
     for moved, fails in ((0.01, False), (0.1, True)):  # the deviation, 0.0007, allows for 0.064: one degree of freedom
         again["runs"][0]["bits_per_byte"] = first["runs"][0]["bits_per_byte"] + moved
         again["runs"][-1]["bits_per_byte"] = again["runs"][0]["bits_per_byte"] + 0.001
         (tmp_path / "results" / "boundary.json").write_text(json.dumps(again))
-        with pytest.raises(SystemExit) if fails else nullcontext():
-            main(["lab", *check])
-        said = capsys.readouterr()
-        assert f"They differ by -{moved}" in (said.err if fails else said.out)
-        assert "used abacus instructions" in said.out
+        assert rerun_of(check) == int(fails)
+        said = capsys.readouterr().out
+        assert f"They differ by -{moved}" in said and ("too much" in said) == fails
+        assert "used abacus instructions" in said
     again["runs"].pop()
     (tmp_path / "results" / "boundary.json").write_text(json.dumps(again))
-    with pytest.raises(SystemExit):
-        main(["lab", *check])
+    assert rerun_of(check) == 2
     assert "one seed of each point" in capsys.readouterr().err
 
 

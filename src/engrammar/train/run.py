@@ -223,12 +223,13 @@ def _trainer(
     return trainer, config
 
 
-def _last_checkpoint(recipe: Recipe) -> Path | None:
-    """The checkpoint to go on from, if the folder holds one, after checking that it is a run of this recipe."""
-    out = Path(recipe.out)
-    if not any(out.glob("*checkpoint-[0-9]*")) and not (out / "result.json").exists():
-        return None
-    advice = "choose another `out`, or delete that folder"
+def check_same_recipe(recipe: Recipe) -> None:
+    """Compares the recipe with the one that the run in its `out` was made by.
+
+    Raises:
+        ValueError: the run there has no recipe.yaml, or differs in a setting, which is named.
+    """
+    out, advice = Path(recipe.out), "choose another `out`, or delete that folder"
     if not (out / "recipe.yaml").exists():
         raise ValueError(f"{out} holds a run without its recipe.yaml: {advice}.")
     there = flat(asdict(load_recipe(out / "recipe.yaml")))
@@ -239,6 +240,14 @@ def _last_checkpoint(recipe: Recipe) -> Path | None:
                 f"{out} holds a run of another recipe ({name} is {there.get(name)!r} there, {here.get(name)!r} here): "
                 f"{advice}."
             )
+
+
+def _last_checkpoint(recipe: Recipe) -> Path | None:
+    """The checkpoint to go on from, if the folder holds one, after checking that it is a run of this recipe."""
+    out = Path(recipe.out)
+    if not any(out.glob("*checkpoint-[0-9]*")) and not (out / "result.json").exists():
+        return None
+    check_same_recipe(recipe)
     return last_good(out)
 
 

@@ -23,7 +23,7 @@ from engrammar.train.placement import Overlap, TablePlacement, Where, place_tabl
 from engrammar.train.row_optimizers import build_row_optimizer
 from engrammar_lab.bench.rows import BETAS, EPS, LR, MEMORY_LR, draw_ids
 from engrammar_lab.bench.rows import LENGTH as DRAWN_LENGTH
-from engrammar_lab.machine import describe_run
+from engrammar_lab.machine import accelerator, describe_run
 
 BASELINE, EXACT, STALE = "device", "RAM, exact", "RAM, stale"
 VARIANTS: dict[str, tuple[Where, Overlap]] = {
@@ -60,12 +60,6 @@ class Plan:
 ON_CPU = Plan(preset="nano", rows_per_head=100_000, batch=8, length=128, num_batches=4, rounds=6, steps=3)
 # Of one 80 GB GPU: rows and Adam's state are 6 GB, backbone and its state 8 GB, the rest activations.
 ON_ACCELERATOR = Plan(preset="100m", rows_per_head=500_000, batch=16, length=1024, num_batches=8, rounds=8, steps=8)
-
-
-def find_device() -> torch.device:
-    """The accelerator of this machine; without one, its CPU."""
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return torch.device("cpu") if device is None else device
 
 
 def _wait_for(device: torch.device) -> None:
@@ -191,7 +185,7 @@ def bench_placement(quick: bool) -> dict[str, Any]:
         per variant tokens/s (median and best of the rounds), its `share` of the device's (median over rounds), and
         bytes moved between device and rows in a step. `device` is the kind of device that it ran on.
     """
-    device = find_device()
+    device = accelerator()
     plan = ON_CPU if device.type == "cpu" else ON_ACCELERATOR
     if quick:
         plan = replace(plan, num_batches=2, rounds=2, steps=1)

@@ -20,7 +20,6 @@ from engrammar_lab.report.parts import Report, Section
 from engrammar_lab.report.studies import study_section
 from engrammar_lab.report.tasks import tasks_section
 from engrammar_lab.report.traffic import traffic_section
-from engrammar_lab.studies import RESULTS
 
 PAGE, PDF = "report.html", "report.pdf"
 SECTIONS: Mapping[str, Callable[[Mapping[str, Any]], Section]] = {
@@ -69,7 +68,7 @@ def make_report(results: Mapping[str, Mapping[str, Any]]) -> Report:
     )
 
 
-def write_report(folder: Path = RESULTS, *, check: bool = False) -> None:
+def write_report(folder: Path, *, check: bool = False) -> None:
     """Writes report.html and report.pdf, or checks that those in `folder` follow from the JSON there.
 
     The page's text must be equal. Where the libraries that drew its figures have the versions of those here, the

@@ -7,11 +7,11 @@ import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from statistics import mean, stdev
+from statistics import mean
 from typing import TypeVar
 
 import numpy as np
-from scipy.stats import t
+from scipy.stats import ttest_1samp
 
 LEVEL = 0.95
 Key = TypeVar("Key", bound=Hashable)
@@ -22,15 +22,15 @@ def half_width(values: Sequence[float]) -> float:
     """Half of the 95 % t-interval of the mean; infinite for a single value."""
     if len(values) < 2:
         return math.inf
-    return float(t.ppf((1 + LEVEL) / 2, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
+    low, high = ttest_1samp(values, 0).confidence_interval(LEVEL)
+    return float(high - low) / 2
 
 
 def p_value(values: Sequence[float]) -> float:
     """Two-sided p of the hypothesis that the mean is 0 (of differences: the paired t-test); 1 for a single value."""
     if len(values) < 2 or not any(values):
         return 1.0
-    error = stdev(values) / math.sqrt(len(values))
-    return 2 * float(t.sf(abs(mean(values)) / error, len(values) - 1)) if error else 0.0
+    return float(ttest_1samp(values, 0).pvalue) if len(set(values)) > 1 else 0.0
 
 
 def holm(p: Sequence[float]) -> list[float]:

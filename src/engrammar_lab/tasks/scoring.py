@@ -137,20 +137,3 @@ def best(choices: Sequence[Continuation]) -> tuple[int, int]:
     """The index of the most likely choice, by total log likelihood and by log likelihood per byte."""
     total = max(range(len(choices)), key=lambda index: choices[index].log_likelihood)
     return total, max(range(len(choices)), key=lambda index: choices[index].per_byte)
-
-
-def choose(
-    model: Any, tokenizer: "PreTrainedTokenizerBase", questions: Sequence[Question]
-) -> tuple[list[int], list[int]]:
-    """The index of each question's most likely choice, by total log likelihood and by log likelihood per byte."""
-    chosen = [best(choices) for choices in score_questions(model, tokenizer, questions)]
-    return [total for total, _ in chosen], [per_byte for _, per_byte in chosen]
-
-
-def recall(model: Any, tokenizer: "PreTrainedTokenizerBase", questions: Sequence[Question]) -> list[bool]:
-    """Whether greedy decoding from each context begins with exactly the answer's tokens.
-
-    All answer tokens are read from one pass over the answer itself: the first wrong one is where decoding would leave.
-    """
-    pairs = [(question.context, question.right) for question in questions]
-    return [continuation.greedy for continuation in score_continuations(model, tokenizer, pairs)]

@@ -14,12 +14,12 @@ from engrammar_lab.bench.placement import (
     Variant,
     _build_backbone,
     bench_placement,
-    find_device,
     table,
     verdict,
 )
 from engrammar_lab.bench.report import RESULTS
 from engrammar_lab.bench.rows import draw_ids
+from engrammar_lab.machine import accelerator
 
 TINY = replace(ON_CPU, preset="micro", rows_per_head=1009, batch=1)
 
@@ -68,7 +68,7 @@ def test_variants_share_a_backbone_and_only_the_running_ones_rows_change(batches
 @pytest.mark.slow
 def test_quick_placement_bench_says_whether_it_used_an_accelerator():
     result = json.loads(json.dumps(bench_placement(quick=True)))
-    assert result["quick"] and result["device"] == find_device().type
+    assert result["quick"] and result["device"] == accelerator().type
     check(result)
 
 
