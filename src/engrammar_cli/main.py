@@ -193,7 +193,7 @@ def bench(
     from engrammar_lab.bench.report import BENCHES, show
 
     result = BENCHES[what].run(quick)
-    print(json.dumps(result, indent=1)) if json_output else show(result)
+    print(json.dumps(result, indent=1)) if json_output else show(what, result)
 
 
 def demo(

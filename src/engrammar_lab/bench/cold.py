@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from engrammar.cells import Column, cells, titles
 from engrammar.stores.aio import AioQueue
 from engrammar.tables.folder import PAGE, TableFile
 from engrammar_lab.bench.files import drop_page_cache
@@ -31,6 +32,12 @@ SLOW = (TAKE, FROM_FILE)  # which read ahead: fewer rows or one round are enough
 THREADS, DEPTHS = (16, 64, 128), (64, 256, 512)
 LIMIT_TARGET, BYTES_TARGET, ENGRAMDB_TARGET = 0.85, 1.05, 1.5
 NUM_CHECKED = 200
+COLUMNS = (
+    Column("rows/s", "rows_per_second", ",.0f"),
+    Column("pages/s", "pages_per_second", ",.0f"),
+    Column("of the limit", "share", ".1%"),
+    Column("bytes read / distinct pages", "bytes", ".3f"),
+)
 
 
 def measure_cold(table: TableFile, way: str, num_rows: int, seed: int) -> dict[str, float]:
@@ -145,23 +152,12 @@ def bench_cold(quick: bool, table: TableFile) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and lines: the disk's limit, then one for each way."""
-    header = ["cold", "rows/s", "pages/s", "of the limit", "bytes read / distinct pages"]
-    best = max(result["limit"].values())
+    best, unknown = max(result["limit"].values()), {"rows_per_second": None, "bytes": None}
     lines = [
-        [f"limit: 4 KiB, O_DIRECT, {kind}", "", f"{rate:,.0f}", f"{rate / best:.1%}", ""]
+        [f"limit: 4 KiB, O_DIRECT, {kind}", *cells(COLUMNS, {"pages_per_second": rate, "share": rate / best} | unknown)]
         for kind, rate in result["limit"].items()
     ]
-    lines += [
-        [
-            way,
-            f"{own['rows_per_second']:,.0f}",
-            f"{own['pages_per_second']:,.0f}",
-            f"{own['share']:.1%}",
-            f"{own['bytes']:.3f}",
-        ]
-        for way, own in result["ways"].items()
-    ]
-    return header, lines
+    return ["cold", *titles(COLUMNS)], lines + [[way, *cells(COLUMNS, own)] for way, own in result["ways"].items()]
 
 
 def verdict(result: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from engrammar.cells import Column, cells, titles
 from engrammar.config import MemoryConfig
 from engrammar.model.configuration import EngrammarConfig
 from engrammar.model.modeling import EngrammarForCausalLM
@@ -35,6 +36,12 @@ from engrammar_lab.machine import describe_run
 COLD, COLD_LATE, RAM = "disk, cold", "disk, cold, no prefetch", "RAM"
 WARM, WARM_LATE = "disk, warm cache", "disk, warm cache, no prefetch"
 VARIANTS = (COLD, COLD_LATE, RAM, WARM, WARM_LATE)  # cold ones first: nobody has read a round's rows before them
+COLUMNS = (
+    Column("tokens/s", "tokens_per_second", ",.1f"),
+    Column("step ms", "step_ms", ".2f"),
+    Column("of RAM", "share", ".1%"),
+    Column("cache misses", "misses"),
+)
 PROMPT = 32
 BLOCK_ROWS = 1 << 16  # rows written at once
 
@@ -237,18 +244,11 @@ def bench_decode(quick: bool, plan: Plan | None = None) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and lines, one for each batch size and variant."""
     lines = [
-        [
-            str(part["batch"]),
-            kind,
-            f"{found['tokens_per_second']:,.1f}",
-            f"{found['step_ms']:.2f}",
-            f"{found['share']:.1%}",
-            str(found.get("misses", "")),
-        ]
+        [str(part["batch"]), kind, *cells(COLUMNS, {"misses": None} | found)]
         for part in result["batches"]
         for kind, found in part["variants"].items()
     ]
-    return ["batch", "rows", "tokens/s", "step ms", "of RAM", "cache misses"], lines
+    return ["batch", "rows", *titles(COLUMNS)], lines
 
 
 def verdict(result: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from engrammar.cells import Column, cells, titles
 from engrammar.stores.base import RowStore
 from engrammar.stores.cache import CachedStore
 from engrammar.stores.disk import DiskStore
@@ -25,6 +26,13 @@ NUM_PROCESSES = (1, 2, 4)
 NUM_SETS = 3  # of rows, which come round
 ROWS_PER_TOKEN = 16
 MIB = 2**20
+COLUMNS = (
+    Column("processes", "processes"),
+    Column("MiB of rows, or bound", "bytes", ",.0f", MIB),
+    Column("MiB taken", "memory", ",.0f", MIB),
+    Column("not shared", "own", ",.0f", MIB),
+    Column("million rows/s together", "rows_per_second", ".3g", 1e6),
+)
 
 
 def memory_of_process() -> tuple[int, int]:
@@ -141,16 +149,10 @@ def bench_footprint(quick: bool, file: TableFile) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and lines: each store in each number of processes, then the long run."""
-    header = ["memory", "processes", "MiB of rows, or bound", "MiB taken", "not shared", "million rows/s together"]
-
-    def line(name: str, processes: int, run: dict[str, float]) -> list[str]:
-        own = run.get("own", run["memory"])
-        numbers = [f"{size / MIB:,.0f}" for size in (run["bytes"], run["memory"], own)]
-        numbers.append(f"{run['rows_per_second'] / 1e6:.3g}")
-        return [name, str(processes), *numbers]
-
-    lines = [line(f"{kind}, shared", run["processes"], run) for kind, runs in result["shared"].items() for run in runs]
-    return header, [*lines, line(f"{CACHED}, {result['long']['tokens']:,} tokens", 1, result["long"])]
+    named = [(f"{kind}, shared", run) for kind, runs in result["shared"].items() for run in runs]
+    alone = {"processes": 1, "own": result["long"]["memory"]}
+    named.append((f"{CACHED}, {result['long']['tokens']:,} tokens", result["long"] | alone))
+    return ["memory", *titles(COLUMNS)], [[name, *cells(COLUMNS, run)] for name, run in named]
 
 
 def verdict(result: dict[str, Any]) -> str:

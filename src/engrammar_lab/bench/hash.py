@@ -13,7 +13,9 @@ import torch
 from numpy.typing import NDArray
 
 from engrammar.addressing import derive_geometry, hash_ngrams, hash_ngrams_numpy, look_back
+from engrammar.cells import Column, cells, titles
 from engrammar.config import PRESETS
+from engrammar_lab.bench.turns import in_turn, settle_allocator
 from engrammar_lab.machine import describe_run
 
 BATCH, LENGTH = 8, 2048
@@ -26,6 +28,12 @@ NUMPY_BY_TOKEN = "ours, NumPy, copied token by token"  # as demo-style lays its 
 FILL, COPY = "fill the output", "copy the output"
 
 Rows = list[NDArray[np.int64]]
+COLUMNS = (
+    Column("million tokens/s", "tokens_per_second", ".1f", 1e6),
+    Column("best", "best_tokens_per_second", ".1f", 1e6),
+    Column("ms", "milliseconds", ".3f"),
+    Column("share of limit", "share_of_limit", ".0%"),
+)
 
 
 def _demo_style(ids_BT: NDArray[np.int64], classes_V: NDArray[np.int64]) -> Rows:
@@ -77,15 +85,6 @@ def _contenders() -> tuple[dict[str, Callable[[], Rows]], dict[str, Callable[[],
     return contenders, limits
 
 
-def _settle_allocator() -> None:
-    """Brings the C library to keep freed memory, as it does in a process that has run for a while.
-
-    Until one large block was freed it returns every output to the system, and each call then pays for fresh pages:
-    up to three times the arithmetic, by chance of what ran before.
-    """
-    np.ones(31 * 2**20, dtype=np.uint8)
-
-
 def bench_hash(quick: bool) -> dict[str, Any]:
     """Times the ways to hash, in turn, so that all see the same machine, on one thread.
 
@@ -109,14 +108,14 @@ def _measure(repeats: int) -> dict[str, Any]:
     for name, contender in contenders.items():
         equal = all(np.array_equal(rows_BTH, other) for rows_BTH, other in zip(contender(), expected))
         assert equal, f"{name} differs from {DEMO}"
-    _settle_allocator()
+    settle_allocator()
     times: dict[str, list[float]] = {name: [] for name in (*contenders, *limits)}
-    for index in range(repeats + 3):
-        for name, run in (*contenders.items(), *limits.items()):
-            started = time.perf_counter()
-            run()
-            if index >= 3:
-                times[name].append(time.perf_counter() - started)
+    runs: dict[str, Callable[[], object]] = {**contenders, **limits}
+    for turn, _, name in in_turn(runs, repeats + 3):
+        started = time.perf_counter()
+        runs[name]()
+        if turn >= 3:
+            times[name].append(time.perf_counter() - started)
     num_tokens, limit = BATCH * LENGTH, median(times[FILL])
     rates = {
         name: {
@@ -139,17 +138,7 @@ def _measure(repeats: int) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and lines, one for each way to hash."""
-    rows = [
-        [
-            name,
-            f"{rate['tokens_per_second'] / 1e6:.1f}",
-            f"{rate['best_tokens_per_second'] / 1e6:.1f}",
-            f"{rate['milliseconds']:.3f}",
-            f"{rate['share_of_limit']:.0%}",
-        ]
-        for name, rate in result["rates"].items()
-    ]
-    return ["", "million tokens/s", "best", "ms", "share of limit"], rows
+    return ["", *titles(COLUMNS)], [[name, *cells(COLUMNS, rate)] for name, rate in result["rates"].items()]
 
 
 def verdict(result: dict[str, Any]) -> str:

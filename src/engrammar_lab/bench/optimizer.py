@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from engrammar.train.row_optimizers import ROW_OPTIMIZERS, RowOptimizerKind, build_row_optimizer, state_bytes_per_row
+from engrammar_lab.bench.turns import in_turn, settle_allocator
 from engrammar_lab.machine import describe_run
 
 ROW_WIDTH, NUM_DRAWN, NUM_BATCHES = 64, 20_000, 16
@@ -86,20 +87,15 @@ def _measure(num_rows: int, draws: Draws, repeats: int, max_dense_rows: int = 0)
     batches = _draw_batches(num_rows, draws)
     table_RC = nn.Parameter(torch.ones(num_rows, ROW_WIDTH))
     contenders = _contenders(table_RC, batches, with_dense=num_rows <= max_dense_rows)
-    names = list(contenders)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    # The C library keeps freed memory once a block of this size was freed, as in a process that has run for a while.
-    # Until then a step pays for fresh pages, most of all SparseAdam's.
-    torch.ones(31 * 2**20, dtype=torch.uint8)
-    for turn in range(NUM_BATCHES + repeats):  # after one turn for each batch, all memory has been touched
-        for place in range(len(names)):
-            name = names[(turn + place) % len(names)]  # nobody always follows the same one
-            index = (11 * turn + place) % NUM_BATCHES
-            started = time.perf_counter()
-            contenders[name](index)
-            if turn >= NUM_BATCHES:
-                times[name].append(time.perf_counter() - started)
-            table_RC.grad = None
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    settle_allocator()
+    for turn, place, name in in_turn(contenders, NUM_BATCHES + repeats):
+        index = (11 * turn + place) % NUM_BATCHES
+        started = time.perf_counter()
+        contenders[name](index)
+        if turn >= NUM_BATCHES:  # after one turn for each batch, all memory has been touched
+            times[name].append(time.perf_counter() - started)
+        table_RC.grad = None
     num_touched = median(len(rows.unique()) for rows in batches)
     seconds = {name: median(measured) for name, measured in times.items()}
     rates = {

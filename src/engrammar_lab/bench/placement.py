@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from engrammar.addressing import derive_geometry
+from engrammar.cells import Column, cells, titles
 from engrammar.config import MemoryConfig
 from engrammar.memory import Memory
 from engrammar.model.modeling import EngrammarForCausalLM
@@ -23,8 +24,15 @@ from engrammar.train.placement import Overlap, TablePlacement, Where, place_tabl
 from engrammar.train.row_optimizers import build_row_optimizer
 from engrammar_lab.bench.rows import BETAS, EPS, LR, MEMORY_LR, draw_ids
 from engrammar_lab.bench.rows import LENGTH as DRAWN_LENGTH
+from engrammar_lab.bench.turns import in_turn
 from engrammar_lab.machine import accelerator, describe_run
 
+COLUMNS = (
+    Column("tokens/s", "tokens_per_second", ",.0f"),
+    Column("best", "best_tokens_per_second", ",.0f"),
+    Column("of device", "share", ".1%"),
+    Column("MB moved/step", "bytes_moved", ".2f", 1e6),
+)
 BASELINE, EXACT, STALE = "device", "RAM, exact", "RAM, stale"
 VARIANTS: dict[str, tuple[Where, Overlap]] = {
     BASELINE: ("device", "none"),
@@ -153,12 +161,9 @@ def _measure(plan: Plan, device: torch.device, folder: Path) -> tuple[dict[str, 
     for variant in variants.values():
         variant.run(batches, plan.num_batches)  # touches every row and page
     rates: dict[str, list[float]] = {kind: [] for kind in variants}
-    kinds = list(variants)
-    for turn in range(plan.rounds):
-        for place in range(len(kinds)):
-            kind = kinds[(turn + place) % len(kinds)]  # nobody always follows the same one
-            seconds = variants[kind].run(batches, plan.steps)
-            rates[kind].append(plan.steps * plan.batch * plan.length / seconds)
+    for _, _, kind in in_turn(variants, plan.rounds):
+        seconds = variants[kind].run(batches, plan.steps)
+        rates[kind].append(plan.steps * plan.batch * plan.length / seconds)
     placement, optimizer = variants[BASELINE].placement, variants[BASELINE].optimizer
     assert optimizer.rows is not None
     held = [
@@ -173,7 +178,7 @@ def _measure(plan: Plan, device: torch.device, folder: Path) -> tuple[dict[str, 
             "share": median(own / base for own, base in zip(rates[kind], rates[BASELINE])),
             "bytes_moved": variants[kind].bytes_moved(),
         }
-        for kind in kinds
+        for kind in variants
     }
     return measured, sum(tensor.nbytes for tensor in held)
 
@@ -206,17 +211,8 @@ def bench_placement(quick: bool) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and lines, one for each place and overlap."""
-    rows = [
-        [
-            kind,
-            f"{variant['tokens_per_second']:,.0f}",
-            f"{variant['best_tokens_per_second']:,.0f}",
-            f"{variant['share']:.1%}",
-            f"{variant['bytes_moved'] / 1e6:.2f}",
-        ]
-        for kind, variant in result["variants"].items()
-    ]
-    return ["rows, overlap", "tokens/s", "best", "of device", "MB moved/step"], rows
+    header = ["rows, overlap", *titles(COLUMNS)]
+    return header, [[kind, *cells(COLUMNS, variant)] for kind, variant in result["variants"].items()]
 
 
 def verdict(result: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from engrammar.cells import Column, cells, titles
 from engrammar.stores.mooncake.store import RemoteStore
 from engrammar.stores.mooncake.upload import upload
 from engrammar.tables.folder import Shard, TableFile
@@ -24,6 +25,11 @@ NUM_ROWS, NUM_READ, ROUNDS = 2_000_000, 100_000, 3
 QUICK_ROWS, QUICK_READ, QUICK_ROUNDS = 400_000, 10_000, 2
 CALLS = (16, 512)  # rows of a call: a token's, and a prompt's; the client's own calls lose rows above some thousands
 BASELINE = "get_batch"
+COLUMNS = (
+    Column("rows/s", "rows_per_second", ",.0f"),
+    Column("MB/s", "mb_per_second", ",.1f"),
+    Column("of get_batch", "share", ".2f"),
+)
 
 
 def bench_remote(quick: bool) -> dict[str, Any]:
@@ -130,16 +136,7 @@ class _Peers:
 
 def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and lines, one for each way to read."""
-    lines = [
-        [
-            name,
-            f"{variant['rows_per_second']:,.0f}",
-            f"{variant['mb_per_second']:,.1f}",
-            "" if variant["share"] is None else f"{variant['share']:.2f}",
-        ]
-        for name, variant in result["variants"].items()
-    ]
-    return ["way", "rows/s", "MB/s", "of get_batch"], lines
+    return ["way", *titles(COLUMNS)], [[name, *cells(COLUMNS, own)] for name, own in result["variants"].items()]
 
 
 def verdict(result: dict[str, Any]) -> str:

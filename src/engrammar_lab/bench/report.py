@@ -5,51 +5,65 @@ python -m engrammar_lab.bench.report
 """
 
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
-from engrammar_lab.bench import decode, optimizer, placement, rows, sharded, step, store
+from engrammar.cells import as_markdown, as_text, in_lines
+from engrammar_lab.bench import cold, decode, footprint, optimizer, placement, remote, rows, sharded, step, store
 from engrammar_lab.bench import hash as hashing
 
-ROOT = Path(__file__).parents[3]
-DOCUMENT = ROOT / "docs" / "measurements.md"
-RESULTS = ROOT / "results" / "bench"
 PICTURE = "rows.png"
 
 
-class Bench(NamedTuple):
-    """A bench: `run(quick)` measures; its module's `table` and `verdict` tell what it found."""
+class Part(NamedTuple):
+    """How a bench, or a part of one, is told.
+
+    Attributes:
+        table: header and lines of its figures.
+        num_keys: columns at the left that say what a line is of.
+        picture: the words under it, where there is one.
+    """
 
     title: str
-    module: ModuleType
+    table: Callable[[dict[str, Any]], tuple[list[str], list[list[str]]]]
+    verdict: Callable[[dict[str, Any]], str]
+    num_keys: int = 1
+    picture: str = ""
+
+
+class Bench(NamedTuple):
+    """A bench: `run(quick)` measures; `part` tells the result, and `others` what it holds under their names."""
+
     run: Callable[[bool], dict[str, Any]]
+    part: Part
+    others: dict[str, Part] = {}  # noqa: RUF012 (a NamedTuple)
+
+    def parts(self, result: dict[str, Any]) -> Iterator[tuple[Part, dict[str, Any]]]:
+        yield self.part, result
+        for name, part in self.others.items():
+            yield part, result[name]
 
 
-BENCHES = {
-    "hash": Bench("Token ids to rows", hashing, hashing.bench_hash),
-    "step": Bench("A training step", step, step.bench_step),
-    "optimizer": Bench("Updating touched rows", optimizer, optimizer.bench_optimizer),
-    "sharded": Bench("Tables over ranks", sharded, sharded.bench_sharded),
-    "placement": Bench("Tables off the device", placement, placement.bench_placement),
-    "store": Bench("Rows from RAM, disk, cache and other machines", store, store.bench_store),
-    "decode": Bench("Decoding with tables on disk", decode, decode.bench_decode),
+OF_STEP = {
+    "rows": Part("A step against rows per head", rows.table, rows.verdict, 2, "step time against rows per head"),
 }
-
-TITLES = {
-    "rows": "A step against rows per head",
-    "cold": "Cold rows",
-    "footprint": "Memory that stores take",
-    "remote": "Rows from another machine",
-}  # of a bench's parts
-
-
-def _parts(result: dict[str, Any]) -> list[tuple[str, ModuleType, dict[str, Any]]]:
-    """The title of each part of a result, the module with its `table` and `verdict`, and its figures."""
-    title, module, _ = BENCHES[result["command"].removeprefix("engrammar bench ")]
-    parts = getattr(module, "PARTS", {"rows": rows} if module is step else {})
-    return [(title, module, result), *((TITLES[name], part, result[name]) for name, part in parts.items())]
+OF_STORE = {
+    "cold": Part("Cold rows", cold.table, cold.verdict),
+    "footprint": Part("Memory that stores take", footprint.table, footprint.verdict, 2),
+    "remote": Part("Rows from another machine", remote.table, remote.verdict),
+}
+STORE = Part("Rows from RAM, disk, cache and other machines", store.table, store.verdict, 2)
+BENCHES = {
+    "hash": Bench(hashing.bench_hash, Part("Token ids to rows", hashing.table, hashing.verdict)),
+    "step": Bench(step.bench_step, Part("A training step", step.table, step.verdict), OF_STEP),
+    "optimizer": Bench(optimizer.bench_optimizer, Part("Updating touched rows", optimizer.table, optimizer.verdict)),
+    "sharded": Bench(sharded.bench_sharded, Part("Tables over ranks", sharded.table, sharded.verdict)),
+    "placement": Bench(placement.bench_placement, Part("Tables off the device", placement.table, placement.verdict)),
+    "store": Bench(store.bench_store, STORE, OF_STORE),
+    "decode": Bench(decode.bench_decode, Part("Decoding with tables on disk", decode.table, decode.verdict, 2)),
+}
 
 
 def _conditions(result: dict[str, Any], part: dict[str, Any]) -> str:
@@ -61,47 +75,43 @@ def _conditions(result: dict[str, Any], part: dict[str, Any]) -> str:
     )
 
 
-def show(result: dict[str, Any]) -> None:
+def show(name: str, result: dict[str, Any]) -> None:
     """Prints what a bench returned."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    for _, module, part in _parts(result):
-        header, lines = module.table(part)
-        table = Table(title=_conditions(result, part))
-        for column in header:
-            table.add_column(column, justify="right", overflow="fold")
-        for line in lines:
-            table.add_row(*line)
-        console.print(table)
-        console.print(module.verdict(part))
+    for part, figures in BENCHES[name].parts(result):
+        table = as_text(*part.table(figures), num_keys=part.num_keys)
+        print(part.title, in_lines(_conditions(result, figures)), table, sep="\n\n", end="\n\n")
+        print(in_lines(part.verdict(figures)), end="\n\n\n")
 
 
-def _markdown(result: dict[str, Any]) -> list[str]:
-    page = []
-    for title, module, part in _parts(result):
-        header, lines = module.table(part)
-        page += [f"## {title}: `{result['command']}`", "", _conditions(result, part), ""]
-        page += [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *lines)]
-        page += ["", module.verdict(part), ""]
-        page += [f"![step time against rows per head](../results/bench/{PICTURE})", ""] if module is rows else []
-    return page
+def load_results(results: Path) -> dict[str, dict[str, Any]]:
+    """The runs in a folder, by bench."""
+    return {name: json.loads((results / f"{name}.json").read_text()) for name in BENCHES}
 
 
-def load_results() -> dict[str, dict[str, Any]]:
-    """The committed runs by bench."""
-    return {name: json.loads((RESULTS / f"{name}.json").read_text()) for name in BENCHES}
+def render(results: Path, document: Path) -> str:
+    """The whole page, which is to be at `document`."""
+    page = ["# Measurements", "", "Made by `python -m engrammar_lab.bench.report` from `results/bench`.", ""]
+    for name, result in load_results(results).items():
+        for part, figures in BENCHES[name].parts(result):
+            page += [f"## {part.title}: `{result['command']}`", "", _conditions(result, figures), ""]
+            page += [*as_markdown(*part.table(figures)), "", part.verdict(figures), ""]
+            if part.picture:
+                page += [f"![{part.picture}]({os.path.relpath(results / PICTURE, document.parent)})", ""]
+    return "\n".join(page)
 
 
-def render() -> str:
-    """The whole page."""
-    lines = ["# Measurements", "", "Made by `python -m engrammar_lab.bench.report` from `results/bench`.", ""]
-    for result in load_results().values():
-        lines += _markdown(result)
-    return "\n".join(lines)
+def write_page(results: Path = Path("results/bench"), document: Path = Path("docs/measurements.md")) -> None:
+    """Write the page of measurements, and the picture beside the results.
+
+    Args:
+        results: The folder with the JSON of every bench.
+        document: The page to write.
+    """
+    document.write_text(render(results, document))
+    rows.draw(load_results(results)["step"]["rows"], results / PICTURE)
 
 
 if __name__ == "__main__":
-    DOCUMENT.write_text(render())
-    rows.draw(load_results()["step"]["rows"], RESULTS / PICTURE)
+    import tyro
+
+    tyro.cli(write_page)

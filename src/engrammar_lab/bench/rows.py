@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from engrammar.addressing import derive_geometry
+from engrammar.cells import Column, cells, titles
 from engrammar.memory import Memory
 from engrammar.model.modeling import EngrammarForCausalLM
 from engrammar.model.presets import preset
@@ -25,11 +26,23 @@ from engrammar.train.optimizer import MixedOptimizer, build_optimizer, clip_grad
 from engrammar.train.row_optimizers import ROW_OPTIMIZERS, build_row_optimizer
 from engrammar_lab.bench.optimizer import gather_and_scatter
 from engrammar_lab.bench.rivals import EmbeddingRows, FbgemmRows, why_no_fbgemm
+from engrammar_lab.bench.turns import in_turn, settle_allocator
 
 LENGTH, NUM_HEADS = 128, 2  # two heads an order, not nano's four: all tables of a run fit 16 GB
 LR, BETAS, EPS = 1e-3, (0.9, 0.999), 1e-8
 MEMORY_LR = 5 * LR  # build_optimizer's scale
 DENSE_ADAM, SPARSE_ADAM, FBGEMM = "Adam, dense", "SparseAdam", "FBGEMM"
+COLUMNS = (
+    Column("rows a head", "rows_per_head", ","),
+    Column("step ms", "milliseconds.step", ".1f"),
+    Column("best", "best_milliseconds", ".1f"),
+    Column("ratio", "ratio", ".3f"),
+    Column("new batch", "milliseconds.fresh_step", ".1f"),
+    Column("table ms", "milliseconds.table", ".2f"),
+    Column("new batch", "milliseconds.fresh_table", ".2f"),
+    Column("limit ms", "milliseconds.limit", ".2f"),
+    Column("MB", "bytes", ",.0f", 1e6),
+)
 PROCESS = Path("/proc/self")
 
 
@@ -217,31 +230,27 @@ def _measure(plan: Plan, names: list[str]) -> dict[str, list[dict[str, Any]]]:
     def ids(seed: int) -> Tensor:
         return draw_ids(model.config.vocab_size, plan.batch, seed=seed)
 
-    # The C library keeps freed memory once a block of this size was freed, as in a process that has run for a while.
-    torch.ones(31 * 2**20, dtype=torch.uint8)
-    cells, sizes = {}, {}
+    settle_allocator()
+    contenders, sizes = {}, {}
     for key, contender, measured in _build_cells(plan, names, model, ids):
-        cells[key], sizes[key] = contender, measured
+        contenders[key], sizes[key] = contender, measured
         train_step(model, optimizer, contender, ids(0))
     times: dict[tuple[str, int], dict[str, list[float]]] = {
-        key: {kind: [] for kind in ("step", "table", "limit", "fresh_step", "fresh_table")} for key in cells
+        key: {kind: [] for kind in ("step", "table", "limit", "fresh_step", "fresh_table")} for key in contenders
     }
-    keys = list(cells)
-    for turn in range(plan.repeats):
-        for place in range(len(keys)):
-            key = keys[(turn + place) % len(keys)]  # nobody always follows the same one
-            timed, contender = times[key], cells[key]
-            again = [(11 * turn + place + shift) % plan.num_batches for shift in range(3)]
-            timed["step"].append(train_step(model, optimizer, contender, ids(again[0]))[0])
-            timed["table"].append(table_step(contender, ids(again[1])))
-            limit = limit_step(contender, ids(again[2]))
-            timed["limit"] += [] if limit is None else [limit]
-            if turn < plan.num_fresh:
-                fresh = plan.num_batches + 2 * (turn * len(keys) + place)
-                timed["fresh_step"].append(train_step(model, optimizer, contender, ids(fresh))[0])
-                timed["fresh_table"].append(table_step(contender, ids(fresh + 1)))
+    for turn, place, key in in_turn(contenders, plan.repeats):
+        timed, contender = times[key], contenders[key]
+        again = [(11 * turn + place + shift) % plan.num_batches for shift in range(3)]
+        timed["step"].append(train_step(model, optimizer, contender, ids(again[0]))[0])
+        timed["table"].append(table_step(contender, ids(again[1])))
+        limit = limit_step(contender, ids(again[2]))
+        timed["limit"] += [] if limit is None else [limit]
+        if turn < plan.num_fresh:
+            fresh = plan.num_batches + 2 * (turn * len(contenders) + place)
+            timed["fresh_step"].append(train_step(model, optimizer, contender, ids(fresh))[0])
+            timed["fresh_table"].append(table_step(contender, ids(fresh + 1)))
     return {
-        name: [sizes[key] | _summary(times[key], times[name, plan.sizes[0]]) for key in keys if key[0] == name]
+        name: [sizes[key] | _summary(times[key], times[name, plan.sizes[0]]) for key in contenders if key[0] == name]
         for name in names
     }
 
@@ -277,29 +286,16 @@ def bench_rows(plan: Plan) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and lines: one for every contender and size, and for what was left out."""
-    header = ["", "rows a head", "step ms", "best", "ratio", "new batch", "table ms", "new batch", "limit ms", "MB"]
-    largest, rows = result["contenders"]["adam"][-1]["rows_per_head"], []
-    for name, cells in result["contenders"].items():
-        for cell in cells:
-            times, growth = cell["milliseconds"], cell["growth_bytes"]
-            rows.append(
-                [
-                    name,
-                    f"{cell['rows_per_head']:,}",
-                    f"{times['step']:.1f}",
-                    f"{cell['best_milliseconds']:.1f}",
-                    f"{cell['ratio']:.3f}",
-                    f"{times['fresh_step']:.1f}",
-                    f"{times['table']:.2f}",
-                    f"{times['fresh_table']:.2f}",
-                    "" if times["limit"] is None else f"{times['limit']:.2f}",
-                    "" if growth is None else f"{(cell['table_bytes'] + growth) / 1e6:,.0f}",
-                ]
-            )
-        if cells[-1]["rows_per_head"] < largest:
-            rows.append([name, f"{largest:,}", "not run", *[""] * (len(header) - 3)])
-    rows += [[name, "", "missing", *[""] * (len(header) - 3)] for name in result["missing"]]
-    return header, rows
+    header, largest, lines = ["", *titles(COLUMNS)], result["contenders"]["adam"][-1]["rows_per_head"], []
+    empty = [""] * (len(header) - 3)
+    for name, measured in result["contenders"].items():
+        for cell in measured:
+            growth = cell["growth_bytes"]
+            held = {"bytes": None if growth is None else cell["table_bytes"] + growth}
+            lines.append([name, *cells(COLUMNS, cell | held)])
+        if measured[-1]["rows_per_head"] < largest:
+            lines.append([name, f"{largest:,}", "not run", *empty])
+    return header, [*lines, *([name, "", "missing", *empty] for name in result["missing"])]
 
 
 def verdict(result: dict[str, Any]) -> str:
@@ -335,10 +331,10 @@ def draw(result: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, (whole, alone) = pyplot.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
-    for (name, cells), marker in zip(result["contenders"].items(), "osv^DX"):
-        sizes = [cell["rows_per_head"] for cell in cells]
+    for (name, measured), marker in zip(result["contenders"].items(), "osv^DX"):
+        sizes = [cell["rows_per_head"] for cell in measured]
         for axes, kind in ((whole, "step"), (alone, "table")):
-            axes.plot(sizes, [cell["milliseconds"][kind] for cell in cells], marker=marker, label=name)
+            axes.plot(sizes, [cell["milliseconds"][kind] for cell in measured], marker=marker, label=name)
     limits = result["contenders"]["adam"]
     sizes = [cell["rows_per_head"] for cell in limits]
     alone.plot(sizes, [cell["milliseconds"]["limit"] for cell in limits], "k--", label="gather + scatter, adam's rows")

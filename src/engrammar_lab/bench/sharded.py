@@ -22,6 +22,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
+from engrammar.cells import Column, cells, titles
 from engrammar.model.configuration import EngrammarConfig
 from engrammar.model.modeling import EngrammarForCausalLM
 from engrammar.model.presets import SMALL_MEMORY, preset
@@ -38,6 +39,19 @@ WARM_UP = 3  # steps that are trained but not timed
 FIRST = 10  # steps within which rounding has not grown yet
 TARGET = 1e-5  # of the fp64 difference over all steps
 KINDS = ("ids", "rows", "gradients")
+COLUMNS = (
+    Column("ranks", "ranks"),
+    Column(f"fp64 loss, to one process, first {FIRST} steps", "differences.fp64_first", ".1e"),
+    Column("all steps", "differences.fp64", ".1e"),
+    Column("fp32, to one process", "differences.fp32", ".1e"),
+    Column("fp32, one process in as many passes", "differences.passes", ".1e"),
+    Column("fp32, ranks to passes", "differences.ranks_to_passes", ".1e"),
+    Column("table MB", "table_bytes", ".2f", 1e6),
+    Column("state MB", "state_bytes", ".2f", 1e6),
+    *(Column(f"{kind}, kB/step", f"wire.{kind}", ".1f", 1e3) for kind in KINDS),
+    Column("undeduplicated", "wire.undeduplicated", ".1f", 1e3),
+    Column("step ms", "milliseconds", ".0f"),
+)
 Precision = Literal["fp64", "fp32"]
 
 
@@ -238,27 +252,7 @@ def bench_sharded(quick: bool) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and lines, one for each number of ranks."""
-    header = [
-        "ranks",
-        f"fp64 loss, to one process, first {FIRST} steps",
-        "all steps",
-        "fp32, to one process",
-        "fp32, one process in as many passes",
-    ]
-    header += ["fp32, ranks to passes", "table MB", "state MB", *(f"{kind}, kB/step" for kind in KINDS)]
-    header += ["undeduplicated", "step ms"]
-    rows = [
-        [
-            str(row["ranks"]),
-            *(f"{row['differences'][key]:.1e}" for key in ("fp64_first", "fp64", "fp32", "passes", "ranks_to_passes")),
-            f"{row['table_bytes'] / 1e6:.2f}",
-            f"{row['state_bytes'] / 1e6:.2f}",
-            *(f"{row['wire'][key] / 1e3:.1f}" for key in (*KINDS, "undeduplicated")),
-            f"{row['milliseconds']:.0f}",
-        ]
-        for row in result["ranks"]
-    ]
-    return header, rows
+    return titles(COLUMNS), [cells(COLUMNS, row) for row in result["ranks"]]
 
 
 def verdict(result: dict[str, Any]) -> str:

@@ -12,16 +12,27 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from engrammar.cells import Column, cells, titles
 from engrammar.model.budget import count_parameters, solve_budget
 from engrammar.model.configuration import EngrammarConfig
 from engrammar.model.modeling import EngrammarForCausalLM
 from engrammar.model.presets import preset
 from engrammar.train.optimizer import build_optimizer, clip_grad_norm
 from engrammar_lab.bench.rows import FULL, LENGTH, QUICK, bench_rows, draw_ids
+from engrammar_lab.bench.turns import in_turn
 from engrammar_lab.machine import describe_run
 
 BATCH, RHO = 16, 0.78
 PHASES = ("retrieval", "forward", "backward", "optimizer")
+COLUMNS = (
+    Column("total", "total_parameters", ","),
+    Column("active", "active_parameters", ","),
+    Column("tokens/s", "tokens_per_second", ",.0f"),
+    Column("best", "best_tokens_per_second", ",.0f"),
+    *(Column(f"{phase}, ms", f"milliseconds.{phase}", ".1f") for phase in PHASES),
+    Column("MFLOPs/token", "flops_per_token", ".2f", 1e6),
+    Column("share of peak", "share_of_peak", ".0%"),
+)
 
 
 def _pair() -> dict[str, EngrammarConfig]:
@@ -97,11 +108,10 @@ def bench_step(quick: bool) -> dict[str, Any]:
     ids = [draw_ids(pair["moe"].vocab_size, BATCH, seed=seed) for seed in range(8)]
     steppers = {name: _stepper(config, ids) for name, config in pair.items()}
     times: dict[str, list[dict[str, float]]] = {name: [] for name in pair}
-    for index in range(warmup + repeats):
-        for name, step in steppers.items():
-            phases = step(index)
-            if index >= warmup:
-                times[name].append(phases)
+    for turn, _, name in in_turn(steppers, warmup + repeats):
+        phases = steppers[name](turn)
+        if turn >= warmup:
+            times[name].append(phases)
     peak = _peak_flops(0.5 if quick else 2.0)
     rows = {}
     for name, config in pair.items():
@@ -130,21 +140,7 @@ def bench_step(quick: bool) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and lines, one for each model."""
-    rows = [
-        [
-            name,
-            f"{row['total_parameters']:,}",
-            f"{row['active_parameters']:,}",
-            f"{row['tokens_per_second']:,.0f}",
-            f"{row['best_tokens_per_second']:,.0f}",
-            *(f"{row['milliseconds'][phase]:.1f}" for phase in PHASES),
-            f"{row['flops_per_token'] / 1e6:.2f}",
-            f"{row['share_of_peak']:.0%}",
-        ]
-        for name, row in result["models"].items()
-    ]
-    phases = [f"{phase}, ms" for phase in PHASES]
-    return ["", "total", "active", "tokens/s", "best", *phases, "MFLOPs/token", "share of peak"], rows
+    return ["", *titles(COLUMNS)], [[name, *cells(COLUMNS, row)] for name, row in result["models"].items()]
 
 
 def verdict(result: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from engrammar.cells import Column, cells, titles
 from engrammar_lab.bench import cold, footprint, remote
 from engrammar_lab.bench.large_file import draw_rows, first_rows, in_fresh_process, large_table
 from engrammar_lab.bench.readers import (
@@ -24,6 +25,7 @@ from engrammar_lab.bench.readers import (
     Read,
     why_no_engramdb,
 )
+from engrammar_lab.bench.turns import in_turn
 from engrammar_lab.machine import describe_run
 
 WAYS = (TAKE, FROM_FILE, ENGRAMDB, RAM, CACHED, DISK)
@@ -31,8 +33,12 @@ ROW_BYTES = (64, 256, 1024)
 FEW = 16  # rows of a small call
 NUM_SETS = 3  # of rows, which come round
 SHARE_TARGET, FEW_TARGET, ENGRAMDB_TARGET = 0.9, 20, 5
-# What else a result holds, and the module with its table and verdict.
-PARTS = {"cold": cold, "footprint": footprint, "remote": remote}
+COLUMNS = (
+    Column("million rows/s", "rows_per_second", ".3g", 1e6),
+    Column("best", "best_rows_per_second", ".3g", 1e6),
+    Column("of np.take", "share", ".1%"),
+    Column(f"{FEW} rows, us", "microseconds_of_few", ".1f"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,12 +77,9 @@ def measure_warm(plan: Plan, path: Path, row_bytes: int) -> dict[str, dict[str, 
                 assert np.array_equal(reads[way](rows_U), reads[TAKE](rows_U)), way
     large: dict[str, list[float]] = {way: [] for way in reads}
     small: dict[str, list[float]] = {way: [] for way in reads}
-    ways = list(reads)
-    for turn in range(plan.rounds):
-        for place in range(len(ways)):
-            way = ways[(turn + place) % len(ways)]  # nobody always follows the same one
-            large[way].append(_seconds(reads[way], sets[: 1 if way == DISK else NUM_SETS]))
-            small[way].append(_seconds(reads[way], few[turn * plan.num_few :][: plan.num_few]))
+    for turn, _, way in in_turn(reads, plan.rounds):
+        large[way].append(_seconds(reads[way], sets[: 1 if way == DISK else NUM_SETS]))
+        small[way].append(_seconds(reads[way], few[turn * plan.num_few :][: plan.num_few]))
     return {
         way: {
             "rows_per_second": plan.num_rows / median(large[way]),
@@ -84,7 +87,7 @@ def measure_warm(plan: Plan, path: Path, row_bytes: int) -> dict[str, dict[str, 
             "share": median(base / own for own, base in zip(large[way], large[TAKE])),
             "microseconds_of_few": 1e6 * median(small[way]),
         }
-        for way in ways
+        for way in reads
     }
 
 
@@ -124,20 +127,12 @@ def bench_store(quick: bool) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and lines, one for each size of row and way."""
-    header = ["row bytes", "warm", "million rows/s", "best", "of np.take", f"{FEW} rows, us"]
     lines = [
-        [
-            row_bytes,
-            way,
-            f"{own['rows_per_second'] / 1e6:.3g}",
-            f"{own['best_rows_per_second'] / 1e6:.3g}",
-            f"{own['share']:.1%}",
-            f"{own['microseconds_of_few']:.1f}",
-        ]
+        [row_bytes, way, *cells(COLUMNS, own)]
         for row_bytes, ways in result["row_bytes"].items()
         for way, own in ways.items()
     ]
-    return header, lines
+    return ["row bytes", "warm", *titles(COLUMNS)], lines
 
 
 def verdict(result: dict[str, Any]) -> str:

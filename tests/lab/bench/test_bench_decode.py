@@ -6,9 +6,9 @@ import json
 import pytest
 import torch
 
+from committed import RESULTS
 from engrammar_lab.bench import decode
 from engrammar_lab.bench.decode import COLD, RAM, VARIANTS, WARM, Plan, Texts, bench_decode, table, verdict
-from engrammar_lab.bench.report import RESULTS
 
 TINY = Plan(preset="micro", rows_per_head=2003, batches=(1, 2), rounds=1, steps=2, corpus="pocket:stdlib")
 
@@ -46,7 +46,7 @@ def test_the_table_has_a_line_for_each_batch_and_variant(result):
 
 
 def test_the_verdict_follows_from_the_figures():
-    committed = json.loads((RESULTS / "decode.json").read_text())
+    committed = json.loads((RESULTS / "bench" / "decode.json").read_text())
     assert not committed["quick"] and committed["table_bytes"] >= 2**34
     assert [part["batch"] for part in committed["batches"]] == [1, 16]
     assert all(part["variants"][WARM]["misses"] == 0 for part in committed["batches"])

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from committed import RESULTS
 from engrammar_lab.bench.placement import (
     BASELINE,
     ON_CPU,
@@ -17,7 +18,6 @@ from engrammar_lab.bench.placement import (
     table,
     verdict,
 )
-from engrammar_lab.bench.report import RESULTS
 from engrammar_lab.bench.rows import draw_ids
 from engrammar_lab.machine import accelerator
 
@@ -85,7 +85,7 @@ def check(result):
 
 
 def test_the_committed_run_is_a_full_one_and_honest_about_its_device():
-    result = json.loads((RESULTS / "placement.json").read_text())
+    result = json.loads((RESULTS / "bench" / "placement.json").read_text())
     assert not result["quick"]
     check(result)
     on_gpu = result | {"device": "cuda", "machine": result["machine"] | {"accelerator": "NVIDIA H100"}}

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from committed import RESULTS
 from engrammar_lab.bench import sharded
-from engrammar_lab.bench.report import RESULTS
 from engrammar_lab.bench.sharded import KINDS, RANKS, Run, bench_sharded, table, verdict
 
 
@@ -34,7 +34,7 @@ def test_quick_sharded_bench_is_on_one_curve_with_equal_shares():
 
 
 def test_the_committed_run_has_fifty_steps_and_says_whether_the_target_is_met():
-    result = json.loads((RESULTS / "sharded.json").read_text())
+    result = json.loads((RESULTS / "bench" / "sharded.json").read_text())
     assert not result["quick"] and {len(row["losses"]) for row in result["ranks"]} == {50}
     check(result)
     met = all(row["differences"]["fp64"] < 1e-5 for row in result["ranks"])
