@@ -244,15 +244,14 @@ def test_importing_the_package_registers_the_auto_classes(tmp_path):
 
 
 @pytest.mark.slow
-def test_train_then_generate(tmp_path):
+def test_train_then_generate(call, tmp_path):
     source = tmp_path / "text.jsonl"
     source.write_text("\n".join(json.dumps({"text": f"Entry {i} says that {i} is a number."}) for i in range(300)))
     out = tmp_path / "run"
     settings = [f"out={out}", f"data.source={source}", f"data.folder={tmp_path / 'data'}", "data.vocab_size=300"]
     settings += ["data.validation_share=0.1", "trainer.max_steps=4", "trainer.eval_strategy=no"]
-    done = run("train", "micro", *settings)
-    assert done.returncode == 0 and "bits per byte" in done.stdout, done.stderr
-    done = run("generate", str(out), "Entry 5", "--max-new-tokens", "5", "--temperature", "0")
-    assert done.returncode == 0 and done.stdout.startswith("Entry 5"), done.stderr
-    done = run("info", str(out), "--json")
-    assert json.loads(done.stdout)["memory_parameters"] > 0
+    code, said, errors = call("train", "micro", *settings)
+    assert code == 0 and "bits per byte" in said, errors
+    code, said, errors = call("generate", str(out), "Entry 5", "--max-new-tokens", "5", "--temperature", "0")
+    assert code == 0 and said.startswith("Entry 5"), errors
+    assert json.loads(call("info", str(out), "--json")[1])["memory_parameters"] > 0

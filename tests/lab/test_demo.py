@@ -5,12 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from transformers import AutoModelForCausalLM
 
+from engrammar_cli.main import main as command_line
 from engrammar_lab.demo_report import plot_curves, render, verdict
 from engrammar_lab.gates import GatedText, gates_over_text, plot_gates
 from models import tiny_model
 
-RESULTS = Path(__file__).parent.parent.parent / "results" / "demo"
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "results" / "demo"
 
 
 def result_with(plain: list[float], memory: list[float]) -> dict:
@@ -27,7 +31,7 @@ def test_the_committed_report_is_made_from_the_committed_json():
     assert (RESULTS / "demo.md").read_text() == render(result)
     assert len({run["seed"] for run in result["runs"]}) >= 3
     assert {"command", "date", "machine", "recipe"} <= result.keys()
-    readme = (RESULTS.parent.parent / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text()
     assert verdict(result) in " ".join(readme.split())
 
 
@@ -95,3 +99,29 @@ def test_a_heat_map_holds_long_and_odd_texts(tmp_path):
     tokens = tuple(["$x^2", "\n", " word"] * 40)
     plot_gates([GatedText(tokens=tokens, gates={1: (0.5,) * len(tokens)})], tmp_path / "gates.png")
     assert (tmp_path / "gates.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_the_demo_leaves_its_results_pictures_and_models(tmp_path, monkeypatch, capsys):
+    """`engrammar demo`, whole, on a small text with a small model; a second call finds everything trained."""
+    monkeypatch.chdir(tmp_path)
+    paragraphs = [text for text in (ROOT / "LICENSE").read_text().split("\n\n") if text.strip()]
+    (tmp_path / "licence.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in paragraphs))
+    recipe = yaml.safe_load((ROOT / "src" / "engrammar" / "recipes" / "demo.yaml").read_text())
+    recipe["data"] |= {"source": "licence.jsonl", "folder": "data", "vocab_size": 400, "sequence_length": 32}
+    recipe["data"]["validation_share"] = 0.2
+    recipe["model"] |= {"preset": "micro", "rho": 0.78}
+    recipe["trainer"] |= {"max_steps": 6, "eval_steps": 3, "save_steps": 3, "logging_steps": 1}
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(recipe))
+    for _ in range(2):
+        command_line(["demo", "--recipe", "small.yaml", "--out", "out"])
+        said = " ".join(capsys.readouterr().out.split())
+        assert "bits per byte" in said and "this is one seed" in said
+    result = json.loads(Path("out/demo.json").read_text())
+    assert [run["variant"] for run in result["runs"]] == ["moe", "moe + memory"]
+    assert all(run["steps"] == 6 for run in result["runs"]) and result["samples"][0].startswith("The United States is")
+    assert len(result["gates"]) >= 3 and all(text["gates"] for text in result["gates"])
+    for picture in ("curves.png", "gates.png"):
+        assert Path("out", picture).read_bytes().startswith(b"\x89PNG")
+    assert Path("out/demo.md").read_text().startswith("# Plain experts against experts with memory")
+    assert AutoModelForCausalLM.from_pretrained("out/moe-memory-0").config.memory
