@@ -6,7 +6,6 @@ from functools import partial
 
 import pytest
 import torch
-from tasks_models import byte_tokenizer, write_corpora
 
 from engrammar.train.data import prepare
 from engrammar.train.documents import read_documents
@@ -17,6 +16,7 @@ from engrammar_lab.report import write_report
 from engrammar_lab.studies import recipes, run_study
 from engrammar_lab.tasks.needle import KEYS, Haystack, needle_questions
 from models import tiny_model
+from tasks_models import byte_tokenizer, write_corpora
 
 SMALL = (
     "data.vocab_size=300", "data.batch_size=2", "trainer.max_steps=2", "trainer.warmup_steps=1", "data.keep_share=0.5",

@@ -5,7 +5,6 @@ import random
 
 import pytest
 import torch
-from tasks_models import LETTERS, Knows, byte_tokenizer, choose, letter_tokenizer, recall
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from engrammar.fusion import Fusion
@@ -15,6 +14,7 @@ from engrammar_lab.tasks.questions import Question, start_ids
 from engrammar_lab.tasks.scoring import _batches, score_continuations, score_questions
 from engrammar_lab.tasks.yarn import stretched, yarn_parameters
 from models import tiny_model
+from tasks_models import LETTERS, Knows, byte_tokenizer, choose, letter_tokenizer, recall
 
 IDS = torch.arange(60).reshape(3, 20) % 47 + 3
 

@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tasks_models import Knows, byte_tokenizer, choose, recall, write_corpora
 
 from engrammar.train import corpora
 from engrammar_lab.tasks.questions import Question, fits
@@ -16,6 +15,7 @@ from engrammar_lab.tasks.scoring import Continuation
 from engrammar_lab.tasks.suite import _summary, build_suite, read_corpus, score_suite
 from engrammar_lab.tasks.yarn import stretched
 from models import tiny_model
+from tasks_models import Knows, byte_tokenizer, choose, recall, write_corpora
 
 TOKENIZER = byte_tokenizer()
 LENGTH = 330  # of bytes
