@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
+from transformers.trainer_utils import EvalLoopOutput
 
 from engrammar.stores.serving import look_ahead
 from engrammar.table import MemoryTable
@@ -66,6 +68,7 @@ class LoadBalancing(TrainerCallback):
 class EngrammarTrainer(Trainer):
     """Trains any model with (or without) memory tables.
 
+    It overrides private methods of transformers' Trainer, for which there is no public way: tested with 5.23.0.
     Checkpoints are whole or absent (`engrammar.tables.sealed`); they are flushed to the disk while training goes on, so
     `checkpoint-N` may appear after the `on_save` callbacks.
 
@@ -95,6 +98,8 @@ class EngrammarTrainer(Trainer):
         super().__init__(model=model, args=args, **kwargs)
         self.optimizer_settings = dict(optimizer or {})
         self.bytes_per_eval_token = bytes_per_eval_token
+        self.counts_bytes = False  # whether it is told of the set that is evaluated
+        self.scored = torch.zeros(2, dtype=torch.float64)  # of this evaluation: nats and tokens so far
         self.placement_settings = {"where": "device", **(placement or {})}
         self.placement = placement_of(model)
         self.next_batches: Any = None  # read one step early, where stale reads are allowed
@@ -224,21 +229,21 @@ class EngrammarTrainer(Trainer):
             super()._push_from_checkpoint(str(final))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As transformers' own; tables that are placed are written by every rank that holds rows of them."""
+        """As transformers' own; every rank writes the rows of placed tables that it holds, and their state."""
         super().save_model(output_dir, _internal_call)
-        if self.placement is not None:
-            self.accelerator.wait_for_everyone()
-            self.placement.save(Path(output_dir or self.args.output_dir))
+        if self.placement is None:
+            return
+        self.accelerator.wait_for_everyone()
+        folder = Path(output_dir or self.args.output_dir)
+        self.placement.save(folder)
+        in_checkpoint = self.partial is not None and not self.args.save_only_model
+        if in_checkpoint and self.mixed_optimizer.rows is not None:
+            self.placement.save_state(folder, self.mixed_optimizer.rows)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if state_dict is None and self.placement is not None:
             state_dict = self.model.state_dict()  # the tables are not in it: `save_model` adds them
         super()._save(output_dir, state_dict)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.placement is not None and self.mixed_optimizer.rows is not None:
-            self.placement.save_state(Path(output_dir), self.mixed_optimizer.rows)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.placement is None or self.is_fsdp_enabled:
@@ -280,53 +285,88 @@ class EngrammarTrainer(Trainer):
         return super()._finalize_training(*args, **kwargs)
 
     def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Mean cross entropy over every scored token, in nats; for the trainer's own set also bits per byte.
+        """transformers' own: metrics of `compute_metrics`, and several sets one by one where there is a dict of them.
 
-        A dict of sets is evaluated one by one, as transformers does.
+        The loss is the mean cross entropy over every scored token, in nats, not a mean over batches. For the trainer's
+        own set (where that is one set, not a dict) bits per byte follow from it.
         """
-        if isinstance(eval_dataset, dict):
-            each = {
-                name: self.evaluate(part, None, f"{metric_key_prefix}_{name}") for name, part in eval_dataset.items()
-            }
-            return {name: value for metrics in each.values() for name, value in metrics.items()}
-        if self.placement is None and any(
-            isinstance(module, MemoryTable) and module.weight is None and module.source is None
-            for module in self.model.modules()
-        ):
-            self.place()
-        loader = self.get_eval_dataloader(eval_dataset)
+        own = eval_dataset is None or eval_dataset is self.eval_dataset
+        self.counts_bytes = own and not isinstance(self.eval_dataset, dict)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """transformers' own, for `evaluate` and `predict`; the loss is that of `evaluate`."""
         model = self.accelerator.unwrap_model(self.model)
+        tables = [module for module in model.modules() if isinstance(module, MemoryTable)]
+        if any(table.weight is None and table.source is None for table in tables):
+            self.place()
+        self.scored = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         started = time.perf_counter()
-        totals = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        training = model.training
-        model.eval()
-        with torch.no_grad():
-            if self.accelerator.num_processes == 1:
-                for batch in look_ahead(model, loader):
-                    totals += sum_cross_entropy(model, batch).sum(0)
-            else:
-                for batch in loader:  # gathered without the rows that make the last batch as long on every rank
-                    totals += self.accelerator.gather_for_metrics(sum_cross_entropy(model, batch)).sum(0)
-        model.train(training)
-        nats, tokens = totals.tolist()
-        seconds = time.perf_counter() - started
-        metrics = {
-            f"{metric_key_prefix}_loss": nats / tokens,
-            f"{metric_key_prefix}_tokens_per_second": tokens / seconds,
-        }
-        if self.bytes_per_eval_token is not None and eval_dataset in (None, self.eval_dataset):
+        loader: Any = dataloader
+        if prediction_loss_only and self.accelerator.num_processes == 1:
+            # Where batches are gathered, accelerate has to see the last one at its turn: it drops repeated rows there.
+            loader = _LookingAhead(model, dataloader)
+        output = super().evaluation_loop(loader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        nats, tokens = self.scored.tolist()
+        if tokens:
+            output.metrics[f"{metric_key_prefix}_loss"] = nats / tokens
+            output.metrics[f"{metric_key_prefix}_tokens_per_second"] = tokens / (time.perf_counter() - started)
+        if tokens and self.counts_bytes and self.bytes_per_eval_token is not None and description == "Evaluation":
             bits = nats / tokens / math.log(2) / self.bytes_per_eval_token
-            metrics[f"{metric_key_prefix}_bits_per_byte"] = bits
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+            output.metrics[f"{metric_key_prefix}_bits_per_byte"] = bits
+        return output
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Any, Any]:
+        """transformers' own; adds to what `evaluation_loop` has summed, from labels that are shifted here."""
+        labels = inputs.get("labels")
+        if labels is None:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        # Without labels the model computes no loss: it would be a mean, of which no sum can be had again.
+        unlabeled = {name: value for name, value in inputs.items() if name != "labels"} | {"use_cache": False}
+        _, outputs, _ = super().prediction_step(model, unlabeled, False, ignore_keys)
+        labels = self._prepare_input(labels)
+        sums_B2 = sum_cross_entropy(outputs[0] if isinstance(outputs, tuple) else outputs, labels)
+        if self.accelerator.num_processes > 1:  # without the rows that make the last batch as long on every rank
+            sums_B2 = self.accelerator.gather_for_metrics(sums_B2)
+        self.scored += sums_B2.sum(0)
+        loss = (sums_B2[:, 0].sum() / sums_B2[:, 1].sum()).float()
+        return loss, *((None, None) if prediction_loss_only else (outputs, labels))
 
 
-def sum_cross_entropy(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """Of each row, the sum of the next-token cross entropy in nats, and how many tokens were scored: float64 [B, 2]."""
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), use_cache=False).logits
-    targets = batch["labels"][:, 1:]
-    losses = F.cross_entropy(logits[:, :-1].mT.float(), targets, ignore_index=IGNORED, reduction="none")
-    return torch.stack([losses.double().sum(1), (targets != IGNORED).sum(1).double()], dim=1)
+class _LookingAhead:
+    """A loader whose next batch has its rows on their way; see `look_ahead`."""
+
+    def __init__(self, model: nn.Module, loader: DataLoader) -> None:
+        self.model, self.loader, self.dataset = model, loader, loader.dataset
+
+    def __iter__(self) -> Iterator[Mapping[str, Tensor]]:
+        return look_ahead(self.model, self.loader)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+
+def sum_cross_entropy(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+    """Of each row, the sum of the next-token cross entropy in nats, and how many tokens were scored: float64 [B, 2].
+
+    Positions are scored as transformers' training loss scores them: every label but the first and those that are -100,
+    so whoever packs documents sets the labels of their first tokens to -100.
+    """
+    targets_BT = labels_BT[:, 1:]
+    losses_BT = F.cross_entropy(logits_BTV[:, :-1].mT.float(), targets_BT, ignore_index=IGNORED, reduction="none")
+    return torch.stack([losses_BT.double().sum(1), (targets_BT != IGNORED).sum(1).double()], dim=1)
