@@ -156,10 +156,9 @@ def test_each_layer_has_its_own_offsets_and_rows(index):
     assert len(table.weight) == sum(table.sizes_H) == sum(sizes_H)
 
 
-def test_the_parameter_is_padded_and_marked_for_the_optimizer():
+def test_the_parameter_is_padded():
     table = make_table(rows_multiple=64)
     assert len(table.weight) % 64 == 0 and 0 <= len(table.weight) - sum(table.sizes_H) < 64
-    assert table.weight.is_memory_table
 
 
 def test_rows_keep_the_tables_dtype_and_so_does_their_gradient():

@@ -65,16 +65,24 @@ class _TouchedRows(torch.autograd.Function):
         return gradient, None
 
 
-class MemoryTable(nn.Module):
+class SparseTable(nn.Module):
+    """A module whose `weight` [R, C] is a table, of which each step trains the touched rows only (abstract).
+
+    Optimizers know tables by this type: a mark on the parameter would be lost in a copy of it.
+    """
+
+    weight: nn.Parameter | None
+
+
+class MemoryTable(SparseTable):
     """The rows of one memory layer, all heads end to end in one parameter [R, C].
 
     After backward `weight.grad` is a sparse COO tensor: each touched row once, its gradients summed. No dense gradient
-    is ever made, so cost follows the touched rows. The parameter carries `is_memory_table = True` for the optimizer.
+    is ever made, so cost follows the touched rows.
     With rows="elsewhere" there is no parameter: `weight` is None, and rows are read from `source`, where this table is
     called `name`.
     """
 
-    weight: nn.Parameter | None
     source: RowSource | None = None
     name: str = ""
 
@@ -84,7 +92,7 @@ class MemoryTable(nn.Module):
         self.offsets_H = head_offsets(geometry, layer_index)
         self.shape = (geometry.num_stored_rows(layer_index), config.head_dim)
         self.init_seed: int | None = None  # of `draw_rows_`; None where the rows are in a checkpoint
-        self.register_parameter("weight", new_table(torch.empty(self.shape)) if rows == "own" else None)
+        self.register_parameter("weight", nn.Parameter(torch.empty(self.shape)) if rows == "own" else None)
 
     def forward(self, rows_BTH: Tensor) -> Tensor:
         """Looks up head-local rows.
@@ -114,13 +122,6 @@ class MemoryTable(nn.Module):
                 row = int(rows_BTH[..., head][outside[..., head]][0])
                 raise IndexError(f"Row {row} of head {head} is outside its table of {self.sizes_H[head]} rows.")
         return rows_BTH + torch.tensor(self.offsets_H, device=rows_BTH.device)
-
-
-def new_table(weight_RC: Tensor) -> nn.Parameter:
-    """A parameter that optimizers know as a memory table."""
-    weight = nn.Parameter(weight_RC)
-    weight.is_memory_table = True  # type: ignore[attr-defined]
-    return weight
 
 
 def gather_rows(weight_RC: Tensor, rows: Tensor) -> Tensor:

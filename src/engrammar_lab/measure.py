@@ -91,11 +91,10 @@ def tune(model: "EngrammarForCausalLM", rows: Sequence[dict[str, "Tensor"]]) -> 
     """Trains `model` for a few steps on `tuning_rows`; what it learns is the format."""
     import torch
 
-    from engrammar.train.optimizer import build_optimizer
+    from engrammar.train.optimizer import OptimizerSettings, build_optimizer
 
-    optimizer = build_optimizer(
-        model, lr=SETTINGS.tuning_lr, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8, max_grad_norm=1.0
-    )
+    clipped = OptimizerSettings(max_grad_norm=1.0)
+    optimizer = build_optimizer(model, clipped, lr=SETTINGS.tuning_lr, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8)
     model.train()
     num_steps = len(rows) // SETTINGS.tuning_batch
     for step in range(num_steps):

@@ -12,7 +12,7 @@ from engrammar.model.configuration import EngrammarConfig
 from engrammar.model.modeling import EngrammarForCausalLM
 from engrammar.model.presets import preset
 from engrammar.rivals import RIVALS, rival_from_json
-from engrammar.train.optimizer import build_optimizer
+from engrammar.train.optimizer import OptimizerSettings, build_optimizer
 from engrammar.train.recipe import load_recipe, to_yaml
 from models import END, VOCABULARY, tiny_config, tiny_model
 
@@ -178,7 +178,9 @@ def test_saved_and_loaded_it_is_the_same_and_still_a_table(kind, tmp_path):
 def test_a_step_moves_touched_rows_alone(kind):
     model, ids = model_with(kind).train(), some_ids()
     before = model.model.rival.weight.detach().clone()
-    optimizer = build_optimizer(model, lr=1e-2, weight_decay=0.1, betas=(0.9, 0.99), eps=1e-8, max_grad_norm=1.0)
+    optimizer = build_optimizer(
+        model, OptimizerSettings(max_grad_norm=1.0), lr=1e-2, weight_decay=0.1, betas=(0.9, 0.99), eps=1e-8
+    )
     model(ids, labels=ids).loss.backward()
     gradient = model.model.rival.weight.grad
     assert gradient.is_sparse

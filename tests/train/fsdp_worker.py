@@ -12,12 +12,12 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from engrammar.train.exchange import leave_processes
-from engrammar.train.optimizer import build_optimizer
+from engrammar.train.optimizer import OptimizerSettings, build_optimizer
 from engrammar.train.placement import place_tables
 from models import tiny_model
 
 # A large eps: with a small one a gradient that rounding alone makes non-zero moves a weight by a whole lr.
-SETTINGS = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.99), "eps": 1e-3, "max_grad_norm": 0.5}
+SETTINGS = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.99), "eps": 1e-3}
 
 
 def train(how: Literal["alone", "replicated", "sharded"], matrices: str) -> tuple[list[float], dict[str, torch.Tensor]]:
@@ -34,7 +34,7 @@ def train(how: Literal["alone", "replicated", "sharded"], matrices: str) -> tupl
             fully_shard(block)
         fully_shard(model)
         assert all(isinstance(param, DTensor) for param in model.parameters())
-    optimizer = build_optimizer(model, matrices=matrices, **SETTINGS)
+    optimizer = build_optimizer(model, OptimizerSettings(matrices=matrices, max_grad_norm=0.5), **SETTINGS)
     losses = []
     for seed in range(5):
         ids = torch.randint(3, 53, (6, 13), generator=torch.Generator().manual_seed(seed)).chunk(num_ranks)[rank]

@@ -15,7 +15,7 @@ for group in sys.argv[4:]:  # before torch is imported: all of the process's mem
 import torch  # noqa: E402
 
 from engrammar.model.modeling import EngrammarForCausalLM  # noqa: E402
-from engrammar.train.optimizer import build_optimizer  # noqa: E402
+from engrammar.train.optimizer import OptimizerSettings, build_optimizer  # noqa: E402
 from engrammar.train.placement import place_tables  # noqa: E402
 from models import VOCABULARY, tiny_config  # noqa: E402
 
@@ -32,7 +32,7 @@ def main() -> None:
     placement = place_tables(model, where=where, folder=folder)
     (table,) = placement.tables.values()
     optimizer = build_optimizer(
-        model, lr=1e-2, weight_decay=0.1, betas=(0.9, 0.99), eps=1e-8, memory="row_adam", max_grad_norm=1.0
+        model, OptimizerSettings(max_grad_norm=1.0), lr=1e-2, weight_decay=0.1, betas=(0.9, 0.99), eps=1e-8
     )
     losses = []
     for seed in range(5):

@@ -9,15 +9,17 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from engrammar.train.exchange import leave_processes
-from engrammar.train.optimizer import build_optimizer
+from engrammar.train.optimizer import OptimizerSettings, build_optimizer
 from engrammar.train.placement import place_tables
 from models import tiny_model
 
-SETTINGS = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.99), "eps": 1e-3, "max_grad_norm": 0.5}
+SETTINGS = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.99), "eps": 1e-3}
 
 
 def step(model, kind: str, ids: torch.Tensor) -> float:
-    optimizer = build_optimizer(getattr(model, "module", model), memory=kind, **SETTINGS)
+    optimizer = build_optimizer(
+        getattr(model, "module", model), OptimizerSettings(memory=kind, max_grad_norm=0.5), **SETTINGS
+    )
     loss = model(input_ids=ids, labels=ids).loss
     loss.backward()
     optimizer.step()

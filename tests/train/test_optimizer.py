@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -7,8 +8,10 @@ from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from engrammar.train.optimizer import Muon, build_optimizer, clip_grad_norm, orthogonalise
+from engrammar.table import SparseTable
+from engrammar.train.optimizer import Muon, OptimizerSettings, build_optimizer, clip_grad_norm, orthogonalise
 from engrammar.train.row_optimizers import LazyAdam, RowAdam, Sinkhorn
+from models import tiny_model
 
 
 def sparse_rows(rows, values, num_rows):
@@ -17,13 +20,18 @@ def sparse_rows(rows, values, num_rows):
     return torch.sparse_coo_tensor(torch.tensor([rows]), values, size, check_invariants=True)
 
 
+class Table(SparseTable):
+    def __init__(self, num_rows, dtype):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(num_rows, 7).to(dtype))
+
+
 class Memory(nn.Module):
     """Table rows into a hidden state; its parameter names are those that build_optimizer sorts by."""
 
     def __init__(self, dtype=torch.float32):
         super().__init__()
-        self.table = nn.Parameter(torch.randn(11, 7).to(dtype))
-        self.table.is_memory_table = True
+        self.table = Table(11, dtype)
         self.value = nn.Linear(7, 5)
         self.conv = nn.Conv1d(5, 5, 4, groups=5, bias=False)
         self.norm_weight = nn.Parameter(torch.ones(3, 5))
@@ -55,20 +63,20 @@ EXPECTED_GROUPS = {
     "muon": {"memory.value.weight", "mlp.gate_proj.weight", "mlp.experts"},
     "adamw_decay": {"embed_tokens.weight", "memory.conv.weight", "mlp.gate.weight", "attn_hc.fn", "hc_fn"},
     "adamw_no_decay": {"memory.value.bias", "memory.norm_weight", "scale"},
-    "memory": {"memory.table"},
+    "memory": {"memory.table.weight"},
 }
 
 
-def build(model, **changes):
-    settings = {"lr": 0.004, "weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, **changes}
-    return build_optimizer(model, **settings)
+def build(model, *, lr=0.004, weight_decay=0.1, **choices):
+    settings = OptimizerSettings(**choices)
+    return build_optimizer(model, settings, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.95), eps=1e-8)
 
 
 def fill_gradients(model, seed):
     generator = torch.Generator().manual_seed(seed)
     for param in model.parameters():
         param.grad = torch.randn(param.shape, generator=generator).to(param.dtype)
-    table = model.memory.table
+    table = model.memory.table.weight
     values = torch.randn(4, 7, generator=generator).to(table.dtype)
     table.grad = sparse_rows([seed % 11, 2, 2, 10], values, 11)
 
@@ -128,11 +136,11 @@ def test_orthogonalising_keeps_directions_and_leaves_zero_matrices_zero():
 
 
 def test_muon_refuses_vectors_and_sparse_gradients():
-    with pytest.raises(ValueError, match=r"shape \(5,\)"):
+    with pytest.raises(ValueError, match=r"shape \[5\]"):
         Muon([nn.Parameter(torch.ones(5))], lr=0.1)
     param = nn.Parameter(torch.ones(7, 3))
     param.grad = sparse_rows([1], torch.ones(1, 3), 7)
-    with pytest.raises(ValueError, match="dense gradients"):
+    with pytest.raises(ValueError, match="sparse; allowed in Muon: dense"):
         Muon([param], lr=0.1).step()
 
 
@@ -166,7 +174,7 @@ def test_frozen_parameters_and_empty_groups_are_left_out():
     with pytest.raises(ValueError, match="no trainable parameter"):
         build(model)
     model.memory.table.requires_grad_(True)
-    assert names_by_group(model, build(model)) == {"memory": {"memory.table"}}
+    assert names_by_group(model, build(model)) == {"memory": {"memory.table.weight"}}
 
 
 def test_a_step_moves_every_parameter_with_a_gradient():
@@ -263,7 +271,7 @@ def test_accelerate_wraps_and_steps_it():
 
 
 def test_groups_are_fixed_and_their_matrices_go_to_muon_or_adamw():
-    with pytest.raises(ValueError, match="'sgd'"):
+    with pytest.raises(ValueError, match=r"matrices is 'sgd'; allowed: muon, adamw\."):
         build(Model(), matrices="sgd")
     optimizer = build(Model())
     with pytest.raises(ValueError, match="fixed groups"):
@@ -278,10 +286,27 @@ def test_tables_go_to_the_row_optimizer_of_that_name():
         (group,) = inner.param_groups
         assert (group["name"], group["lr"], group["rounding"]) == ("memory", 0.02, "stochastic")
         assert group.get("betas", (0.9, group.get("beta2", 0.95))) == (0.9, 0.95)
-    with pytest.raises(ValueError, match="memory must be one of adam, row_adam, sinkhorn, got 'sgd'"):
+    with pytest.raises(ValueError, match=r"memory is 'sgd'; allowed: adam, row_adam, sinkhorn, dense_adam\."):
         build(Model(), memory="sgd")
-    with pytest.raises(ValueError, match='rounding must be "nearest" or "stochastic"'):
+    with pytest.raises(ValueError, match=r"memory_rounding is 'up'; allowed: nearest, stochastic\."):
         build(Model(), memory_rounding="up")
+
+
+def test_a_copied_model_keeps_its_tables():
+    """`copy.deepcopy` makes new parameters without the attributes of the old ones: averaging and PEFT copy models."""
+    model = tiny_model("paper")
+    for copied in (copy.deepcopy(model), copy.copy(model)):
+        optimizer = build(copied)
+        (rows,) = (group["params"] for group in optimizer.param_groups if group["name"] == "memory")
+        assert [id(row) for row in rows] == [id(table.weight) for table in copied.model.memory.tables.values()]
+        assert optimizer.rows is not None and len(rows) == 2
+
+
+def test_a_number_out_of_its_range_is_refused():
+    with pytest.raises(ValueError, match=r"memory_lr_scale is -1; allowed: 0 or more\."):
+        OptimizerSettings(memory_lr_scale=-1)
+    with pytest.raises(ValueError, match=r"max_grad_norm is 0; allowed: over 0"):
+        OptimizerSettings(max_grad_norm=0)
 
 
 def test_state_of_other_groups_or_another_table_is_refused():
@@ -290,12 +315,11 @@ def test_state_of_other_groups_or_another_table_is_refused():
     fill_gradients(model, 0)
     optimizer.step()
     saved = optimizer.state_dict()
-    with pytest.raises(ValueError, match="Saved groups"):
+    with pytest.raises(ValueError, match="saved groups"):
         build(Model(), matrices="adamw", memory="adam").load_state_dict(saved)
     wider = Model()
-    wider.memory.table = nn.Parameter(torch.randn(12, 7))
-    wider.memory.table.is_memory_table = True
-    with pytest.raises(ValueError, match=r"shape \(11, 7\), this table.s is \(12, 7\)"):
+    wider.memory.table = Table(12, torch.float32)
+    with pytest.raises(ValueError, match=r"shape \(11, 7\); this table.s is \(12, 7\)"):
         build(wider, memory="adam").load_state_dict(saved)
     with pytest.raises(ValueError, match=r"holds \['exp_avg', .*Sinkhorn needs \['momentum_buffer'\]: check `memory`"):
         build(Model(), memory="sinkhorn").load_state_dict(saved)
@@ -337,5 +361,5 @@ def test_a_norm_that_is_not_finite_leaves_gradients_alone(bad):
 
 @pytest.mark.parametrize("max_norm", [0.0, -1.0, math.nan])
 def test_a_norm_limit_that_is_not_positive_is_refused(max_norm):
-    with pytest.raises(ValueError, match="max_norm"):
+    with pytest.raises(ValueError, match="max_grad_norm is .*; allowed: over 0"):
         clip_grad_norm([], max_norm)

@@ -11,14 +11,18 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 from engrammar.model.modeling import EngrammarForCausalLM
 from engrammar.table import draw_rows_
 from engrammar.tables.shards import table_shard
-from engrammar.train.optimizer import build_optimizer
+from engrammar.train.optimizer import OptimizerSettings, build_optimizer
 from engrammar.train.pages import zeros_in_file, zeros_in_ram
 from engrammar.train.placement import place_tables, placement_of
 from models import tiny_config, tiny_model
 from processes import succeed, torchrun
 
-SETTINGS = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "max_grad_norm": 1.0}
+SETTINGS = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.99), "eps": 1e-8}
 PLACES = [("device", "none"), ("ram", "none"), ("ram", "exact"), ("file", "none"), ("file", "exact")]
+
+
+def optimizer_of(model, **choices):
+    return build_optimizer(model, OptimizerSettings(max_grad_norm=1.0, **choices), **SETTINGS)
 
 
 def batches(num_steps: int, micro: int) -> list[list[torch.Tensor]]:
@@ -61,11 +65,11 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 @pytest.mark.parametrize("ahead", [False, True], ids=["read as needed", "read ahead"])
 def test_training_gives_the_same_bits_wherever_the_rows_are(tmp_path, kind, where, overlap, ahead):
     plain = tiny_model("paper", num_branches=2).train()
-    expected = train(plain, build_optimizer(plain, memory=kind, **SETTINGS), batches(4, 2))
+    expected = train(plain, optimizer_of(plain, memory=kind), batches(4, 2))
     placed = tiny_model("paper", num_branches=2).train()
     place_tables(placed, where=where, folder=tmp_path, overlap=overlap)
     assert not any("tables" in name for name, _ in placed.named_parameters())
-    found = train(placed, build_optimizer(placed, memory=kind, **SETTINGS), batches(4, 2), ahead=ahead)
+    found = train(placed, optimizer_of(placed, memory=kind), batches(4, 2), ahead=ahead)
     assert found == expected
     assert_equal(weights(placed), weights(plain))
 
@@ -75,7 +79,7 @@ def test_a_stale_read_is_one_update_old_and_no_more():
     steps = batches(3, 1)
     model = tiny_model("paper").train()
     placement = place_tables(model, where="ram", overlap="stale")
-    optimizer = build_optimizer(model, memory="row_adam", **SETTINGS)
+    optimizer = optimizer_of(model, memory="row_adam")
     (name, table), *_ = placement.tables.items()
     seen, held = [], []
     for index, (ids,) in enumerate(steps):
@@ -102,7 +106,7 @@ def test_zeroing_gradients_between_forward_and_backward_loses_none():
     place_tables(placed, where="ram")
     (ids,) = batches(1, 1)[0]
     for model in (plain, placed):
-        optimizer = build_optimizer(model, **SETTINGS)
+        optimizer = optimizer_of(model)
         model(ids, labels=ids).loss.backward()  # to be forgotten
         loss = model(ids, labels=ids).loss
         optimizer.zero_grad()
@@ -114,7 +118,7 @@ def test_zeroing_gradients_between_forward_and_backward_loses_none():
 def test_rows_that_were_not_read_ahead_are_an_error():
     model = tiny_model("paper").train()
     placement = place_tables(model, where="ram")
-    optimizer = build_optimizer(model, **SETTINGS)
+    optimizer = optimizer_of(model)
     ids, other = batches(1, 2)[0]
     placement.read_ahead([model.model.stored_rows(ids)])
     model(other, labels=other).loss.backward()
@@ -125,7 +129,7 @@ def test_rows_that_were_not_read_ahead_are_an_error():
 def test_evaluation_reads_the_rows_as_updated(tmp_path):
     model = tiny_model("paper").train()
     place_tables(model, where="file", folder=tmp_path, overlap="exact")
-    train(model, build_optimizer(model, **SETTINGS), batches(2, 1))
+    train(model, optimizer_of(model), batches(2, 1))
     (ids,) = batches(1, 1)[0]
     with torch.no_grad():
         placed = model.eval()(ids).logits
@@ -176,7 +180,7 @@ def test_bf16_rows_are_read_as_bf16_and_their_gradients_summed_in_fp32():
     assert leaf.dtype == torch.float32
     loss.backward()
     assert leaf.grad is not None and leaf.grad.dtype == torch.float32
-    build_optimizer(model, memory_rounding="stochastic", **SETTINGS).step()
+    optimizer_of(model, memory_rounding="stochastic").step()
     assert all(table.dtype == torch.bfloat16 for table in placement.tables.values())
 
 
@@ -211,19 +215,19 @@ def test_there_must_be_tables_and_they_are_placed_once():
     with pytest.raises(ValueError, match="placed already"):
         place_tables(model)
     with pytest.raises(ValueError, match="dense_adam"):
-        build_optimizer(model, memory="dense_adam", **SETTINGS)
+        optimizer_of(model, memory="dense_adam")
 
 
 def test_state_is_saved_by_rows_and_read_back(tmp_path):
     model = tiny_model("paper").train()
     placement = place_tables(model, where="ram")
-    optimizer = build_optimizer(model, memory="adam", **SETTINGS)
+    optimizer = optimizer_of(model, memory="adam")
     train(model, optimizer, batches(2, 1))
     model.save_pretrained(tmp_path)
     placement.save_state(tmp_path, optimizer.rows)
     other = tiny_model("paper", seed=3).train()
     again = place_tables(other, where="ram")
-    other_optimizer = build_optimizer(other, memory="adam", **SETTINGS)
+    other_optimizer = optimizer_of(other, memory="adam")
     again.load(tmp_path)
     again.load_state(tmp_path, other_optimizer.rows)
     for name, table in placement.tables.items():
@@ -234,7 +238,7 @@ def test_state_is_saved_by_rows_and_read_back(tmp_path):
     with pytest.raises(ValueError, match=r"has no memory\.tables\.1\.optimizer\.safetensors"):
         again.load_state(tmp_path, other_optimizer.rows)
     with pytest.raises(ValueError, match=r"should hold .*moment_and_count"):
-        wrong = build_optimizer(other, memory="row_adam", **SETTINGS)
+        wrong = optimizer_of(other, memory="row_adam")
         placement.save_state(tmp_path, optimizer.rows)
         again.load_state(tmp_path, wrong.rows)
 
@@ -259,7 +263,7 @@ def test_torchs_distributed_checkpoint_reads_the_tables(tmp_path):
     """The files are plain safetensors, so its reader brings them to any sharding of its own."""
     model = tiny_model("paper")
     placement = place_tables(model, where="ram")
-    optimizer = build_optimizer(model, memory="adam", **SETTINGS)
+    optimizer = optimizer_of(model, memory="adam")
     train(model, optimizer, batches(1, 1))
     model.save_pretrained(tmp_path)
     placement.save_state(tmp_path, optimizer.rows)

@@ -10,11 +10,11 @@ from engrammar.addressing import derive_geometry
 from engrammar.config import MemoryConfig
 from engrammar.model.modeling import EngrammarForCausalLM
 from engrammar.table import MemoryTable
-from engrammar.train.optimizer import build_optimizer
+from engrammar.train.optimizer import OptimizerSettings, build_optimizer
 from engrammar.train.placement import place_tables, placement_of
 from models import tiny_model
 
-SETTINGS = {"lr": 1e-2, "weight_decay": 0.0, "betas": (0.9, 0.99), "eps": 1e-8, "max_grad_norm": 1.0}
+SETTINGS = {"lr": 1e-2, "weight_decay": 0.0, "betas": (0.9, 0.99), "eps": 1e-8}
 MODES = {"fp32": {}, "accumulated": {"gradient_accumulation_steps": 2}, "bf16": {"bf16": True}}
 
 
@@ -71,7 +71,7 @@ def sentences() -> list[dict[str, torch.Tensor]]:
 
 def train(model, out: Path, resume: Path | None = None, **settings) -> Trainer:
     place_tables(model)
-    optimizer = build_optimizer(model, **SETTINGS)
+    optimizer = build_optimizer(model, OptimizerSettings(max_grad_norm=1.0), **SETTINGS)
     arguments = TrainingArguments(
         output_dir=str(out),
         **{"max_steps": 12, "per_device_train_batch_size": 4, "save_steps": 8, "logging_steps": 1, **settings},

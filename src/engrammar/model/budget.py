@@ -19,6 +19,7 @@ from engrammar.config import MemoryConfig
 from engrammar.model.configuration import EngrammarConfig
 from engrammar.model.modeling import EngrammarForCausalLM
 from engrammar.rivals import RivalConfig
+from engrammar.table import SparseTable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,8 @@ def count_parameters(config: EngrammarConfig) -> Counts:
     with torch.device("meta"):
         model = EngrammarForCausalLM(config)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    tables = [parameter for parameter in model.parameters() if getattr(parameter, "is_memory_table", False)]
+    modules = [module for module in model.modules() if isinstance(module, SparseTable)]
+    tables = [module.weight for module in modules if module.weight is not None]
     memory = sum(table.numel() for table in tables)
     experts = sum(size for name, size in sizes.items() if ".experts." in name)
     visited = config.num_experts_per_tok / config.n_routed_experts

@@ -5,7 +5,6 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from engrammar.rivals import Rival
 from engrammar.stores.serving import PLAIN, serve_tables
 from engrammar.table import MemoryTable
 from engrammar.tables.folder import open_tables
@@ -95,8 +94,6 @@ class SavedModel(PreTrainedModel):
         for module in model.modules():
             if isinstance(module, MemoryTable):
                 module.init_seed = None
-            if isinstance(module, MemoryTable | Rival) and module.weight is not None:
-                module.weight.is_memory_table = True  # type: ignore[attr-defined]  # loading made a new parameter
         if serving:
             serve_tables(model, folder, **serving)
         return (model, info) if wants_info else model

@@ -13,7 +13,7 @@ from transformers import initialization as init
 
 from engrammar.addressing import look_back, table_sizes
 from engrammar.config import Geometry, MemoryConfig
-from engrammar.table import new_table
+from engrammar.table import SparseTable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class Backbone:
     end_ids: tuple[int, ...]
 
 
-class Rival(nn.Module, ABC):
+class Rival(SparseTable, ABC):
     """Looks up by token ids before the first block (`read`), and adds to the embeddings and before each block.
 
     It keeps no state between calls. `weight` [R, C] is a table that is trained as memory is: touched rows
@@ -37,11 +37,12 @@ class Rival(nn.Module, ABC):
         looks_up: what `read` looks up by; a model whose rival looks up n-grams reads whole rows, not on from a cache.
     """
 
+    weight: nn.Parameter
     looks_up: ClassVar[Literal["tokens", "ngrams"]] = "tokens"
 
     def __init__(self, num_rows: int, width: int) -> None:
         super().__init__()
-        self.weight = new_table(torch.empty(num_rows, width))
+        self.weight = nn.Parameter(torch.empty(num_rows, width))
 
     def init_weights(self, std: float) -> None:
         """Initial values of the parameters that are not those of linear layers; `std` is the backbone's."""

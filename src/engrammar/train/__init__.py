@@ -7,14 +7,23 @@ first asked for.
 from typing import TYPE_CHECKING, Any
 
 from engrammar.train.data import TokenSet, prepare
-from engrammar.train.optimizer import build_optimizer
+from engrammar.train.optimizer import OptimizerSettings, build_optimizer
 from engrammar.train.placement import place_tables
 from engrammar.train.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
     from engrammar.train.trainer import EngrammarTrainer
 
-__all__ = ["EngrammarTrainer", "Recipe", "TokenSet", "build_optimizer", "load_recipe", "place_tables", "prepare"]
+__all__ = [
+    "EngrammarTrainer",
+    "OptimizerSettings",
+    "Recipe",
+    "TokenSet",
+    "build_optimizer",
+    "load_recipe",
+    "place_tables",
+    "prepare",
+]
 
 
 def __getattr__(name: str) -> Any:

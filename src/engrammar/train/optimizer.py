@@ -6,6 +6,7 @@ Shape letters: O output width, I input width, E experts of a stack.
 import math
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from engrammar.table import SparseTable
 from engrammar.train.placement import TablePlacement, placement_of
 from engrammar.train.row_optimizers import (
     Closure,
@@ -20,9 +22,13 @@ from engrammar.train.row_optimizers import (
     RowOptimizer,
     RowOptimizerKind,
     build_row_optimizer,
+    check_choice,
     evaluate,
     sum_by_row,
 )
+
+MatrixOptimizerKind = Literal["muon", "adamw"]
+MemoryOptimizerKind = Literal[RowOptimizerKind, "dense_adam"]
 
 # The quintic of Keller Jordan's post: its slope at zero is as steep as five steps allow, so singular values land
 # near 1 (about 0.7 to 1.2), not on it.
@@ -65,7 +71,9 @@ class Muon(Optimizer):
         for group in self.param_groups:
             for param in group["params"]:
                 if param.ndim not in (2, 3):
-                    raise ValueError(f"Muon takes [O, I] or [E, O, I] parameters, got shape {tuple(param.shape)}.")
+                    raise ValueError(
+                        f"A parameter has shape {list(param.shape)}; allowed in Muon: [O, I] or [E, O, I]."
+                    )
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:
@@ -78,7 +86,9 @@ class Muon(Optimizer):
                 if grad is None:
                     continue
                 if grad.is_sparse:
-                    raise ValueError(f"Muon takes dense gradients, got a sparse one of shape {tuple(grad.shape)}.")
+                    raise ValueError(
+                        f"The gradient of a parameter {list(grad.shape)} is sparse; allowed in Muon: dense."
+                    )
                 state = self.state[param]
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(grad)
@@ -117,10 +127,10 @@ class MixedOptimizer(Optimizer):
         self.inner = tuple(inner)
         self.placement = placement
         self.max_grad_norm = max_grad_norm
-        self.rows_apart = False  # True: `state_dict` leaves out the rows' state, which the placement saves
+        self.exclude_rows = False  # True: `state_dict` leaves out the rows' state, which the placement saves
         self.rows = next((optimizer for optimizer in inner if isinstance(optimizer, RowOptimizer)), None)
         if placement is not None and self.rows is not None:
-            self.rows.home = placement.home
+            self.rows.backend = placement.backend
 
     @property  # type: ignore[override]
     def state(self) -> dict[Tensor, Any]:
@@ -134,7 +144,7 @@ class MixedOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused once built: raises ValueError."""
         if hasattr(self, "inner"):
-            raise ValueError("MixedOptimizer has fixed groups; build a new one from optimizers that hold the group.")
+            raise ValueError("A MixedOptimizer has fixed groups: build a new one from optimizers that hold the group.")
         super().add_param_group(param_group)
 
     @torch.no_grad()
@@ -168,7 +178,7 @@ class MixedOptimizer(Optimizer):
         if self.placement is not None:
             self.placement.flush()
         state = super().state_dict()
-        if self.rows_apart:
+        if self.exclude_rows:
             of_rows = {i for group in state["param_groups"] if group.get("name") == "memory" for i in group["params"]}
             state["state"] = {i: values for i, values in state["state"].items() if i not in of_rows}
         return state
@@ -178,7 +188,7 @@ class MixedOptimizer(Optimizer):
         saved_groups = state_dict["param_groups"]
         saved, own = ([(g.get("name"), len(g["params"])) for g in gs] for gs in (saved_groups, self.param_groups))
         if saved != own:
-            raise ValueError(f"Saved groups (name, number of parameters) are {saved}, this optimizer's are {own}.")
+            raise ValueError(f"The saved groups (name, parameters) are {saved}; this optimizer's are {own}.")
         start = 0
         for optimizer in self.inner:
             groups = saved_groups[start : start + len(optimizer.param_groups)]
@@ -190,76 +200,122 @@ class MixedOptimizer(Optimizer):
         self.param_groups = [group for optimizer in self.inner for group in optimizer.param_groups]
 
 
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSettings:
+    """Which optimizer trains which parameters, beside Adam's own numbers.
+
+    Attributes:
+        memory: the row optimizer of the tables (docs/row-optimizers.md), or "dense_adam", the baseline `DenseAdam`.
+        memory_lr_scale: the tables' lr over the lr of all else (arXiv 2601.07372, section 4: 5).
+        memory_rounding: how a bf16 table is written.
+        matrices: what trains the backbone's matrices.
+        muon_momentum: of Muon.
+        max_grad_norm: each step clips to it first, rows and dense gradients together: for loops that cannot clip, like
+            transformers' plain Trainer (whose own max_grad_norm is then 0). None does not clip.
+
+    Raises:
+        ValueError: a choice that is not one of those allowed, or a number out of its range.
+    """
+
+    memory: MemoryOptimizerKind = "row_adam"
+    memory_lr_scale: float = 5.0
+    memory_rounding: Rounding = "nearest"
+    matrices: MatrixOptimizerKind = "muon"
+    muon_momentum: float = 0.95
+    max_grad_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("memory", self.memory, MemoryOptimizerKind)
+        check_choice("memory_rounding", self.memory_rounding, Rounding)
+        check_choice("matrices", self.matrices, MatrixOptimizerKind)
+        if not self.memory_lr_scale >= 0:
+            raise ValueError(f"memory_lr_scale is {self.memory_lr_scale}; allowed: 0 or more.")
+        if self.max_grad_norm is not None:
+            check_norm(self.max_grad_norm)
+
+
+DEFAULTS = OptimizerSettings()
+
+
 def build_optimizer(
     model: nn.Module,
+    settings: OptimizerSettings = DEFAULTS,
     *,
     lr: float,
     weight_decay: float,
     betas: tuple[float, float],
     eps: float,
-    memory_lr_scale: float = 5.0,
-    muon_momentum: float = 0.95,
-    matrices: Literal["muon", "adamw"] = "muon",
-    memory: RowOptimizerKind | Literal["dense_adam"] = "row_adam",
-    memory_rounding: Rounding = "nearest",
-    max_grad_norm: float | None = None,
 ) -> MixedOptimizer:
-    """Sort the model's trainable parameters into groups named "muon", "adamw_decay", "adamw_no_decay" and "memory".
+    """Sorts the model's trainable parameters with `group_parameters`; each group gets its optimizer.
 
-    memory: parameters with `is_memory_table = True`, the row optimizer called `memory` (or the baseline `DenseAdam`) at
-    `lr * memory_lr_scale`, no decay; `memory_rounding` says how bf16 tables are written.
-    muon: matrices `[O, I]` and stacks `[E, O, I]` of the backbone, except embeddings, `lm_head`, routers
-    (`mlp.gate.weight`), depthwise convolutions (`conv.`), hyper-connections (`fn`, `hc_fn`) and stacked norm weights;
-    with matrices="adamw" they join adamw_decay. adamw_no_decay: vectors, scalars and all norm weights. adamw_decay: the
-    rest. Tied weights count once; empty groups are left out. With `max_grad_norm` each step clips first, rows and dense
-    gradients together: for loops that cannot, like transformers' plain Trainer (its own max_grad_norm is then 0).
-    Tables that `place_tables` took out of the model are found; place them before.
-    Raises ValueError for another `matrices`, `memory` or `memory_rounding`, and for a model without trainable
-    parameters.
-    Source: arXiv 2601.07372, section 4 (Muon for the backbone, Adam for tables at five times its lr without decay).
+    Muon takes "muon" and AdamW the other two of the backbone; the row optimizer takes "memory", at a scaled lr and
+    without weight decay. Tables that `place_tables` took out of the model are found: place them first.
+
+    Raises:
+        ValueError: the model has no trainable parameter, or its tables are placed and memory is "dense_adam".
     """
-    if matrices not in ("muon", "adamw"):
-        raise ValueError(f'matrices must be "muon" or "adamw", got {matrices!r}.')
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    groups: dict[str, list[nn.Parameter]] = {"muon": [], "adamw_decay": [], "adamw_no_decay": [], "memory": []}
     placement = placement_of(model)
-    placed = {} if placement is None else placement.tables
-    for name, param in [*model.named_parameters(), *placed.items()]:
-        if not param.requires_grad:
-            continue
-        if getattr(param, "is_memory_table", False) is True:
-            groups["memory"].append(param)
-        elif param.ndim < 2 or "norm" in name:
-            groups["adamw_no_decay"].append(param)
-        elif matrices == "adamw" or param.ndim > 3 or id(param) in embeddings or ADAMW_MATRICES.search(name):
-            groups["adamw_decay"].append(param)
-        else:
-            groups["muon"].append(param)
-    num_grouped = sum(param.numel() for group in groups.values() for param in group)
-    trainable = [param for param in [*model.parameters(), *placed.values()] if param.requires_grad]
-    num_trainable = sum(param.numel() for param in trainable)
-    assert num_grouped == num_trainable, (num_grouped, num_trainable)
-    if num_trainable == 0:
-        raise ValueError("The model has no trainable parameter: every requires_grad is False.")
+    grouped = group_parameters(model, placement, settings.matrices)
 
-    def filled(name: str, **settings: float) -> list[dict[str, Any]]:
-        return [{"params": groups[name], "name": name, **settings}] if groups[name] else []
+    def filled(name: str, **values: float) -> list[dict[str, Any]]:
+        return [{"params": grouped[name], "name": name, **values}] if grouped[name] else []
 
     inner: list[Optimizer] = []
     if muon := filled("muon"):
-        inner.append(Muon(muon, lr=lr, weight_decay=weight_decay, momentum=muon_momentum))
+        inner.append(Muon(muon, lr=lr, weight_decay=weight_decay, momentum=settings.muon_momentum))
     if adamw := filled("adamw_decay", weight_decay=weight_decay) + filled("adamw_no_decay", weight_decay=0.0):
         inner.append(torch.optim.AdamW(adamw, lr=lr, betas=betas, eps=eps))
     if tables := filled("memory"):
-        memory_lr = lr * memory_lr_scale
-        if memory == "dense_adam":
-            if placement is not None:
-                raise ValueError('memory="dense_adam" updates every row: it is for tables that are not placed.')
+        memory_lr, rounding = lr * settings.memory_lr_scale, settings.memory_rounding
+        if settings.memory != "dense_adam":
+            rows = build_row_optimizer(settings.memory, tables, lr=memory_lr, betas=betas, eps=eps, rounding=rounding)
+            inner.append(rows)
+        elif placement is None:
             inner.append(DenseAdam(tables, lr=memory_lr, betas=betas, eps=eps))
         else:
-            rows = build_row_optimizer(memory, tables, lr=memory_lr, betas=betas, eps=eps, rounding=memory_rounding)
-            inner.append(rows)
-    return MixedOptimizer(inner, placement, max_grad_norm)
+            raise ValueError("memory is 'dense_adam', which updates every row: it is for tables that are not placed.")
+    return MixedOptimizer(inner, placement, settings.max_grad_norm)
+
+
+def group_parameters(
+    model: nn.Module, placement: TablePlacement | None, matrices: MatrixOptimizerKind
+) -> dict[str, list[nn.Parameter]]:
+    """The trainable parameters by what they are; tied weights count once.
+
+    Returns:
+        "memory": tables, the weights of every `SparseTable`, in the model or placed.
+        "adamw_no_decay": vectors, scalars and all norm weights, stacked ones too.
+        "adamw_decay": embeddings, `lm_head`, routers (`mlp.gate.weight`), depthwise convolutions (`conv.`),
+            hyper-connections (`fn`, `hc_fn`), and with matrices="adamw" the matrices.
+        "muon": matrices `[O, I]` and stacks `[E, O, I]` of the backbone that are none of these.
+
+    Raises:
+        ValueError: the model has no trainable parameter.
+    """
+    placed = {} if placement is None else placement.tables
+    tables = {id(table_RC) for table_RC in placed.values()}
+    tables |= {id(module.weight) for module in model.modules() if isinstance(module, SparseTable)}
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    groups: dict[str, list[nn.Parameter]] = {"muon": [], "adamw_decay": [], "adamw_no_decay": [], "memory": []}
+    trainable = [(name, p) for name, p in [*model.named_parameters(), *placed.items()] if p.requires_grad]
+    if not trainable:
+        raise ValueError("The model has no trainable parameter: every requires_grad is False.")
+    for name, param in trainable:
+        if id(param) in tables:
+            group = "memory"
+        elif param.ndim < 2 or "norm" in name:
+            group = "adamw_no_decay"
+        elif matrices == "adamw" or param.ndim > 3 or id(param) in embeddings or ADAMW_MATRICES.search(name):
+            group = "adamw_decay"
+        else:
+            group = "muon"
+        groups[group].append(param)
+    return groups
+
+
+def check_norm(max_norm: float) -> None:
+    if not max_norm > 0:
+        raise ValueError(f"max_grad_norm is {max_norm}; allowed: over 0 (math.inf only measures).")
 
 
 @torch.no_grad()
@@ -271,8 +327,7 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float, placement: Tab
     rank. `math.inf` only measures. A norm that is not finite leaves the gradients as they are. Raises ValueError unless
     `max_norm` is over 0.
     """
-    if not max_norm > 0:
-        raise ValueError(f"max_norm must be over 0 (math.inf only measures), got {max_norm}.")
+    check_norm(max_norm)
     sharded = placement is not None and placement.num_ranks > 1
     values: list[Tensor] = []
     row_values: list[Tensor] = []
@@ -288,7 +343,7 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float, placement: Tab
         assert isinstance(norm_of_shards, DTensor)
         norm = torch.hypot(norm, norm_of_shards.full_tensor())
     if placement is not None and sharded:
-        squares = placement.home.all_sum(sum((v.square().sum() for v in row_values), torch.zeros(())))
+        squares = placement.backend.all_sum(sum((v.square().sum() for v in row_values), torch.zeros(())))
         norm = (norm.square() + squares.to(norm.device)).sqrt()
     if max_norm < norm.item() < math.inf:  # False for nan
         for value in (*values, *row_values):

@@ -17,12 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from engrammar.table import Embedded, MemoryTable, RowSource, draw_rows_, new_table
+from engrammar.table import Embedded, MemoryTable, RowSource, draw_rows_
 from engrammar.tables.memory_json import finish_checkpoint
 from engrammar.tables.shards import lay_out, read_rows, table_shard, write_index, write_rows
 from engrammar.train.exchange import Group, Route, Traffic, all_sum, broadcast, own_rows
 from engrammar.train.pages import zeros_in_file, zeros_in_ram
-from engrammar.train.row_optimizers import Home, RowOptimizer
+from engrammar.train.row_optimizers import RowBackend, RowOptimizer
 
 Where = Literal["device", "ram", "file"]
 Overlap = Literal["auto", "none", "exact", "stale"]
@@ -80,7 +80,12 @@ class TablePlacement(RowSource):
         self.traffic = Traffic()
         self.num_ranks = 1 if group is None else dist.get_world_size(group)
         self.is_first = group is None or dist.get_rank(group) == 0
-        self.home = Home(allocate=self._allocate, submit=self._update, all_sum=partial(all_sum, group=group))
+        self.backend = RowBackend(
+            allocate=self._allocate,
+            submit=self._update,
+            all_sum=partial(all_sum, group=group),
+            is_sharded=self.num_ranks > 1,
+        )
 
     def _allocate(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         if self.where == "file":
@@ -107,7 +112,7 @@ class TablePlacement(RowSource):
                     draw_rows_(own_UC, seed=seed, first_row=first, std=std)
                 else:
                     raise ValueError(f"The rows of {name} are in the checkpoint that the model was read from: name it.")
-                self.tables[name] = new_table(own_UC)
+                self.tables[name] = nn.Parameter(own_UC)
             table.weight, table.source, table.name = None, self, name
             self.hooks.append(table.register_load_state_dict_pre_hook(self._take_rows))
 

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -25,6 +25,12 @@ COUNT_BITS = 8  # of a row's word in RowAdam
 MAX_COUNT = 2**COUNT_BITS - 1
 SINKHORN_STEPS = 11  # odd: rows, columns, ..., rows
 SINKHORN_SMALL_ROW = 1e-3  # of the mean row norm
+
+
+def check_choice(setting: str, value: object, kind: Any) -> None:
+    """Raises a ValueError where `value` is none of the Literal `kind`."""
+    if value not in get_args(kind):
+        raise ValueError(f"{setting} is {value!r}; allowed: {', '.join(get_args(kind))}.")
 
 
 def evaluate(closure: Closure | None) -> float | None:
@@ -48,18 +54,20 @@ def _allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) ->
 
 
 @dataclass(frozen=True, kw_only=True)
-class Home:
-    """Where the tables of an optimizer live.
+class RowBackend:
+    """How a row optimizer gets memory, runs an update and sums over ranks; the default is one process, at once.
 
     Attributes:
-        allocate: zeros of a shape, for state.
-        submit: carries an update out, now or in order behind others.
-        all_sum: the sum of a tensor over the ranks that share the tables, in place.
+        allocate: makes zeros of a shape, for state.
+        submit: runs an update, now or in order behind others.
+        all_sum: sums a tensor in place over the ranks that share the tables.
+        is_sharded: whether there are several such ranks. All of them then take part in every update.
     """
 
     allocate: Callable[[Sequence[int], torch.dtype, torch.device], Tensor] = _allocate
     submit: Callable[[Callable[[], None]], None] = _now
     all_sum: Callable[[Tensor], Tensor] = _same
+    is_sharded: bool = False
 
 
 def sum_by_row(gradient: Tensor) -> Tensor:
@@ -120,16 +128,15 @@ class RowOptimizer(Optimizer, ABC):
     """
 
     state_layout: ClassVar[StateLayout]
-    home = Home()  # `build_optimizer` sets the one that the tables' placement gives
+    backend = RowBackend()  # `build_optimizer` sets that of the tables' placement
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], rounding: Rounding) -> None:
-        if rounding not in ("nearest", "stochastic"):
-            raise ValueError(f'rounding must be "nearest" or "stochastic", got {rounding!r}.')
+        check_choice("rounding", rounding, Rounding)
         super().__init__(params, {**defaults, "rounding": rounding})
         for group in self.param_groups:
             for table_RC in group["params"]:
                 if rounding == "stochastic" and table_RC.dtype != torch.bfloat16:
-                    raise ValueError(f'rounding="stochastic" is for bf16 tables, got one of {table_RC.dtype}.')
+                    raise ValueError(f"rounding is 'stochastic' for a table of {table_RC.dtype}; allowed: bfloat16.")
 
     @abstractmethod
     def _direction(self, rows_U: Tensor, grad_UC: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
@@ -144,14 +151,16 @@ class RowOptimizer(Optimizer, ABC):
                 if table_RC.grad is not None:
                     seed = int(torch.randint(2**62, ())) if group["rounding"] == "stochastic" else None
                     # The settings as they are now: a scheduler may write to the group before the update is done.
-                    self.home.submit(partial(self._update_table, table_RC, self._gradient(table_RC), {**group}, seed))
+                    self.backend.submit(
+                        partial(self._update_table, table_RC, self._gradient(table_RC), {**group}, seed)
+                    )
         return loss
 
     def _gradient(self, table_RC: Tensor) -> Tensor:
         assert table_RC.grad is not None
         if not table_RC.grad.is_sparse:
-            name, shape = type(self).__name__, tuple(table_RC.shape)
-            raise ValueError(f"{name} takes sparse gradients, got a dense one of shape {shape}.")
+            name, shape = type(self).__name__, list(table_RC.shape)
+            raise ValueError(f"The gradient of a table {shape} is dense; allowed in {name}: sparse ones.")
         assert table_RC.grad.sparse_dim() == 1 and table_RC.ndim == 2, (table_RC.grad.sparse_dim(), table_RC.shape)
         return table_RC.grad
 
@@ -159,7 +168,7 @@ class RowOptimizer(Optimizer, ABC):
     def _update_table(self, table_RC: Tensor, gradient: Tensor, group: dict[str, Any], seed: int | None) -> None:
         gradient = sum_by_row(gradient)
         rows_U, grad_UC = gradient.indices()[0], gradient.values()
-        if rows_U.numel() == 0 and self.home.all_sum is _same:
+        if rows_U.numel() == 0 and not self.backend.is_sharded:
             return
         update_UC = self._direction(rows_U, grad_UC.float(), self.state_of(table_RC), group)
         updated_UC = table_RC.index_select(0, rows_U).float().add_(update_UC, alpha=-group["lr"])
@@ -178,7 +187,7 @@ class RowOptimizer(Optimizer, ABC):
         state = self.state[table_RC]
         if not state:
             for key, (shape, dtype) in self.layout(table_RC.shape).items():
-                state[key] = self.home.allocate(shape, dtype, table_RC.device)
+                state[key] = self.backend.allocate(shape, dtype, table_RC.device)
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -193,11 +202,13 @@ class RowOptimizer(Optimizer, ABC):
             expected = self.layout(table_RC.shape)
             if state.keys() != expected.keys():
                 name = type(self).__name__
-                raise ValueError(f"Saved state holds {sorted(state)}, {name} needs {sorted(expected)}: check `memory`.")
+                raise ValueError(
+                    f"The saved state holds {sorted(state)}; {name} needs {sorted(expected)}: check `memory`."
+                )
             for key, (shape, dtype) in expected.items():
                 saved_shape = tuple(state[key].shape)
                 if saved_shape != shape:
-                    raise ValueError(f"Saved {key} has shape {saved_shape}, this table's is {shape}.")
+                    raise ValueError(f"The saved {key} has shape {saved_shape}; this table's is {shape}.")
                 assert state[key].dtype == dtype, (key, state[key].dtype)
             self.state[table_RC] = state
 
@@ -299,7 +310,7 @@ class Sinkhorn(RowOptimizer):
     def _direction(self, rows_U: Tensor, grad_UC: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
         momentum_UC = state["momentum_buffer"].index_select(0, rows_U).lerp_(grad_UC, 1 - group["momentum"])
         state["momentum_buffer"].index_copy_(0, rows_U, momentum_UC)
-        return balance_(grad_UC.lerp(momentum_UC, group["momentum"]), self.home.all_sum)
+        return balance_(grad_UC.lerp(momentum_UC, group["momentum"]), self.backend.all_sum)
 
 
 ROW_OPTIMIZERS: dict[RowOptimizerKind, type[RowOptimizer]] = {
@@ -320,15 +331,15 @@ def build_row_optimizer(
 ) -> RowOptimizer:
     """The row optimizer of that name; "row_adam" takes the second of `betas`, "sinkhorn" neither betas nor eps.
 
-    Raises ValueError for another name and for another rounding.
+    Raises:
+        ValueError: another name, or another rounding.
     """
+    check_choice("memory", kind, RowOptimizerKind)
     if kind == "adam":
         return LazyAdam(params, lr=lr, betas=betas, eps=eps, rounding=rounding)
     if kind == "row_adam":
         return RowAdam(params, lr=lr, beta2=betas[1], eps=eps, rounding=rounding)
-    if kind == "sinkhorn":
-        return Sinkhorn(params, lr=lr, rounding=rounding)
-    raise ValueError(f"memory must be one of {', '.join(ROW_OPTIMIZERS)}, got {kind!r}.")
+    return Sinkhorn(params, lr=lr, rounding=rounding)
 
 
 def state_bytes_per_row(kind: RowOptimizerKind, row_width: int) -> int:

@@ -180,6 +180,7 @@ def _trainer(
     from transformers import AutoTokenizer
 
     from engrammar.model.modeling import EngrammarForCausalLM
+    from engrammar.train.optimizer import OptimizerSettings
     from engrammar.train.trainer import EngrammarTrainer
     from engrammar.vocabulary import cached_classes
 
@@ -202,11 +203,11 @@ def _trainer(
     trainer = EngrammarTrainer(
         model,
         arguments,
-        optimizer={
-            "memory_lr_scale": recipe.optimizer.memory_lr_scale,
-            "matrices": recipe.optimizer.matrices,
-            "memory": recipe.optimizer.memory,
-        },
+        optimizer_settings=OptimizerSettings(
+            memory=recipe.optimizer.memory,
+            memory_lr_scale=recipe.optimizer.memory_lr_scale,
+            matrices=recipe.optimizer.matrices,
+        ),
         balance_rate=recipe.optimizer.balance_rate,
         bytes_per_eval_token=tokens.num_bytes("validation") / tokens.num_tokens("validation"),
         placement={

@@ -21,7 +21,7 @@ from engrammar.stores.serving import look_ahead
 from engrammar.table import MemoryTable
 from engrammar.tables.sealed import MANIFEST, PARTIAL, clear_partials, last_good, rotate, seal, verify, writing
 from engrammar.tables.shards import load_backbone
-from engrammar.train.optimizer import MixedOptimizer, build_optimizer
+from engrammar.train.optimizer import DEFAULTS, MixedOptimizer, OptimizerSettings, build_optimizer
 from engrammar.train.placement import place_tables, placement_of
 
 IGNORED = -100  # label of a position that is not scored
@@ -73,7 +73,7 @@ class EngrammarTrainer(Trainer):
     `checkpoint-N` may appear after the `on_save` callbacks.
 
     Args:
-        optimizer: keyword arguments of `build_optimizer` besides lr and weight decay.
+        optimizer_settings: which optimizer trains what. Adam's own numbers and clipping are those of `args`.
         balance_rate: step of loss-free balancing; 0 leaves it out.
         bytes_per_eval_token: UTF-8 bytes per token of the evaluation text; evaluation then reports bits per byte.
         placement: keyword arguments of `place_tables`: where the tables are while it trains, sharded over ranks where
@@ -85,7 +85,7 @@ class EngrammarTrainer(Trainer):
         model: nn.Module,
         args: TrainingArguments,
         *,
-        optimizer: Mapping[str, Any] | None = None,
+        optimizer_settings: OptimizerSettings = DEFAULTS,
         balance_rate: float = 1e-3,
         bytes_per_eval_token: float | None = None,
         placement: Mapping[str, Any] | None = None,
@@ -95,8 +95,13 @@ class EngrammarTrainer(Trainer):
             raise ValueError("fp16 scales gradients where rows are not reached: use bf16=True.")
         if args.fsdp:
             raise ValueError("fsdp is not supported by this Trainer: leave it out for DDP, or see docs/placement.md.")
+        if optimizer_settings.max_grad_norm is not None:
+            raise ValueError(
+                f"optimizer_settings.max_grad_norm is {optimizer_settings.max_grad_norm}; allowed: None, since this "
+                "Trainer clips to the max_grad_norm of its TrainingArguments."
+            )
         super().__init__(model=model, args=args, **kwargs)
-        self.optimizer_settings = dict(optimizer or {})
+        self.optimizer_settings = optimizer_settings
         self.bytes_per_eval_token = bytes_per_eval_token
         self.counts_bytes = False  # whether it is told of the set that is evaluated
         self.scored = torch.zeros(2, dtype=torch.float64)  # of this evaluation: nats and tokens so far
@@ -112,13 +117,13 @@ class EngrammarTrainer(Trainer):
         if self.optimizer is None:
             self.optimizer = build_optimizer(
                 self.model if model is None else model,
+                self.optimizer_settings,
                 lr=self.args.learning_rate,
                 weight_decay=self.args.weight_decay,
                 betas=(self.args.adam_beta1, self.args.adam_beta2),
                 eps=self.args.adam_epsilon,
-                **self.optimizer_settings,
             )
-            self.mixed_optimizer.rows_apart = self.placement is not None
+            self.mixed_optimizer.exclude_rows = self.placement is not None
         return self.optimizer
 
     def place(self, checkpoint: Path | None = None) -> None:
@@ -127,7 +132,7 @@ class EngrammarTrainer(Trainer):
         tables = [module for module in model.modules() if isinstance(module, MemoryTable)]
         if self.placement is not None and checkpoint is not None:
             self.placement.load(checkpoint)
-        elif self.placement is None and tables and self.optimizer_settings.get("memory") != "dense_adam":
+        elif self.placement is None and tables and self.optimizer_settings.memory != "dense_adam":
             self.placement = place_tables(model, **self.placement_settings, checkpoint=checkpoint)
 
     @property

@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from engrammar.addressing import derive_geometry
@@ -21,7 +21,7 @@ from engrammar.cells import Column, cells, titles
 from engrammar.memory import Memory
 from engrammar.model.modeling import EngrammarForCausalLM
 from engrammar.model.presets import preset
-from engrammar.table import MemoryTable, new_table
+from engrammar.table import MemoryTable
 from engrammar.train.optimizer import MixedOptimizer, build_optimizer, clip_grad_norm
 from engrammar.train.row_optimizers import ROW_OPTIMIZERS, build_row_optimizer
 from engrammar_lab.bench.optimizer import gather_and_scatter
@@ -127,7 +127,7 @@ def build_contender(name: str, memory: Memory, weight_RC: Tensor) -> Contender:
     (layer,) = memory.config.layers
     table = memory.table(layer)
     if name in ROW_OPTIMIZERS:
-        table.weight = new_table(weight_RC)
+        table.weight = nn.Parameter(weight_RC)
         return Contender(
             memory=memory,
             optimizer=build_row_optimizer(name, [table.weight], lr=MEMORY_LR, betas=BETAS, eps=EPS),

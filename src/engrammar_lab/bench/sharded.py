@@ -27,7 +27,7 @@ from engrammar.model.configuration import EngrammarConfig
 from engrammar.model.modeling import EngrammarForCausalLM
 from engrammar.model.presets import SMALL_MEMORY, preset
 from engrammar.train.exchange import leave_processes
-from engrammar.train.optimizer import MixedOptimizer, build_optimizer
+from engrammar.train.optimizer import MixedOptimizer, OptimizerSettings, build_optimizer
 from engrammar.train.placement import TablePlacement, place_tables
 from engrammar_lab.bench.rows import LENGTH, draw_ids
 from engrammar_lab.machine import describe_run
@@ -111,13 +111,11 @@ def _build(precision: Precision) -> tuple[DistributedDataParallel, TablePlacemen
     placement = place_tables(model, where="ram")
     optimizer = build_optimizer(
         model,
+        OptimizerSettings(matrices="adamw" if precision == "fp64" else "muon", max_grad_norm=1.0),
         lr=5e-5 if precision == "fp64" else 1e-3,
         weight_decay=0.1,
         betas=(0.9, 0.99),
         eps=1e-6 if precision == "fp64" else 1e-8,
-        matrices="adamw" if precision == "fp64" else "muon",
-        memory="row_adam",
-        max_grad_norm=1.0,
     )
     return DistributedDataParallel(model), placement, optimizer
 
