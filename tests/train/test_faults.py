@@ -33,6 +33,9 @@ def step_of(checkpoint: Path | None) -> int:
     return 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
 
 
+CLOCKED = ("_per_second", "_runtime", "_preparation_time")
+
+
 def leftovers(out: Path) -> list[str]:
     return [name for name in os.listdir(out) if name.startswith(".")]
 
@@ -45,7 +48,7 @@ def assert_same_run(found: Path, expected: Path) -> None:
     results = [json.loads((out / "result.json").read_text()) for out in (found, expected)]
     for part in ("curve", "validation_loss", "steps"):
         kept = [
-            [{k: v for k, v in entry.items() if "per_second" not in k} for entry in result["curve"]]
+            [{k: v for k, v in entry.items() if not k.endswith(CLOCKED)} for entry in result["curve"]]
             if part == "curve"
             else result[part]
             for result in results
