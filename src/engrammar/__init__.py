@@ -17,7 +17,7 @@ from engrammar.model import (
 from engrammar.stores import CachedStore, DiskStore, RamStore, RowStore
 from engrammar.stores.serving import look_ahead, serve_tables
 from engrammar.tables import open_tables
-from engrammar.train import build_optimizer, place_tables
+from engrammar.train import OptimizerSettings, build_optimizer, place_tables
 from engrammar.vocabulary import cached_classes, compress_vocabulary
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ __all__ = [
     "EngrammarTrainer",
     "Geometry",
     "MemoryConfig",
+    "OptimizerSettings",
     "RamStore",
     "RowStore",
     "build_optimizer",
