@@ -9,6 +9,9 @@ SOURCE = Path(__file__).parent.parent / "src"
 # From the lowest floor up. A part is a module or a folder under src; the longest name that fits a file is its part.
 FLOORS = (
     ("engrammar.config", "engrammar.cells"),
+    ("engrammar.tables.headers",),
+    ("engrammar.tables.checksums",),
+    ("engrammar.tables.sealed",),
     ("engrammar.vocabulary", "engrammar.addressing"),
     ("engrammar.tables",),
     ("engrammar.stores",),
@@ -25,11 +28,11 @@ FLOORS = (
 # Inside these folders, from the lowest file up: a file imports only what stands before it.
 ROOMS = {
     "engrammar.tables": (
-        "sealed",
-        "shards",
         "headers",
+        "checksums",
+        "sealed",
         "encodings",
-        "progress",
+        "shards",
         "memory_json",
         "folder",
         "verify",

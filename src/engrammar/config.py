@@ -9,11 +9,12 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, Self
 
 Encoding = Literal["fp32", "bf16", "fp8", "fp8_row", "fp8_scale32", "int8", "int4"]
+GROUP = 32  # values that share a scale, in `fp8_scale32` and `int4`
 
 
 def row_bytes(encoding: Encoding, width: int) -> int:
-    """Bytes of a stored row of `width` values, with the scales that lie behind them in the row (`store/rows.py`)."""
-    groups = -(-width // 32)
+    """Bytes of a stored row of `width` values, with the scales behind them in the row (`tables/encodings.py`)."""
+    groups = -(-width // GROUP)
     return {
         "fp32": 4 * width,
         "bf16": 2 * width,
@@ -185,6 +186,26 @@ class Geometry:
     multipliers: tuple[tuple[int, ...], ...]
     table_sizes: tuple[tuple[tuple[int, ...], ...], ...]
     rows_multiple: int = 1
+
+    def check(self, memory: MemoryConfig) -> None:
+        """Raises ValueError unless layers, orders and heads are as many as in `memory`, and heads as large as asked."""
+
+        def require(holds: bool, wrong: str) -> None:
+            if not holds:
+                raise ValueError(wrong)
+
+        per_layer = [len(multipliers) for multipliers in self.multipliers]
+        require(per_layer == [memory.max_ngram_size] * len(memory.layers), "multipliers are not N for each layer")
+        odd = all(multiplier % 2 for layer in self.multipliers for multiplier in layer)
+        require(odd, "a multiplier is even")
+        require(len(self.table_sizes) == len(memory.layers), "table_sizes are not one list for each layer")
+        for orders in self.table_sizes:
+            require(len(orders) == len(memory.rows_per_head), "table_sizes are not one list for each order")
+            for sizes_K, rows in zip(orders, memory.rows_per_head):
+                require(len(sizes_K) == memory.num_heads, "table_sizes are not one for each head")
+                require(min(sizes_K) >= rows, f"a head has fewer than rows_per_head={rows} rows")
+        require(self.rows_multiple == memory.rows_multiple, "its rows_multiple is not that of memory")
+        require(0 <= self.fill_class < self.num_classes, "fill_class is not below num_classes")
 
     def head_sizes(self, index: int) -> tuple[int, ...]:
         """Table sizes of the index-th memory layer's heads, ordered by order, then head."""

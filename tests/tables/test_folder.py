@@ -16,9 +16,11 @@ import torch
 from safetensors.torch import load_file
 
 from engrammar.tables import sealed
+from engrammar.tables.checksums import json_sum
 from engrammar.tables.encodings import decode, encode
-from engrammar.tables.folder import MEMORY, PAGE, open_tables
-from engrammar.tables.memory_json import content_sum
+from engrammar.tables.folder import open_tables
+from engrammar.tables.headers import PAGE
+from engrammar.tables.shards import MEMORY
 from engrammar.tables.verify import read_table, verify_tables
 from table_folders import SCALE, tiny_memory, values_of, write_folder
 
@@ -59,7 +61,7 @@ def rewrite(folder, change, *, summed=True):
     content = json.loads((folder / MEMORY).read_text())
     change(content)
     if summed:
-        content["crc32"] = content_sum(content)
+        content["crc32"] = json_sum(content)
     (folder / MEMORY).write_text(json.dumps(content))
 
 
@@ -179,7 +181,7 @@ def test_five_thousand_forged_memory_files_are_refused_or_stay_inside(in_memory)
     for _ in range(5000):
         forged = mutate(copy.deepcopy(content), rng)
         try:
-            forged["crc32"] = content_sum(forged)
+            forged["crc32"] = json_sum(forged)
             text = json.dumps(forged)
         except (ValueError, TypeError):  # 10**400 cannot even be written
             continue
@@ -262,11 +264,11 @@ def test_names_that_leave_the_folder_are_refused(folder, name):
     ("change", "wrong"),
     [
         (lambda c: c["geometry"]["table_sizes"][0][0].__setitem__(0, 999), "is not the"),
-        (lambda c: c["geometry"]["multipliers"].pop(), "geometry.multipliers are not N for each layer"),
-        (lambda c: c["geometry"]["multipliers"][0].__setitem__(0, 4), "a multiplier in geometry is even"),
+        (lambda c: c["geometry"]["multipliers"].pop(), "geometry: multipliers are not N for each layer"),
+        (lambda c: c["geometry"]["multipliers"][0].__setitem__(0, 4), "geometry: a multiplier is even"),
         (lambda c: c["memory"].update(head_dim=7), "width is not head_dim=7"),
         (lambda c: c["memory"].update(layers=[1, 2]), "tables are not of layers 1, 2"),
-        (lambda c: c["memory"].update(num_heads=10**12), "geometry.table_sizes are not one for each head"),
+        (lambda c: c["memory"].update(num_heads=10**12), "geometry: table_sizes are not one for each head"),
         (lambda c: c["memory"].update(max_ngram_size=10**30), "memory.rows_per_head"),
         (lambda c: c["memory"].pop("seed"), "memory does not have the settings"),
         (lambda c: c.update(encoding="fp32"), "is BF16"),
@@ -318,6 +320,7 @@ def test_any_flipped_bit_is_found_and_its_rows_named(tmp_path, encoding, sums):
         rewrite(tmp_path / "t", forget)
         content = json.loads(manifest)
         content["files"].pop(MEMORY)
+        content["crc32"] = json_sum(content)
         (tmp_path / "t" / "manifest.json").write_text(json.dumps(content))
     rng = random.Random(0)
     for _ in range(40):

@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import struct
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from engrammar.addressing import hash_ngrams, head_offsets, look_back
 from engrammar.tables.encodings import decode
 from engrammar.tables.folder import open_tables
 from engrammar.tables.released.convert import NAMES, export_tables, import_tables
-from engrammar.tables.released.files import INDEX, read_header
+from engrammar.tables.shards import INDEX
 from engrammar_cli.main import main
 from released_models import (
     END,
@@ -189,8 +188,8 @@ def other_sizes_without_buffers(folder: Path) -> None:
         (narrow_shard, r"safetensors holds .*shard_3.weight as F8_E4M3 \[\d+, 6\].*\['any', 7\]: use the files"),
         (drop_scale, r"safetensors holds layer 2 as fp8, but .*layers.2.*weight_scale: copy the missing file"),
         (unlike_scales, r"safetensors holds .*shard_4.weight_scale = .*one scale.*: import the bf16 files"),
-        (cut_file, r"safetensors has \d+ bytes, \d+ by its header: copy it"),
-        (cut_header, r"safetensors is cut off or not a safetensors file \(the header ends behind the file\): copy it"),
+        (cut_file, r"safetensors is not right \(it has \d+ bytes, \d+ by its header\): copy it"),
+        (cut_header, r"safetensors is not right \(its header should have \d+ bytes; it has \d+ in all\): copy it"),
         (other_vocabulary, r"safetensors holds .*layer_multipliers = .*config.json leads to .*: use the config.json"),
         (other_sizes, r"safetensors holds .*ngram_heads_vocab_sizes = .*config.json leads to .*: use the config.json"),
         (other_sizes_without_buffers, r"shards of layer 0 end with .* leads to \d+ rows of 7: a shard is missing, or"),
@@ -261,25 +260,3 @@ def test_a_disk_that_fails_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left on device"):
         import_tables(release, tmp_path / "more")
     assert {path.name for path in tmp_path.iterdir()} == {"release", "release-saved", "tables"}
-
-
-def test_a_header_that_lies_is_refused(tmp_path):
-    path = tmp_path / "x.safetensors"
-
-    def refused(text: str) -> str:
-        path.write_bytes(struct.pack("<Q", len(text)) + text.encode() + bytes(8))
-        with pytest.raises(ValueError, match="x.safetensors") as error:
-            read_header(path)
-        return str(error.value)
-
-    def tensor(first: object, last: object, shape: tuple[int, ...] = (1,)) -> str:
-        return json.dumps({"dtype": "F32", "shape": shape, "data_offsets": [first, last]})
-
-    broken = "cut off or not a safetensors file"
-    for text in ("{", "[1]", '{"a": 1}', '{"a": {"dtype": "F32"}}', '{"a": ' + tensor(0.0, 8, (2,)) + "}"):
-        assert broken in refused(text)
-    assert broken in refused('{"a": ' + tensor(0, 8) + "}")
-    assert "a name occurs twice" in refused(f'{{"a": {tensor(0, 4)}, "a": {tensor(4, 8)}}}')
-    assert "lays b over or apart" in refused(f'{{"a": {tensor(0, 4)}, "b": {tensor(0, 4)}}}')
-    assert "lays b over or apart" in refused(f'{{"a": {tensor(0, 4)}, "b": {tensor(8, 12)}}}')
-    assert "has 77 bytes, 73 by its header" in refused(f'{{"a": {tensor(0, 4)}}}')

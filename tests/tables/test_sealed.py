@@ -12,8 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engrammar.tables import checksums
 from engrammar.tables import sealed as sealing
-from engrammar.tables.sealed import MANIFEST, clear_partials, last_good, rotate, seal, verify, write_text, writing
+from engrammar.tables.checksums import MANIFEST
+from engrammar.tables.sealed import clear_partials, last_good, rotate, seal, verify, write_text, writing
 
 BLOCK = 7  # bytes
 CONTENTS = {"empty": b"", "block": b"1234567", "model/two and a half": bytes(range(17)), "state.json": b"{}"}
@@ -103,7 +105,7 @@ def test_a_disk_that_cannot_be_read_is_one_sentence(copy, monkeypatch):
     def fails(path, block_bytes):
         raise OSError(5, "Input/output error", str(path))
 
-    monkeypatch.setattr(sealing, "_block_sums", fails)
+    monkeypatch.setattr(checksums, "_block_sums", fails)
     assert "cannot be read (Input/output error)" in refused(copy)
 
 

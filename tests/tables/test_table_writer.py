@@ -9,7 +9,8 @@ import torch
 
 from engrammar.addressing import derive_geometry
 from engrammar.tables import folder as format_module
-from engrammar.tables.folder import PAGE, TableWriter, open_tables
+from engrammar.tables.folder import TableWriter, open_tables
+from engrammar.tables.headers import PAGE
 from table_folders import tiny_memory, values_of, write_folder
 
 
@@ -58,7 +59,7 @@ def test_an_interrupted_write_leaves_nothing_and_an_empty_folder_is_used(tmp_pat
 
 
 def test_a_full_disk_is_one_sentence_wherever_it_fills_up(tmp_path, monkeypatch):
-    failing = {"lay_out", "write_rows", "write_memory", "seal"}
+    failing = {"lay_out", "write_rows", "write_memory", "write_manifest"}
     for name in failing:
 
         def full(*_, **__):

@@ -379,7 +379,7 @@ def test_a_folder_that_is_no_token_set_is_named(make, tmp_path):
 
 
 def test_an_output_folder_that_cannot_be_made_is_named(make, tmp_path, source):
-    with pytest.raises(ValueError, match=r"cannot write to .*texts.jsonl \(Not a directory\): choose another output"):
+    with pytest.raises(ValueError, match=r"Cannot write to .*texts.jsonl \(File exists\): choose another"):
         make(out=Path(source) / "tokens")
 
 

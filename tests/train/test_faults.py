@@ -15,9 +15,10 @@ import torch
 from test_training import tiny_recipe, weights
 
 import engrammar.train.trainer as trainer_module
+from engrammar.tables.checksums import MANIFEST
 from engrammar.tables.encodings import decode
 from engrammar.tables.folder import open_tables
-from engrammar.tables.sealed import MANIFEST, last_good, verify
+from engrammar.tables.sealed import last_good, verify
 from engrammar.tables.verify import read_table, verify_tables
 from engrammar.train import run as run_module
 from engrammar.train.recipe import Recipe

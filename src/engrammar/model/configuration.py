@@ -10,7 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from numpy.typing import NDArray
 from transformers import DeepseekV3Config
 
-from engrammar.addressing import derive_geometry, table_sizes
+from engrammar.addressing import derive_geometry
 from engrammar.config import Geometry, MemoryConfig
 from engrammar.rivals import Backbone, RivalConfig, rival_from_json
 from engrammar.vocabulary import fingerprint
@@ -104,15 +104,14 @@ class EngrammarConfig(DeepseekV3Config):
         self.number_of_conv_states = 2 if memory.conv_kernel else 1
 
     def _check_geometry(self, memory: MemoryConfig) -> None:
-        """Table sizes follow from the settings for ever; multipliers do not (NumPy may change its stream)."""
-        geometry = self.memory_geometry
-        multipliers_fit = [len(m) for m in geometry.multipliers] == [memory.max_ngram_size] * len(memory.layers)
-        sizes_fit = geometry.table_sizes == table_sizes(memory) and geometry.rows_multiple == memory.rows_multiple
-        if not multipliers_fit or not sizes_fit:
+        """A saved geometry is believed, so that addresses stay what they were, but it must fit the settings."""
+        try:
+            self.memory_geometry.check(memory)
+        except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                "The saved geometry does not follow from the memory settings (layers, orders, heads, rows_per_head, "
-                "rows_multiple): a built model's memory cannot be resized; leave out `geometry` to build a new one."
-            )
+                f"The saved geometry does not fit the memory settings ({error}): a built model's memory cannot be "
+                "resized; leave out `geometry` to build a new one."
+            ) from error
 
     @property
     def memory_config(self) -> MemoryConfig | None:

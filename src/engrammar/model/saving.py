@@ -5,8 +5,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from engrammar.stores.serving import PLAIN, serve_tables
+from engrammar.stores.serving import serve_tables
 from engrammar.table import MemoryTable
+from engrammar.tables.encodings import PLAIN
 from engrammar.tables.folder import open_tables
 from engrammar.tables.memory_json import finish_checkpoint
 from engrammar.tables.shards import MEMORY, check_shards, is_table, remove_checkpoint, write_tables

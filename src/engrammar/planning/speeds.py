@@ -12,7 +12,8 @@ import numpy as np
 
 from engrammar.config import MemoryConfig
 from engrammar.stores.disk import DiskStore
-from engrammar.tables.folder import PAGE, Shard, TableFile
+from engrammar.tables.folder import Shard, TableFile
+from engrammar.tables.headers import PAGE
 
 PROBE_ROWS, PROBE_READS = 2**19, 2**15
 TIERS = ("ram", "disk", "remote")

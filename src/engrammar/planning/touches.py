@@ -18,7 +18,7 @@ from engrammar.addressing import hash_ngrams_numpy, head_offsets, look_back
 from engrammar.config import Geometry, MemoryConfig
 from engrammar.stores.base import Arrived, Fetch, RowStore
 from engrammar.stores.cache import CachedStore
-from engrammar.tables.folder import PAGE
+from engrammar.tables.headers import PAGE
 from engrammar.train.data import TokenSet
 from engrammar.train.documents import read_documents
 

@@ -21,7 +21,7 @@ from typing import final
 import numpy as np
 from numpy.typing import NDArray
 
-from engrammar.tables.folder import PAGE
+from engrammar.tables.headers import PAGE
 
 Ints = NDArray[np.int64]
 

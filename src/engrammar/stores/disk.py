@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from engrammar.stores.aio import AioQueue, Ints, ReadQueue, thread_queues
 from engrammar.stores.base import Arrived, Fetch, RowsMissing, RowStore
 from engrammar.stores.paged import NOT_READ, PagedFiles, PageReads
-from engrammar.tables.folder import PAGE, TableFile
+from engrammar.tables.folder import TableFile
+from engrammar.tables.headers import PAGE
 
 DEPTH = 512  # pages of large fetches in flight, and so 2 MiB of memory
 NUM_PARTS = 8  # of them: one is gathered while the others are read

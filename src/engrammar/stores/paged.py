@@ -15,11 +15,11 @@ from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load
 
 from engrammar.stores.aio import Ints, ReadQueue
-from engrammar.tables.folder import PAGE, TableFile
+from engrammar.tables.checksums import read_page_sums
+from engrammar.tables.folder import TableFile
+from engrammar.tables.headers import PAGE
 
 TRIES = 3
 LONGEST_READ = 16  # neighbouring pages in one read
@@ -69,7 +69,7 @@ class PagedFiles:
         for file, shard in enumerate(shard_of.values()):
             if shard.crc32 is not None:
                 first, self.has_crc32_F[file] = self.first_page_F[file], True
-                self.crc32_P[first : first + pages_F[file]] = load_crc32(shard.crc32, shard.path, int(pages_F[file]))
+                self.crc32_P[first : first + pages_F[file]] = read_page_sums(shard.crc32, shard.path)
 
     def addresses(self, rows_U: Ints) -> Ints:
         """Where rows begin: bytes through all files, each filled up to whole pages."""
@@ -144,26 +144,6 @@ def identity_of(table: TableFile, handles: Sequence[int]) -> str:
     files = [(stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_size) for stat in stats]
     runs = [(shard.start, shard.first_row, shard.num_rows) for shard in table.shards]
     return hashlib.sha256(json.dumps([files, runs, table.row_bytes]).encode()).hexdigest()[:16]
-
-
-def load_crc32(path: Path, of: Path, num_pages: int) -> NDArray[np.uint32]:
-    """The checksums of a file's pages.
-
-    Raises:
-        ValueError: `path` holds none, or those of another file.
-    """
-    try:
-        crc32_P = load(path.read_bytes())["crc32"]
-    except (OSError, SafetensorError, KeyError) as error:
-        raise ValueError(
-            f"{path} does not hold the checksums of {of.name} ({error}): copy the folder again."
-        ) from error
-    if crc32_P.shape != (num_pages,) or crc32_P.dtype != np.uint32:
-        raise ValueError(
-            f"{path} has {crc32_P.dtype} checksums of shape {list(crc32_P.shape)}, {of.name} has {num_pages} pages: "
-            "they do not belong together; copy the folder again."
-        )
-    return crc32_P
 
 
 @final

@@ -5,19 +5,20 @@ Letters: R rows of the table, U rows asked for, S bytes of a row, P pages of a p
 
 import contextlib
 import os
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import final
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from engrammar.stores.base import Arrived, Fetch, RowStore
-from engrammar.stores.paged import identity_of, load_crc32
+from engrammar.stores.paged import identity_of
 from engrammar.stores.shared import Segment, private_bytes
-from engrammar.tables.folder import PAGE, Shard, TableFile
-from engrammar.tables.progress import progress
+from engrammar.tables.checksums import first_damaged, read_page_sums
+from engrammar.tables.folder import Shard, TableFile
+from engrammar.tables.headers import PAGE
 
 PIECE = 2**20  # bytes read at once: small enough to be summed and copied while the processor's cache holds them
 
@@ -84,28 +85,29 @@ def _open(path: Path) -> int:
 
 
 def _read(table: TableFile, handles: list[int], memory: NDArray[np.uint8], verify: bool) -> None:
-    with progress(f"reading {table.name}", len(memory)) as advance:
+    bar = tqdm(desc=f"reading {table.name}", total=len(memory), unit="B", unit_scale=True, delay=2, leave=False)
+    with bar:
         for shard, handle in zip(table.shards, handles):
             first = shard.first_row * table.row_bytes
             rows = memory[first : first + shard.num_rows * table.row_bytes]
-            _read_shard(shard, handle, rows, verify, advance)
+            _read_shard(shard, handle, rows, verify, bar.update)
 
 
 def _read_shard(
-    shard: Shard, handle: int, rows: NDArray[np.uint8], verify: bool, advance: Callable[[int], None]
+    shard: Shard, handle: int, rows: NDArray[np.uint8], verify: bool, advance: Callable[[int], object]
 ) -> None:
     """Copies a shard's rows into `rows` [num_rows * S], whole pages at a time, and checks these."""
     size, end = os.fstat(handle).st_size, shard.start + len(rows)
     if size < end:
         raise ValueError(f"{shard.path} has {size} bytes, its rows end at {end}: copy it again.")
-    crc32_P = load_crc32(shard.crc32, shard.path, -(-size // PAGE)) if verify and shard.crc32 is not None else None
+    crc32_P = read_page_sums(shard.crc32, shard.path) if verify and shard.crc32 is not None else None
     buffer = np.empty(PIECE, np.uint8)
     last = min(-(-end // PAGE) * PAGE, size)
     for at in range(shard.start // PAGE * PAGE, last, PIECE):
         piece = buffer[: min(PIECE, last - at)]
         _read_piece(shard, handle, piece, at)
         if crc32_P is not None:
-            bad_page = _first_bad_page(piece, crc32_P[at // PAGE :])
+            bad_page = first_damaged(piece.data, crc32_P[at // PAGE :])
             if bad_page is not None:
                 bad = at + bad_page * PAGE
                 row = shard.first_row + max(bad - shard.start, 0) * shard.num_rows // len(rows)
@@ -129,10 +131,3 @@ def _read_piece(shard: Shard, handle: int, piece: NDArray[np.uint8], at: int) ->
         num_read += count
     if hasattr(os, "posix_fadvise"):  # the memory holds them now; the page cache may keep what others need
         os.posix_fadvise(handle, at, len(piece), os.POSIX_FADV_DONTNEED)
-
-
-def _first_bad_page(piece: NDArray[np.uint8], crc32_P: NDArray[np.uint32]) -> int | None:
-    view = piece.data
-    sums = [zlib.crc32(view[start : start + PAGE]) for start in range(0, len(view), PAGE)]
-    (bad,) = np.nonzero(np.array(sums, np.uint32) != crc32_P[: len(sums)])
-    return int(bad[0]) if len(bad) else None

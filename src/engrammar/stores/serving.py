@@ -26,13 +26,12 @@ from engrammar.stores.cache import CachedStore
 from engrammar.stores.disk import DiskStore
 from engrammar.stores.ram import RamStore
 from engrammar.table import Embedded, MemoryTable, RowSource
-from engrammar.tables.encodings import decode
-from engrammar.tables.folder import MEMORY, TableFile, TableFolder, open_tables
-from engrammar.tables.shards import HOT_ROWS, write_index
+from engrammar.tables.encodings import PLAIN, decode
+from engrammar.tables.folder import TableFile, TableFolder, open_tables
+from engrammar.tables.shards import HOT_ROWS, MEMORY, write_index
 
 Tier = Literal["ram", "disk"]
 OnMissing = Literal["error", "skip", "zeros"]
-PLAIN = ("fp32", "bf16")  # encodings that transformers reads as weights
 TIERS: dict[str, Callable[[TableFile], RowStore]] = {"ram": RamStore, "disk": DiskStore}
 
 logger = logging.getLogger(__name__)

@@ -9,18 +9,18 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from engrammar.config import Encoding
+from engrammar.tables.checksums import MANIFEST
 from engrammar.tables.encodings import FLOATS, FP8_MAX, decode, encode
 from engrammar.tables.folder import TableFile, TableFolder, TableWriter, open_tables, tables_of
+from engrammar.tables.headers import read_json
 from engrammar.tables.memory_json import describe_checkpoint
-from engrammar.tables.progress import progress
-from engrammar.tables.sealed import MANIFEST
-from engrammar.tables.shards import INDEX, MEMORY, table_shard
+from engrammar.tables.shards import INDEX, MEMORY, table_shard, weight_map
 from engrammar.tables.verify import read_table
 
 # What goes on with a training: of no use to those who are served, and larger than the tables.
@@ -118,11 +118,12 @@ def _convert(
         source=source.source,
         shard_bytes=shard_bytes,
     )
-    with writer, progress(f"writing {out}", num_bytes) as advance:
+    bar = tqdm(desc=f"writing {out}", total=num_bytes, unit="B", unit_scale=True, delay=2, leave=False)
+    with writer, bar:
 
         def blocks(table: TableFile) -> Iterator[Tensor]:
             for rows_US in read_table(source, table):
-                advance(rows_US.nbytes)
+                bar.update(rows_US.nbytes)
                 yield torch.from_numpy(rows_US)
 
         if not tables_only:
@@ -183,8 +184,8 @@ def _copy_others(source: TableFolder, out: Path) -> None:
             shutil.copyfile(path, out / path.name)
     config = out / "config.json"
     if config.is_file():
-        settings = json.loads(config.read_bytes())
-        memory = settings.get("memory") if isinstance(settings, dict) else None
+        settings = read_json(config)
+        memory = settings.get("memory")
         if isinstance(memory, dict) and memory.get("row_encoding") != source.memory.row_encoding:
             memory["row_encoding"] = source.memory.row_encoding
             config.write_text(json.dumps(settings, indent=2) + "\n")
@@ -192,11 +193,11 @@ def _copy_others(source: TableFolder, out: Path) -> None:
 
 def _write_index(source: TableFolder, out: Path, encoding: Encoding) -> None:
     """The index of the weights: tables are in it where transformers can read them as such, whole and in floats."""
-    weight_map: dict[str, Any] = json.loads((source.path / INDEX).read_bytes())["weight_map"]
+    weights = weight_map(source.path)
     for table in source.tables.values():
-        weight_map.pop(table.name, None)
+        weights.pop(table.name, None)
         if encoding in FLOATS and (out / table_shard(table.name)).is_file():
-            weight_map[table.name] = table_shard(table.name)
-    size = sum((out / shard).stat().st_size for shard in set(weight_map.values()))
-    text = json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=1)
+            weights[table.name] = table_shard(table.name)
+    size = sum((out / shard).stat().st_size for shard in set(weights.values()))
+    text = json.dumps({"metadata": {"total_size": size}, "weight_map": weights}, indent=1)
     (out / INDEX).write_text(text + "\n")

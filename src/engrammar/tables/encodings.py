@@ -18,14 +18,21 @@ Letters: U rows, C row width, S bytes of a stored row, G groups of 32 values.
 import torch
 from torch import Tensor
 
-from engrammar.config import Encoding, row_bytes
+from engrammar.config import GROUP, Encoding, row_bytes
 
-GROUP = 32
+PLAIN: tuple[Encoding, ...] = ("fp32", "bf16")  # whose rows transformers reads as weights
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 SMALLEST_SCALE = 2.0**-126  # fp32's smallest with all its bits
 LARGEST = 2.0**127  # with a scale of its own; rounding that up must not leave fp32
-FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# torch's dtype by the name that safetensors has for it.
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F8_E4M3": FP8, "I32": torch.int32}
+DTYPES |= {"U8": torch.uint8}
+NAME_OF = {dtype: name for name, dtype in DTYPES.items()}
+# The dtype of a table's tensor where its rows are plain numbers; rows of the other encodings are bytes, U8.
+DTYPE_OF: dict[Encoding, str] = {"fp32": "F32", "bf16": "BF16", "fp8": "F8_E4M3"}
+ENCODING_OF = {dtype: encoding for encoding, dtype in DTYPE_OF.items()}
+FLOATS = {encoding: DTYPES[DTYPE_OF[encoding]] for encoding in PLAIN}
 
 
 def encode(values_UC: Tensor, encoding: Encoding, scale: float | None = None) -> Tensor:
@@ -89,14 +96,14 @@ def decode(rows_US: Tensor, width: int, encoding: Encoding, dtype: torch.dtype, 
     if encoding in FLOATS:
         return rows_US.contiguous().view(FLOATS[encoding]).to(dtype)
     if scale is not None:
-        return _from_fp8(rows_US).mul_(scale).to(dtype)
+        return from_fp8(rows_US).mul_(scale).to(dtype)
     if encoding == "fp8_row":
-        return _from_fp8(rows_US[:, :width]).mul_(_behind(rows_US, width, torch.float32)).to(dtype)
+        return from_fp8(rows_US[:, :width]).mul_(_behind(rows_US, width, torch.float32)).to(dtype)
     if encoding == "int8":
         numbers_UC = rows_US[:, :width].view(torch.int8).float()
         return numbers_UC.mul_(_behind(rows_US, width, torch.float32)).to(dtype)
     if encoding == "fp8_scale32":
-        return _times(_from_fp8(rows_US[:, :width]), _from_e8m0(rows_US[:, width:])).to(dtype)
+        return _times(from_fp8(rows_US[:, :width]), from_e8m0(rows_US[:, width:])).to(dtype)
     half = -(-width // 2)
     byte_UC = rows_US[:, :half].view(torch.int8)
     numbers_UC2 = torch.stack([byte_UC << 4, byte_UC], -1) >> 4  # int8's shift right keeps the sign
@@ -148,7 +155,7 @@ def _to_fp8(values_UC: Tensor) -> Tensor:
     return values_UC.clamp(-FP8_MAX, FP8_MAX).to(FP8).view(torch.uint8)
 
 
-def _from_fp8(byte_UC: Tensor) -> Tensor:
+def from_fp8(byte_UC: Tensor) -> Tensor:
     """E4M3 as fp32 of its own. Sign, exponent and mantissa are moved to where fp16 has them, 2**8 too small.
 
     That is twice as fast as torch's conversion, which serves where a byte is not a number.
@@ -161,10 +168,10 @@ def _from_fp8(byte_UC: Tensor) -> Tensor:
     return bits_UC.view(torch.float16).float().mul_(256.0)
 
 
-def _from_e8m0(byte_UG: Tensor) -> Tensor:
+def from_e8m0(byte_UG: Tensor) -> Tensor:
     """E8M0 as fp32: 2**(byte-127)."""
     if byte_UG.numel() and int(byte_UG.max()) == 255:
-        row = int((byte_UG == 255).any(1).nonzero()[0])
+        row = int((byte_UG == 255).nonzero()[0, 0])
         raise ValueError(f"Row {row} of those read has an E8M0 scale of 255, which is not a number: it is damaged.")
     bits_UG = byte_UG.to(torch.int32) << 23
     return torch.where(byte_UG == 0, 0x00400000, bits_UG).view(torch.float32)

@@ -3,8 +3,8 @@
 Letters: R rows of a table, C their width, S bytes of a stored row, U rows of a block.
 """
 
+import contextlib
 import math
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +17,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engrammar.config import Encoding, Geometry, MemoryConfig, row_bytes
-from engrammar.tables.headers import AGAIN, Requirement, check_tensor, read_header
-from engrammar.tables.memory_json import ENCODING_OF, geometry_of, memory_of, read_memory, write_memory
-from engrammar.tables.sealed import PAGE, PARTIAL, is_count, page_sums_path, reason_of, seal, write_checksums
+from engrammar.tables.checksums import page_sums_path, write_manifest
+from engrammar.tables.encodings import DTYPE_OF, DTYPES
+from engrammar.tables.headers import AGAIN, PAGE, Requirement, is_count, only_tensor
+from engrammar.tables.memory_json import geometry_of, memory_of, read_memory, write_memory
+from engrammar.tables.sealed import reason_of, written_beside
 from engrammar.tables.shards import MEMORY, lay_out, table_shard, write_rows
-
-__all__ = ["MEMORY", "PAGE", "Shard", "TableFile", "TableFolder", "TableWriter", "open_tables", "write_checksums"]
-
-FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}  # other rows are bytes
-DTYPE_OF = {encoding: dtype for dtype, encoding in ENCODING_OF.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,8 +110,8 @@ def tables_of(folder: Path, content: Mapping[str, Any]) -> TableFolder:
         require(isinstance(entry, dict) and entry.keys() == keys, f"it does not have {sorted(keys)}")
         name, scale, rows = entry["name"], entry["scale"], geometry.num_stored_rows(index)
         require(isinstance(name, str) and name, "its name is no text")
-        require(is_count(entry["rows"], 2**63) and entry["rows"] == rows, f"rows is not the {rows} of its geometry")
-        wide = is_count(entry["width"], 2**63) and entry["width"] == memory.head_dim
+        require(is_count(entry["rows"]) and entry["rows"] == rows, f"rows is not the {rows} of its geometry")
+        wide = is_count(entry["width"]) and entry["width"] == memory.head_dim
         require(wide, f"width is not head_dim={memory.head_dim}")
         is_scale = isinstance(scale, float) and 0 < scale < math.inf
         require(is_scale if encoding == "fp8" else scale is None, f"scale is {scale!r} for {encoding}")
@@ -149,10 +146,9 @@ def _shards_of(folder: Path, entries: Any, table: TableFile, require: Requiremen
         crc32 = None if entry["crc32"] is None else _inside(folder, entry["crc32"], require)
         tensor = table.name if len(entries) == 1 else f"{table.name}.shard_{index}"
         width = table.width if table.encoding in DTYPE_OF else table.row_bytes
-        header, start, size = read_header(path)
-        start += check_tensor(path, header, tensor, (DTYPE_OF.get(table.encoding, "U8"), [rows, width]))
+        start = only_tensor(path, tensor, DTYPE_OF.get(table.encoding, "U8"), (rows, width)).start
         if crc32 is not None:
-            check_tensor(crc32, read_header(crc32)[0], "crc32", ("U32", [-(-size // PAGE)]))
+            only_tensor(crc32, "crc32", "U32", (-(-path.stat().st_size // PAGE),))
         shards.append(Shard(path=path, tensor=tensor, start=start, first_row=first_row, num_rows=rows, crc32=crc32))
         first_row += rows
     require(first_row == table.num_rows, f"its shards have {first_row} rows, not {table.num_rows}")
@@ -206,7 +202,8 @@ class TableWriter:
         shard_bytes: int | None = None,
     ) -> None:
         self.folder = Path(folder).absolute()
-        self.partial = self.folder.with_name(PARTIAL + self.folder.name)
+        self.partial = self.folder  # until `with` gives it a place beside
+        self.writing = contextlib.ExitStack()
         self.memory, self.geometry, self.encoding = memory, geometry, encoding
         self.about = {"num_ids": num_ids, "tokenizer_sha256": tokenizer_sha256, "source": source}
         self.row_bytes = row_bytes(encoding, memory.head_dim)
@@ -221,23 +218,23 @@ class TableWriter:
         if self.folder.exists() and not (self.folder.is_dir() and not any(self.folder.iterdir())):
             raise ValueError(f"{self.folder} is there already: choose another folder.")
         try:
-            shutil.rmtree(self.partial, ignore_errors=True)
-            self.partial.mkdir(parents=True)
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            self.partial = self.writing.enter_context(written_beside(self.folder))
+            self.partial.mkdir()
         except OSError as error:
-            raise self._failed(str(error.strerror)) from error
+            raise self._failed(error) from error
         return self
 
     def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
         try:
-            if error is not None:
-                raise error
-            self._finish()
+            with self.writing:
+                if error is not None:
+                    raise error
+                self._finish()
         except BaseException as problem:
-            reason = reason_of(problem, self.folder.parent)
-            shutil.rmtree(self.partial, ignore_errors=True)
-            if reason is None:
+            if reason_of(problem, self.folder.parent) is None:
                 raise
-            raise self._failed(reason) from problem
+            raise self._failed(problem) from problem
 
     def add(
         self,
@@ -272,8 +269,8 @@ class TableWriter:
                 raise ValueError(f"Table {layer} has {self._num_rows(layer)} rows; more were given.")
             path, tensor, first_row, num_rows = shards[index]
             if row == first_row:
-                width = self.memory.head_dim if self.encoding in FLOATS else self.row_bytes
-                lay_out(path, {tensor: (FLOATS.get(self.encoding, torch.uint8), (num_rows, width))})
+                dtype = DTYPES[DTYPE_OF.get(self.encoding, "U8")]
+                lay_out(path, {tensor: (dtype, (num_rows, self.row_bytes // dtype.itemsize))})
             fitting = rows_US[: first_row + num_rows - row]
             write_rows(path, tensor, row - first_row, fitting)
             self.written[layer], rows_US = row + len(fitting), rows_US[len(fitting) :]
@@ -323,12 +320,12 @@ class TableWriter:
                 "tables": tables,
             },
         )
-        if self.folder.exists():
-            self.folder.rmdir()
-        seal(self.partial, self.folder)
+        write_manifest(self.partial)
 
-    def _failed(self, reason: str) -> OSError:
+    def _failed(self, error: BaseException) -> Exception:
+        if isinstance(error, FileExistsError):
+            return ValueError(f"{self.folder} was written by another process meanwhile: choose another folder.")
         return OSError(
-            f"{self.folder} could not be written ({reason}); nothing was left there. Free space there, or put that "
-            "right, and run the same command again."
+            f"{self.folder} could not be written ({reason_of(error, self.folder.parent)}); nothing was left there. "
+            "Free space there, or put that right, and run the same command again."
         )

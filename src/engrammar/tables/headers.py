@@ -1,20 +1,33 @@
-"""Safetensors headers, and JSON, out of files that are not trusted: checked, bounded, named in errors."""
+"""Safetensors files and JSON that are not trusted: checked, bounded, and named in errors; tensors are read by blocks.
+
+Letters: U rows of a block, S bytes of a row.
+"""
 
 import json
 import math
+import os
 import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
-from engrammar.tables.sealed import is_count
+import numpy as np
+from numpy.typing import NDArray
 
-MOST_HEADER = 2**20  # bytes of a header, which names one tensor
+PAGE = 4096  # bytes that a disk reads at once; the data of our files begin at a multiple of it
+BLOCK_BYTES = 8 * 2**20  # read or written at once
+MOST_HEADER = 100_000_000  # bytes, the limit of safetensors itself
 MOST_REASON = 300  # characters of what is wrong: a sentence, however long the values in it
-AGAIN = "copy the folder again from where it came from."
+# Bytes of a value, by the name that safetensors has for its dtype.
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "BOOL": 1}
+ITEM_BYTES |= {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1}
+AGAIN = "copy it again from where it came from."
 
 
 class Requirement:
-    """Raises the ValueError that names a file, and what is wrong in it where."""
+    """`require(holds, wrong)` raises a ValueError that names the file, the section being checked and the problem."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.where = path, ""
@@ -26,8 +39,13 @@ class Requirement:
             raise ValueError(f"{self.path} is not right ({self.where}{wrong}): {AGAIN}")
 
 
+def is_count(value: object, largest: int = 2**63) -> bool:
+    """Whether a value out of a JSON file is an integer from 0 to `largest`."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= largest
+
+
 def load_json(data: bytes, require: Requirement) -> Any:
-    """JSON without NaN, infinity, or keys that occur twice."""
+    """JSON in UTF-8 without NaN, infinity, or keys that occur twice."""
 
     def no_number(name: str) -> None:
         raise ValueError(f"{name} is no number")
@@ -38,52 +56,157 @@ def load_json(data: bytes, require: Requirement) -> Any:
         return dict(pairs)
 
     try:
-        return json.loads(data, parse_constant=no_number, object_pairs_hook=once)
+        return json.loads(data.decode(), parse_constant=no_number, object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
         require(False, f"it is not JSON: {error}")
 
 
-def read_header(path: Path) -> tuple[dict[str, Any], int, int]:
-    """The tensors of a safetensors file, the byte where their data starts, and the bytes of the file.
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
 
     Raises:
-        ValueError: it is damaged, or cannot be read.
+        ValueError: the file is missing, cannot be read, or holds something else.
     """
     require = Requirement(path)
     try:
-        require(path.is_file(), "it is missing, or no file")  # a pipe would be waited for
+        require(path.is_file(), "it is missing, or no file")  # reading a pipe would wait for ever
+        content = load_json(path.read_bytes(), require)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}): {AGAIN}") from error
+    require(isinstance(content, dict), "it is not an object")
+    return content
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One tensor of a safetensors file.
+
+    Attributes:
+        path: the file.
+        name: the tensor's name in it.
+        dtype: as safetensors writes it.
+        shape: of the tensor.
+        start, num_bytes: where its values are in the file.
+    """
+
+    path: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    num_bytes: int
+
+    @property
+    def num_rows(self) -> int:
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def row_bytes(self) -> int:
+        return self.num_bytes // max(1, self.num_rows)
+
+    def blocks(self, first_row: int = 0, num_rows: int | None = None) -> Iterator[NDArray[np.uint8]]:
+        """The bytes of its rows from `first_row` on, as blocks [U, S] of about BLOCK_BYTES.
+
+        Raises:
+            ValueError: the file ends before the tensor does.
+        """
+        row, last = first_row, self.num_rows if num_rows is None else first_row + num_rows
+        per_block = max(1, BLOCK_BYTES // max(1, self.row_bytes))
+        with self.path.open("rb", buffering=0) as file:
+            while row < last:
+                block_US = np.empty((min(per_block, last - row), self.row_bytes), dtype=np.uint8)
+                read_exactly(file, block_US.reshape(-1).data, self.start + row * self.row_bytes, self.path)
+                yield block_US
+                row += len(block_US)
+
+    def read(self) -> NDArray[np.uint8]:
+        """All its bytes, for small tensors."""
+        return np.concatenate([block.reshape(-1) for block in self.blocks()] or [np.empty(0, np.uint8)])
+
+
+def read_exactly(file: RawIOBase, out: memoryview, start: int, path: Path) -> None:
+    """Fills `out` with the bytes of an open file from `start` on, or raises a ValueError."""
+    file.seek(start)
+    done = 0
+    while done < len(out):
+        count = file.readinto(out[done:])
+        if not count:
+            raise ValueError(f"{path} is cut off at byte {start + done}: {AGAIN}")
+        done += count
+    if hasattr(os, "posix_fadvise") and len(out) > BLOCK_BYTES // 2:  # it is read once: keep what others cached
+        os.posix_fadvise(file.fileno(), start, len(out), os.POSIX_FADV_DONTNEED)
+
+
+def read_header(path: Path) -> dict[str, Part]:
+    """The tensors of a safetensors file, by name; they fill the file behind its header, without gaps.
+
+    Raises:
+        ValueError: the file is missing, cut off, or not safetensors; names it and what is wrong.
+    """
+    require = Requirement(path)
+    try:
+        require(path.is_file(), "it is missing, or no file")  # reading a pipe would wait for ever
+        size = path.stat().st_size
         with path.open("rb") as file:
-            size, head = path.stat().st_size, file.read(8)
-            require(len(head) == 8, f"{size} bytes are too few for a safetensors file")
-            (length,) = struct.unpack("<Q", head)
-            require(
-                length <= min(MOST_HEADER, size - 8), f"its header should have {length} bytes; it has {size} in all"
-            )
+            length = header_bytes(file.read(8), size, require)
             header = load_json(file.read(length), require)
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}): {AGAIN}") from error
     require(isinstance(header, dict), "its header is not an object")
-    header.pop("__metadata__", None)
-    data_bytes = size - 8 - length
-    for name, tensor in header.items():
-        known = isinstance(tensor, dict) and tensor.keys() == {"dtype", "shape", "data_offsets"}
-        require(known, f"tensor {name} in its header does not have dtype, shape and data_offsets")
-        offsets = tensor["data_offsets"]
-        pair = isinstance(offsets, list) and len(offsets) == 2 and all(is_count(o, 2**63) for o in offsets)
-        require(pair and offsets[0] <= offsets[1], f"the data_offsets of {name} are {offsets!r}")
-    end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
-    require(end == data_bytes, f"{data_bytes} bytes of data on disk, {end} by its header")
-    return header, 8 + length, size
+    about = header.pop("__metadata__", {})
+    require(isinstance(about, dict) and all(isinstance(v, str) for v in about.values()), "its metadata are not texts")
+    parts = [_part(path, name, entry, 8 + length, require) for name, entry in header.items()]
+    end = 8 + length
+    for part in sorted(parts, key=lambda part: (part.start, part.num_bytes)):
+        require(part.start == end, f"its header puts {part.name} over or apart from another tensor")
+        end += part.num_bytes
+    require(end == size, f"it has {size} bytes, {end} by its header")
+    return {part.name: part for part in parts}
 
 
-def check_tensor(path: Path, header: dict[str, Any], name: str, expected: tuple[str, list[int]]) -> int:
-    """Where in a file's data its one tensor starts, which must be the expected one (dtype and shape)."""
-    require = Requirement(path)
+def header_bytes(head: bytes, size: int, require: Requirement) -> int:
+    """The bytes of a header, by the first 8 of a file of `size` bytes."""
+    require(len(head) == 8, f"{size} bytes are too few for a safetensors file")
+    (length,) = struct.unpack("<Q", head)
+    require(length <= min(MOST_HEADER, size - 8), f"its header should have {length} bytes; it has {size} in all")
+    return int(length)
+
+
+def _part(path: Path, name: str, entry: Any, start: int, require: Requirement) -> Part:
+    known = isinstance(entry, dict) and entry.keys() == {"dtype", "shape", "data_offsets"}
+    require(known, f"tensor {name} in its header does not have dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    require(isinstance(dtype, str) and dtype in ITEM_BYTES, f"the dtype of {name} is {dtype!r}")
+    require(isinstance(shape, list) and all(map(is_count, shape)), f"the shape of {name} is {shape!r}")
+    pair = isinstance(offsets, list) and len(offsets) == 2 and all(map(is_count, offsets))
+    require(pair and offsets[0] <= offsets[1], f"the data_offsets of {name} are {offsets!r}")
+    found, expected = offsets[1] - offsets[0], math.prod(shape) * ITEM_BYTES[dtype]
+    require(found == expected, f"{name} is {dtype} {shape} and has {found} bytes, not {expected}")
+    return Part(path=path, name=name, dtype=dtype, shape=tuple(shape), start=start + offsets[0], num_bytes=expected)
+
+
+def only_tensor(path: Path, name: str, dtype: str, shape: tuple[int, ...]) -> Part:
+    """The one tensor of a file, which must be the expected one; errors as `read_header`."""
+    require, header = Requirement(path), read_header(path)
     require([*header] == [name], f"it should hold {name} alone, but holds {', '.join(header) or 'nothing'}")
-    dtype, shape = header[name]["dtype"], header[name]["shape"]
-    found = (dtype, shape) if isinstance(shape, list) and all(is_count(n, 2**63) for n in shape) else None
-    require(found == expected, f"{name} is {dtype} {shape}, not {expected[0]} {expected[1]}")
-    first, end = header[name]["data_offsets"]
-    num_bytes = math.prod(shape) * {"F32": 4, "U32": 4, "BF16": 2}.get(dtype, 1)
-    require(end - first == num_bytes, f"{name} has {end - first} bytes, not {num_bytes}")
-    return first
+    part = header[name]
+    fits = (part.dtype, part.shape) == (dtype, shape)
+    require(fits, f"{name} is {part.dtype} {[*part.shape]}, not {dtype} {[*shape]}")
+    return part
+
+
+def write_header(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+    """Makes a safetensors file of tensors (dtype, shape), all zeros, which takes no disk space before it is filled.
+
+    The data begin at a multiple of `PAGE`.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (dtype, shape) in tensors.items():
+        start, end = end, end + math.prod(shape) * ITEM_BYTES[dtype]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-(8 + len(text)) % PAGE)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)

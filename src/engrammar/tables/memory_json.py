@@ -2,21 +2,21 @@
 
 import json
 import re
-import zlib
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
 
 from engrammar.config import Encoding, Geometry, MemoryConfig
-from engrammar.tables.headers import AGAIN, Requirement, load_json, read_header
-from engrammar.tables.sealed import MANIFEST, PARTIAL, is_count, page_sums_path, read_manifest, write_checksums
-from engrammar.tables.shards import INDEX, MEMORY
+from engrammar.tables.checksums import MANIFEST, check_file, json_sum, page_sums_path, read_manifest, write_manifest
+from engrammar.tables.encodings import ENCODING_OF, PLAIN
+from engrammar.tables.headers import AGAIN, Requirement, is_count, load_json, read_header, read_json
+from engrammar.tables.sealed import PARTIAL
+from engrammar.tables.shards import INDEX, MEMORY, model_files, weight_map
 
 VERSION = 1
 KEYS = ("version", "memory", "geometry", "num_ids", "tokenizer_sha256", "encoding", "source", "tables", "crc32")
 MOST_BYTES = 16 * 2**20
-ENCODING_OF: dict[str, Encoding] = {"F32": "fp32", "BF16": "bf16", "F8_E4M3": "fp8"}  # other rows are bytes
 
 
 def read_memory(folder: Path) -> dict[str, Any]:
@@ -41,28 +41,23 @@ def read_memory(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read ({error.strerror}): {AGAIN}") from error
     if (folder / MANIFEST).is_file():
         manifest = read_manifest(folder)
-        size, sums = manifest.files.get(MEMORY, (len(data), ()))
-        blocks = [data[first : first + manifest.block_bytes] for first in range(0, size, manifest.block_bytes)]
-        same = size == len(data) and (MEMORY not in manifest.files or [*map(zlib.crc32, blocks)] == [*sums])
-        require(same, f"it is not the one that {MANIFEST} lists")
+        try:
+            if MEMORY in manifest.files:
+                check_file(folder, manifest, MEMORY)
+        except ValueError:
+            require(False, f"it is not the one that {MANIFEST} lists")
     content = load_json(data, require)
     check_content(content, require)
     return content
 
 
-def content_sum(content: Mapping[str, Any]) -> int:
-    """The CRC-32 of a memory.json's contents but for the sum itself: what `crc32` in it must be.
-
-    It keeps a flipped digit of a multiplier from being another, valid, memory.
-    """
-    rest = {key: value for key, value in content.items() if key != "crc32"}
-    return zlib.crc32(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode())
-
-
 def write_memory(folder: Path, content: Mapping[str, Any]) -> None:
-    """Writes `content`, all KEYS but version and crc32, as the memory.json of a folder."""
+    """Writes `content`, all KEYS but version and crc32, as the memory.json of a folder.
+
+    The sum in it keeps a flipped digit of a multiplier from being another, valid, memory.
+    """
     content = {"version": VERSION, **content}
-    content["crc32"] = content_sum(content)
+    content["crc32"] = json_sum(content)
     check_content(content, Requirement(folder / MEMORY))
     (folder / MEMORY).write_text(json.dumps(content, indent=1) + "\n")
 
@@ -73,14 +68,17 @@ def check_content(content: Any, require: Requirement) -> None:
     require(content.get("version") == VERSION, f"its version is {content.get('version')!r}, not {VERSION}")
     require(content.keys() == set(KEYS), f"its keys are {', '.join(content)}, not {', '.join(KEYS)}")
     try:
-        found = content_sum(content)
+        found = json_sum(content)
     except (ValueError, RecursionError):  # numbers too long to write, text that is no Unicode
         found = None
     require(content["crc32"] == found, "its crc32 is not that of its contents")
     memory, geometry = memory_of(content["memory"], require), geometry_of(content["geometry"], require)
-    _check_geometry(memory, geometry, require)
+    try:
+        geometry.check(memory)
+    except ValueError as error:
+        require(False, f"geometry: {error}")
     num_ids, sha256 = content["num_ids"], content["tokenizer_sha256"]
-    require(num_ids is None or (is_count(num_ids, 2**63) and num_ids > 0), f"num_ids is {num_ids!r}")
+    require(num_ids is None or (is_count(num_ids) and num_ids > 0), f"num_ids is {num_ids!r}")
     is_hash = isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256)
     require(sha256 is None or is_hash, f"tokenizer_sha256 is {sha256!r}")
     require(content["encoding"] in get_args(Encoding), f"encoding is {content['encoding']!r}")
@@ -119,22 +117,6 @@ def geometry_of(data: Any, require: Requirement) -> Geometry:
     return Geometry.from_json(data)
 
 
-def _check_geometry(memory: MemoryConfig, geometry: Geometry, require: Requirement) -> None:
-    """Layers, orders and heads must be as many as the settings say, and every head as large as they ask for."""
-    per_layer = [len(multipliers) for multipliers in geometry.multipliers]
-    require(per_layer == [memory.max_ngram_size] * len(memory.layers), "geometry.multipliers are not N for each layer")
-    odd = all(multiplier % 2 for layer in geometry.multipliers for multiplier in layer)
-    require(odd, "a multiplier in geometry is even")
-    require(len(geometry.table_sizes) == len(memory.layers), "geometry.table_sizes are not one list for each layer")
-    for orders in geometry.table_sizes:
-        require(len(orders) == len(memory.rows_per_head), "geometry.table_sizes are not one list for each order")
-        for sizes_K, rows in zip(orders, memory.rows_per_head):
-            require(len(sizes_K) == memory.num_heads, "geometry.table_sizes are not one for each head")
-            require(min(sizes_K) >= rows, f"a head in geometry has fewer than rows_per_head={rows} rows")
-    require(geometry.rows_multiple == memory.rows_multiple, "rows_multiple differs between memory and geometry")
-    require(geometry.fill_class < geometry.num_classes, "geometry.fill_class is not below num_classes")
-
-
 def describe_checkpoint(folder: Path, *, source: str = "a checkpoint of engrammar") -> dict[str, Any] | None:
     """The content of the memory.json of a checkpoint, by its config.json, index and shards.
 
@@ -143,44 +125,42 @@ def describe_checkpoint(folder: Path, *, source: str = "a checkpoint of engramma
     config, index = (folder / name for name in ("config.json", INDEX))
     if not config.is_file() or not index.is_file():
         return None
-    settings = load_json(config.read_bytes(), Requirement(config))
+    settings = read_json(config)
     shards = {
         int(match[1]): (name, shard)
-        for name, shard in load_json(index.read_bytes(), Requirement(index))["weight_map"].items()
+        for name, shard in weight_map(folder).items()
         if (match := re.search(r"memory\.tables\.([0-9]+)\.weight$", name))
     }
     if not shards or settings.get("memory") is None or settings.get("geometry") is None:
         return None
     memory, tables, dtypes = MemoryConfig.from_json(settings["memory"]), {}, set()
     for layer, (name, shard) in sorted(shards.items()):
-        (tensor,) = read_header(folder / shard)[0].values()
-        dtypes.add(tensor["dtype"])
-        rows, width = tensor["shape"]
+        (table,) = read_header(folder / shard).values()
+        dtypes.add(table.dtype)
+        rows, width = table.shape
         files = [{"file": shard, "rows": rows, "crc32": page_sums_path(folder / shard).name}]
         tables[str(layer)] = {"name": name, "rows": rows, "width": width, "scale": None, "shards": files}
-    dtype = dtypes.pop()
-    if dtypes or dtype not in ("F32", "BF16"):
+    encoding = ENCODING_OF.get(dtypes.pop())
+    if dtypes or encoding not in PLAIN:
         return None
     return {
         "memory": memory.to_json(),
         "geometry": Geometry.from_json(settings["geometry"]).to_json(),
         "num_ids": settings.get("num_ids"),
         "tokenizer_sha256": settings.get("tokenizer_sha256"),
-        "encoding": ENCODING_OF[dtype],
+        "encoding": encoding,
         "source": source,
         "tables": tables,
     }
 
 
 def finish_checkpoint(folder: Path) -> None:
-    """Makes the checkpoint that was just written into `folder` a folder of table files: memory.json, page checksums.
+    """Gives the checkpoint that was just written into `folder` its memory.json, page checksums and manifest.
 
-    In a partial folder the checksums are left to `durable.seal`, which reads every file anyway, beside the training.
+    In a partial folder the checksums are left to `sealed.seal`, which reads every file anyway, beside the training.
     """
     content = describe_checkpoint(folder)
-    if content is None:
-        return
-    write_memory(folder, content)
+    if content is not None:
+        write_memory(folder, content)
     if not folder.parent.name.startswith(PARTIAL):
-        for table in content["tables"].values():
-            write_checksums(folder / table["shards"][0]["file"])
+        write_manifest(folder, model_files(folder))

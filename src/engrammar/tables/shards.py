@@ -6,9 +6,7 @@ processes fill one file. Letters: R rows of a table, U rows written or read.
 """
 
 import json
-import math
 import os
-import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,22 +15,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from engrammar.tables.sealed import MANIFEST, PAGE
+from engrammar.tables.checksums import MANIFEST, TABLE_SHARD, page_sums_path
+from engrammar.tables.encodings import NAME_OF
+from engrammar.tables.headers import BLOCK_BYTES, read_header, read_json, write_header
+from engrammar.tables.sealed import written_beside
 
 INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"
 BACKBONE = "backbone.safetensors"
 MEMORY = "memory.json"
 HOT_ROWS = "memory.hot.safetensors"  # by layer, the rows that are read most, hottest first
-CHUNK_BYTES = 8 * 2**20  # read or written at once
-DTYPES = {
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-}
 
 
 def is_table(name: str) -> bool:
@@ -59,41 +51,25 @@ def write_index(directory: Path, tables: Sequence[str]) -> None:
 
     transformers' own single file becomes `backbone.safetensors`, since its loader would read that name alone.
     """
+    weights = weight_map(directory)
     if (directory / WHOLE).exists():
-        with safe_open(directory / WHOLE, framework="pt") as file:
-            weight_map = dict.fromkeys(file.keys(), BACKBONE)
+        weights = dict.fromkeys(weights, BACKBONE)
         os.replace(directory / WHOLE, directory / BACKBONE)
-    else:
-        weight_map = json.loads((directory / INDEX).read_text())["weight_map"]
-    weight_map |= {name: table_shard(name) for name in tables}
-    size = sum((directory / shard).stat().st_size for shard in set(weight_map.values()))
-    partial = directory / (INDEX + ".partial")
-    partial.write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=1) + "\n")
-    os.replace(partial, directory / INDEX)
+    weights |= {name: table_shard(name) for name in tables}
+    size = sum((directory / shard).stat().st_size for shard in set(weights.values()))
+    with written_beside(directory / INDEX) as partial:
+        partial.write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": weights}, indent=1) + "\n")
 
 
 def lay_out(path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
-    """A safetensors file of these tensors, all zeros; it takes disk space as rows are written.
-
-    Its data starts at a multiple of `PAGE`.
-    """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, (dtype, shape) in tensors.items():
-        start, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": DTYPES[dtype], "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-(8 + len(text)) % PAGE)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + end)
+    """`headers.write_header`, for torch's dtypes."""
+    write_header(path, {name: (NAME_OF[dtype], shape) for name, (dtype, shape) in tensors.items()})
 
 
 def write_rows(path: Path, name: str, first_row: int, rows: Tensor) -> None:
     """Writes `rows` [U, ...] into tensor `name` of a laid-out file, from `first_row` on; zeros stay holes."""
+    start = read_header(path)[name].start
     with path.open("rb+") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        start = 8 + length + json.loads(file.read(length))[name]["data_offsets"][0]
         row_bytes = rows[:1].nbytes
         for first in range(0, len(rows), per_chunk(rows)):
             chunk = rows[first : first + per_chunk(rows)].detach().cpu().contiguous().view(torch.uint8)
@@ -129,10 +105,7 @@ def load_backbone(directory: Path, model: nn.Module) -> None:
         ValueError: a shard is missing or damaged, or the checkpoint lacks weights of the model.
     """
     check_shards(directory)
-    shards = {WHOLE}
-    if not (directory / WHOLE).exists():
-        weight_map = json.loads((directory / INDEX).read_text())["weight_map"]
-        shards = {shard for name, shard in weight_map.items() if not is_table(name)}
+    shards = {shard for name, shard in weight_map(directory).items() if not is_table(name)}
     state = {name: tensor for shard in sorted(shards) for name, tensor in load_file(directory / shard).items()}
     result = model.load_state_dict(state, strict=False)
     missing = set(result.missing_keys) - set(getattr(model, "all_tied_weights_keys", ()))
@@ -143,14 +116,14 @@ def load_backbone(directory: Path, model: nn.Module) -> None:
 
 def per_chunk(rows: Tensor) -> int:
     """Rows that are read or written at once."""
-    return max(1, CHUNK_BYTES // max(1, rows[:1].nbytes))
+    return max(1, BLOCK_BYTES // max(1, rows[:1].nbytes))
 
 
 def remove_checkpoint(directory: Path) -> None:
     """Removes the weights of an earlier checkpoint, so that none is left beside (or read instead of) the next one's.
 
-    transformers keeps a whole `model.safetensors` beside new shards, and its loader prefers it. What says that the
-    earlier one is whole goes first.
+    transformers keeps a whole `model.safetensors` beside new shards, and its loader prefers it. The manifest is deleted
+    first, so that a crash halfway never leaves a folder that looks complete.
     """
     for path in (
         *(directory / name for name in (MANIFEST, MEMORY, HOT_ROWS, WHOLE, INDEX, BACKBONE)),
@@ -159,43 +132,43 @@ def remove_checkpoint(directory: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def weight_map(directory: Path) -> dict[str, str]:
+    """The file of each weight of a checkpoint.
+
+    Raises:
+        ValueError: it has no weights, or an index that is none.
+    """
+    if (directory / WHOLE).exists():
+        return dict.fromkeys(read_header(directory / WHOLE), WHOLE)
+    path = directory / INDEX
+    if not path.exists():
+        raise ValueError(f"{directory} has neither {WHOLE} nor {INDEX}: it is not a checkpoint.")
+    shards = read_json(path).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(s, str) and Path(s).name == s != "" for s in shards.values()):
+        raise ValueError(f"{path} is not an index from weights to files beside it: copy the checkpoint again.")
+    return shards
+
+
 def check_shards(directory: Path) -> None:
-    """Checks that every shard of a checkpoint is there and whole, reading headers only.
+    """Checks that every shard of a checkpoint is there, whole by its header, and holds the weights that the index says.
 
     Raises:
         ValueError: names the file and what is wrong with it.
     """
-    if (directory / WHOLE).exists():
-        shards = {WHOLE}
-    elif (directory / INDEX).exists():
-        try:
-            shards = set(json.loads((directory / INDEX).read_text())["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as error:
-            raise ValueError(f"{directory / INDEX} is not a safetensors index: copy the checkpoint again.") from error
-    else:
-        raise ValueError(f"{directory} has neither {WHOLE} nor {INDEX}: it is not a checkpoint.")
-    for shard in sorted(shards):
-        path = directory / shard
-        if not path.exists():
-            raise ValueError(f"Shard {path} is missing: copy it from where the checkpoint came from.")
-        size, expected = path.stat().st_size, _size_by_header(path)
-        if size != expected:  # None, where the header itself is broken, never equals
-            raise ValueError(
-                f"Shard {path} is damaged: {size} bytes on disk, {expected or 'unknown'} by its header; copy it again."
-            )
+    weights = weight_map(directory)
+    for shard in sorted(set(weights.values())):
+        if not (directory / shard).exists():
+            raise ValueError(f"Shard {directory / shard} is missing: copy it from where the checkpoint came from.")
+        held = read_header(directory / shard)
+        lacking = sorted(name for name, file in weights.items() if file == shard and name not in held)
+        if lacking:
+            raise ValueError(f"Shard {directory / shard} does not hold {lacking[0]}, as {INDEX} says: copy it again.")
 
 
-def _size_by_header(path: Path) -> int | None:
-    """The bytes that a safetensors file should have by its own header; None where the header cannot be read."""
-    with path.open("rb") as file:
-        head = file.read(8)
-        if len(head) < 8:
-            return None
-        (length,) = struct.unpack("<Q", head)
-        if length > path.stat().st_size:
-            return None
-        try:
-            header = json.loads(file.read(length))
-            return 8 + length + max(int(t["data_offsets"][1]) for n, t in header.items() if n != "__metadata__")
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-            return None
+def model_files(directory: Path) -> list[str]:
+    """The names of the files that a model is loaded from, tables and their checksums included."""
+    tables = [path.name for path in directory.iterdir() if TABLE_SHARD.fullmatch(path.name)]
+    sums = [page_sums_path(Path(shard)).name for shard in tables]
+    names = ("config.json", "generation_config.json", INDEX, WHOLE, MEMORY, *tables, *sums)
+    there = [name for name in names if (directory / name).is_file()]
+    return sorted({*there, *weight_map(directory).values()})

@@ -3,18 +3,17 @@
 Letters: U rows of a block, S bytes of a stored row.
 """
 
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
+from engrammar.tables.checksums import MANIFEST, first_damaged, page_sums_path, read_manifest, read_page_sums
 from engrammar.tables.folder import Shard, TableFile, TableFolder, open_tables
-from engrammar.tables.headers import AGAIN, read_header
-from engrammar.tables.progress import progress
-from engrammar.tables.sealed import MANIFEST, PAGE, page_sums_path, read_manifest
+from engrammar.tables.headers import AGAIN, PAGE
 
 READ_BYTES = 2**20  # a multiple of PAGE
 
@@ -46,20 +45,18 @@ def verify_tables(folder: Path) -> int:
                 f"`engrammar table pack {folder} NEW` makes a copy that has."
             )
     num_bytes = sum(path.stat().st_size for path in found)
-    with progress(f"verifying {folder}", num_bytes) as advance:
+    with tqdm(desc=f"verifying {folder}", total=num_bytes, unit="B", unit_scale=True, delay=2, leave=False) as bar:
         for table in tables.tables.values():
             for shard in table.shards:
                 for block in _checked_blocks(table, shard, found[shard.path]):
-                    advance(len(block))
+                    bar.update(len(block))
     return num_bytes
 
 
 def sums_of(folder: TableFolder, shard: Shard) -> Sums | None:
     """The checksums of a shard's file: of its pages, else of its blocks in the manifest, else None."""
     if shard.crc32 is not None:
-        header, start, _ = read_header(shard.crc32)
-        values = np.fromfile(shard.crc32, dtype="<u4", offset=start, count=header["crc32"]["shape"][0])
-        return Sums(path=shard.crc32, block_bytes=PAGE, values=values)
+        return Sums(path=shard.crc32, block_bytes=PAGE, values=read_page_sums(shard.crc32, shard.path))
     if (folder.path / MANIFEST).is_file():
         manifest = read_manifest(folder.path)
         if shard.path.name in manifest.files:
@@ -104,11 +101,11 @@ def _checked_blocks(table: TableFile, shard: Shard, sums: Sums | None) -> Iterat
 
 
 def _check(table: TableFile, shard: Shard, sums: Sums, first: int, data: bytes) -> None:
-    view = memoryview(data)
-    for start in range(0, len(data), sums.block_bytes):
-        part, index = view[start : start + sums.block_bytes], (first + start) // sums.block_bytes
-        if index >= len(sums.values) or zlib.crc32(part) != sums.values[index]:
-            raise ValueError(_damage(table, shard, sums, first + start, first + start + len(part) - 1))
+    index = first_damaged(memoryview(data), sums.values[first // sums.block_bytes :], sums.block_bytes)
+    if index is not None:
+        start = index * sums.block_bytes
+        last = min(start + sums.block_bytes, len(data)) - 1
+        raise ValueError(_damage(table, shard, sums, first + start, first + last))
 
 
 def _damage(table: TableFile, shard: Shard, sums: Sums, first: int, last: int) -> str:

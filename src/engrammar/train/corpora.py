@@ -3,7 +3,6 @@
 import gzip
 import hashlib
 import json
-import os
 import platform
 import re
 import shutil
@@ -17,6 +16,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
+
+from engrammar.tables.sealed import written_beside
 
 FALLBACK = "choose another corpus, or use 'stdlib', which needs no network"
 PARSER_VERSION = 1  # part of the cached file's name: raise it whenever a parser below changes what it returns
@@ -118,11 +119,9 @@ def _fetch(name: str, corpus: Corpus, path: Path) -> None:
         else:
             source = root / "unpacked"
             _unpack(download(name, corpus.package, root), source)
-        partial = root / "entries.jsonl"
-        with partial.open("w", encoding="utf-8") as lines:
+        with written_beside(path) as partial, partial.open("w", encoding="utf-8") as lines:
             for entry in corpus.parse(source):
                 lines.write(json.dumps(asdict(entry), ensure_ascii=False) + "\n")
-        os.replace(partial, path)
 
 
 def work_folder(cache: Path, name: str) -> tempfile.TemporaryDirectory[str]:

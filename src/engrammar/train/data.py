@@ -1,11 +1,9 @@
 """Text to tokens, once: documents -> tokenizer -> flat binary shards that training reads by memory map."""
 
+import contextlib
 import hashlib
 import itertools
 import json
-import os
-import secrets
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -14,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from engrammar.tables.sealed import check_writable, written_beside
 from engrammar.train.documents import find_files, is_kept, is_validation, read_documents
 
 FORMAT_VERSION = 1
@@ -233,12 +232,9 @@ def prepare(
             texts = (text for text in texts if is_kept(text, keep_share))
         return itertools.islice(texts, limit_documents)
 
-    partial = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
-    try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise ValueError(f"cannot write to {out.parent} ({error.strerror}): choose another output folder") from error
-    try:
+    check_writable(out.parent)
+    with contextlib.suppress(FileExistsError), written_beside(out) as partial:
+        partial.mkdir()
         if given is None:
             train_documents = (text for text in documents() if not is_validation(text, validation_share))
             train_tokenizer(train_documents, vocab_size=vocab_size, path=partial / "tokenizer")
@@ -248,13 +244,6 @@ def prepare(
         fields = _write_tokens(documents(), given, partial, validation_share)
         fields |= {"format": FORMAT_VERSION, "settings": settings}
         (partial / "tokens.json").write_text(json.dumps(fields, indent=1), encoding="utf-8")
-        try:
-            os.replace(partial, out)
-        except OSError:  # another process may have put the same folder there first
-            if not (out / "tokens.json").exists():
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return _reuse(out, settings)
 
 

@@ -19,7 +19,8 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from engrammar.stores.serving import look_ahead
 from engrammar.table import MemoryTable
-from engrammar.tables.sealed import MANIFEST, PARTIAL, clear_partials, last_good, rotate, seal, verify, writing
+from engrammar.tables.checksums import MANIFEST
+from engrammar.tables.sealed import PARTIAL, clear_partials, last_good, rotate, seal, verify, writing
 from engrammar.tables.shards import load_backbone
 from engrammar.train.optimizer import DEFAULTS, MixedOptimizer, OptimizerSettings, build_optimizer
 from engrammar.train.placement import place_tables, placement_of

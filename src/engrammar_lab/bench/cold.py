@@ -14,7 +14,8 @@ import numpy as np
 
 from engrammar.cells import Column, cells, titles
 from engrammar.stores.aio import AioQueue
-from engrammar.tables.folder import PAGE, TableFile
+from engrammar.tables.folder import TableFile
+from engrammar.tables.headers import PAGE
 from engrammar_lab.bench.files import drop_page_cache
 from engrammar_lab.bench.large_file import count_pages, draw_rows, in_fresh_process
 from engrammar_lab.bench.readers import (

@@ -17,7 +17,8 @@ from engrammar.stores.base import RowStore
 from engrammar.stores.cache import CachedStore
 from engrammar.stores.disk import DiskStore
 from engrammar.stores.ram import RamStore
-from engrammar.tables.folder import PAGE, TableFile
+from engrammar.tables.folder import TableFile
+from engrammar.tables.headers import PAGE
 from engrammar_lab.bench.files import drop_page_cache, pages_in_cache, resident_bytes
 from engrammar_lab.bench.large_file import draw_rows, first_rows, in_fresh_process
 from engrammar_lab.bench.readers import CACHED, RAM

@@ -15,7 +15,8 @@ from typing import TypeVar
 import numpy as np
 from safetensors.numpy import save_file
 
-from engrammar.tables.folder import PAGE, Shard, TableFile
+from engrammar.tables.folder import Shard, TableFile
+from engrammar.tables.headers import PAGE
 from engrammar_lab.bench.files import FOLDER, bench_folder
 
 START = PAGE  # the byte where rows begin

@@ -19,7 +19,8 @@ from engrammar.stores.base import RowStore
 from engrammar.stores.cache import CachedStore
 from engrammar.stores.disk import DiskStore
 from engrammar.stores.ram import RamStore
-from engrammar.tables.folder import PAGE, TableFile
+from engrammar.tables.folder import TableFile
+from engrammar.tables.headers import PAGE
 
 Read = Callable[[Ints], NDArray[np.uint8]]
 

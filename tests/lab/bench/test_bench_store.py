@@ -9,7 +9,7 @@ import pytest
 
 from engrammar.stores.aio import AioQueue
 from engrammar.stores.disk import DiskStore
-from engrammar.tables.folder import PAGE
+from engrammar.tables.headers import PAGE
 from engrammar_lab.bench import cold, footprint, store
 from engrammar_lab.bench.files import FOLDER
 from engrammar_lab.bench.large_file import START, count_pages, draw_rows, first_rows, large_table

@@ -6,6 +6,7 @@ from dataclasses import asdict
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from engrammar.config import Geometry
 from engrammar.stores.base import RowStore
@@ -13,7 +14,6 @@ from engrammar.stores.disk import DiskStore
 from engrammar.stores.mooncake.pool import Pool, PoolLost, PoolServer
 from engrammar.stores.mooncake.store import CRC_BYTES, Note, hash_geometry, note_key, read_note, row_sums
 from engrammar.tables.folder import TableFile
-from engrammar.tables.progress import progress
 
 PIECE_BYTES = 2**24
 NO_ROOM = -200  # the pool's answer
@@ -51,12 +51,11 @@ def upload(table: TableFile, name: str, server: PoolServer, *, geometry: Geometr
         found = pool.ask("exist", server.seconds, keys=keys)
         there = found.count(1)
         absent = [piece for piece, answer in enumerate(found) if answer != 1]
-        with progress(f"uploading {name}", len(absent)) as advance:
-            for piece in absent:
+        with tqdm(absent, desc=f"uploading {name}", unit=" pieces", delay=2, leave=False) as pieces:
+            for piece in pieces:
                 size = _lay_out(rows, note, piece, pool.memory)
                 _require(pool.ask("put", server.seconds, key=keys[piece], start=0, size=size), f"piece {piece}")
                 there += 1
-                advance(1)
         _require(pool.ask("note", server.seconds, key=note_key(name), text=json.dumps(asdict(note))), "the note")
         if before is not None and before.upload != note.upload:
             pool.ask("remove", server.seconds, keys=before.keys(name))

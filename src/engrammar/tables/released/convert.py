@@ -14,10 +14,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engrammar.config import Geometry, MemoryConfig
-from engrammar.tables import sealed, shards
+from engrammar.tables import shards
+from engrammar.tables.checksums import MANIFEST
 from engrammar.tables.folder import TableFile, TableFolder, TableWriter, open_tables
+from engrammar.tables.headers import Part, read_header
 from engrammar.tables.released import deepseek, qwen
-from engrammar.tables.released.files import Part, ReleasedModel, copy_model, read_header
+from engrammar.tables.released.files import ReleasedModel, copy_model, require
+from engrammar.tables.sealed import verify
 
 FUSION = "fusion.safetensors"
 Layout = Literal["qwen", "deepseek"]
@@ -122,8 +125,8 @@ def export_tables(tables: Path, model: Path, out: Path, names: Mapping[str, str]
     known = _names(layout, names)
     memory, geometry = qwen.read_memory(released, known) if layout == "qwen" else deepseek.read_memory(released)[:2]
     _require_same(folder, memory, geometry, model)
-    if (tables / sealed.MANIFEST).is_file():
-        sealed.verify(tables)
+    if (tables / MANIFEST).is_file():
+        verify(tables)
     fusion = read_header(tables / FUSION) if (tables / FUSION).is_file() else {}
     replaced: dict[str, Iterator[NDArray[np.uint8]]] = {}
     for layer in memory.layers:
@@ -177,7 +180,7 @@ def _fusion_bytes(
         if name not in fusion:
             raise ValueError(f"{FUSION} beside the tables lacks {name}: import the model again.")
         ours[key] = fusion[name]
-        ours[key].require(("F32",), parts[key].shape, "the released weight")
+        require(ours[key], ("F32",), parts[key].shape, "the released weight")
     norms = {parts[key].name: deepseek.norm_bytes(parts[key], ours[key]) for key in ("key_norm", "query_norm")}
     return deepseek.product_bytes(parts, ours["wkv"]) | norms
 

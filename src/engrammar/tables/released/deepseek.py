@@ -15,13 +15,12 @@ from torch import Tensor
 
 from engrammar.addressing import derive_geometry
 from engrammar.config import PRESETS, Geometry, MemoryConfig
-from engrammar.tables.released.files import BLOCK_BYTES, Part, ReleasedModel
+from engrammar.tables.encodings import DTYPES, FP8, FP8_MAX, GROUP, from_e8m0, from_fp8
+from engrammar.tables.headers import BLOCK_BYTES, Part
+from engrammar.tables.released.files import ReleasedModel, require
 from engrammar.vocabulary import compress_vocabulary, fingerprint
 
-GROUP = 32  # values that share a scale: of a row in the tables, a side of a square in `wkv`
-VALUES, SCALES = ("F8_E4M3",), ("F8_E8M0", "U8")
-FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16}
-FP8_MAX = 448.0
+VALUES, SCALES, FLOATS = ("F8_E4M3",), ("F8_E8M0", "U8"), ("F32", "BF16")
 
 
 def read_memory(model: ReleasedModel) -> tuple[MemoryConfig, Geometry, int, str]:
@@ -87,8 +86,8 @@ def table_parts(
     rows, width = geometry.num_stored_rows(memory.layers.index(layer)), memory.head_dim
     values = model.need(names["values"].format(layer=layer))
     scales = model.need(names["scales"].format(layer=layer))
-    values.require(VALUES, (rows, width), f"the table of layer {layer}, by config.json,")
-    scales.require(SCALES, (rows, -(-width // GROUP)), f"its scales, one for {GROUP} values,")
+    require(values, VALUES, (rows, width), f"the table of layer {layer}, by config.json,")
+    require(scales, SCALES, (rows, -(-width // GROUP)), f"its scales, one for {GROUP} values,")
     return values, scales
 
 
@@ -116,15 +115,15 @@ def fusion_parts(model: ReleasedModel, names: Mapping[str, str], memory: MemoryC
     keys = ("wkv", "query_norm", "key_norm")
     parts = {key: model.need(names[key].format(layer=layer)) for key in keys}
     for key in ("query_norm", "key_norm"):
-        parts[key].require(tuple(FLOATS), (None, None), "a norm of all branches")
+        require(parts[key], FLOATS, (None, None), "a norm of all branches")
     branches, hidden = parts["query_norm"].shape
-    parts["key_norm"].require(tuple(FLOATS), (branches, hidden), "the other norm")
+    require(parts["key_norm"], FLOATS, (branches, hidden), "the other norm")
     shape = ((branches + 1) * hidden, memory.memory_dim)
-    parts["wkv"].require((*VALUES, *FLOATS), shape, "the product of keys and value")
+    require(parts["wkv"], (*VALUES, *FLOATS), shape, "the product of keys and value")
     if parts["wkv"].dtype in VALUES:
         parts["wkv_scale"] = model.need(names["wkv_scale"].format(layer=layer))
         squares = (-(-shape[0] // GROUP), -(-shape[1] // GROUP))
-        parts["wkv_scale"].require(SCALES, squares, f"the scale of {GROUP} x {GROUP} values")
+        require(parts["wkv_scale"], SCALES, squares, f"the scale of {GROUP} x {GROUP} values")
     return parts
 
 
@@ -148,7 +147,7 @@ def read_fusion(parts: Mapping[str, Part], layer: int) -> dict[str, tuple[tuple[
 
 def norm_bytes(part: Part, norm: Part) -> Iterator[NDArray[np.uint8]]:
     """Our norm (fp32) in the dtype that `part` has."""
-    return (_floats(block, norm).to(FLOATS[part.dtype]).view(torch.uint8).numpy() for block in norm.blocks())
+    return (_floats(block, norm).to(DTYPES[part.dtype]).view(torch.uint8).numpy() for block in norm.blocks())
 
 
 def _product_rows(parts: Mapping[str, Part], first: int, last: int) -> Iterator[Tensor]:
@@ -158,7 +157,7 @@ def _product_rows(parts: Mapping[str, Part], first: int, last: int) -> Iterator[
         until = min(last, (first // GROUP + 1) * GROUP)
         raw = np.concatenate(list(wkv.blocks(first, until - first)))
         if wkv.dtype in VALUES:
-            yield _fp8(raw) * _scales_of(parts["wkv_scale"], first // GROUP, width)
+            yield from_fp8(torch.from_numpy(raw)) * _scales_of(parts["wkv_scale"], first // GROUP, width)
         else:
             yield _floats(raw, wkv)
         first = until
@@ -167,7 +166,7 @@ def _product_rows(parts: Mapping[str, Part], first: int, last: int) -> Iterator[
 def _scales_of(part: Part, band: int, width: int) -> Tensor:
     """The scale of each column in a band of `wkv`, fp32."""
     exponents = np.concatenate(list(part.blocks(band, 1))).reshape(-1)
-    return _powers(torch.from_numpy(exponents)).repeat_interleave(GROUP)[:width]
+    return from_e8m0(torch.from_numpy(exponents)).repeat_interleave(GROUP)[:width]
 
 
 def product_bytes(parts: Mapping[str, Part], projection: Part) -> dict[str, Iterator[NDArray[np.uint8]]]:
@@ -180,7 +179,7 @@ def product_bytes(parts: Mapping[str, Part], projection: Part) -> dict[str, Iter
     """
     wkv = parts["wkv"]
     if "wkv_scale" not in parts:
-        dtype = FLOATS[wkv.dtype]
+        dtype = DTYPES[wkv.dtype]
         return {wkv.name: (band.to(dtype).view(torch.uint8).numpy() for band in _bands(parts, projection))}
 
     def quantized() -> Iterator[tuple[Tensor, Tensor]]:
@@ -219,23 +218,14 @@ def _quantize_band(band: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
     padded = torch.nn.functional.pad(band, (0, len(old) * GROUP - width)).unflatten(1, (-1, GROUP))
 
     def quantize(exponents: Tensor) -> Tensor:
-        return (padded / _powers(exponents)[:, None]).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+        return (padded / from_e8m0(exponents)[:, None]).clamp(-FP8_MAX, FP8_MAX).to(FP8)
 
-    kept = (quantize(old).float() * _powers(old)[:, None] == padded).all(dim=2).all(dim=0)
+    kept = (quantize(old).float() * from_e8m0(old)[:, None] == padded).all(dim=2).all(dim=0)
     largest = padded.abs().amax(dim=(0, 2)).clamp_min(FP8_MAX * 2.0**-126) / FP8_MAX
     fitting = (torch.log2(largest).ceil() + 127).to(torch.uint8)
     scales = torch.where(kept, old, fitting)
     return quantize(scales).view(torch.uint8).flatten(1)[:, :width].contiguous(), scales
 
 
-def _fp8(raw: NDArray[np.uint8]) -> Tensor:
-    return torch.from_numpy(raw).view(torch.float8_e4m3fn).float()
-
-
-def _powers(exponents: Tensor) -> Tensor:
-    """fp32 of E8M0 bytes: 2^(byte - 127)."""
-    return exponents.view(torch.float8_e8m0fnu).float()
-
-
 def _floats(raw: NDArray[np.uint8], part: Part) -> Tensor:
-    return torch.from_numpy(raw).view(FLOATS[part.dtype]).float()
+    return torch.from_numpy(raw).view(DTYPES[part.dtype]).float()

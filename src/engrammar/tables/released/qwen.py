@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engrammar.addressing import derive_geometry, head_offsets
-from engrammar.config import PRESETS, Encoding, Geometry, MemoryConfig
-from engrammar.tables.released.files import AGAIN, Part, ReleasedModel
-
-ENCODINGS: dict[str, Encoding] = {"F32": "fp32", "BF16": "bf16", "F8_E4M3": "fp8"}
+from engrammar.config import PRESETS, Geometry, MemoryConfig
+from engrammar.tables.encodings import ENCODING_OF
+from engrammar.tables.headers import AGAIN, Part
+from engrammar.tables.released.files import ReleasedModel, require
 
 
 def read_memory(model: ReleasedModel, names: Mapping[str, str]) -> tuple[MemoryConfig, Geometry]:
@@ -47,7 +47,7 @@ def read_memory(model: ReleasedModel, names: Mapping[str, str]) -> tuple[MemoryC
         key_norm_eps=eps,
         conv_norm_eps=eps,
         rows_multiple=setting("make_ngram_vocab_size_divisible_by", int, preset.rows_multiple),
-        row_encoding=ENCODINGS[table_parts(model, names, layers[0] - 1)[0].dtype],
+        row_encoding=ENCODING_OF[table_parts(model, names, layers[0] - 1)[0].dtype],
     )
     geometry = derive_geometry(memory, num_classes=setting("vocab_size", int), fill_class=end)
     for index, layer in enumerate(memory.layers):
@@ -84,9 +84,9 @@ def table_parts(model: ReleasedModel, names: Mapping[str, str], layer: int) -> l
         by_number = model.numbered(names["shard"], layer=layer)
         count = max(by_number, default=0) + 1
         parts = [by_number.get(n) or model.need(names["shard"].format(layer=layer, shard=n)) for n in range(count)]
-    parts[0].require(tuple(ENCODINGS), (None, None), "a shard of the table")
+    require(parts[0], tuple(ENCODING_OF), (None, None), "a shard of the table")
     for part in parts[1:]:
-        part.require((parts[0].dtype,), (None, parts[0].shape[1]), "a shard of this table, by its first shard,")
+        require(part, (parts[0].dtype,), (None, parts[0].shape[1]), "a shard of this table, by its first shard,")
     return parts
 
 
@@ -107,7 +107,7 @@ def read_table(
             f"{last.shape[1]}; {model.folder / 'config.json'} leads to {rows} rows of {memory.head_dim}: a shard is "
             "missing, or the config.json is that of another model."
         )
-    if ENCODINGS[parts[0].dtype] != memory.row_encoding:
+    if ENCODING_OF[parts[0].dtype] != memory.row_encoding:
         raise ValueError(f"{parts[0].path} holds layer {layer} as {parts[0].dtype}, unlike the first table.")
     scale = _read_scale(model, names, layer, parts) if memory.row_encoding == "fp8" else None
     return scale, (block for part in parts for block in part.blocks())
@@ -128,7 +128,7 @@ def _read_scale(model: ReleasedModel, names: Mapping[str, str], layer: int, part
         )
     values = [scale_value(part) for part in scales]
     if not 0 < values[0] < math.inf:
-        raise ValueError(f"{scales[0].path} holds {scales[0].name} = {values[0]}, which is no scale: {AGAIN}.")
+        raise ValueError(f"{scales[0].path} holds {scales[0].name} = {values[0]}, which is no scale: {AGAIN}")
     if len(set(values)) > 1:
         other = next(i for i, value in enumerate(values) if value != values[0])
         raise ValueError(
@@ -141,7 +141,7 @@ def _read_scale(model: ReleasedModel, names: Mapping[str, str], layer: int, part
 def scale_value(part: Part) -> float:
     """The number in a tensor of one bf16 or fp32 number."""
     if part.dtype not in ("BF16", "F32") or part.num_bytes not in (2, 4):
-        part.require(("BF16", "F32"), (1,), "a table's scale")
+        require(part, ("BF16", "F32"), (1,), "a table's scale")
     raw = part.read()
     raw = np.concatenate([np.zeros(2, np.uint8), raw]) if part.dtype == "BF16" else raw  # bf16: fp32's upper half
     return float(raw.view("<f4")[0])
