@@ -6,7 +6,7 @@ import torch
 from transformers import AutoTokenizer
 
 from engrammar.model.configuration import EngrammarConfig
-from engrammar.model.modeling import EngrammarForCausalLM
+from engrammar.model.modeling import EngrammarForCausalLM, model_class
 from engrammar.model.presets import preset
 from engrammar.train.data import train_tokenizer
 from engrammar.vocabulary import compress_vocabulary
@@ -25,8 +25,10 @@ def tiny_memory(dialect: str) -> dict:
     return memory
 
 
-def tiny_config(dialect: str | None, num_branches: int = 1, **settings) -> EngrammarConfig:
-    return EngrammarConfig(
+def tiny_config(
+    dialect: str | None, num_branches: int = 1, kind: type[EngrammarConfig] = EngrammarConfig, **settings
+) -> EngrammarConfig:
+    return kind(
         **{
             "vocab_size": VOCABULARY,
             "hidden_size": 32,
@@ -58,7 +60,8 @@ def tiny_config(dialect: str | None, num_branches: int = 1, **settings) -> Engra
 
 def tiny_model(dialect: str | None, num_branches: int = 1, seed: int = 0, **settings) -> EngrammarForCausalLM:
     torch.manual_seed(seed)
-    model = EngrammarForCausalLM(tiny_config(dialect, num_branches, **settings)).eval()
+    config = tiny_config(dialect, num_branches, **settings)
+    model = model_class(config)(config).eval()
     memory = model.model.memory
     if memory is None:
         return model

@@ -15,8 +15,8 @@ FLOORS = (
     ("engrammar.vocabulary", "engrammar.addressing"),
     ("engrammar.tables",),
     ("engrammar.stores",),
-    ("engrammar.masks", "engrammar.table", "engrammar.fusion"),
-    ("engrammar.memory", "engrammar.rivals"),
+    ("engrammar.table", "engrammar.fusion"),
+    ("engrammar.memory", "engrammar.reference"),
     ("engrammar.stores.serving",),
     ("engrammar.model",),
     ("engrammar.train",),
@@ -56,7 +56,7 @@ ROOMS = {
         "mooncake.upload",
         "serving",
     ),
-    "engrammar.model": ("configuration", "presets", "hyper", "block", "saving", "modeling", "budget"),
+    "engrammar.model": ("configuration", "presets", "hyper", "saving", "modeling", "budget"),
 }
 FLOOR_OF = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
 FILES = sorted(path for path in SOURCE.rglob("*.py"))

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from engrammar.config import MemoryConfig
-from engrammar.fusion import Fusion, fuse_reference, rms_norm
+from engrammar.fusion import Fusion, rms_norm
+from engrammar.reference import fuse_reference
 
 BASE = MemoryConfig(layers=(0,), rows_per_head=(31, 37), num_heads=2, head_dim=3)
 

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from engrammar.addressing import derive_geometry
 from engrammar.config import MemoryConfig
-from engrammar.table import MemoryTable, lookup_reference
+from engrammar.reference import lookup_reference
+from engrammar.table import MemoryTable
 
 
 def make_table(num_heads: int = 3, head_dim: int = 5, rows_multiple: int = 64) -> MemoryTable:
@@ -21,16 +22,13 @@ def make_table(num_heads: int = 3, head_dim: int = 5, rows_multiple: int = 64) -
 
 
 def random_rows(table: MemoryTable, shape: tuple[int, int], seed: int = 1) -> torch.Tensor:
-    """Head-local rows in range, many of them repeated."""
-    ends = torch.tensor([*table.offsets_H[1:], sum(table.sizes_H)])
-    sizes_H = ends - torch.tensor(table.offsets_H)
-    draws = torch.rand(*shape, len(sizes_H), generator=torch.manual_seed(seed))
-    return (draws * sizes_H).long()
+    """Rows in range, many of them repeated."""
+    return torch.randint(0, table.shape[0], (*shape, table.num_heads), generator=torch.manual_seed(seed))
 
 
 def dense_gradient(table: MemoryTable, rows_BTH: torch.Tensor, scale_BTE: torch.Tensor) -> torch.Tensor:
     weight_RC = table.weight.detach().clone().requires_grad_()
-    (lookup_reference(weight_RC, rows_BTH, table.offsets_H) * scale_BTE).sum().backward()
+    (lookup_reference(weight_RC, rows_BTH) * scale_BTE).sum().backward()
     return weight_RC.grad
 
 
@@ -41,16 +39,15 @@ def test_lookup_equals_the_plain_twin_to_the_bit(grad):
     with torch.set_grad_enabled(grad):
         embedding_BTE = table(rows_BTH)
     assert embedding_BTE.shape == (3, 7, 30) and embedding_BTE.requires_grad == grad
-    assert torch.equal(embedding_BTE, lookup_reference(table.weight, rows_BTH, table.offsets_H))
+    assert torch.equal(embedding_BTE, lookup_reference(table.weight, rows_BTH))
 
 
 def test_the_rows_of_a_token_lie_side_by_side_in_the_order_of_the_columns():
     table = make_table(num_heads=2, head_dim=1)
     with torch.no_grad():
         table.weight[:, 0] = torch.arange(len(table.weight))
-    rows_BTH = torch.tensor([[[0, 3, 1, 2]]])
-    expected = [offset + row for offset, row in zip(table.offsets_H, [0, 3, 1, 2])]
-    assert table(rows_BTH).flatten().tolist() == expected
+    rows_BTH = torch.tensor([[[0, 33, 61, 42]]])
+    assert table(rows_BTH).flatten().tolist() == [0, 33, 61, 42]
 
 
 @given(st.integers(1, 4), st.integers(1, 9), st.integers(1, 3), st.integers(0, 99))
@@ -72,8 +69,8 @@ def test_only_touched_rows_are_in_the_gradient_each_once_and_in_order():
     table = make_table()
     rows_BTH = random_rows(table, (3, 41))
     table(rows_BTH).sum().backward()
-    touched = (rows_BTH + torch.tensor(table.offsets_H)).flatten().tolist()
-    assert len(set(touched)) < len(touched) and len(set(touched)) < sum(table.sizes_H)
+    touched = rows_BTH.flatten().tolist()
+    assert len(set(touched)) < len(touched) and len(set(touched)) < table.shape[0]
     # torch forgets that a gradient is coalesced when it stores it in .grad, so the raw indices are looked at.
     gradient = table.weight.grad
     assert gradient._indices()[0].tolist() == sorted(set(touched))
@@ -125,13 +122,9 @@ def test_a_row_out_of_range_is_an_index_error(row, grad):
     if row == "negative":
         rows_BTH[0, 1, 0] = -1
     else:
-        rows_BTH[1, 2, 1] = table.sizes_H[1]  # a row of the next head
-    with (
-        torch.set_grad_enabled(grad),
-        pytest.raises(
-            IndexError, match=f"Row {'-1 of head 0' if row == 'negative' else f'{table.sizes_H[1]} of head 1'}"
-        ),
-    ):
+        rows_BTH[1, 2, 1] = table.shape[0]
+    message = f"Row {-1 if row == 'negative' else table.shape[0]} is outside this table of {table.shape[0]} rows"
+    with torch.set_grad_enabled(grad), pytest.raises(IndexError, match=message):
         table(rows_BTH)
 
 
@@ -151,14 +144,13 @@ def test_each_layer_has_its_own_offsets_and_rows(index):
     config = MemoryConfig(layers=(0, 4), rows_per_head=(17, 23), num_heads=3)
     geometry = derive_geometry(config, num_classes=50, fill_class=0)
     sizes_H = [size for order in geometry.table_sizes[index] for size in order]
-    table = MemoryTable(config, geometry, index)
-    assert table.offsets_H == tuple(sum(sizes_H[:column]) for column in range(len(sizes_H)))
-    assert len(table.weight) == sum(table.sizes_H) == sum(sizes_H)
+    assert geometry.head_offsets(index) == tuple(sum(sizes_H[:column]) for column in range(len(sizes_H)))
+    assert len(MemoryTable(config, geometry, index).weight) == sum(sizes_H)
 
 
 def test_the_parameter_is_padded():
     table = make_table(rows_multiple=64)
-    assert len(table.weight) % 64 == 0 and 0 <= len(table.weight) - sum(table.sizes_H) < 64
+    assert len(table.weight) == table.shape[0] and table.shape[0] % 64 == 0
 
 
 def test_rows_keep_the_tables_dtype_and_so_does_their_gradient():

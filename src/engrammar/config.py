@@ -6,6 +6,7 @@ E = (N-1)*K*C the width of all rows of one token side by side (paper section 2.2
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import accumulate
 from typing import Any, Literal, Self
 
 Encoding = Literal["fp32", "bf16", "fp8", "fp8_row", "fp8_scale32", "int8", "int4"]
@@ -43,8 +44,9 @@ class MemoryConfig:
         boundary: what a look-back never crosses. `row`: the start of a row only; `dead`: any of `dead_ids` too;
             `end`: a look-back never leaves the segment that follows one of `end_ids`.
         fill_id: the raw id that stands for missing history (its class is hashed).
-        dead_ids: ids that break look-back and are never looked back to (`boundary="dead"`): padding, and the image ids
-            of the model at hand.
+        dead_ids: ids that break look-back and are never looked back to (`boundary="dead"`), such as a model's image id.
+        dead_positions: what the memory adds at a dead id. `silent`: nothing, its gate is closed, as serving engines
+            do; `fused`: the rows of missing history, like anywhere else.
         end_ids: ids that end a segment (`boundary="end"`).
         branch_keys: `each` residual branch has a key projection of its own; `shared` is one for all (the paper's
             ablation).
@@ -70,6 +72,7 @@ class MemoryConfig:
     boundary: Literal["row", "dead", "end"] = "row"
     fill_id: int = 0
     dead_ids: tuple[int, ...] = ()
+    dead_positions: Literal["silent", "fused"] = "silent"
     end_ids: tuple[int, ...] = ()
     branch_keys: Literal["each", "shared"] = "each"
     gate: Literal["signed_root", "sigmoid", "none"] = "signed_root"
@@ -211,6 +214,10 @@ class Geometry:
         """Table sizes of the index-th memory layer's heads, ordered by order, then head."""
         return tuple(size for sizes_K in self.table_sizes[index] for size in sizes_K)
 
+    def head_offsets(self, index: int) -> tuple[int, ...]:
+        """Where each head's rows begin in the index-th memory layer's one table, heads end to end."""
+        return (0, *accumulate(self.head_sizes(index)[:-1]))
+
     def num_rows(self, index: int) -> int:
         """Rows used by the index-th memory layer."""
         return sum(self.head_sizes(index))
@@ -258,8 +265,8 @@ PRESETS: dict[str, MemoryConfig] = {
         rows_per_head=(16_000_000,) * 3,
         head_dim=256,
         boundary="dead",
-        fill_id=2,
-        dead_ids=(2,),
+        fill_id=2,  # the pad id; where it is in a text it is hashed like any token
+        dead_ids=(129_264,),  # the image id
         conv_kernel=0,
         row_encoding="fp8_scale32",
     ),

@@ -4,6 +4,7 @@ Letters: B batch, T tokens, M residual branches, D hidden width, E width of a to
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +16,8 @@ from engrammar.config import MemoryConfig
 class Fusion(nn.Module):
     """One memory layer's fusion: `forward(hidden, embedding) -> what is added to the residual`.
 
-    One product serves the value and the M keys (one key, where branches share it; none without a gate). The
-    module keeps no state: the convolution's window comes in and the caller stores it (`normed_value` is what it looks
-    back to).
+    One product serves the value and the M keys (one key, where branches share it; none without a gate). The module
+    keeps no state: the caller stores the convolution's window.
     """
 
     def __init__(self, config: MemoryConfig, *, hidden_size: int, num_branches: int) -> None:
@@ -92,54 +92,28 @@ class Fusion(nn.Module):
         embedding_BTE: Tensor,
         dead_BT: Tensor | None = None,
         starts_BT: Tensor | None = None,
+        extend: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """The whole of a row at once, from its start. Returns output_BTMD, to be added to the residual."""
+        """What is added to the residual.
+
+        Args:
+            dead_BT: True where nothing is added for the position itself.
+            starts_BT: True where a packed document begins.
+            extend: puts before the convolution's input [B, M*D, T] what it was at earlier positions (up to
+                `conv_window` of them), and keeps what later calls need. None: the rows begin here.
+
+        Returns:
+            output_BTMD.
+        """
         value_BTMD = self.gated_value(hidden_BTMD, embedding_BTE, dead_BT)
         if not self.config.conv_kernel:
             return value_BTMD
-        return value_BTMD + self.convolve(self.normed_value(value_BTMD), value_BTMD.shape[1], starts_BT)
+        normed_BCS = self.normed_value(value_BTMD)
+        if extend is not None:
+            normed_BCS = extend(normed_BCS)
+        return value_BTMD + self.convolve(normed_BCS, value_BTMD.shape[1], starts_BT)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float | None) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension; weight may differ per branch."""
     return F.rms_norm(x, x.shape[-1:], eps=eps) * weight
-
-
-def fuse_reference(fusion: Fusion, hidden_BTMD: Tensor, embedding_BTE: Tensor) -> Tensor:
-    """The plain twin of `Fusion.forward`: branch by branch, tap by tap, as the paper writes it."""
-    config, D = fusion.config, fusion.hidden_size
-    weights, biases = fusion.projection.weight, fusion.projection.bias
-
-    def project(slot: int) -> Tensor:
-        out = embedding_BTE @ weights[slot * D : (slot + 1) * D].T
-        return out if biases is None else out + biases[slot * D : (slot + 1) * D]
-
-    def normalize(x: Tensor, weight: Tensor, eps: float | None) -> Tensor:
-        eps = torch.finfo(x.dtype).eps if eps is None else eps
-        return x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps) * weight
-
-    value = project(0)
-    outputs = []
-    for m in range(fusion.num_branches):
-        gated = value
-        if config.gate != "none":
-            own = m if config.branch_keys == "each" else 0
-            key = normalize(project(own + 1), fusion.key_norm[own], config.key_norm_eps)
-            query = normalize(hidden_BTMD[:, :, m], fusion.query_norm[m], config.key_norm_eps)
-            score = (query * key).sum(-1, keepdim=True) / D**0.5
-            if config.gate == "signed_root":
-                score = torch.sign(score) * torch.sqrt(torch.clamp(torch.abs(score), min=1e-6))
-            gated = value / (1 + torch.exp(-score))
-        output = gated
-        if config.conv_kernel:
-            normed = normalize(gated, fusion.conv_norm[m], config.conv_norm_eps)
-            taps = fusion.conv_weight[m * D : (m + 1) * D, 0]
-            mixed = torch.zeros_like(gated)
-            for tap in range(config.conv_kernel):
-                shift = (config.conv_kernel - 1 - tap) * config.max_ngram_size
-                if shift < gated.shape[1]:
-                    delayed = torch.cat([torch.zeros_like(normed[:, :shift]), normed[:, : normed.shape[1] - shift]], 1)
-                    mixed = mixed + delayed * taps[:, tap]
-            output = gated + mixed / (1 + torch.exp(-mixed))
-        outputs.append(output)
-    return torch.stack(outputs, dim=2)

@@ -4,21 +4,20 @@ Letters: B batch, T tokens, H columns (heads over all orders), C row width, E = 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from engrammar.addressing import head_offsets
 from engrammar.config import Geometry, MemoryConfig
 
 INIT_BLOCK = 4096  # rows drawn from one seed
-Rows = Literal["own", "elsewhere"]  # whether a model holds its tables' rows, or something else does
+Tables = Literal["parameters", "external"]  # whether a model holds its tables' rows, or a `RowSource` does
 
 
-class Embedded(NamedTuple):
+class Rows(NamedTuple):
     """The rows of each token side by side, [..., E], and True where one could not be had (None: all are there)."""
 
     embedding: Tensor
@@ -26,7 +25,7 @@ class Embedded(NamedTuple):
 
 
 class RowSource(ABC):
-    """Holds the rows of tables outside their model: elsewhere in memory, in a file, spread over processes.
+    """Holds the rows of tables outside their model: in other memory, in a file, spread over processes.
 
     Attributes:
         tables: per table name, the rows that this process holds, a parameter [rows, C].
@@ -35,11 +34,18 @@ class RowSource(ABC):
     tables: dict[str, nn.Parameter]
 
     @abstractmethod
-    def read(self, rows: Mapping[str, Tensor]) -> dict[str, Callable[[], Embedded]]:
-        """Starts reading stored rows [..., H] of each table; each function waits for its embedding [..., E]."""
+    def read(self, passes: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Callable[[], Rows]]]:
+        """Starts reading the rows of one or more forward passes.
+
+        Args:
+            passes: for each pass, the row numbers [..., H] of each table.
+
+        Returns:
+            for each pass and table, a function that waits for its rows.
+        """
 
     def check_save(self, directory: Path) -> None:  # noqa: B027 (most sources can save anywhere)
-        """Raises a ValueError where `save` into `directory` cannot do; called before anything there is touched."""
+        """Raises ValueError if saving into `directory` would fail; called before anything there is touched."""
 
     @abstractmethod
     def save(self, directory: Path) -> None:
@@ -66,9 +72,9 @@ class _TouchedRows(torch.autograd.Function):
 
 
 class SparseTable(nn.Module):
-    """A module whose `weight` [R, C] is a table, of which each step trains the touched rows only (abstract).
+    """A module whose `weight` [R, C] is a table of which a step touches few rows: optimizers train those alone.
 
-    Optimizers know tables by this type: a mark on the parameter would be lost in a copy of it.
+    `weight` is None where the rows are held outside the module.
     """
 
     weight: nn.Parameter | None
@@ -78,50 +84,55 @@ class MemoryTable(SparseTable):
     """The rows of one memory layer, all heads end to end in one parameter [R, C].
 
     After backward `weight.grad` is a sparse COO tensor: each touched row once, its gradients summed. No dense gradient
-    is ever made, so cost follows the touched rows.
-    With rows="elsewhere" there is no parameter: `weight` is None, and rows are read from `source`, where this table is
-    called `name`.
+    is ever made, so cost follows the touched rows. With tables="external" there is no parameter: `weight` is None, and
+    rows are read from `source`, where this table is called `name`.
     """
 
     source: RowSource | None = None
     name: str = ""
 
-    def __init__(self, config: MemoryConfig, geometry: Geometry, layer_index: int, rows: Rows = "own") -> None:
+    def __init__(
+        self, config: MemoryConfig, geometry: Geometry, layer_index: int, tables: Tables = "parameters"
+    ) -> None:
         super().__init__()
-        self.sizes_H = geometry.head_sizes(layer_index)
-        self.offsets_H = head_offsets(geometry, layer_index)
+        self.num_heads = config.num_columns
         self.shape = (geometry.num_stored_rows(layer_index), config.head_dim)
         self.init_seed: int | None = None  # of `draw_rows_`; None where the rows are in a checkpoint
-        self.register_parameter("weight", nn.Parameter(torch.empty(self.shape)) if rows == "own" else None)
+        weight = nn.Parameter(torch.empty(self.shape)) if tables == "parameters" else None
+        self.register_parameter("weight", weight)
 
     def forward(self, rows_BTH: Tensor) -> Tensor:
-        """Looks up head-local rows.
+        """Looks up rows.
+
+        Args:
+            rows_BTH: row numbers over the whole table, from `addressing.hash_ngrams`.
 
         Returns:
             embedding_BTE, the rows of each token side by side, in the table's dtype.
 
         Raises:
-            ValueError: not one column per head, or rows that are nowhere.
-            IndexError: a row is not in its head's table (checked on the CPU only).
+            ValueError: not one column per head, or no rows to look up.
+            IndexError: a row is not in the table (checked on the CPU only).
         """
-        rows_BTH = self.stored_rows(rows_BTH)
+        if rows_BTH.shape[-1] != self.num_heads:
+            raise ValueError(f"Rows have {rows_BTH.shape[-1]} columns; this table has {self.num_heads} heads.")
         if self.source is not None:
-            return self.source.read({self.name: rows_BTH})[self.name]().embedding
+            return self.source.read([{self.name: rows_BTH}])[0][self.name]().embedding
         if self.weight is None:
-            raise ValueError("This table's rows are elsewhere: give them a place (train.placement.place_tables).")
+            raise ValueError("This model was built without the rows of its tables: give them with place_tables.")
+        if rows_BTH.device.type == "cpu" and not torch.compiler.is_compiling() and rows_BTH.numel():
+            for row in (int(rows_BTH.min()), int(rows_BTH.max())):
+                if not 0 <= row < self.shape[0]:
+                    raise IndexError(f"Row {row} is outside this table of {self.shape[0]} rows.")
         return gather_rows(self.weight, rows_BTH).flatten(-2)
 
-    def stored_rows(self, rows_BTH: Tensor) -> Tensor:
-        """Rows of this layer's one parameter for head-local rows; errors as `forward`."""
-        if rows_BTH.shape[-1] != len(self.sizes_H):
-            raise ValueError(f"Rows have {rows_BTH.shape[-1]} columns; this table has {len(self.sizes_H)} heads.")
-        if rows_BTH.device.type == "cpu" and not torch.compiler.is_compiling():
-            outside = (rows_BTH < 0) | (rows_BTH >= torch.tensor(self.sizes_H))
-            if outside.any():
-                *_, head = outside.nonzero()[0].tolist()
-                row = int(rows_BTH[..., head][outside[..., head]][0])
-                raise IndexError(f"Row {row} of head {head} is outside its table of {self.sizes_H[head]} rows.")
-        return rows_BTH + torch.tensor(self.offsets_H, device=rows_BTH.device)
+    def move_to(self, source: RowSource, name: str) -> None:
+        """From now on the rows are read from `source`, where this table is called `name`."""
+        self.weight, self.source, self.name = None, source, name
+
+    def take_back(self, weight: nn.Parameter) -> None:
+        """From now on the rows are this module's own parameter."""
+        self.weight, self.source, self.name = weight, None, ""
 
 
 def gather_rows(weight_RC: Tensor, rows: Tensor) -> Tensor:
@@ -145,8 +156,3 @@ def draw_rows_(out_UC: Tensor, *, seed: int, first_row: int, std: float) -> None
         start = block * INIT_BLOCK - first_row
         low, high = max(start, 0), min(start + INIT_BLOCK, num_rows)
         out_UC[low:high] = drawn[low - start : high - start].to(out_UC)
-
-
-def lookup_reference(weight_RC: Tensor, rows_BTH: Tensor, offsets_H: tuple[int, ...]) -> Tensor:
-    """The plain twin of `MemoryTable.forward`: a dense gather with a dense gradient."""
-    return weight_RC[rows_BTH + torch.tensor(offsets_H)].flatten(-2)

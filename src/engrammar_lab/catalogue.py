@@ -131,7 +131,7 @@ def _budgets(scale: Scale) -> dict[str, Study]:
                 "memory": (),
                 "experts": ("model.memory=none",),
                 **{
-                    label: ("model.memory=none", f"model.rival={kind}")
+                    label: ("model.memory=none", f"model.settings.rival.kind={kind}")
                     for label, kind in (
                         ("OverEncoding", "over_encoding"),
                         ("per-layer embeddings", "per_layer"),

@@ -24,13 +24,12 @@ from engrammar.addressing import (
     derive_geometry,
     hash_ngrams,
     hash_ngrams_numpy,
-    hash_ngrams_reference,
-    head_offsets,
     look_back,
 )
 from engrammar.config import PRESETS, Geometry, MemoryConfig
-from engrammar.fusion import Fusion, fuse_reference
-from engrammar.table import MemoryTable, lookup_reference
+from engrammar.fusion import Fusion
+from engrammar.reference import fuse_reference, hash_ngrams_reference, lookup_reference
+from engrammar.table import MemoryTable
 from engrammar.vocabulary import compress_vocabulary
 
 TOLERANCE = 1e-5  # on outputs in fp32; integers allow none
@@ -244,7 +243,7 @@ def _check_hashes(
         for layer, rows_BTH in rows_of(tensors["input_ids"]).items():
             own = _of_layer(tensors, layer)
             yield _same(f"hashes of stored ids, layer {layer}", rows_BTH, own["hashes"].numpy())
-            offsets_H = np.array(head_offsets(geometry, config.layers.index(layer)))
+            offsets_H = np.array(geometry.head_offsets(config.layers.index(layer)))
             yield _same(f"offsets, layer {layer}", offsets_H, own["multi_head_embedding.offsets"].numpy())
 
 
@@ -267,7 +266,7 @@ def _addresses(
             for ids_T in classes_V[ids_BT].tolist()
         ]
         assert np.array_equal(rows_BTH, vectorised) and np.array_equal(rows_BTH, plain)
-        rows[layer] = rows_BTH
+        rows[layer] = rows_BTH - np.array(geometry.head_offsets(index))  # the reference counts from each head's first
     return rows
 
 
@@ -285,11 +284,12 @@ def _output_errors(
     table.load_state_dict({"weight": weights["multi_head_embedding.embedding.weight"]})
     fusion = Fusion(config, hidden_size=reference["hidden_size"], num_branches=reference["hc_mult"])
     fusion.load_state_dict(fusion_state_from_demo(weights, reference["hc_mult"]))
-    rows_BTH, hidden_BTMD = weights["hashes"], weights["hidden_states"]
+    rows_BTH = weights["hashes"] + torch.tensor(geometry.head_offsets(index))
+    hidden_BTMD = weights["hidden_states"]
     assert table.weight is not None
     outputs = {
         "fast": fusion(hidden_BTMD, table(rows_BTH)),
-        "plain": fuse_reference(fusion, hidden_BTMD, lookup_reference(table.weight, rows_BTH, table.offsets_H)),
+        "plain": fuse_reference(fusion, hidden_BTMD, lookup_reference(table.weight, rows_BTH)),
     }
     return {name: float((output - weights["output"]).abs().max()) for name, output in outputs.items()}
 

@@ -70,9 +70,10 @@ def run_one(recipe: Recipe) -> dict[str, Any]:
     import torch
 
     from engrammar.train.run import train
+    from engrammar_lab.rivals.modeling import build_lab_config
 
     torch.set_num_threads(1)
-    result = train(recipe)
+    result = train(recipe, build_lab_config)
     found = {**result, "flops_per_token": measure_flops(recipe)}
     write_text(Path(recipe.out) / FINISHED, json.dumps(found) + "\n")
     return found
@@ -82,10 +83,9 @@ def measure_flops(recipe: Recipe) -> float:
     """FLOPs of a forward pass per token, as torch counts them, of the trained model in `recipe.out`."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
+    from transformers import AutoModelForCausalLM
 
-    from engrammar.model.modeling import EngrammarForCausalLM
-
-    model = EngrammarForCausalLM.from_pretrained(recipe.out).eval()
+    model = AutoModelForCausalLM.from_pretrained(recipe.out).eval()
     length = recipe.data.sequence_length
     ids = torch.randint(model.config.vocab_size, (4, length), generator=torch.Generator().manual_seed(0))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -150,14 +150,15 @@ def plan(name: str, *, scale: str = "lab", seeds: int = 3, overrides: Sequence[s
     from transformers import AutoTokenizer
 
     from engrammar.model.budget import count_parameters
-    from engrammar.train.run import build_config, prepare_tokens
+    from engrammar.train.run import prepare_tokens
     from engrammar.vocabulary import cached_classes
+    from engrammar_lab.rivals.modeling import build_lab_config
 
     planned = []
     for (point, _), recipe in recipes(name, Path(), range(1), overrides, scale=scale).items():
         folder = prepare_tokens(recipe.data).tokenizer_path
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        counts = count_parameters(build_config(recipe.model, tokenizer, cached_classes(tokenizer, folder)))
+        counts = count_parameters(build_lab_config(recipe.model, tokenizer, cached_classes(tokenizer, folder)))
         num_tokens = recipe.trainer["max_steps"] * recipe.data.batch_size * recipe.data.sequence_length
         planned.append(
             {

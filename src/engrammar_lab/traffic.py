@@ -116,7 +116,7 @@ def memory_traffic(memory: "Memory", tokens: TokenSet, *, length: int, window_to
     """Collisions and row traffic of a memory over the training text. Reads addresses only, never a row.
 
     Args:
-        memory: of a model; `Memory(..., rows="elsewhere")` with its classes set serves for a geometry alone.
+        memory: of a model; `Memory(..., tables="external")` with its classes set serves for a geometry alone.
         length: tokens of a block, as the model was trained.
         window_tokens: how many tokens, from the start of the text, the distinct rows of a window are counted over.
 

@@ -4,16 +4,22 @@ import math
 
 import pytest
 import torch
-import yaml
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
 
-from engrammar.model.budget import count_parameters, solve_budget
+from engrammar.model.budget import count_parameters
 from engrammar.model.configuration import EngrammarConfig
 from engrammar.model.modeling import EngrammarForCausalLM
 from engrammar.model.presets import preset
-from engrammar.rivals import RIVALS, rival_from_json
 from engrammar.train.optimizer import OptimizerSettings, build_optimizer
-from engrammar.train.recipe import load_recipe, to_yaml
+from engrammar.train.recipe import load_recipe
+from engrammar_lab.rivals import RIVALS, rival_from_json
+from engrammar_lab.rivals.modeling import (
+    EngrammarRivalConfig,
+    EngrammarRivalForCausalLM,
+    build_lab_config,
+    solve_rival_budget,
+)
 from models import END, VOCABULARY, tiny_config, tiny_model
 
 SMALL = {
@@ -26,7 +32,7 @@ kinds = pytest.mark.parametrize("kind", RIVALS)
 
 
 def model_with(kind: str, num_branches: int = 1) -> EngrammarForCausalLM:
-    model = tiny_model(None, num_branches, rival=SMALL[kind])
+    model = tiny_model(None, num_branches, kind=EngrammarRivalConfig, rival=SMALL[kind])
     with torch.no_grad():
         for parameter in model.model.rival.parameters():
             parameter.normal_()
@@ -153,19 +159,19 @@ def test_packed_texts_are_read_apart():
 @kinds
 def test_total_and_active_parameters_stay_as_in_the_plain_model(kind):
     plain = preset("micro", memory=None, n_routed_experts=32)
-    solved = solve_budget(plain, rival_from_json({"kind": kind}), rho=0.8)
+    solved = solve_rival_budget(plain, rival_from_json({"kind": kind}), rho=0.8)
     before, after = count_parameters(plain), count_parameters(solved)
     assert after.total_parameters == pytest.approx(before.total_parameters, rel=5e-3)
     assert after.active_parameters == pytest.approx(before.active_parameters, rel=5e-3)
     assert after.rho == pytest.approx(0.8, abs=0.01)
-    assert after.memory_parameters == EngrammarForCausalLM(solved).model.rival.weight.numel()
+    assert after.memory_parameters == EngrammarRivalForCausalLM(solved).model.rival.weight.numel()
 
 
 @kinds
 def test_saved_and_loaded_it_is_the_same_and_still_a_table(kind, tmp_path):
     model = model_with(kind)
     model.save_pretrained(tmp_path)
-    loaded = EngrammarForCausalLM.from_pretrained(tmp_path).eval()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert loaded.config.rival == model.config.rival
     torch.testing.assert_close(loaded(some_ids()).logits, model(some_ids()).logits, atol=0, rtol=0)
     groups = build_optimizer(loaded, lr=1.0, weight_decay=0.1, betas=(0.9, 0.99), eps=1e-8).param_groups
@@ -234,31 +240,25 @@ def test_ngrams_are_not_read_on_from_a_cache():
 )
 def test_settings_that_do_not_fit_are_refused(rival, message):
     with pytest.raises(ValueError, match=message):
-        tiny_model(None, rival=rival)
+        tiny_model(None, kind=EngrammarRivalConfig, rival=rival)
 
 
 def test_memory_and_rival_are_refused_together():
-    with pytest.raises(ValueError, match="memory or a rival, not both"):
-        tiny_config("paper", rival=SMALL["bigram"])
+    with pytest.raises(ValueError, match="stands in memory's place"):
+        tiny_config("paper", kind=EngrammarRivalConfig, rival=SMALL["bigram"])
+    recipe = load_recipe("lab", ("model.settings.rival.kind=bigram",))
     with pytest.raises(ValueError, match="model.memory is 'budget'"):
-        load_recipe("lab", ("model.rival=bigram",))
-    with pytest.raises(ValueError, match="without memory or rival"):
-        solve_budget(tiny_config(None, rival=SMALL["bigram"]), rival_from_json(SMALL["bigram"]), rho=0.5)
+        build_lab_config(recipe.model, None, None)
+    with pytest.raises(ValueError, match="without memory"):
+        rival = rival_from_json(SMALL["bigram"])
+        solve_rival_budget(tiny_config(None, kind=EngrammarRivalConfig, rival=SMALL["bigram"]), rival, rho=0.5)
     with pytest.raises(ValueError, match="no room for rival.num_keys=40"):
         rival = rival_from_json({"kind": "product_keys", "num_keys": 40, "top_k": 40})
-        solve_budget(preset("micro", memory=None), rival, rho=0.9)
+        solve_rival_budget(preset("micro", memory=None), rival, rho=0.9)
 
 
-def test_settings_from_before_rivals_load_and_recipes_without_one_read_as_before(tmp_path):
+def test_configs_from_before_a_setting_load_as_before():
     config = tiny_config("paper")
-    assert config.to_dict()["rival"] is None
-    old = {key: value for key, value in config.to_dict().items() if key != "rival"}
+    old = config.to_dict()
     old["memory"] = {key: value for key, value in old["memory"].items() if key != "branch_keys"}
     assert EngrammarConfig.from_dict(old).to_dict() == config.to_dict()
-    recipe = load_recipe("lab", ("model.memory=none",))
-    assert recipe.model.rival == "none"
-    before = yaml.safe_load(to_yaml(recipe))
-    del before["model"]["rival"], before["data"]["keep_share"]
-    (tmp_path / "before.yaml").write_text(yaml.safe_dump(before))
-    assert load_recipe(tmp_path / "before.yaml") == recipe
-    assert "rival: bigram" in to_yaml(load_recipe("lab", ("model.memory=none", "model.rival=bigram")))

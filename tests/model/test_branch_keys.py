@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from engrammar.config import MemoryConfig
-from engrammar.fusion import Fusion, fuse_reference
+from engrammar.fusion import Fusion
+from engrammar.reference import fuse_reference
 
 
 def fusion_with(keys: str, branches: int) -> Fusion:

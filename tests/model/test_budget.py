@@ -98,5 +98,5 @@ def test_contradictory_model_settings_are_refused():
         settings = tiny_memory("qwen_next") | {name: ids}
         with pytest.raises(ValueError, match=f"memory.{name} is .*0 to 53-1"):
             tiny_config("qwen_next", memory=settings)
-    with pytest.raises(ValueError, match="depends on the tokenizer"):
+    with pytest.raises(ValueError, match="addresses depend on the tokenizer"):
         tiny_config("paper", num_classes=None)

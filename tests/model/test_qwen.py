@@ -112,7 +112,7 @@ def test_addresses_equal_to_the_bit(ngram_size, heads, base, index):
     assert [size for order in geometry.table_sizes[index] for size in order] == embedding.head_vocab_sizes
     ids_BT = random_ids()
     rows_BTH = rows_of(ids_BT, memory, geometry, index)
-    assert torch.equal(rows_BTH, their_rows(embedding, ids_BT) - torch.tensor(embedding.head_offsets))
+    assert torch.equal(rows_BTH, their_rows(embedding, ids_BT))
 
 
 @pytest.mark.parametrize("divisor", [1, 7, 128])
@@ -125,7 +125,7 @@ def test_rows_are_padded_as_theirs(divisor):
         embedding = Qwen4ExpTextNGramEmbedding(config, config.ple_embed_dim, layer, index)
         assert geometry.num_rows(index) == embedding.total_vocab_size
         assert geometry.num_stored_rows(index) == embedding.ngram_embedding.num_embeddings
-        assert MemoryTable(memory, geometry, index).offsets_H == tuple(embedding.head_offsets)
+        assert geometry.head_offsets(index) == tuple(embedding.head_offsets)
 
 
 @torch.no_grad()
@@ -172,14 +172,13 @@ def test_cached_chunks_equal_theirs(edges, index):
     ids_BT = random_ids()
     hidden_BTMD = torch.randn(*ids_BT.shape, BRANCHES, HIDDEN, generator=torch.manual_seed(9))
     cache, row_cache = DynamicCache(config=config), DynamicCache(config=config)
-    offsets_H = torch.tensor(table.offsets_H)
     history_BS = torch.full((3, memory.max_ngram_size - 1), -1)
     window_BCS = torch.zeros(3, BRANCHES * HIDDEN, 0)
     for begin, end in zip(edges, edges[1:]):
         ids, hidden = ids_BT[:, begin:end], hidden_BTMD[:, begin:end]
         expected = layer(hidden.flatten(-2), ids, cache).unflatten(-1, (BRANCHES, HIDDEN))
         rows_BTH = rows_of(ids, memory, geometry, index, history_BS)
-        assert torch.equal(rows_BTH + offsets_H, their_rows(layer.ple_embedding, ids, row_cache))
+        assert torch.equal(rows_BTH, their_rows(layer.ple_embedding, ids, row_cache))
         value_BTMD = fusion.gated_value(hidden, table(rows_BTH))
         normed_BCS = torch.cat([window_BCS, fusion.normed_value(value_BTMD)], dim=-1)
         output_BTMD = value_BTMD + fusion.convolve(normed_BCS, end - begin)

@@ -62,7 +62,7 @@ def test_rows_are_those_that_the_model_reads(dialect):
         for prompt in range(sample.prompt_T[-1] + 1):
             here_T = sample.prompt_T == prompt
             rows_BTH = memory.addresses(torch.from_numpy(sample.ids_T[here_T])[None])[layer]
-            assert np.array_equal(rows_TH[here_T], memory.table(layer).stored_rows(rows_BTH)[0].numpy())
+            assert np.array_equal(rows_TH[here_T], rows_BTH[0].numpy())
 
 
 def test_pinned_rows_hit_as_counted_by_hand():

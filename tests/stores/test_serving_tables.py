@@ -23,7 +23,6 @@ TIERS = {
     "RAM": {"memory": "ram"},
     "disk": {"memory": "disk"},
     "cache over disk": {"memory": "disk", "cache_rows": 64},
-    "disk, read where a block waits": {"memory": "disk", "prefetch": False},
     "cache over RAM, by hand": {"memory": lambda table: CachedStore(RamStore(table), 32)},
 }
 
@@ -107,12 +106,10 @@ def test_reads_of_all_layers_start_before_the_first_block(served):
         def close(self):
             self.store.close()
 
-    for prefetch, expected in ((True, ["read 1", "read 3", "block 0"]), (False, ["block 0", "read 1", "read 3"])):
-        events.clear()
-        model = open_again(memory=Watched, prefetch=prefetch)
-        model.model.layers[0].register_forward_hook(lambda *_: events.append("block 0"))
-        model(random_ids())
-        assert events == expected
+    model = open_again(memory=Watched)
+    model.model.layers[0].register_forward_hook(lambda *_: events.append("block 0"))
+    model(random_ids())
+    assert events == ["read 1", "read 3", "block 0"]
 
 
 @torch.no_grad()
@@ -122,32 +119,25 @@ def test_looking_ahead_reads_each_batch_once_and_changes_no_bit(served):
     batches = [{"input_ids": random_ids(seed=seed)} for seed in range(4)]
     source = stored_tables_of(again)
     logits = []
-    for index, batch in enumerate(look_ahead(again, batches)):
-        assert len(source.ahead) == (2 if index < 3 else 1)  # this one's rows and the next one's are on their way
+    started = []
+    read = source.read
+    source.read = lambda passes: started.append(len(logits)) or read(passes)
+    for batch in look_ahead(again, batches):
         logits.append(again(**batch).logits)
-    assert not source.ahead and source.counts.rows == 4 * 2 * 2 * 13 * 4  # batches, layers, sequences, tokens, heads
+    assert started == [0, 0, 1, 2]  # batches computed when each read starts: one is ahead
+    assert source.counts.rows == 4 * 2 * 2 * 13 * 4  # batches, layers, sequences, tokens, heads
     for batch, found in zip(batches, logits):
         assert torch.equal(found, model(**batch).logits)
 
 
 @torch.no_grad()
-def test_a_loop_that_stops_early_leaves_no_rows_behind(served):
-    _, open_again, _ = served
-    again = open_again(memory="disk")
-    batches = look_ahead(again, [{"input_ids": random_ids(seed=seed)} for seed in range(4)])
-    again(**next(batches))
-    assert stored_tables_of(again).ahead
-    batches.close()
-    assert not stored_tables_of(again).ahead
-
-
-@torch.no_grad()
-def test_a_batch_that_was_not_the_one_read_ahead_is_read_itself(served):
+def test_rows_read_for_another_batch_are_refused(served):
     model, open_again, _ = served
     again = open_again(memory="disk")
-    stored_tables_of(again).read_ahead(again.stored_rows(random_ids(seed=5)))
-    assert torch.equal(again(random_ids(seed=6)).logits, model(random_ids(seed=6)).logits)
-    assert torch.equal(again(random_ids(seed=5)).logits, model(random_ids(seed=5)).logits)
+    retrieved = again.retrieve(random_ids(seed=5))
+    with pytest.raises(ValueError, match="made for other input_ids"):
+        again(random_ids(seed=6), retrieved=retrieved)
+    assert torch.equal(again(random_ids(seed=5), retrieved=retrieved).logits, model(random_ids(seed=5)).logits)
 
 
 class Lossy(RowStore):
@@ -184,7 +174,8 @@ def test_a_missing_row_is_an_error_that_names_it(served):
 def test_skipping_closes_the_gate_of_just_the_positions_that_lack_a_row(served, caplog):
     model, open_again, _ = served
     ids = random_ids()
-    rows = open_again(memory="ram").stored_rows(ids)
+    memory = open_again(memory="ram").model.memory
+    rows = {memory.table(layer).name: rows_BTH for layer, rows_BTH in memory.addresses(ids).items()}
     lost = {name: rows_BTH[0, 4, 1:2].numpy() for name, rows_BTH in rows.items()}
     again = open_again(memory=lambda table: Lossy(table, lost[table.name]), on_missing="skip", deadline=1.0)
     logits = again(ids).logits
@@ -253,7 +244,7 @@ def test_bad_settings_are_refused_in_one_sentence(served, tmp_path):
     ):
         with pytest.raises(ValueError, match=words):
             open_again(**serving)
-    other = EngrammarForCausalLM(tiny_config("qwen_next"), rows="elsewhere")
+    other = EngrammarForCausalLM(tiny_config("qwen_next"), tables="external")
     with pytest.raises(ValueError, match="another geometry"):
         serve_tables(other, folder, where="disk")
     shutil.copytree(folder, tmp_path / "cut")

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from transformers.models.qwen4_exp.modeling_qwen4_exp import Qwen4ExpForCausalLM
 
-from engrammar.addressing import hash_ngrams, head_offsets, look_back
+from engrammar.addressing import hash_ngrams, look_back
 from engrammar.tables.encodings import decode
 from engrammar.tables.folder import open_tables
 from engrammar.tables.released.convert import NAMES, export_tables, import_tables
@@ -58,7 +58,6 @@ def test_our_addresses_find_what_transformers_module_looks_up(tmp_path, fp8):
     looked_back = look_back(ids_BT, config=folder.memory, geometry=folder.geometry)
     for index, layer in enumerate(folder.memory.layers):
         rows_BTH = hash_ngrams(looked_back, config=folder.memory, geometry=folder.geometry, layer_index=index)
-        rows_BTH = rows_BTH + torch.tensor(head_offsets(folder.geometry, index))
         table = folder.tables[layer]
         rows_US = table_rows(folder, layer)[rows_BTH.flatten()]
         ours = decode(rows_US, table.width, table.encoding, torch.bfloat16, table.scale)

@@ -27,7 +27,7 @@ def main() -> None:
     torch.manual_seed(0)
     config = tiny_config("paper")
     memory = {**config.memory, "layers": [1], "head_dim": 64, "rows_per_head": [HEAD_ROWS, HEAD_ROWS]}
-    model = EngrammarForCausalLM(tiny_config("paper", memory=memory), rows="elsewhere").train()
+    model = EngrammarForCausalLM(tiny_config("paper", memory=memory), tables="external").train()
     model.model.memory.set_classes(torch.arange(VOCABULARY) % 41)
     placement = place_tables(model, where=where, folder=folder)
     (table,) = placement.tables.values()

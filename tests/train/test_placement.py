@@ -32,12 +32,12 @@ def batches(num_steps: int, micro: int) -> list[list[torch.Tensor]]:
 
 def train(model, optimizer, steps, *, ahead: bool = False) -> list[float]:
     losses = []
-    placement = placement_of(model)
     for micro_batches in steps:
+        reads = [None] * len(micro_batches)
         if ahead:
-            placement.read_ahead([model.model.stored_rows(ids) for ids in micro_batches])
-        for ids in micro_batches:
-            loss = model(ids, labels=ids).loss / len(micro_batches)
+            reads = model.model.memory.retrieve_step([{"input_ids": ids} for ids in micro_batches])
+        for ids, retrieved in zip(micro_batches, reads):
+            loss = model(ids, labels=ids, retrieved=retrieved).loss / len(micro_batches)
             loss.backward()
             losses.append(loss.item())
         optimizer.step()
@@ -81,16 +81,16 @@ def test_a_stale_read_is_one_update_old_and_no_more():
     placement = place_tables(model, where="ram", overlap="stale")
     optimizer = optimizer_of(model, memory="row_adam")
     (name, table), *_ = placement.tables.items()
-    seen, held = [], []
+    seen, held, ahead = [], [], []
     for index, (ids,) in enumerate(steps):
         upcoming = steps[index : index + 2] if index == 0 else steps[index + 1 : index + 2]
         for (later,) in upcoming:
-            placement.read_ahead([model.model.stored_rows(later)])
+            ahead.append(model.retrieve(later))
         placement.flush()
-        rows = placement.ahead[0].rows[name]
-        seen.append(placement.ahead[0].fetched.result().leaves[name].detach().clone())
-        model(ids, labels=ids).loss.backward()
-        held.append((table.detach().clone(), rows))
+        model(ids, labels=ids, retrieved=ahead.pop(0)).loss.backward()
+        (read,) = placement.open
+        seen.append(read.fetched.result().leaves[name].detach().clone())
+        held.append((table.detach().clone(), read.rows[name]))
         optimizer.step()
         optimizer.zero_grad()
     placement.flush()
@@ -115,15 +115,18 @@ def test_zeroing_gradients_between_forward_and_backward_loses_none():
     assert_equal(weights(placed), weights(plain))
 
 
-def test_rows_that_were_not_read_ahead_are_an_error():
+def test_rows_of_another_batch_or_of_an_earlier_step_are_refused():
     model = tiny_model("paper").train()
-    placement = place_tables(model, where="ram")
+    place_tables(model, where="ram")
     optimizer = optimizer_of(model)
     ids, other = batches(1, 2)[0]
-    placement.read_ahead([model.model.stored_rows(ids)])
-    model(other, labels=other).loss.backward()
-    with pytest.raises(ValueError, match="not read ahead"):
-        optimizer.step()
+    retrieved = model.retrieve(ids)
+    with pytest.raises(ValueError, match="made for other input_ids"):
+        model(other, retrieved=retrieved)
+    model(ids, labels=ids, retrieved=retrieved).loss.backward()
+    optimizer.step()
+    with pytest.raises(ValueError, match="retrieved for an earlier step"):
+        model(ids, labels=ids, retrieved=retrieved)
 
 
 def test_evaluation_reads_the_rows_as_updated(tmp_path):
@@ -153,7 +156,7 @@ def test_rows_drawn_elsewhere_equal_the_models_own():
     torch.manual_seed(7)
     own = EngrammarForCausalLM(tiny_config("paper"))
     torch.manual_seed(7)
-    elsewhere = EngrammarForCausalLM(tiny_config("paper"), rows="elsewhere")
+    elsewhere = EngrammarForCausalLM(tiny_config("paper"), tables="external")
     with pytest.raises(ValueError, match="place_tables"):
         elsewhere.model.memory.set_classes(torch.arange(53) % 41)
         elsewhere(torch.tensor([[3, 4]]))

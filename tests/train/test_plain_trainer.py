@@ -26,13 +26,15 @@ class LlamaWithRows(LlamaForCausalLM):
         memory = MemoryConfig(
             layers=(0,), rows_per_head=(97, 101), num_heads=2, head_dim=8, max_ngram_size=3, compression="none"
         )
-        self.rows = MemoryTable(memory, derive_geometry(memory, num_classes=config.vocab_size, fill_class=0), 0)
+        geometry = derive_geometry(memory, num_classes=config.vocab_size, fill_class=0)
+        self.rows = MemoryTable(memory, geometry, 0)
+        self.sizes, self.offsets = geometry.head_sizes(0), geometry.head_offsets(0)
         torch.nn.init.zeros_(self.rows.weight)
 
     def forward(self, input_ids=None, labels=None, **kwargs):
-        sizes = torch.tensor(self.rows.sizes_H)
+        sizes = torch.tensor(self.sizes)
         pairs = input_ids * 31 + torch.nn.functional.pad(input_ids, (1, 0))[:, :-1]
-        looked_up = self.rows(pairs[..., None] % sizes)
+        looked_up = self.rows(pairs[..., None] % sizes + torch.tensor(self.offsets))
         return super().forward(inputs_embeds=self.model.embed_tokens(input_ids) + looked_up, labels=labels, **kwargs)
 
 

@@ -1,5 +1,7 @@
 """Evaluation with tables on disk: the same loss to the bit, with the next batch's rows on their way."""
 
+from functools import wraps
+
 import torch
 from transformers import TrainingArguments
 
@@ -19,10 +21,13 @@ def evaluate(model, out):
 def test_a_served_model_evaluates_to_the_same_bits_and_reads_ahead(tmp_path, monkeypatch):
     model = tiny_model("paper")
     model.save_pretrained(tmp_path / "model")
-    ahead = []
-    read = StoredTables.read
-    monkeypatch.setattr(StoredTables, "read", lambda self, rows: ahead.append(len(self.ahead)) or read(self, rows))
+    events = []
+    for owner, name in ((StoredTables, "read"), (EngrammarForCausalLM, "forward")):
+        call = getattr(owner, name)
+        noted = lambda *args, call=call, name=name, **kwargs: events.append(name) or call(*args, **kwargs)  # noqa: E731
+        monkeypatch.setattr(owner, name, wraps(call)(noted))
     served = EngrammarForCausalLM.from_pretrained(tmp_path / "model", memory="disk", cache_rows=64)
     assert evaluate(served, tmp_path / "out") == evaluate(model, tmp_path / "out")
-    assert ahead == [2, 2, 2, 1]  # of four batches, each but the last has the next one's rows on their way
+    served_events = events[: events.index("forward") + 6]
+    assert served_events == ["read", *["read", "forward"] * 3, "forward"]  # each batch's rows are read before its turn
     stored_tables_of(served).close()

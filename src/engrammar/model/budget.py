@@ -1,11 +1,12 @@
 """Counting parameters, and trading experts for memory at equal total and active parameters (paper section 3).
 
-"Active" are the parameters that multiply a token: all but the tables of the memory or of a rival, the routed experts a
+"Active" are the parameters that multiply a token: all but the tables, the routed experts a
 token does not visit, and the input embedding (which is a lookup). "Inactive" are those experts and the tables; rho is
 the experts' share of them. With these definitions the paper's 27B pair comes out at its rho of 74.3 %.
 """
 
 import bisect
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -17,14 +18,13 @@ from numpy.typing import NDArray
 from engrammar.addressing import derive_geometry
 from engrammar.config import MemoryConfig
 from engrammar.model.configuration import EngrammarConfig
-from engrammar.model.modeling import EngrammarForCausalLM
-from engrammar.rivals import RivalConfig
+from engrammar.model.modeling import model_class
 from engrammar.table import SparseTable
 
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """Parameters of a model, and what one token reads of its memory (`bytes_per_token` is 0 for a rival).
+    """Parameters of a model, and what one token reads of its memory.
 
     `total = active + inactive + input_embedding` (the last is 0 where it is tied to the head).
     """
@@ -49,7 +49,7 @@ class Counts:
 def count_parameters(config: EngrammarConfig) -> Counts:
     """Builds the model on the meta device (no memory is touched) and counts it."""
     with torch.device("meta"):
-        model = EngrammarForCausalLM(config)
+        model = model_class(config)(config)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     modules = [module for module in model.modules() if isinstance(module, SparseTable)]
     tables = [module.weight for module in modules if module.weight is not None]
@@ -71,61 +71,89 @@ def count_parameters(config: EngrammarConfig) -> Counts:
     )
 
 
-def solve_budget(
-    plain: EngrammarConfig,
-    memory: MemoryConfig | RivalConfig,
-    *,
-    rho: float,
-    classes_V: NDArray[np.int64] | None = None,
-) -> EngrammarConfig:
-    """Moves a share 1 - rho of a plain MoE's inactive parameters from experts into tables of a memory or a rival.
+class Share(ABC):
+    """What the share 1 - rho of the idle parameters goes to: tables whose size is solved for."""
+
+    @abstractmethod
+    def sized(self, size: int) -> "Share":
+        """The same with tables of that size."""
+
+    @abstractmethod
+    def check(self, size: int, rho: float) -> None:
+        """Raises a ValueError if tables of that size are too small to be any."""
+
+    @abstractmethod
+    def table_parameters(self, plain: EngrammarConfig) -> int:
+        """Parameters of its tables beside the backbone of `plain`."""
+
+    @abstractmethod
+    def configure(self, settings: dict[str, Any]) -> EngrammarConfig:
+        """The config of a model with these other settings."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryShare(Share):
+    """A memory whose `rows_per_head` is solved for; `classes_V` is the class map, where it is compressed."""
+
+    memory: MemoryConfig
+    classes_V: NDArray[np.int64] | None = None
+
+    def sized(self, size: int) -> "MemoryShare":
+        return replace(self, memory=replace(self.memory, rows_per_head=(size,) * len(self.memory.orders)))
+
+    def check(self, size: int, rho: float) -> None:
+        """Any size is a memory."""
+
+    def table_parameters(self, plain: EngrammarConfig) -> int:
+        tables = derive_geometry(self.memory, num_classes=1, fill_class=0)
+        layers = range(len(self.memory.layers))
+        return self.memory.head_dim * sum(tables.num_stored_rows(index) for index in layers)
+
+    def configure(self, settings: dict[str, Any]) -> EngrammarConfig:
+        if self.classes_V is not None:
+            fill_class = int(self.classes_V[self.memory.fill_id])
+            settings = settings | {"num_classes": int(self.classes_V.max()) + 1, "fill_class": fill_class}
+        return EngrammarConfig(**(settings | {"memory": self.memory.to_json()}))
+
+
+def solve_budget(plain: EngrammarConfig, share: Share | MemoryConfig, *, rho: float) -> EngrammarConfig:
+    """Moves a share 1 - rho of a plain MoE's inactive parameters from experts into tables, those of a memory say.
 
     Total and active parameters stay as they are: whole experts leave, the tables' size fills what they leave, and the
-    leading dense layers narrow by what the projections add. Each is met to within one unit (one more row per head, or
-    whatever setting a rival's `solved` names; one column of the dense layers).
+    leading dense layers narrow by what the projections add. Each is met to within one unit (one more row per head, one
+    column of the dense layers).
 
     Args:
         plain: a model without memory that has routed experts and at least one leading dense layer.
-        memory: layers, heads and row width to use, its `rows_per_head` being solved for; or a rival.
+        share: what the parameters go to, its size being solved for; a memory alone is a `MemoryShare` of it.
         rho: the experts' share of inactive parameters, in (0, 1].
-        classes_V: class map of the tokenizer, where the memory is compressed.
 
     Returns:
-        A config with memory or the rival; `plain` itself at rho = 1.
+        A config with that size; `plain` itself at rho = 1.
 
     Raises:
         ValueError: rho is out of range, or the budget leaves no room for it.
     """
-    if plain.memory is not None or plain.rival is not None or not 0 < rho <= 1:
-        raise ValueError(f"solve_budget takes a model without memory or rival and a rho in (0, 1]; got rho={rho}.")
+    if plain.memory is not None or type(plain) is not EngrammarConfig or not 0 < rho <= 1:
+        raise ValueError(f"solve_budget takes a model without memory and a rho in (0, 1]; got rho={rho}.")
     if rho == 1:
         return plain
+    share = MemoryShare(memory=share) if isinstance(share, MemoryConfig) else share
     target = count_parameters(plain)
-    dense_layers = plain.first_k_dense_replace
-    expert_layers = plain.num_hidden_layers - dense_layers
-    expert = 3 * plain.hidden_size * plain.moe_intermediate_size * expert_layers
-    idle = round(rho * target.inactive_parameters / expert) if expert else 0
-    if dense_layers < 1 or idle < 1:
-        raise ValueError(
-            f"At rho={rho} a model needs a leading dense layer to narrow and an idle expert to keep, but this one has "
-            f"{dense_layers} dense layers and would keep {idle} idle experts."
-        )
+    idle, expert = _idle_experts(plain, target.inactive_parameters, rho)
     settings = plain.to_dict() | {"n_routed_experts": idle + plain.num_experts_per_tok}
-    if classes_V is not None and isinstance(memory, MemoryConfig):
-        settings |= {"num_classes": int(classes_V.max()) + 1, "fill_class": int(classes_V[memory.fill_id])}
+    del settings["model_type"]  # a class says its own
 
     def build(width: int, size: int) -> EngrammarConfig:
-        name = "rival" if isinstance(memory, RivalConfig) else "memory"
-        return EngrammarConfig(**(settings | {"intermediate_size": width, name: _sized(memory, size).to_json()}))
+        return share.sized(size).configure(settings | {"intermediate_size": width})
 
     def fit(room: int) -> int:
-        return _size_that_fits(lambda size: _table_parameters(_sized(memory, size), plain), room)
+        return _size_that_fits(lambda size: share.sized(size).table_parameters(plain), room)
 
-    size = fit(target.inactive_parameters - idle * expert)  # a rival's projections may depend on it
-    if isinstance(memory, RivalConfig) and size < memory.smallest:
-        raise ValueError(f"At rho={rho} there is no room for rival.{memory.solved}={memory.smallest}, its least.")
+    size = fit(target.inactive_parameters - idle * expert)  # the projections may depend on it
+    share.check(size, rho)
     excess = count_parameters(build(plain.intermediate_size, size)).active_parameters - target.active_parameters
-    width = plain.intermediate_size - round(excess / (3 * plain.hidden_size * dense_layers))
+    width = plain.intermediate_size - round(excess / (3 * plain.hidden_size * plain.first_k_dense_replace))
     if width < 1:
         raise ValueError(
             f"The memory's projections add {excess:,} active parameters, more than the dense layers' "
@@ -135,18 +163,17 @@ def solve_budget(
     return build(width, fit(target.total_parameters - (bare.total_parameters - bare.memory_parameters)))
 
 
-def _sized(memory: MemoryConfig | RivalConfig, size: int) -> MemoryConfig | RivalConfig:
-    if isinstance(memory, RivalConfig):
-        return replace(memory, **{memory.solved: max(size, memory.smallest)})
-    return replace(memory, rows_per_head=(size,) * len(memory.orders))
-
-
-def _table_parameters(memory: MemoryConfig | RivalConfig, plain: EngrammarConfig) -> int:
-    if isinstance(memory, RivalConfig):
-        with torch.device("meta"):
-            return memory.build(plain.backbone).weight.numel()
-    tables = derive_geometry(memory, num_classes=1, fill_class=0)
-    return memory.head_dim * sum(tables.num_stored_rows(index) for index in range(len(memory.layers)))
+def _idle_experts(plain: EngrammarConfig, inactive_parameters: int, rho: float) -> tuple[int, int]:
+    """How many idle experts keep the share rho of the inactive parameters, and the size of one over all layers."""
+    dense_layers = plain.first_k_dense_replace
+    expert = 3 * plain.hidden_size * plain.moe_intermediate_size * (plain.num_hidden_layers - dense_layers)
+    idle = round(rho * inactive_parameters / expert) if expert else 0
+    if dense_layers < 1 or idle < 1:
+        raise ValueError(
+            f"At rho={rho} a model needs a leading dense layer to narrow and an idle expert to keep, but this one has "
+            f"{dense_layers} dense layers and would keep {idle} idle experts."
+        )
+    return idle, expert
 
 
 def _size_that_fits(parameters: Callable[[int], int], room: int) -> int:

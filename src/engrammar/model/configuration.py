@@ -12,7 +12,6 @@ from transformers import DeepseekV3Config
 
 from engrammar.addressing import derive_geometry
 from engrammar.config import Geometry, MemoryConfig
-from engrammar.rivals import Backbone, RivalConfig, rival_from_json
 from engrammar.vocabulary import fingerprint
 
 if TYPE_CHECKING:
@@ -28,7 +27,6 @@ class EngrammarConfig(DeepseekV3Config):
         hc_sinkhorn_iters, hc_eps: mHC's Sinkhorn iterations and epsilon.
         memory: a `MemoryConfig`, its `to_json()`, or a dict of settings over a dialect ({"preset": NAME, ...}); kept
             as the dict. None is a model without memory.
-        rival: what stands in memory's place, to compare (`rivals.RIVALS`): {"kind": NAME, sizes}; None is none.
         num_ids: ids that the class map covers (`len(tokenizer)`); defaults to `vocab_size`.
         num_classes, fill_class: of the compressed vocabulary; needed once, to derive `geometry`.
         geometry: `Geometry.to_json()`; derived when absent, then saved and never derived again.
@@ -45,7 +43,6 @@ class EngrammarConfig(DeepseekV3Config):
     topk_group: int | None = 1
     num_mtp_layers: int = 0
     memory: dict[str, Any] | MemoryConfig | None = None
-    rival: dict[str, Any] | None = None
     num_ids: int | None = None
     num_classes: int | None = None
     fill_class: int | None = None
@@ -65,10 +62,6 @@ class EngrammarConfig(DeepseekV3Config):
             raise ValueError(f"num_experts_per_tok is {self.num_experts_per_tok} of {self.n_routed_experts} experts.")
         if self.memory is not None:
             self._resolve_memory()
-        if self.rival is not None:
-            if self.memory is not None:
-                raise ValueError("A model has memory or a rival, not both: set memory or rival to null.")
-            self.rival = rival_from_json(self.rival).to_json()
         super().__post_init__(**kwargs)
 
     def _resolve_memory(self) -> None:
@@ -116,22 +109,6 @@ class EngrammarConfig(DeepseekV3Config):
     @property
     def memory_config(self) -> MemoryConfig | None:
         return None if self.memory is None else _memory_config(self.memory)
-
-    @property
-    def rival_config(self) -> RivalConfig | None:
-        return None if self.rival is None else rival_from_json(self.rival)
-
-    @property
-    def backbone(self) -> Backbone:
-        """What a rival has to know of this model; `eos_token_id` ends its texts."""
-        end = self.eos_token_id
-        return Backbone(
-            vocab_size=self.vocab_size,
-            hidden_size=self.hidden_size,
-            num_layers=self.num_hidden_layers,
-            norm_eps=self.rms_norm_eps,
-            end_ids=() if end is None else (end,) if isinstance(end, int) else tuple(end),
-        )
 
     @property
     def memory_geometry(self) -> Geometry:

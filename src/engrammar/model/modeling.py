@@ -5,6 +5,7 @@ Attention (MLA) and experts (DeepSeekMoE) are transformers' DeepSeek-V3 modules;
 Letters: B batch, T tokens, M branches, D hidden width, E width of a token's rows, S positions of history.
 """
 
+from functools import partial
 from typing import Any, ClassVar, Self
 
 import torch
@@ -14,11 +15,14 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     DeepseekV3Attention,
     DeepseekV3Experts,
+    DeepseekV3MLP,
+    DeepseekV3MoE,
     DeepseekV3RMSNorm,
     DeepseekV3RotaryEmbedding,
     DeepseekV3TopkRouter,
@@ -29,16 +33,59 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from engrammar.fusion import Fusion
-from engrammar.masks import masked_ids
 from engrammar.memory import Memory, Retrieved
-from engrammar.model.block import IDS_STATE, EngrammarBlock
 from engrammar.model.configuration import EngrammarConfig
-from engrammar.model.hyper import Collapse
+from engrammar.model.hyper import Collapse, Residual
 from engrammar.model.presets import preset
 from engrammar.model.saving import SavedModel
-from engrammar.rivals import Rival
-from engrammar.table import MemoryTable, Rows, draw_rows_
+from engrammar.table import MemoryTable, Tables, draw_rows_
 from engrammar.vocabulary import compress_vocabulary
+
+IDS_STATE, CONV_STATE = 0, 1  # what a memory layer keeps in the attention cache
+
+
+class EngrammarBlock(GradientCheckpointingLayer):
+    """Memory (where the layer has one), attention, MLP or experts, each added to the residual streams."""
+
+    def __init__(self, config: EngrammarConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        memory = config.memory_config
+        self.fusion = (
+            Fusion(memory, hidden_size=config.hidden_size, num_branches=config.num_branches)
+            if memory is not None and layer_idx in memory.layers
+            else None
+        )
+        self.self_attn = DeepseekV3Attention(config, layer_idx)
+        self.mlp = DeepseekV3MLP(config) if layer_idx < config.first_k_dense_replace else DeepseekV3MoE(config)
+        self.attn_residual = Residual(config, DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps))
+        self.mlp_residual = Residual(config, DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps))
+
+    def forward(
+        self,
+        streams_BTMD: Tensor,
+        embedding_BTE: Tensor | None = None,
+        dead_BT: Tensor | None = None,
+        starts_BT: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **attention: Any,
+    ) -> Tensor:
+        if self.fusion is not None:
+            assert embedding_BTE is not None
+            extend = None
+            if past_key_values is not None:  # the convolution's window is a state of the attention cache
+                extend = partial(
+                    past_key_values.update_conv_state,
+                    layer_idx=self.layer_idx,
+                    state_idx=CONV_STATE,
+                    conv_kernel_size=self.fusion.config.conv_window,
+                )
+            streams_BTMD = streams_BTMD + self.fusion(streams_BTMD, embedding_BTE, dead_BT, starts_BT, extend)
+
+        def attend(x_BTD: Tensor) -> Tensor:
+            return self.self_attn(x_BTD, past_key_values=past_key_values, **attention)[0]
+
+        return self.mlp_residual(self.attn_residual(streams_BTMD, attend), self.mlp)
 
 
 class EngrammarPreTrainedModel(SavedModel):
@@ -103,8 +150,6 @@ class EngrammarPreTrainedModel(SavedModel):
             module.init_seed = int(torch.randint(2**62, ()))
             if module.weight is not None and not getattr(module.weight, "_is_hf_initialized", False):
                 draw_rows_(module.weight, seed=module.init_seed, first_row=0, std=std)
-        elif isinstance(module, Rival):
-            module.init_weights(std)
         elif isinstance(module, Memory) and module.class_of_id is not None:
             init.constant_(module.class_of_id, -1)
         elif isinstance(module, Fusion):
@@ -121,10 +166,12 @@ class EngrammarPreTrainedModel(SavedModel):
 class EngrammarModel(EngrammarPreTrainedModel):
     """Embedding, blocks and final norm. Without `config.memory` it is the plain MoE (or dense) model.
 
-    rows="elsewhere" makes the tables without their rows (`train.placement.place_tables` gives them a place).
+    With tables="external" the tables have no rows until `train.placement.place_tables` or `stores.serving.serve_tables`
+    gives them some. A subclass that looks up ids in another way overrides `looks_up`, `retrieve`, `embed` and
+    `before_block`.
     """
 
-    def __init__(self, config: EngrammarConfig, rows: Rows = "own") -> None:
+    def __init__(self, config: EngrammarConfig, tables: Tables = "parameters") -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.memory: Memory | None = None
@@ -134,17 +181,19 @@ class EngrammarModel(EngrammarPreTrainedModel):
                 config.memory_geometry,
                 num_ids=config.num_ids or config.vocab_size,
                 vocab_size=config.vocab_size,
-                rows=rows,
+                tables=tables,
             )
-        self.rival: Rival | None = None
-        if config.rival_config is not None:
-            self.rival = config.rival_config.build(config.backbone)
         self.layers = nn.ModuleList([EngrammarBlock(config, index) for index in range(config.num_hidden_layers)])
         self.collapse = Collapse(config)
         self.norm = DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = DeepseekV3RotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
+
+    @property
+    def looks_up(self) -> bool:
+        """Whether the model looks up token ids, so that embeddings alone are not enough."""
+        return self.memory is not None
 
     @merge_with_config_defaults
     @capture_outputs
@@ -156,101 +205,108 @@ class EngrammarModel(EngrammarPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        retrieved: Retrieved | None = None,
         **kwargs: Any,
     ) -> MoeModelOutputWithPast:
         """Hidden states [B, T, D] of `input_ids` [B, T].
 
+        Args:
+            retrieved: what `retrieve` returned for these very arguments, when it was called ahead.
+
         Raises:
-            ValueError: memory or a rival without `input_ids`, a mask that is not [B, positions], an id outside the
-                vocabulary, a cache to go on from with a rival that looks up n-grams.
+            ValueError: a model with memory without `input_ids`, or with `retrieved` of others; an id outside the
+                vocabulary; a mask that is not [B, positions]; positions without the tokens before them.
         """
-        if input_ids is None:
-            if self.memory is not None or self.rival is not None:
-                raise ValueError("This model looks up token ids: pass input_ids, not inputs_embeds alone.")
-            if inputs_embeds is None:
-                raise ValueError("Pass input_ids or inputs_embeds.")
-        else:
-            self._check_ids(input_ids)
+        self._check_inputs(input_ids, inputs_embeds)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        retrieved = Retrieved(waits={}, dead_BT=None, starts_BT=None)
-        if self.memory is not None and input_ids is not None:
-            retrieved = self._retrieve(input_ids, attention_mask, position_ids, past_key_values)
+        if self.looks_up and retrieved is None:
+            assert input_ids is not None
+            retrieved = self.retrieve(input_ids, attention_mask, position_ids, past_key_values)
+        elif retrieved is not None:
+            self._check_retrieved(retrieved, input_ids)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        read_BTX = None
-        if self.rival is not None and input_ids is not None:
-            read_BTX = self._read_rival(input_ids, attention_mask, position_ids, past_key_values)
-            inputs_embeds = self.rival.embed(inputs_embeds, read_BTX)
+        inputs_embeds = self.embed(inputs_embeds, retrieved)
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(seen, seen + inputs_embeds.shape[1], device=inputs_embeds.device)[None]
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
-        position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
+        attention = {
+            "position_embeddings": self.rotary_emb(inputs_embeds, position_ids),
+            "attention_mask": create_causal_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            ),
+            "position_ids": position_ids,
+        }
         streams_BTMD = inputs_embeds.unsqueeze(2).repeat(1, 1, self.config.num_branches, 1)
         for layer, block in enumerate(self.layers):
-            if self.rival is not None:
-                streams_BTMD = self.rival.before(layer, streams_BTMD, read_BTX)
-            streams_BTMD = block(
-                streams_BTMD,
-                *retrieved.wait(layer),
-                retrieved.starts_BT,
-                past_key_values,
-                position_embeddings=position_embeddings,
-                attention_mask=mask,
-                position_ids=position_ids,
-                **kwargs,
-            )
+            streams_BTMD = self.before_block(layer, streams_BTMD, retrieved)
+            rows = () if retrieved is None else (*retrieved.wait(layer), retrieved.starts_BT)
+            streams_BTMD = block(streams_BTMD, *rows, past_key_values=past_key_values, **attention, **kwargs)
         return MoeModelOutputWithPast(
             last_hidden_state=self.norm(self.collapse(streams_BTMD)), past_key_values=past_key_values
         )
 
-    def _check_ids(self, input_ids: Tensor) -> None:
-        if input_ids.device.type != "cpu" or torch.compiler.is_compiling() or not input_ids.numel():
-            return
-        for token_id in (int(input_ids.min()), int(input_ids.max())):
-            if not 0 <= token_id < self.config.vocab_size:
-                raise ValueError(
-                    f"Token id {token_id} is outside the vocabulary of {self.config.vocab_size} ids: use the tokenizer "
-                    "of this model, and an attention_mask for padding."
-                )
-
-    def stored_rows(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        """The stored rows that `forward` reads for a whole batch (no cache): per table name [B, T, H]."""
-        assert self.memory is not None
-        input_ids, _, starts_BT = masked_ids(input_ids, attention_mask, position_ids, None)
-        rows = self.memory.addresses(input_ids, None, starts_BT)
-        tables = {layer: self.memory.table(layer) for layer in rows}
-        return {tables[layer].name: tables[layer].stored_rows(rows_BTH) for layer, rows_BTH in rows.items()}
-
-    def _retrieve(
-        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: Cache | None
+    def retrieve(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
     ) -> Retrieved:
-        """The rows of every memory layer; the last N-1 ids live in the attention cache, stored as id + 1."""
-        assert self.memory is not None
-        input_ids, mask_BT, starts_BT = masked_ids(input_ids, attention_mask, position_ids, cache)
-        history_BS = None if cache is None else self._update_history(input_ids, cache)
-        return self.memory.fetch(input_ids, history_BS=history_BS, mask_BT=mask_BT, starts_BT=starts_BT)
+        """Starts reading the rows that `forward` needs for these arguments, to be passed to it as `retrieved`.
 
-    def _read_rival(
-        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: Cache | None
-    ) -> Tensor | None:
-        assert self.rival is not None
-        if self.rival.looks_up == "ngrams" and cache is not None and cache.get_seq_length():
-            raise ValueError("An n-gram rival reads whole rows, not on from a cache: pass use_cache=False.")
-        ids_BT, _, starts_BT = masked_ids(input_ids, attention_mask, position_ids, cache)
-        return self.rival.read(ids_BT, starts_BT)
+        With a cache, the ids become part of it here; call this once for each pass.
+        """
+        assert self.memory is not None
+        mask_BT = new_positions(attention_mask, input_ids, past_key_values)
+        history_BS = None
+        if past_key_values is not None:
+            masked = input_ids if mask_BT is None else input_ids.masked_fill(~mask_BT, -1)
+            history_BS = self._update_history(masked, past_key_values)
+        return self.memory.retrieve(input_ids, mask_BT, position_ids, history_BS)
+
+    def embed(self, inputs_embeds: Tensor, retrieved: Any) -> Tensor:
+        """The input embeddings [B, T, D] that the first block reads."""
+        return inputs_embeds
+
+    def before_block(self, layer: int, streams_BTMD: Tensor, retrieved: Any) -> Tensor:
+        """The residual streams that block `layer` reads."""
+        return streams_BTMD
+
+    def _check_inputs(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> None:
+        if input_ids is None:
+            if self.looks_up:
+                raise ValueError("This model looks up token ids: pass input_ids, not inputs_embeds alone.")
+            if inputs_embeds is None:
+                raise ValueError("Pass input_ids or inputs_embeds.")
+        elif input_ids.device.type == "cpu" and not torch.compiler.is_compiling() and input_ids.numel():
+            for token_id in (int(input_ids.min()), int(input_ids.max())):
+                if not 0 <= token_id < self.config.vocab_size:
+                    raise ValueError(
+                        f"Token id {token_id} is outside the vocabulary of {self.config.vocab_size} ids: use the "
+                        "tokenizer of this model, and an attention_mask for padding."
+                    )
+
+    def _check_retrieved(self, retrieved: Retrieved, input_ids: Tensor | None) -> None:
+        if self.memory is None or input_ids is None:
+            raise ValueError("`retrieved` needs a model with memory, and the input_ids it was made for.")
+        retrieved.check_made_for(input_ids)
+        if retrieved.own_history and self.memory.config.conv_kernel:
+            raise ValueError(
+                "Each token was given a history of its own, but this pass cannot give each a convolution window of its "
+                "own: pass whole rows, or a cache."
+            )
 
     def _update_history(self, input_ids: Tensor, cache: Cache) -> Tensor:
-        """Appends `input_ids` to the ids kept in the cache and returns the N-1 before them, -1 where there are none."""
+        """Appends `input_ids` to the ids kept in the cache and returns the N-1 before them, -1 where there are none.
+
+        The cache keeps id + 1, so that its zeros are "none".
+        """
         assert self.memory is not None
         num_back = self.memory.config.max_ngram_size - 1
         stored = None
@@ -263,23 +319,41 @@ class EngrammarModel(EngrammarPreTrainedModel):
         return before[:, :num_back] - 1
 
 
+def new_positions(attention_mask: Tensor | None, input_ids: Tensor, cache: Cache | None) -> Tensor | None:
+    """The mask [B, T] of these positions, out of one [B, positions] that counts the cached ones too.
+
+    Raises:
+        ValueError: a mask of another shape.
+    """
+    if attention_mask is None:
+        return None
+    shape = (input_ids.shape[0], input_ids.shape[1] + (cache.get_seq_length() if cache is not None else 0))
+    if not isinstance(attention_mask, Tensor) or attention_mask.shape != shape:
+        raise ValueError(
+            f"A model that looks up ids needs an attention_mask of shape [batch, positions] = {list(shape)}, cached "
+            "positions included (generate with a static cache makes another: leave cache_implementation out)."
+        )
+    return attention_mask[:, -input_ids.shape[1] :].bool()
+
+
 class EngrammarForCausalLM(EngrammarPreTrainedModel, GenerationMixin):
     """`EngrammarModel` with a language-model head; works with `generate`, Trainer and the Auto classes."""
 
+    backbone_class: ClassVar[type[EngrammarModel]] = EngrammarModel
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
 
-    def __init__(self, config: EngrammarConfig, rows: Rows = "own") -> None:
+    def __init__(self, config: EngrammarConfig, tables: Tables = "parameters") -> None:
         super().__init__(config)
-        if rows == "elsewhere":
+        if tables == "external":
             self._keys_to_ignore_on_load_unexpected = {r"memory\.tables\."}
-        self.model = EngrammarModel(config, rows)
+        self.model = self.backbone_class(config, tables)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def stored_rows(self, input_ids: Tensor, **masks: Tensor) -> dict[str, Tensor]:
-        """As `EngrammarModel.stored_rows`."""
-        return self.model.stored_rows(input_ids, **masks)
+    def retrieve(self, input_ids: Tensor, **arguments: Any) -> Retrieved:
+        """As `EngrammarModel.retrieve`."""
+        return self.model.retrieve(input_ids, **arguments)
 
     @can_return_tuple
     def forward(
@@ -292,9 +366,13 @@ class EngrammarForCausalLM(EngrammarPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        retrieved: Retrieved | None = None,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
-        """Logits [B, T, vocabulary] and, with `labels` [B, T] (-100 ignored), the mean cross entropy in nats."""
+        """Logits [B, T, vocabulary] and, with `labels` [B, T] (-100 ignored), the mean cross entropy in nats.
+
+        `retrieved` and errors as in `EngrammarModel.forward`.
+        """
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -302,6 +380,7 @@ class EngrammarForCausalLM(EngrammarPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            retrieved=retrieved,
             **kwargs,
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
@@ -321,3 +400,8 @@ class EngrammarForCausalLM(EngrammarPreTrainedModel, GenerationMixin):
 AutoConfig.register("engrammar", EngrammarConfig)
 AutoModel.register(EngrammarConfig, EngrammarModel)
 AutoModelForCausalLM.register(EngrammarConfig, EngrammarForCausalLM)
+
+
+def model_class(config: EngrammarConfig) -> type[EngrammarForCausalLM]:
+    """The class of causal models that is registered with transformers for this kind of config."""
+    return AutoModelForCausalLM._model_mapping[type(config)]

@@ -12,7 +12,7 @@ from engrammar.tables.folder import open_tables
 from engrammar.tables.memory_json import finish_checkpoint
 from engrammar.tables.shards import MEMORY, check_shards, is_table, remove_checkpoint, write_tables
 
-SERVING = ("cache_rows", "prefetch", "on_missing", "deadline")  # settings of `serve_tables`
+SERVING = ("cache_rows", "on_missing", "deadline")  # settings of `serve_tables`
 
 
 class SavedModel(PreTrainedModel):
@@ -44,8 +44,8 @@ class SavedModel(PreTrainedModel):
 
         Args:
             memory: where the memory's tables stay: "ram" or "disk", or a function that opens the store of a table.
-                Without it they are weights of the model. `cache_rows`, `prefetch`, `on_missing` and `deadline` go with
-                it: see `stored.serve_tables`.
+                Without it they are weights of the model. `cache_rows`, `on_missing` and `deadline` go with
+                it: see `stores.serving.serve_tables`.
 
         Raises:
             ValueError: a shard is missing or cut short, or the checkpoint lacks weights of this model.
@@ -56,7 +56,7 @@ class SavedModel(PreTrainedModel):
         serving = {key: kwargs.pop(key) for key in SERVING if key in kwargs}
         if isinstance(kwargs.get("memory"), str) or callable(kwargs.get("memory")):
             serving["where"] = kwargs.pop("memory")
-            kwargs["rows"] = "elsewhere"
+            kwargs["tables"] = "external"
         elif serving:
             raise ValueError(
                 f"{next(iter(serving))} needs memory='ram', 'disk' or a store: tables are weights otherwise."
@@ -72,11 +72,11 @@ class SavedModel(PreTrainedModel):
             raise ValueError(
                 f"The weights in {folder} have other shapes than its config.json says: copy the checkpoint again."
             ) from error
-        elsewhere = kwargs.get("rows") == "elsewhere"
+        external = kwargs.get("tables") == "external"
         left_over = sorted(
             key
             for key in info["unexpected_keys"]
-            if ".fusion." in key or "rival." in key or ("memory." in key and not (elsewhere and is_table(key)))
+            if ".fusion." in key or "rival." in key or ("memory." in key and not (external and is_table(key)))
         )
         if left_over:
             raise ValueError(

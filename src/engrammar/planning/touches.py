@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-from engrammar.addressing import hash_ngrams_numpy, head_offsets, look_back
+from engrammar.addressing import hash_ngrams_numpy, look_back
 from engrammar.config import Geometry, MemoryConfig
 from engrammar.stores.base import Arrived, Fetch, RowStore
 from engrammar.stores.cache import CachedStore
@@ -103,8 +103,7 @@ def touched_rows(
         starts_BT=torch.from_numpy(sample.starts_T)[None],
     )
     arrays = [np.ascontiguousarray(seen_BT.numpy()) for seen_BT in seen]
-    local_TH = hash_ngrams_numpy(arrays, config=memory, geometry=geometry, layer_index=index)[0]
-    return np.ascontiguousarray(local_TH) + np.array(head_offsets(geometry, index))
+    return np.ascontiguousarray(hash_ngrams_numpy(arrays, config=memory, geometry=geometry, layer_index=index)[0])
 
 
 def hot_rows(rows_TH: NDArray[np.int64]) -> NDArray[np.int64]:

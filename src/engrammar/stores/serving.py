@@ -6,8 +6,7 @@ Letters: B batch, T tokens, H columns, C row width, E = H*C, U = B*T*H rows, S b
 
 import logging
 import shutil
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,12 +19,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from torch import Tensor, nn
 
-from engrammar.memory import Memory
+from engrammar.memory import memory_of
 from engrammar.stores.base import Fetch, RowsMissing, RowStore
 from engrammar.stores.cache import CachedStore
 from engrammar.stores.disk import DiskStore
 from engrammar.stores.ram import RamStore
-from engrammar.table import Embedded, MemoryTable, RowSource
+from engrammar.table import Rows, RowSource
 from engrammar.tables.encodings import PLAIN, decode
 from engrammar.tables.folder import TableFile, TableFolder, open_tables
 from engrammar.tables.shards import HOT_ROWS, MEMORY, write_index
@@ -66,7 +65,6 @@ class StoredTables(RowSource):
         folder: TableFolder,
         stores: Mapping[str, RowStore],
         *,
-        prefetch: bool,
         on_missing: OnMissing,
         deadline: float | None,
         dtype: torch.dtype,
@@ -74,34 +72,18 @@ class StoredTables(RowSource):
         self.tables: dict[str, nn.Parameter] = {}  # no parameters: nothing here is trained
         self.folder, self.stores = folder, dict(stores)
         self.files = {file.name: file for file in folder.tables.values()}
-        self.prefetch, self.on_missing, self.deadline, self.dtype = prefetch, on_missing, deadline, dtype
+        self.on_missing, self.deadline, self.dtype = on_missing, deadline, dtype
         self.counts = Counts()
-        self.ahead: deque[tuple[dict[str, Tensor], dict[str, Fetch]]] = deque()
 
-    def read(self, rows: Mapping[str, Tensor]) -> dict[str, Callable[[], Embedded]]:
-        """As `RowSource.read`. Rows that `read_ahead` started to read are not read again."""
-        if self.ahead and all(torch.equal(rows[name], given) for name, given in self.ahead[0][0].items()):
-            _, fetches = self.ahead.popleft()
-        elif self.prefetch:
-            fetches = self._start(rows)
-        else:
-            return {name: partial(self._read_now, name, rows_BTH) for name, rows_BTH in rows.items()}
-        return {name: partial(self._embed, name, rows_BTH, fetches[name]) for name, rows_BTH in rows.items()}
+    def read(self, passes: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Callable[[], Rows]]]:
+        """As `RowSource.read`."""
+        return [{name: self._start(name, rows_BTH) for name, rows_BTH in one.items()} for one in passes]
 
-    def read_ahead(self, rows: Mapping[str, Tensor]) -> None:
-        """Starts reading what the forward pass after this one will ask for."""
-        self.ahead.append((dict(rows), self._start(rows)))
+    def _start(self, name: str, rows_BTH: Tensor) -> Callable[[], Rows]:
+        fetch = self.stores[name].fetch(rows_BTH.detach().cpu().numpy().reshape(-1))
+        return partial(self._embed, name, rows_BTH, fetch)
 
-    def _start(self, rows: Mapping[str, Tensor]) -> dict[str, Fetch]:
-        return {
-            name: self.stores[name].fetch(rows_BTH.detach().cpu().numpy().reshape(-1))
-            for name, rows_BTH in rows.items()
-        }
-
-    def _read_now(self, name: str, rows_BTH: Tensor) -> Embedded:
-        return self._embed(name, rows_BTH, self._start({name: rows_BTH})[name])
-
-    def _embed(self, name: str, rows_BTH: Tensor, fetch: Fetch) -> Embedded:
+    def _embed(self, name: str, rows_BTH: Tensor, fetch: Fetch) -> Rows:
         """Waits, decodes, and says which positions lack a row."""
         file = self.files[name]
         self.counts.rows += rows_BTH.numel()
@@ -117,7 +99,7 @@ class StoredTables(RowSource):
                 missing_BT = torch.from_numpy(error.missing_U).view(rows_BTH.shape).any(-1).to(rows_BTH.device)
             self._count(error, 0 if missing_BT is None else int(missing_BT.sum()))
         values_UC = decode(torch.from_numpy(rows_US), file.width, file.encoding, self.dtype, file.scale)
-        return Embedded(values_UC.view(*rows_BTH.shape[:-1], -1).to(rows_BTH.device), missing_BT)
+        return Rows(values_UC.view(*rows_BTH.shape[:-1], -1).to(rows_BTH.device), missing_BT)
 
     def _count(self, error: RowsMissing, closed: int) -> None:
         """Counts; warns at the first row and whenever their number has doubled."""
@@ -154,17 +136,15 @@ def serve_tables(
     *,
     where: Tier | Callable[[TableFile], RowStore],
     cache_rows: int = 0,
-    prefetch: bool = True,
     on_missing: OnMissing = "error",
     deadline: float | None = None,
 ) -> StoredTables:
-    """Gives a model that was built with rows="elsewhere" the rows of a table folder.
+    """Gives a model that was built with tables="external" the rows of a table folder.
 
     Args:
         where: "ram", "disk", or a function that opens the store of a table (say, a remote one).
         cache_rows: rows of each table kept in RAM in front of its store; 0 is no cache. Half of them are pinned to the
             hottest rows where `folder` names those (`engrammar table plan` writes `memory.hot.safetensors`).
-        prefetch: whether reads start before the first block; False reads where a block waits, for comparison.
         on_missing: what happens where a row cannot be had within `deadline` seconds: "error"; "skip", the position
             takes nothing from that layer's memory; "zeros", that row alone is zero. The last two count and warn.
 
@@ -179,7 +159,9 @@ def serve_tables(
         raise ValueError(f"memory is {where!r}; allowed: {', '.join(TIERS)}, or a function that opens a table's store.")
     if cache_rows < 0:
         raise ValueError(f"cache_rows is {cache_rows}; allowed: 0 (no cache) or more.")
-    opened, memory = open_tables(folder), _memory_of(model)
+    opened, memory = open_tables(folder), memory_of(model)
+    if memory is None:
+        raise ValueError(f"{type(model).__name__} has no memory: it cannot be given tables.")
     if opened.geometry != memory.geometry or set(opened.tables) != set(memory.config.layers):
         raise ValueError(f"The tables in {folder} are of another geometry than this model's: give the model's own.")
     open_store = where if callable(where) else TIERS[where]
@@ -199,54 +181,40 @@ def serve_tables(
     source = StoredTables(
         opened,
         stores,
-        prefetch=prefetch,
         on_missing=on_missing,
         deadline=deadline,
         dtype=next(model.parameters()).dtype,
     )
     for layer, file in opened.tables.items():
-        table = memory.table(layer)
-        table.weight, table.source, table.name = None, source, file.name
+        memory.table(layer).move_to(source, file.name)
     return source
 
 
 def stored_tables_of(model: nn.Module) -> StoredTables | None:
     """What serves a model's tables from files, or None."""
-    for module in model.modules():
-        if isinstance(module, MemoryTable) and isinstance(module.source, StoredTables):
-            return module.source
-    return None
+    memory = memory_of(model)
+    return memory.source if memory is not None and isinstance(memory.source, StoredTables) else None
 
 
-def look_ahead(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> Iterator[Mapping[str, Tensor]]:
-    """Yields batches of `input_ids` (and masks), having started to read the memory's rows of the one after.
+def look_ahead(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    """Yields batches for `model(**batch)`, each with `retrieved`; the rows of the one after are then on their way.
 
     For evaluation: the next batch's rows come from their tier while this one is computed. Where the model's tables are
-    not served from stores, or without prefetch, it yields the batches and nothing else.
+    not served from stores, it yields the batches as they are.
     """
-    source = stored_tables_of(model)
-    if source is None or not source.prefetch:
+    memory = memory_of(model)
+    if memory is None or not isinstance(memory.source, StoredTables):
         yield from batches
         return
     before = None
-    try:
-        for batch in batches:
-            masks = {key: batch[key] for key in ("attention_mask", "position_ids") if batch.get(key) is not None}
-            source.read_ahead(model.stored_rows(batch["input_ids"], **masks))
-            if before is not None:
-                yield before
-            before = batch
+    for batch in batches:
+        masks = {key: batch.get(key) for key in ("attention_mask", "position_ids")}
+        after = {**batch, "retrieved": memory.retrieve(batch["input_ids"], **masks)}
         if before is not None:
             yield before
-    finally:
-        source.ahead.clear()  # where the caller stopped early: nobody would ask for these rows
-
-
-def _memory_of(model: nn.Module) -> Memory:
-    memories = [module for module in model.modules() if isinstance(module, Memory)]
-    if len(memories) != 1:
-        raise ValueError(f"{type(model).__name__} has no memory: it cannot be given tables.")
-    return memories[0]
+        before = after
+    if before is not None:
+        yield before
 
 
 def load_hot_rows(folder: Path) -> dict[int, NDArray[np.int64]]:

@@ -5,10 +5,9 @@ it alone. A read gathers the distinct rows of a batch once; their values are a l
 leaf's gradient goes back to whoever holds the rows. Letters: U distinct rows, C row width, B, T, H as in `table`.
 """
 
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -17,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from engrammar.table import Embedded, MemoryTable, RowSource, draw_rows_
+from engrammar.table import MemoryTable, Rows, RowSource, draw_rows_
 from engrammar.tables.memory_json import finish_checkpoint
 from engrammar.tables.shards import lay_out, read_rows, table_shard, write_index, write_rows
 from engrammar.train.exchange import Group, Route, Traffic, all_sum, broadcast, own_rows
@@ -36,24 +35,25 @@ class Fetched:
     route: Route | None
 
 
-@dataclass(kw_only=True)
-class Touched:
-    """The distinct rows of one read, ascending, and their values once they are there."""
+@dataclass(eq=False, kw_only=True)
+class Read:
+    """The distinct rows of one read, ascending, and their values once they are there.
+
+    Attributes:
+        rows: per table the distinct rows_U.
+        places: per table, where in rows_U each row that was asked for is, all passes one after another.
+        fetched: the values.
+        dtype: of the embeddings.
+        training: whether gradients are to come back.
+        collected: whether they were brought back already, so that the values are those of an earlier step.
+    """
 
     rows: dict[str, Tensor]
+    places: dict[str, Tensor]
     fetched: Future[Fetched]
     dtype: torch.dtype
-    used: bool = False
-    missing: list[Tensor] = field(default_factory=list)
-
-    def look_up(self, name: str, rows: Tensor, checked: bool) -> Embedded:
-        """The embedding [..., E] of stored rows [..., H]. `checked` notes whether any was not read."""
-        leaf_UC = self.fetched.result().leaves[name]
-        rows_U = self.rows[name]
-        place = torch.searchsorted(rows_U, rows).clamp_(max=len(rows_U) - 1)
-        if checked:
-            self.missing.append((rows_U[place] != rows).any())
-        return Embedded(nn.functional.embedding(place, leaf_UC).to(self.dtype).flatten(-2))
+    training: bool
+    collected: bool = False
 
 
 class TablePlacement(RowSource):
@@ -74,8 +74,7 @@ class TablePlacement(RowSource):
         overlaps = overlap in ("exact", "stale") or (overlap == "auto" and torch.accelerator.is_available())
         self.worker = ThreadPoolExecutor(max_workers=1) if overlaps and where != "device" else None
         self.updates: list[Future[None]] = []
-        self.open: list[Touched] = []  # read in this step, as forward passes went
-        self.ahead: deque[Touched] = deque()  # read before their step: this one's, and the next one's if stale
+        self.open: list[Read] = []  # reads that a training pass waited for since the last `collect`
         self.hooks: list[torch.utils.hooks.RemovableHandle] = []
         self.traffic = Traffic()
         self.num_ranks = 1 if group is None else dist.get_world_size(group)
@@ -113,7 +112,7 @@ class TablePlacement(RowSource):
                 else:
                     raise ValueError(f"The rows of {name} are in the checkpoint that the model was read from: name it.")
                 self.tables[name] = nn.Parameter(own_UC)
-            table.weight, table.source, table.name = None, self, name
+            table.move_to(self, name)
             self.hooks.append(table.register_load_state_dict_pre_hook(self._take_rows))
 
     @torch.no_grad()
@@ -137,50 +136,54 @@ class TablePlacement(RowSource):
         """Gives whole tables back to the model as its parameters. Tables in a file or over ranks stay: False."""
         self.flush()
         self.open.clear()
-        self.ahead.clear()
         if self.where == "file" or self.num_ranks > 1:
             return False
         for hook in self.hooks:
             hook.remove()
         for name, table in self.modules.items():
-            table.weight, table.source = self.tables[name], None
+            table.take_back(self.tables[name])
         return True
 
     @property
-    def reads_ahead(self) -> bool:
-        """Whether reading a step's rows together, before it, saves anything."""
+    def reads_together(self) -> bool:
+        """Whether reading the rows of all passes of a step together, before it, saves anything."""
         return self.where != "device" or self.num_ranks > 1
 
     # Reading
 
-    def read(self, rows: Mapping[str, Tensor]) -> dict[str, Callable[[], Embedded]]:
-        """As `RowSource.read`. While training, rows that were read ahead are not read again.
+    def read(self, passes: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Callable[[], Rows]]]:
+        """As `RowSource.read`; each distinct row of all passes is read once. With several ranks all must read together.
 
-        With several ranks all of them must read together.
+        While training, the gradients of the passes come back with the next `collect` after they waited for their rows.
         """
+        rows = {name: torch.cat([one[name].flatten() for one in passes]) for name in passes[0]}
+        distinct = {name: row_numbers.unique(return_inverse=True) for name, row_numbers in rows.items()}
+        rows_U = {name: found[0] for name, found in distinct.items()}
+        self.traffic.num_looked_up += sum(row_numbers.numel() for row_numbers in rows.values())
+        self.traffic.num_distinct += sum(len(found) for found in rows_U.values())
         training = torch.is_grad_enabled() and any(self.tables[name].requires_grad for name in rows)
-        if training and self.ahead:
-            self.ahead[0].used = True
-            return {name: partial(self.ahead[0].look_up, name, rows[name], True) for name in rows}
-        touched = self._touch(rows, training)
-        if training:
-            self.open.append(touched)
-        return {name: partial(touched.look_up, name, rows[name], False) for name in rows}
+        read = Read(
+            rows=rows_U,
+            places={name: found[1] for name, found in distinct.items()},
+            fetched=self._run(partial(self._fetch, rows_U, training)),
+            dtype=next(iter(self.tables.values())).dtype,
+            training=training,
+        )
+        waits: list[dict[str, Callable[[], Rows]]] = [{} for _ in passes]
+        for name in rows:
+            parts = read.places[name].split([one[name].numel() for one in passes])
+            for wait, one, part in zip(waits, passes, parts):
+                wait[name] = partial(self._look_up, read, name, part.view(one[name].shape))
+        return waits
 
-    def read_ahead(self, batches: Sequence[Mapping[str, Tensor]]) -> None:
-        """Starts reading the rows of all forward passes of a step, each row once, before the first of them.
-
-        The rows serve every training pass until `collect`. Called again before that, for the step after (stale).
-        """
-        together = {name: torch.cat([rows[name].flatten() for rows in batches]) for name in batches[0]}
-        self.ahead.append(self._touch(together, training=True))
-
-    def _touch(self, rows: Mapping[str, Tensor], training: bool) -> Touched:
-        distinct = {name: rows_BTH.unique() for name, rows_BTH in rows.items()}
-        self.traffic.num_looked_up += sum(rows_BTH.numel() for rows_BTH in rows.values())
-        self.traffic.num_distinct += sum(len(rows_U) for rows_U in distinct.values())
-        fetched = self._run(partial(self._fetch, distinct, training))
-        return Touched(rows=distinct, fetched=fetched, dtype=next(iter(self.tables.values())).dtype)
+    def _look_up(self, read: Read, name: str, places: Tensor) -> Rows:
+        """The embedding [..., E] of rows at these places [..., H] of a read."""
+        if read.collected:
+            raise ValueError("These rows were retrieved for an earlier step: call retrieve again.")
+        leaf_UC = read.fetched.result().leaves[name]
+        if read.training and read not in self.open:
+            self.open.append(read)
+        return Rows(nn.functional.embedding(places, leaf_UC).to(read.dtype).flatten(-2))
 
     @torch.no_grad()
     def _fetch(self, rows: dict[str, Tensor], training: bool) -> Fetched:
@@ -201,21 +204,14 @@ class TablePlacement(RowSource):
 
     @torch.no_grad()
     def collect(self) -> None:
-        """Brings the gradients of this step's reads to the rows: `.grad` of every table, sparse, mean over ranks.
-
-        Raises:
-            ValueError: a forward pass looked up rows that were not among those read ahead.
-        """
+        """Brings the gradients of this step's reads to the rows: `.grad` of every table, sparse, mean over ranks."""
         reads, self.open = self.open, []
-        if self.ahead and self.ahead[0].used:
-            reads.append(self.ahead.popleft())
         if not reads:
             return
-        if any(bool(missing) for touched in reads for missing in touched.missing):
-            raise ValueError("A forward pass needs rows that were not read ahead: give read_ahead all of its batches.")
         parts: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in self.tables}
-        for touched in reads:
-            for name, part in self._returned(touched).items():
+        for read in reads:
+            read.collected = True
+            for name, part in self._returned(read).items():
                 parts[name].append(part)
         for name, table_RC in self.tables.items():
             if parts[name]:
@@ -223,29 +219,32 @@ class TablePlacement(RowSource):
                 grad = torch.sparse_coo_tensor(rows[None], grads, table_RC.shape, check_invariants=False)
                 table_RC.grad = grad.to(table_RC.dtype) if table_RC.dtype != grad.dtype else grad
 
-    def _returned(self, touched: Touched) -> dict[str, tuple[Tensor, Tensor]]:
+    def _returned(self, read: Read) -> dict[str, tuple[Tensor, Tensor]]:
         """Rows that this rank holds, and their gradients, from one read."""
-        fetched = touched.fetched.result()
+        fetched = read.fetched.result()
         if fetched.route is None:
             return {
                 name: (rows_U.to(self.tables[name].device), leaf.grad.to(self.tables[name].device))
-                for name, rows_U in touched.rows.items()
+                for name, rows_U in read.rows.items()
                 if (leaf := fetched.leaves[name]).grad is not None
             }
         home = next(iter(self.tables.values())).device
         grads = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in fetched.leaves.values()]
         # In the worker, where there is one: ranks must not mix this exchange with a read that is under way.
         parts = self._run(partial(fetched.route.give_back, [grad_UC.to(home) for grad_UC in grads])).result()
-        return {name: (rows, grad / self.num_ranks) for name, (rows, grad) in zip(touched.rows, parts)}
+        return {name: (rows, grad / self.num_ranks) for name, (rows, grad) in zip(read.rows, parts)}
 
     def zero_grad(self) -> None:
         """Forgets the gradients of this step so far."""
-        for touched in (*self.open, *(touched for touched in self.ahead if touched.used)):
-            for leaf in touched.fetched.result().leaves.values():
+        for read in self.open:
+            for leaf in read.fetched.result().leaves.values():
                 leaf.grad = None
 
     def _update(self, update: Callable[[], None]) -> None:
-        self.updates = [done for done in self.updates if not done.done() or done.result()]
+        finished = [done for done in self.updates if done.done()]
+        for done in finished:
+            done.result()  # raises what went wrong
+        self.updates = [done for done in self.updates if done not in finished]
         self.updates.append(self._run(update))
 
     def _run(self, job: Callable[[], Any]) -> Future[Any]:
@@ -342,7 +341,7 @@ def place_tables(
             behind the next forward pass, up to its first block with memory. "stale": that pass does not wait, and reads
             rows one update old. "auto": exact with an accelerator, none without.
         checkpoint: a folder to read the rows from. None keeps the model's own, or draws those of a model that was built
-            with rows="elsewhere".
+            with tables="external".
 
     Raises:
         ValueError: no tables, tables that are placed already, or another `where` or `overlap`.

@@ -56,13 +56,11 @@ class ModelRecipe:
     and how its budget is split.
 
     memory: `preset` keeps the preset's memory; `none` leaves it out; `budget` starts from the plain model and moves a
-    share 1 - rho of its inactive parameters into memory, total and active parameters equal. rival (with memory: none)
-    gives that share to one of `engrammar.rivals` instead; its other sizes are set by `settings.rival`.
+    share 1 - rho of its inactive parameters into memory, total and active parameters equal.
     """
 
     preset: str = "nano"
     memory: Literal["preset", "none", "budget"] = "preset"
-    rival: Literal["none", "over_encoding", "per_layer", "bigram", "product_keys"] = "none"
     rho: float = 0.78
     settings: Settings = field(default_factory=dict)
 
@@ -70,8 +68,6 @@ class ModelRecipe:
         from engrammar.model.presets import PRESETS
 
         _require("model.preset", self.preset, self.preset in PRESETS, ", ".join(PRESETS))
-        alone = self.memory == "none" or self.rival == "none"
-        _require("model.memory", self.memory, alone, "none, beside a model.rival")
         _require("model.rho", self.rho, 0 < self.rho <= 1, "over 0, up to 1")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,22 +24,19 @@ if TYPE_CHECKING:
 
     from engrammar.model.configuration import EngrammarConfig
     from engrammar.model.modeling import EngrammarForCausalLM
-    from engrammar.table import Rows
+    from engrammar.table import Tables
     from engrammar.train.data import TokenSet
     from engrammar.train.trainer import EngrammarTrainer
+
+BuildConfig = Callable[[ModelRecipe, Any, Any], "EngrammarConfig"]
 
 
 def build_config(recipe: ModelRecipe, tokenizer: Any, classes_V: Any) -> "EngrammarConfig":
     """The model's config for this tokenizer, by the recipe's way of splitting its budget."""
-    from engrammar.model.budget import solve_budget
+    from engrammar.model.budget import MemoryShare, solve_budget
     from engrammar.model.presets import preset
-    from engrammar.rivals import rival_from_json
 
     settings = dict(recipe.settings)
-    if recipe.rival != "none":
-        rival = rival_from_json({**(settings.pop("rival", None) or {}), "kind": recipe.rival})
-        plain = preset(recipe.preset, tokenizer=tokenizer, **(settings | {"memory": None}))
-        return solve_budget(plain, rival, rho=recipe.rho)
     own = preset(recipe.preset, tokenizer=tokenizer, classes_V=classes_V, **settings)
     if recipe.memory == "preset":
         return own
@@ -49,18 +47,20 @@ def build_config(recipe: ModelRecipe, tokenizer: Any, classes_V: Any) -> "Engram
         raise ValueError(
             f"model.memory is 'budget', but {recipe.preset} has no memory to size: set model.settings.memory."
         )
-    return solve_budget(plain, own.memory_config, rho=recipe.rho, classes_V=classes_V)
+    return solve_budget(plain, MemoryShare(memory=own.memory_config, classes_V=classes_V), rho=recipe.rho)
 
 
-def build_model(config: "EngrammarConfig", classes_V: Any, seed: int, rows: "Rows" = "own") -> "EngrammarForCausalLM":
+def build_model(
+    config: "EngrammarConfig", classes_V: Any, seed: int, tables: "Tables" = "parameters"
+) -> "EngrammarForCausalLM":
     """A freshly initialized model with its class map set; its tables' rows are its own, or to be placed."""
     import torch
     from transformers import set_seed
 
-    from engrammar.model.modeling import EngrammarForCausalLM
+    from engrammar.model.modeling import model_class
 
     set_seed(seed)
-    model = EngrammarForCausalLM(config, rows)
+    model = model_class(config)(config, tables)
     memory = model.model.memory
     if memory is not None and memory.class_of_id is not None:
         memory.set_classes(torch.from_numpy(classes_V))
@@ -119,12 +119,16 @@ def _training_arguments(recipe: Recipe) -> "TrainingArguments":
     return arguments
 
 
-def train(recipe: Recipe) -> dict[str, Any]:
+def train(recipe: Recipe, build: BuildConfig | None = None) -> dict[str, Any]:
     """Carries out a recipe: data, model, training, evaluation, saving.
 
     A killed run goes on from the last checkpoint in `out` to the same bits; a finished one is not repeated. Under
     torchrun or `accelerate launch` every process calls it, on one file system; their number may differ from the
     checkpoint's.
+
+    Args:
+        build: makes the model's config of the recipe's model, its tokenizer and its class map, for models of other
+            kinds than `build_config` knows. Their classes are registered with transformers.
 
     Returns:
         What `out/result.json` holds: parameter counts, validation loss and bits per byte, the curve, and tokens per
@@ -143,7 +147,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     if (out / "result.json").exists():
         return json.loads((out / "result.json").read_text())
     state, trained = _progress(checkpoint)
-    trainer, config = _trainer(recipe, arguments, checkpoint if trained else None)
+    trainer, config = _trainer(recipe, arguments, checkpoint if trained else None, build or build_config)
     if arguments.should_save:
         with writing("recipe.yaml", out):
             write_text(out / "recipe.yaml", to_yaml(recipe))
@@ -174,12 +178,12 @@ def train(recipe: Recipe) -> dict[str, Any]:
 
 
 def _trainer(
-    recipe: Recipe, arguments: "TrainingArguments", finished: Path | None
+    recipe: Recipe, arguments: "TrainingArguments", finished: Path | None, build: BuildConfig
 ) -> "tuple[EngrammarTrainer, EngrammarConfig]":
     """The recipe's trainer and its model's config; the model is that of the checkpoint `finished`, else a new one."""
     from transformers import AutoTokenizer
 
-    from engrammar.model.modeling import EngrammarForCausalLM
+    from engrammar.model.modeling import model_class
     from engrammar.train.optimizer import OptimizerSettings
     from engrammar.train.trainer import EngrammarTrainer
     from engrammar.vocabulary import cached_classes
@@ -188,18 +192,18 @@ def _trainer(
         tokens = prepare_tokens(recipe.data)
         tokenizer = AutoTokenizer.from_pretrained(tokens.tokenizer_path)
         classes_V = cached_classes(tokenizer, Path(tokens.tokenizer_path))
-    config = build_config(recipe.model, tokenizer, classes_V)
+    config = build(recipe.model, tokenizer, classes_V)
     length = recipe.data.sequence_length
     if length > config.max_position_embeddings:
         raise ValueError(
             f"data.sequence_length is {length}; this model allows up to {config.max_position_embeddings} "
             "(model.settings.max_position_embeddings)."
         )
-    rows: Rows = "own" if recipe.optimizer.memory == "dense_adam" else "elsewhere"
+    tables: Tables = "parameters" if recipe.optimizer.memory == "dense_adam" else "external"
     if finished is not None:
-        model = EngrammarForCausalLM.from_pretrained(finished, rows=rows)
+        model = model_class(config).from_pretrained(finished, tables=tables)
     else:
-        model = build_model(config, classes_V, recipe.seed, rows)
+        model = build_model(config, classes_V, recipe.seed, tables)
     trainer = EngrammarTrainer(
         model,
         arguments,

@@ -1,9 +1,10 @@
 """transformers' Trainer with one optimizer for matrices, rows and the rest, expert balancing and sealed checkpoints."""
 
+import inspect
 import logging
 import math
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 from transformers.trainer_utils import EvalLoopOutput
 
+from engrammar.memory import memory_of
 from engrammar.stores.serving import look_ahead
 from engrammar.table import MemoryTable
 from engrammar.tables.checksums import MANIFEST
@@ -150,27 +152,26 @@ class EngrammarTrainer(Trainer):
         return float(self.mixed_optimizer.clip_grad_norm(math.inf) if grad_norm is None else grad_norm)
 
     def get_batch_samples(self, *args: Any) -> Any:
-        """A step's batches, whose rows are on their way when this returns; each distinct row is read once."""
-        if self.placement is None or not self.placement.reads_ahead:
+        """A step's batches, each with `retrieved`: their rows are on the way when this returns, each read once."""
+        if self.placement is None or not self.placement.reads_together:
             return super().get_batch_samples(*args)
-        samples = self.next_batches or super().get_batch_samples(*args)
-        if not self.placement.stale:
-            self._read_ahead(samples[0])
-            return samples
-        if self.next_batches is None:
-            self._read_ahead(samples[0])
-        following = super().get_batch_samples(*args)
-        self.next_batches = following if following[0] else None  # an epoch's last step has none after it
-        self._read_ahead(following[0])
+        samples = self.next_batches or self._retrieve(super().get_batch_samples(*args))
+        if self.placement.stale:
+            following = self._retrieve(super().get_batch_samples(*args))
+            self.next_batches = following if following[0] else None  # an epoch's last step has none after it
         return samples
 
-    def _read_ahead(self, batches: Sequence[Mapping[str, Tensor]]) -> None:
+    def _retrieve(self, samples: Any) -> Any:
+        """The batches that `get_batch_samples` returned (beside their number of tokens), with their rows retrieved."""
+        batches, *others = samples
         model = self.accelerator.unwrap_model(self.model)
-        if self.placement is None or not batches or not hasattr(model, "stored_rows"):
-            return
+        memory = memory_of(model)
+        if memory is None or not batches or "retrieved" not in inspect.signature(model.forward).parameters:
+            return samples
         known = ("input_ids", "attention_mask", "position_ids")
         inputs = [{key: batch[key].to(self.args.device) for key in known if key in batch} for batch in batches]
-        self.placement.read_ahead([model.stored_rows(**batch) for batch in inputs])
+        reads = memory.retrieve_step(inputs)
+        return [{**batch, "retrieved": retrieved} for batch, retrieved in zip(batches, reads)], *others
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Trains; True resumes from the last good checkpoint of the output folder, a path from that checkpoint.

@@ -12,9 +12,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, final
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -23,7 +25,7 @@ from engrammar.config import MemoryConfig
 from engrammar.model.configuration import EngrammarConfig
 from engrammar.model.modeling import EngrammarForCausalLM
 from engrammar.model.presets import preset
-from engrammar.stores.base import RowStore
+from engrammar.stores.base import Fetch, RowStore
 from engrammar.stores.cache import CachedStore
 from engrammar.stores.disk import DiskStore
 from engrammar.stores.ram import RamStore
@@ -137,6 +139,38 @@ def _decode(model: EngrammarForCausalLM, ids_BT: Tensor) -> list[float]:
     return seconds
 
 
+@final
+class Late(RowStore):
+    """Reads rows only when they are waited for, as a model without prefetch would."""
+
+    def __init__(self, inner: RowStore) -> None:
+        self.inner = inner
+        self.name, self.identity = inner.name, inner.identity
+        self.num_rows, self.row_bytes = inner.num_rows, inner.row_bytes
+
+    def _fetch(self, rows_U: NDArray[np.int64]) -> Fetch:
+        return LateFetch(self.inner, rows_U)
+
+    def close(self) -> None:
+        self.inner.close()
+
+
+@final
+class LateFetch(Fetch):
+    def __init__(self, store: RowStore, rows_U: NDArray[np.int64]) -> None:
+        self.store, self.rows_U = store, rows_U
+
+    def wait(self, seconds: float | None = None) -> NDArray[np.uint8]:
+        return self.store.fetch(self.rows_U).wait(seconds)
+
+
+def _cache(source: StoredTables, name: str) -> CachedStore:
+    store = source.stores[name]
+    store = store.inner if isinstance(store, Late) else store
+    assert isinstance(store, CachedStore)
+    return store
+
+
 def _serve(model: EngrammarForCausalLM, folder: Path, cache_rows: int) -> dict[str, StoredTables]:
     """What gives the model its rows, by variant. Those with a cache share one, those in RAM one copy."""
     stores: dict[tuple[str, int], RowStore] = {}
@@ -149,7 +183,8 @@ def _serve(model: EngrammarForCausalLM, folder: Path, cache_rows: int) -> dict[s
                 stores[place, table.layer] = CachedStore(store, cache_rows) if place == "cache" else store
             return stores[place, table.layer]
 
-        return serve_tables(model, folder, where=open_store, prefetch=kind not in (COLD_LATE, WARM_LATE))
+        late = kind in (COLD_LATE, WARM_LATE)
+        return serve_tables(model, folder, where=(lambda table: Late(open_store(table))) if late else open_store)
 
     return {kind: opened(kind) for kind in VARIANTS}
 
@@ -158,14 +193,16 @@ def _give(model: EngrammarForCausalLM, source: StoredTables) -> None:
     memory = model.model.memory
     assert memory is not None
     for layer in memory.config.layers:
-        memory.table(layer).source = source
+        table = memory.table(layer)
+        table.move_to(source, table.name)
 
 
 def _warm(model: EngrammarForCausalLM, source: StoredTables, ids_BT: Tensor) -> None:
     """Reads the rows of a text until the cache has all of them."""
-    for name, rows in model.stored_rows(ids_BT).items():
-        store = source.stores[name]
-        assert isinstance(store, CachedStore)
+    memory = model.model.memory
+    assert memory is not None
+    for layer, rows in memory.addresses(ids_BT).items():
+        store = _cache(source, memory.table(layer).name)
         for _ in range(8):
             store.reset_counts()
             store.fetch(rows.flatten().numpy()).wait()
@@ -190,7 +227,7 @@ def _rates(plan: Plan, model: EngrammarForCausalLM, sources: Mapping[str, Stored
                 if turn:  # the first round only warms up the model
                     seconds[kind].append(median(took))
                 if kind in (WARM, WARM_LATE):
-                    found = sum(store.misses for store in sources[kind].stores.values())  # type: ignore[attr-defined]
+                    found = sum(_cache(sources[kind], name).misses for name in sources[kind].stores)
                     misses[kind] = misses.get(kind, 0) + found
         yield {
             "batch": batch,
@@ -220,7 +257,7 @@ def bench_decode(quick: bool, plan: Plan | None = None) -> dict[str, Any]:
     _make_tables(config, folder)
     ids = _read_text(plan, config.vocab_size)
     torch.manual_seed(0)
-    model = EngrammarForCausalLM(config, rows="elsewhere").eval()
+    model = EngrammarForCausalLM(config, tables="external").eval()
     assert model.model.memory is not None
     model.model.memory.set_classes(torch.arange(config.vocab_size))
     tables = open_tables(folder).tables.values()

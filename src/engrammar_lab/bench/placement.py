@@ -4,6 +4,7 @@ One backbone; per round it is given another memory and its optimizer, and only w
 """
 
 import time
+from collections import deque
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -16,7 +17,7 @@ from torch import Tensor
 from engrammar.addressing import derive_geometry
 from engrammar.cells import Column, cells, titles
 from engrammar.config import MemoryConfig
-from engrammar.memory import Memory
+from engrammar.memory import Memory, Retrieved
 from engrammar.model.modeling import EngrammarForCausalLM
 from engrammar.model.presets import preset
 from engrammar.train.optimizer import MixedOptimizer, build_optimizer
@@ -82,7 +83,7 @@ def _build_backbone(plan: Plan, device: torch.device) -> tuple[EngrammarForCausa
     config = preset(plan.preset).memory_config
     assert config is not None
     memory = replace(config, rows_per_head=(plan.rows_per_head,) * len(config.orders))
-    model = EngrammarForCausalLM(preset(plan.preset, memory=memory.to_json()), rows="elsewhere").train().to(device)
+    model = EngrammarForCausalLM(preset(plan.preset, memory=memory.to_json()), tables="external").train().to(device)
     model.model.memory = None
     return model, build_optimizer(model, lr=LR, weight_decay=0.1, betas=BETAS, eps=EPS), memory
 
@@ -101,7 +102,8 @@ class Variant:
         assert classes is not None and fill_class is not None
         geometry = derive_geometry(config, num_classes=classes, fill_class=fill_class)
         self.model, self.next = model, 0
-        self.memory = Memory(config, geometry, num_ids=num_ids, vocab_size=num_ids, rows="elsewhere")
+        self.ahead: deque[Retrieved] = deque()  # the next steps' rows
+        self.memory = Memory(config, geometry, num_ids=num_ids, vocab_size=num_ids, tables="external")
         self.memory.set_classes(torch.arange(num_ids))
         for layer in config.layers:
             self.memory.table(layer).init_seed = layer
@@ -115,13 +117,13 @@ class Variant:
 
     def step(self, batches: list[Tensor]) -> None:
         """Reads ahead as the trainer does, and trains on the next batch."""
-        if self.placement.reads_ahead:
-            for ahead in range(len(self.placement.ahead), 2 if self.placement.stale else 1):
-                ids_BT = batches[(self.next + ahead) % len(batches)]
-                self.placement.read_ahead([self.model.stored_rows(ids_BT)])
+        if self.placement.reads_together:
+            for ahead in range(len(self.ahead), 2 if self.placement.stale else 1):
+                self.ahead.append(self.memory.retrieve(batches[(self.next + ahead) % len(batches)]))
+        retrieved = self.ahead.popleft() if self.ahead else None
         ids_BT = batches[self.next % len(batches)]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type != "cpu"):
-            loss = self.model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss
+            loss = self.model(input_ids=ids_BT, labels=ids_BT, retrieved=retrieved, use_cache=False).loss
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -142,9 +144,9 @@ class Variant:
 
     def bytes_moved(self) -> float:
         """Bytes to and from the device in a step: ids one way, rows the other, gradients back."""
-        if not self.placement.reads_ahead:
+        if not self.placement.reads_together:
             return 0
-        num_reads = self.next + len(self.placement.ahead)
+        num_reads = self.next + len(self.ahead)
         a_row = next(iter(self.placement.tables.values()))[0].nbytes
         return self.placement.traffic.num_distinct / num_reads * (8 + 2 * a_row)
 

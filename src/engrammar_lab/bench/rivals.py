@@ -4,14 +4,14 @@ Letters: B batch, T tokens, H columns, C row width, E = H*C, R rows.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from engrammar.table import Embedded, RowSource
+from engrammar.table import Rows, RowSource
 
 
 class RivalRows(RowSource, ABC):
@@ -21,11 +21,11 @@ class RivalRows(RowSource, ABC):
     def look_up(self, rows_BTH: Tensor) -> Tensor:
         """embedding_BTE of stored rows."""
 
-    def read(self, rows: Mapping[str, Tensor]) -> dict[str, Callable[[], Embedded]]:
-        return {name: partial(self._embed, rows_BTH) for name, rows_BTH in rows.items()}
+    def read(self, passes: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Callable[[], Rows]]]:
+        return [{name: partial(self._wait, rows_BTH) for name, rows_BTH in one.items()} for one in passes]
 
-    def _embed(self, rows_BTH: Tensor) -> Embedded:
-        return Embedded(self.look_up(rows_BTH))
+    def _wait(self, rows_BTH: Tensor) -> Rows:
+        return Rows(self.look_up(rows_BTH))
 
     def save(self, directory: Path) -> None:
         raise AssertionError("a bench saves nothing")

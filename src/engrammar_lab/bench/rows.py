@@ -117,7 +117,7 @@ def new_memory(model: EngrammarForCausalLM, rows_per_head: int) -> Memory:
     config = replace(config, rows_per_head=(rows_per_head,) * len(config.orders))
     geometry = derive_geometry(config, num_classes=model.config.num_classes, fill_class=model.config.fill_class)
     vocab_size = model.config.vocab_size
-    memory = Memory(config, geometry, num_ids=vocab_size, vocab_size=vocab_size, rows="elsewhere")
+    memory = Memory(config, geometry, num_ids=vocab_size, vocab_size=vocab_size, tables="external")
     memory.set_classes(torch.arange(vocab_size))
     return memory
 
@@ -127,17 +127,19 @@ def build_contender(name: str, memory: Memory, weight_RC: Tensor) -> Contender:
     (layer,) = memory.config.layers
     table = memory.table(layer)
     if name in ROW_OPTIMIZERS:
-        table.weight = nn.Parameter(weight_RC)
+        weight = nn.Parameter(weight_RC)
+        table.take_back(weight)
         return Contender(
             memory=memory,
-            optimizer=build_row_optimizer(name, [table.weight], lr=MEMORY_LR, betas=BETAS, eps=EPS),
+            optimizer=build_row_optimizer(name, [weight], lr=MEMORY_LR, betas=BETAS, eps=EPS),
         )
     if name == FBGEMM:
-        table.source = FbgemmRows(weight_RC, lr=MEMORY_LR, eps=EPS)
+        table.move_to(FbgemmRows(weight_RC, lr=MEMORY_LR, eps=EPS), "")
         return Contender(memory=memory, optimizer=None)
-    table.source = EmbeddingRows(weight_RC, sparse=name == SPARSE_ADAM)
+    source = EmbeddingRows(weight_RC, sparse=name == SPARSE_ADAM)
+    table.move_to(source, "")
     kind = torch.optim.SparseAdam if name == SPARSE_ADAM else torch.optim.Adam
-    weights = list(table.source.tables.values())
+    weights = list(source.tables.values())
     return Contender(memory=memory, optimizer=kind(weights, lr=MEMORY_LR, betas=BETAS, eps=EPS))
 
 
@@ -179,7 +181,7 @@ def limit_step(contender: Contender, ids_BT: Tensor) -> float | None:
     if table.weight is None or contender.optimizer is None:
         return None
     (rows_BTH,) = contender.memory.addresses(ids_BT).values()
-    rows_U = table.stored_rows(rows_BTH).unique()
+    rows_U = rows_BTH.unique()
     tensors = [table.weight.detach(), *contender.optimizer.state[table.weight].values()]
     started = time.perf_counter()
     gather_and_scatter(tensors, rows_U)

@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
 from engrammar.cells import Column, cells, titles
+from engrammar.memory import Retrieved, memory_of
 from engrammar.model.configuration import EngrammarConfig
 from engrammar.model.modeling import EngrammarForCausalLM
 from engrammar.model.presets import SMALL_MEMORY, preset
@@ -103,7 +104,7 @@ def _build(precision: Precision) -> tuple[DistributedDataParallel, TablePlacemen
     """
     torch.manual_seed(0)
     config = shape()
-    model = EngrammarForCausalLM(config, rows="elsewhere").train()
+    model = EngrammarForCausalLM(config, tables="external").train()
     assert model.model.memory is not None
     model.model.memory.set_classes(torch.arange(config.vocab_size))
     if precision == "fp64":
@@ -120,12 +121,14 @@ def _build(precision: Precision) -> tuple[DistributedDataParallel, TablePlacemen
     return DistributedDataParallel(model), placement, optimizer
 
 
-def _accumulate(model: DistributedDataParallel, precision: Precision, passes: list[Tensor]) -> Tensor:
+def _accumulate(
+    model: DistributedDataParallel, precision: Precision, passes: list[Tensor], reads: list[Retrieved]
+) -> Tensor:
     """Gradients of the mean loss over the passes; returns that loss, in fp64."""
     total = torch.zeros((), dtype=torch.float64)
-    for ids_BT in passes:
+    for ids_BT, retrieved in zip(passes, reads):
         with Fp64Casts() if precision == "fp64" else nullcontext():
-            logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
+            logits_BTV = model(input_ids=ids_BT, retrieved=retrieved, use_cache=False).logits
         loss = cross_entropy(logits_BTV[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten())
         (loss / len(passes)).backward()
         total += loss.detach().double() / len(passes)
@@ -142,8 +145,10 @@ def train(precision: Precision, num_steps: int, num_passes: int) -> Run:
         passes = list(ids_BT.chunk(num_ranks)[rank].chunk(num_passes))
         dist.barrier()
         started = time.perf_counter()
-        placement.read_ahead([model.module.stored_rows(part_BT) for part_BT in passes])
-        loss = _accumulate(model, precision, passes)
+        memory = memory_of(model)
+        assert memory is not None
+        reads = memory.retrieve_step([{"input_ids": part_BT} for part_BT in passes])
+        loss = _accumulate(model, precision, passes, reads)
         optimizer.step()
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - started)

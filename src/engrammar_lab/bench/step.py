@@ -56,7 +56,7 @@ def _stepper(config: EngrammarConfig, ids: list[Tensor]) -> Callable[[int], dict
         marks = [time.perf_counter()]
         if memory is not None:
             with torch.no_grad():
-                memory.fetch(batch)  # timed on its own, beside the one inside the forward pass
+                memory.retrieve(batch)  # timed on its own, beside the one inside the forward pass
         marks.append(time.perf_counter())
         loss = model(input_ids=batch, labels=batch, use_cache=False).loss
         marks.append(time.perf_counter())

@@ -49,7 +49,7 @@ def test_every_place_trains_the_same_weights_but_for_stale_reads(kind, batches, 
 
 def test_bytes_moved_are_the_distinct_rows_of_a_step(batches, tmp_path):
     variant, _ = train("RAM", batches, tmp_path, 3)
-    num_distinct = sum(len(rows.unique()) for ids in batches for rows in variant.model.stored_rows(ids).values())
+    num_distinct = sum(len(rows.unique()) for ids in batches for rows in variant.memory.addresses(ids).values())
     assert variant.bytes_moved() == pytest.approx(num_distinct / 3 * (8 + 2 * 16 * 4))
     assert train(BASELINE, batches, tmp_path, 1)[0].bytes_moved() == 0
 

@@ -40,7 +40,7 @@ def contender_and_table(name, model):
 
 def touched(contender, ids_BT):
     (rows_BTH,) = contender.memory.addresses(ids_BT).values()
-    return set(contender.table.stored_rows(rows_BTH).unique().tolist())
+    return set(rows_BTH.unique().tolist())
 
 
 @pytest.fixture(scope="module")

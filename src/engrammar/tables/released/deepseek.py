@@ -43,7 +43,8 @@ def read_memory(model: ReleasedModel) -> tuple[MemoryConfig, Geometry, int, str]
         num_heads=setting("engram_n_heads", int),
         head_dim=setting("engram_head_dim", int),
         fill_id=pad,
-        dead_ids=tuple(sorted({pad} if image is None else {pad, image})),
+        boundary="row" if image is None else "dead",
+        dead_ids=() if image is None else (image,),
         key_norm_eps=setting("rms_norm_eps", float, preset.key_norm_eps),
     )
     num_classes = setting("engram_compressed_vocab_size", int)

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from engrammar.addressing import derive_geometry, head_offsets
+from engrammar.addressing import derive_geometry
 from engrammar.config import PRESETS, Geometry, MemoryConfig
 from engrammar.tables.encodings import ENCODING_OF
 from engrammar.tables.headers import AGAIN, Part
@@ -54,7 +54,7 @@ def read_memory(model: ReleasedModel, names: Mapping[str, str]) -> tuple[MemoryC
         for key, derived in (
             ("multipliers", geometry.multipliers[index]),
             ("sizes", geometry.head_sizes(index)),
-            ("offsets", head_offsets(geometry, index)),
+            ("offsets", geometry.head_offsets(index)),
         ):
             _compare_buffer(model, model.find(names[key].format(layer=layer)), derived)
     return memory, geometry

@@ -12,9 +12,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from engrammar.addressing import head_offsets
-from engrammar.rivals.base import Backbone, Rival, RivalConfig, plan_ngrams, see
 from engrammar.table import gather_rows
+from engrammar_lab.rivals.base import Backbone, Rival, RivalConfig, plan_ngrams, see
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +58,7 @@ class OverEncoding(Rival):
         for position, (seen_BT, sizes_K) in enumerate(zip(earlier, geometry.table_sizes[0]), start=1):
             ngram_BT = ngram_BT + seen_BT * geometry.num_classes**position
             columns += [ngram_BT % size for size in sizes_K]
-        return torch.stack(columns, -1) + torch.tensor(head_offsets(geometry, 0), device=ids_BT.device)
+        return torch.stack(columns, -1) + torch.tensor(geometry.head_offsets(0), device=ids_BT.device)
 
     def read(self, ids_BT: Tensor, starts_BT: Tensor | None) -> Tensor:
         return gather_rows(self.weight, self.rows(ids_BT, starts_BT))

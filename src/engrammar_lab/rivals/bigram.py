@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from engrammar.rivals.base import Backbone, Rival, RivalConfig, plan_ngrams, see
 from engrammar.table import gather_rows
+from engrammar_lab.rivals.base import Backbone, Rival, RivalConfig, plan_ngrams, see
 
 MULTIPLIERS = (36313, 27191)
 FIRST_SCALE = 0.05

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from engrammar.rivals.base import Backbone, Rival, RivalConfig
-from engrammar.rivals.bigram import BigramConfig
-from engrammar.rivals.over_encoding import OverEncodingConfig
-from engrammar.rivals.per_layer import PerLayerConfig
-from engrammar.rivals.product_keys import ProductKeysConfig
+from engrammar_lab.rivals.base import Backbone, Rival, RivalConfig
+from engrammar_lab.rivals.bigram import BigramConfig
+from engrammar_lab.rivals.over_encoding import OverEncodingConfig
+from engrammar_lab.rivals.per_layer import PerLayerConfig
+from engrammar_lab.rivals.product_keys import ProductKeysConfig
 
 __all__ = ["RIVALS", "Backbone", "Rival", "RivalConfig", "rival_from_json"]
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from engrammar.fusion import rms_norm
-from engrammar.rivals.base import Backbone, Rival, RivalConfig
 from engrammar.table import gather_rows
+from engrammar_lab.rivals.base import Backbone, Rival, RivalConfig
 
 
 @dataclass(frozen=True, kw_only=True)
