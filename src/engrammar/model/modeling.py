@@ -5,7 +5,6 @@ Attention (MLA) and experts (DeepSeekMoE) are transformers' DeepSeek-V3 modules;
 Letters: B batch, T tokens, M branches, D hidden width, E width of a token's rows, S positions of history.
 """
 
-from functools import partial
 from typing import Any, ClassVar, Self
 
 import torch
@@ -15,14 +14,11 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     DeepseekV3Attention,
     DeepseekV3Experts,
-    DeepseekV3MLP,
-    DeepseekV3MoE,
     DeepseekV3RMSNorm,
     DeepseekV3RotaryEmbedding,
     DeepseekV3TopkRouter,
@@ -34,58 +30,13 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from engrammar.fusion import Fusion
 from engrammar.memory import Memory, Retrieved
+from engrammar.model.block import IDS_STATE, EngrammarBlock
 from engrammar.model.configuration import EngrammarConfig
-from engrammar.model.hyper import Collapse, Residual
+from engrammar.model.hyper import Collapse
 from engrammar.model.presets import preset
 from engrammar.model.saving import SavedModel
 from engrammar.table import MemoryTable, Tables, draw_rows_
 from engrammar.vocabulary import compress_vocabulary
-
-IDS_STATE, CONV_STATE = 0, 1  # what a memory layer keeps in the attention cache
-
-
-class EngrammarBlock(GradientCheckpointingLayer):
-    """Memory (where the layer has one), attention, MLP or experts, each added to the residual streams."""
-
-    def __init__(self, config: EngrammarConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.layer_idx = layer_idx
-        memory = config.memory_config
-        self.fusion = (
-            Fusion(memory, hidden_size=config.hidden_size, num_branches=config.num_branches)
-            if memory is not None and layer_idx in memory.layers
-            else None
-        )
-        self.self_attn = DeepseekV3Attention(config, layer_idx)
-        self.mlp = DeepseekV3MLP(config) if layer_idx < config.first_k_dense_replace else DeepseekV3MoE(config)
-        self.attn_residual = Residual(config, DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps))
-        self.mlp_residual = Residual(config, DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps))
-
-    def forward(
-        self,
-        streams_BTMD: Tensor,
-        embedding_BTE: Tensor | None = None,
-        dead_BT: Tensor | None = None,
-        starts_BT: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        **attention: Any,
-    ) -> Tensor:
-        if self.fusion is not None:
-            assert embedding_BTE is not None
-            extend = None
-            if past_key_values is not None:  # the convolution's window is a state of the attention cache
-                extend = partial(
-                    past_key_values.update_conv_state,
-                    layer_idx=self.layer_idx,
-                    state_idx=CONV_STATE,
-                    conv_kernel_size=self.fusion.config.conv_window,
-                )
-            streams_BTMD = streams_BTMD + self.fusion(streams_BTMD, embedding_BTE, dead_BT, starts_BT, extend)
-
-        def attend(x_BTD: Tensor) -> Tensor:
-            return self.self_attn(x_BTD, past_key_values=past_key_values, **attention)[0]
-
-        return self.mlp_residual(self.attn_residual(streams_BTMD, attend), self.mlp)
 
 
 class EngrammarPreTrainedModel(SavedModel):
