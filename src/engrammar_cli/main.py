@@ -121,12 +121,12 @@ def data(
             print(line)
         return
     from engrammar.train.data import prepare
+    from engrammar.train.recipe import DataRecipe
 
     if out is None:
         raise ValueError("engrammar data needs --out, the folder for the token shards.")
-    tokens = prepare(
-        source, out=out, tokenizer=tokenizer, vocab_size=vocab_size, validation_share=validation_share, cache=cache
-    )
+    recipe = DataRecipe(source=source, tokenizer=tokenizer, vocab_size=vocab_size, validation_share=validation_share)
+    tokens = prepare(recipe, out=out, cache=cache)
     for split in ("train", "validation"):
         print(f"{split}: {tokens.num_tokens(split):,} tokens of {tokens.num_bytes(split):,} bytes in {out}")
 

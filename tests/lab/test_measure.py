@@ -27,9 +27,7 @@ SMALL = (
 def test_seen_is_what_the_tokens_were_made_of(tmp_path):
     write_corpora(tmp_path / "pocket")
     data = DataRecipe(source="pocket:wiki+gcide", keep_share=0.6, validation_share=0.3, folder=str(tmp_path))
-    tokens = prepare(
-        data.source, out=tmp_path / "t", cache=tmp_path / "pocket", vocab_size=300, keep_share=0.6, validation_share=0.3
-    )
+    tokens = prepare(replace(data, vocab_size=300), out=tmp_path / "t", cache=tmp_path / "pocket")
     sides = [split_of(data, text) for text in read_documents(data.source, cache=tmp_path / "pocket")]
     assert sides.count("seen") == tokens.splits["train"].num_documents and "unseen" in sides
 

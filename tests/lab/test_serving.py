@@ -10,6 +10,7 @@ import torch
 from committed import RESULTS
 from engrammar.stores.base import Arrived, RowsMissing, RowStore
 from engrammar.train.data import prepare
+from engrammar.train.recipe import DataRecipe
 from engrammar_lab.serving import LossyStore, differences, make_questions, render, run_serving, score, write_serving
 from models import tiny_model
 
@@ -26,9 +27,8 @@ def tokens(tmp_path_factory):
     (folder / "text.jsonl").write_text(
         "".join(json.dumps({"text": f"{text} {i}"}) + "\n" for i in range(40) for text in TEXT)
     )
-    return prepare(
-        str(folder / "text.jsonl"), out=folder / "tokens", vocab_size=300, validation_share=0.3, cache=folder
-    )
+    recipe = DataRecipe(source=str(folder / "text.jsonl"), vocab_size=300, validation_share=0.3)
+    return prepare(recipe, out=folder / "tokens", cache=folder)
 
 
 def test_the_committed_report_is_made_from_the_committed_json():

@@ -20,6 +20,7 @@ from engrammar.train import corpora, data
 from engrammar.train.corpora import Entry
 from engrammar.train.data import END, TokenSet, prepare, train_tokenizer
 from engrammar.train.documents import is_kept, is_validation, read_documents
+from engrammar.train.recipe import DataRecipe
 
 WORDS = ("the", "of", "moss", "tern", "ridge", "copper", "water", "north", "stone", "grows", "flies", "falls")
 
@@ -51,8 +52,9 @@ def make(tmp_path, source):
     """Prepares `source` with settings that fit a small text; any of them can be replaced."""
 
     def call(**settings) -> TokenSet:
-        defaults = {"out": tmp_path / "tokens", "cache": tmp_path, "vocab_size": 300, "validation_share": 0.2}
-        return prepare(settings.pop("source", source), **defaults | settings)
+        out = settings.pop("out", tmp_path / "tokens")
+        defaults = {"source": source, "vocab_size": 300, "validation_share": 0.2}
+        return prepare(DataRecipe(**defaults | settings), out=out, cache=tmp_path)
 
     return call
 
@@ -182,8 +184,53 @@ def test_a_share_of_a_source_is_the_same_documents_whatever_else_is_asked(make, 
     assert sorted(filter(None, found)) == sorted(kept)
     with pytest.raises(ValueError, match="keep_share"):
         make(out=tmp_path / "half")
-    with pytest.raises(ValueError, match="keep_share is 0: choose"):
+    with pytest.raises(ValueError, match="keep_share is 0; allowed: over 0"):
         make(out=tmp_path / "none", keep_share=0)
+
+
+@pytest.mark.parametrize("form", ["one text", "a few texts", "one line"])
+def test_a_source_of_few_documents_is_divided_by_pieces(form, make, tmp_path, caplog):
+    folder = tmp_path / "few"
+    folder.mkdir()
+    whole = "\n".join(make_texts(1500))
+    texts = {"one text": [whole], "a few texts": [whole[:9000], whole[9000:20_000], whole[20_000:]]}
+    texts["one line"] = [whole.replace("\n", " ")]
+    for i, text in enumerate(texts[form]):
+        (folder / f"{i}.txt").write_bytes(text.encode())
+    assert not any(is_validation(text, 0.02) for text in texts[form])
+
+    tokens = make(source=str(folder), validation_share=0.02)
+    assert f"Too few documents ({len(texts[form])}) for validation_share 0.02" in caplog.text
+    sides = {split: decode(tokens, all_tokens(tokens, split)).split(END)[:-1] for split in ("train", "validation")}
+    held_out = "".join(sides["validation"])
+    assert 0.005 < len(held_out) / len(whole) < 0.05 and all(
+        held in "".join(texts[form]) for held in sides["validation"]
+    )
+    # Nothing is lost, repeated or reordered: of each text remain the runs between what is held out.
+    remains = list(texts[form])
+    for held in sides["validation"]:
+        (where,) = [i for i, text in enumerate(remains) if held in text]
+        remains[where] = remains[where].replace(held, END)
+    assert [run for text in remains for run in text.split(END) if run] == sides["train"]
+    assert tokens.num_bytes("train") + tokens.num_bytes("validation") == len("".join(texts[form]).encode())
+
+    again = make(source=str(folder), validation_share=0.02, out=tmp_path / "again")
+    assert again.splits == tokens.splits
+
+
+@pytest.mark.parametrize(("name", "library"), [("a.parquet", "pyarrow"), ("hf:some/set", "datasets")])
+def test_a_library_that_is_not_installed_is_named_with_the_extra_that_brings_it(name, library, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, library, None)
+    monkeypatch.delitem(sys.modules, "pyarrow.parquet")
+    (tmp_path / "a.parquet").write_bytes(b"")
+    with pytest.raises(ValueError, match=rf"{name} is read with {library}, .*: pip install 'engrammar\[data\]', or"):
+        read(name if ":" in name else tmp_path / name)
+
+
+def test_text_and_jsonl_are_read_without_a_data_library(make, tmp_path, monkeypatch):
+    for library in ("datasets", "pyarrow", "pyarrow.parquet", "pandas"):
+        monkeypatch.setitem(sys.modules, library, None)
+    assert make().num_tokens("train") > 0
 
 
 def test_a_tokenizer_is_the_same_in_every_process(tmp_path):
@@ -281,8 +328,8 @@ def test_the_same_settings_reuse_the_folder_and_others_are_refused(make, tmp_pat
 
 def test_a_given_tokenizer_is_used_and_copied_and_a_limit_kept(make, tmp_path):
     train_tokenizer(make_texts(50), vocab_size=280, path=tmp_path / "own")
-    tokens = make(tokenizer=tmp_path / "own", limit_documents=40)
-    again = make(tokenizer=tokens.tokenizer_path, out=tmp_path / "again", limit_documents=40)
+    tokens = make(tokenizer=str(tmp_path / "own"), limit_documents=40)
+    again = make(tokenizer=str(tokens.tokenizer_path), out=tmp_path / "again", limit_documents=40)
     assert sum(info.num_documents for info in tokens.splits.values()) == 40
     assert tokens.vocab_size == 280
     assert tokens.tokenizer_sha256 == again.tokenizer_sha256 == tokens.settings["tokenizer_sha256"]
@@ -297,23 +344,23 @@ def test_a_given_tokenizer_neither_truncates_nor_adds_tokens(make, tmp_path):
     backend.enable_padding()
     backend.post_processor = processors.TemplateProcessing(single="<|end|> $A", special_tokens=[("<|end|>", 1)])
     backend.save(str(file))
-    tokens = make(tokenizer=tmp_path / "own")
+    tokens = make(tokenizer=str(tmp_path / "own"))
     assert decode(tokens, all_tokens(tokens, "train")) == "".join(t + "<|end|>" for t in expected_texts("train"))
 
 
 def test_a_tokenizer_that_cannot_serve_is_named(make, tmp_path):
     with pytest.raises(ValueError, match=r"cannot load a tokenizer from .*none"):
-        make(tokenizer=tmp_path / "none")
+        make(tokenizer=str(tmp_path / "none"))
     PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE())).save_pretrained(tmp_path / "bare")
     with pytest.raises(ValueError, match=r"bare needs .* an eos token"):
-        make(tokenizer=tmp_path / "bare")
+        make(tokenizer=str(tmp_path / "bare"))
 
 
 def test_a_large_vocabulary_takes_four_bytes_a_token(make, tmp_path):
     backend = Tokenizer(models.WordLevel({f"w{i}": i for i in range(2**16)}, unk_token="w1"))
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="w0").save_pretrained(tmp_path / "large")
     source = write_jsonl(tmp_path / "a.jsonl", ["w65535", "w7"])
-    tokens = make(source=source, tokenizer=tmp_path / "large", validation_share=0)
+    tokens = make(source=source, tokenizer=str(tmp_path / "large"), validation_share=0)
     assert (tokens.dtype, tokens.pad_id, all_tokens(tokens, "train")) == ("uint32", 0, [65535, 0, 7, 0])
 
 
@@ -389,7 +436,8 @@ def test_an_output_folder_that_cannot_be_made_is_named(make, tmp_path, source):
         ({"validation_share": 1.0}, "validation_share is 1.0"),
         ({"vocab_size": 257}, "vocab_size 257 is too small"),
         ({"limit_documents": 0}, "limit_documents is 0"),
-        ({"limit_documents": 1}, "got no document with validation_share 0.2"),
+        ({"limit_documents": 1}, r"documents \(1\) and different pieces .* \(1\) are too few to divide"),
+        ({"keep_share": 1e-9}, "no document of the source is kept: choose a larger keep_share"),
         ({"source": "pocket:nothing"}, "unknown pocket corpus 'nothing'"),
     ],
 )
@@ -407,7 +455,7 @@ def test_importing_the_module_loads_no_data_library():
 @pytest.mark.slow
 def test_wikipedia_leads_become_the_tokens_that_the_manual_states(tmp_path):
     try:
-        tokens = prepare("pocket:wiki", out=tmp_path / "tokens", cache=tmp_path, vocab_size=4096)
+        tokens = prepare(DataRecipe(source="pocket:wiki"), out=tmp_path / "tokens", cache=tmp_path)
     except ValueError as error:
         if not str(error).startswith("cannot download"):
             raise

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 from engrammar.train.data import TokenSet, prepare
 from engrammar.train.optimizer import OptimizerSettings, build_optimizer
 from engrammar.train.placement import place_tables
-from engrammar.train.recipe import Recipe, load_recipe
+from engrammar.train.recipe import DataRecipe, Recipe, load_recipe
 
 if TYPE_CHECKING:
     from engrammar.train.trainer import EngrammarTrainer
 
 __all__ = [
+    "DataRecipe",
     "EngrammarTrainer",
     "OptimizerSettings",
     "Recipe",

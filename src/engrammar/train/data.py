@@ -8,19 +8,18 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from engrammar.tables.sealed import check_writable, written_beside
-from engrammar.train.documents import find_files, is_kept, is_validation, read_documents
+from engrammar.train.documents import Split, find_division, find_files, is_kept, read_documents
+from engrammar.train.recipe import DataRecipe
 
 FORMAT_VERSION = 1
 SHARD_TOKENS = 64 * 2**20
 PAD, END = "<|pad|>", "<|end|>"
 PREPARE_AGAIN = "delete the folder and prepare it again"
-
-Split = Literal["train", "validation"]
 
 
 def train_tokenizer(documents: Iterable[str], *, vocab_size: int, path: Path) -> None:
@@ -187,64 +186,60 @@ class Blocks:
         }
 
 
-def prepare(
-    source: str,
-    *,
-    out: Path,
-    cache: Path,
-    tokenizer: str | Path | None = None,
-    vocab_size: int = 4096,
-    validation_share: float = 0.02,
-    limit_documents: int | None = None,
-    keep_share: float = 1.0,
-    text_field: str = "text",
-) -> TokenSet:
+def prepare(recipe: DataRecipe, *, out: Path, cache: Path) -> TokenSet:
     """Tokenises a source into the folder `out`, or reuses the folder when it was made with the same settings.
 
-    Without a tokenizer, one of `vocab_size` is trained on the train documents. Of a source, the documents that
-    `is_kept` names are read. The folder appears whole or not at all.
+    Without a tokenizer, one is trained on the text for training. The folder appears whole or not at all.
+
+    Args:
+        recipe: what to read and how to divide it; `sequence_length`, `batch_size` and `folder` play no part.
+        out: a new or empty folder, or one that an earlier call made.
+        cache: the folder of downloaded pocket corpora.
+
+    Raises:
+        ValueError: the source or the tokenizer cannot be read, `out` holds something else, or there is too little text.
     """
-    if not 0 < keep_share <= 1:
-        raise ValueError(f"keep_share is {keep_share}: choose a number over 0, up to 1")
-    if not 0 <= validation_share < 1:
-        raise ValueError(f"validation_share is {validation_share}: choose a number from 0 up to, not including, 1")
-    if limit_documents is not None and limit_documents < 1:
-        raise ValueError(f"limit_documents is {limit_documents}: choose at least 1, or None for all")
-    given = None if tokenizer is None else _load_tokenizer(tokenizer)
-    files = [] if source.startswith(("pocket:", "hf:")) else find_files(source)
-    listing = [(path.as_posix(), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    settings = {
-        "source": source,
-        "files_sha256": _text_sha256(json.dumps(listing)),  # changes when a file is added, removed or rewritten
-        "text_field": text_field,
-        "tokenizer_sha256": given and _text_sha256(given.backend_tokenizer.to_str()),
-        "vocab_size": None if given else vocab_size,
-        "validation_share": validation_share,
-        "limit_documents": limit_documents,
-        **({} if keep_share == 1 else {"keep_share": keep_share}),
-    }
+    given = None if recipe.tokenizer is None else _load_tokenizer(recipe.tokenizer)
+    settings = _settings(recipe, given)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         return _reuse(out, settings)
 
     def documents() -> Iterator[str]:
-        texts = read_documents(source, cache=cache, text_field=text_field)
-        if keep_share < 1:
-            texts = (text for text in texts if is_kept(text, keep_share))
-        return itertools.islice(texts, limit_documents)
+        texts = read_documents(recipe.source, cache=cache, text_field=recipe.text_field)
+        if recipe.keep_share < 1:
+            texts = (text for text in texts if is_kept(text, recipe.keep_share))
+        return itertools.islice(texts, recipe.limit_documents)
 
     check_writable(out.parent)
     with contextlib.suppress(FileExistsError), written_beside(out) as partial:
         partial.mkdir()
+        division = find_division(documents, recipe.validation_share)
         if given is None:
-            train_documents = (text for text in documents() if not is_validation(text, validation_share))
-            train_tokenizer(train_documents, vocab_size=vocab_size, path=partial / "tokenizer")
+            texts = (text for split, text in division.divide(documents()) if split == "train")
+            train_tokenizer(texts, vocab_size=recipe.vocab_size, path=partial / "tokenizer")
             given = _load_tokenizer(partial / "tokenizer")
         else:
             given.save_pretrained(partial / "tokenizer")
-        fields = _write_tokens(documents(), given, partial, validation_share)
+        fields = _write_tokens(division.divide(documents()), given, partial)
         fields |= {"format": FORMAT_VERSION, "settings": settings}
         (partial / "tokens.json").write_text(json.dumps(fields, indent=1), encoding="utf-8")
     return _reuse(out, settings)
+
+
+def _settings(recipe: DataRecipe, tokenizer: Any) -> dict[str, Any]:
+    """What decides the tokens, as tokens.json keeps it."""
+    files = [] if recipe.source.startswith(("pocket:", "hf:")) else find_files(recipe.source)
+    listing = [(path.as_posix(), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return {
+        "source": recipe.source,
+        "files_sha256": _text_sha256(json.dumps(listing)),  # changes when a file is added, removed or rewritten
+        "text_field": recipe.text_field,
+        "tokenizer_sha256": tokenizer and _text_sha256(tokenizer.backend_tokenizer.to_str()),
+        "vocab_size": None if tokenizer else recipe.vocab_size,
+        "validation_share": recipe.validation_share,
+        "limit_documents": recipe.limit_documents,
+        **({} if recipe.keep_share == 1 else {"keep_share": recipe.keep_share}),
+    }
 
 
 def _reuse(out: Path, settings: dict[str, Any]) -> TokenSet:
@@ -259,7 +254,7 @@ def _reuse(out: Path, settings: dict[str, Any]) -> TokenSet:
     return tokens
 
 
-def _write_tokens(documents: Iterator[str], tokenizer: Any, folder: Path, share: float) -> dict[str, Any]:
+def _write_tokens(texts: Iterator[tuple[Split, str]], tokenizer: Any, folder: Path) -> dict[str, Any]:
     """Writes the shards of both splits and returns the fields of tokens.json."""
     from tokenizers import Tokenizer
     from tqdm.auto import tqdm  # type: ignore[import-untyped]
@@ -270,11 +265,11 @@ def _write_tokens(documents: Iterator[str], tokenizer: Any, folder: Path, share:
     fast.encode_special_tokens = True  # a document that spells <|end|> holds those characters, not the token
     dtype = "uint16" if len(tokenizer) < 2**16 else "uint32"
     num_documents, num_tokens, num_bytes = Counter[str](), Counter[str](), Counter[str]()
-    progress = iter(tqdm(documents, desc="tokenising", unit=" documents", delay=2))
+    progress = iter(tqdm(texts, desc="tokenising", unit=" documents", delay=2))
     while batch := list(itertools.islice(progress, 64)):
         ids: dict[str, list[int]] = {"train": [], "validation": []}
-        for text, encoding in zip(batch, fast.encode_batch_fast(batch, add_special_tokens=False)):
-            split = "validation" if is_validation(text, share) else "train"
+        encodings = fast.encode_batch_fast([text for _, text in batch], add_special_tokens=False)
+        for (split, text), encoding in zip(batch, encodings):
             ids[split] += [*encoding.ids, tokenizer.eos_token_id]
             num_documents[split] += 1
             num_bytes[split] += len(text.encode("utf-8"))
@@ -283,8 +278,6 @@ def _write_tokens(documents: Iterator[str], tokenizer: Any, folder: Path, share:
             num_tokens[split] += len(ids[split])
     splits = {}
     for split in ("train", "validation"):
-        if not num_documents[split] and (split == "train" or share > 0):
-            raise ValueError(f"{split} got no document with validation_share {share}: give more documents")
         files = sorted(folder.glob(f"{split}-*.bin"))
         shards = [Shard(f.name, f.stat().st_size // np.dtype(dtype).itemsize, _file_sha256(f)) for f in files]
         splits[split] = asdict(SplitInfo(num_documents[split], num_tokens[split], num_bytes[split], tuple(shards)))

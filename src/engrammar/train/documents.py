@@ -1,18 +1,29 @@
-"""Documents: where text comes from, and to which side of a division each belongs."""
+"""Documents: where text is read from, and which of it is for training and which for validation."""
 
 import glob
 import hashlib
+import importlib
 import itertools
 import json
+import logging
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, Literal
+
+import numpy as np
 
 from engrammar.train import corpora
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
+# Up to 1,000 characters: to the end of a line where one ends in the second half, else of a word, else anywhere.
+PIECE = re.compile(r".{500,1000}\n|.{1,1000}(?:\s|$)|.{1,1000}", re.DOTALL)
+
+Split = Literal["train", "validation"]
+logger = logging.getLogger(__name__)
 
 
 def read_documents(source: str, *, cache: Path, text_field: str = "text") -> Iterator[str]:
@@ -52,6 +63,7 @@ def find_files(source: str) -> list[Path]:
 
 
 def _read_file(path: Path, text_field: str) -> Iterator[Any]:
+    parquet: Any = _data_library("pyarrow.parquet", str(path)) if path.suffix == ".parquet" else None
     try:
         if path.suffix == ".txt":
             yield path.read_bytes().decode("utf-8")
@@ -61,9 +73,7 @@ def _read_file(path: Path, text_field: str) -> Iterator[Any]:
                     if line.strip():
                         yield json.loads(line)[text_field]
         else:
-            import pyarrow.parquet
-
-            for batch in pyarrow.parquet.ParquetFile(path).iter_batches(columns=[text_field]):
+            for batch in parquet.ParquetFile(path).iter_batches(columns=[text_field]):
                 yield from batch.column(text_field).to_pylist()
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} has a row without the field {text_field!r}: name another text field") from error
@@ -72,8 +82,7 @@ def _read_file(path: Path, text_field: str) -> Iterator[Any]:
 
 
 def _read_hugging_face(name: str, text_field: str) -> Iterator[Any]:
-    import datasets
-
+    datasets = _data_library("datasets", f"hf:{name}")
     path, _, config = name.partition(":")
     try:
         rows = datasets.load_dataset(path, config or None, split="train", streaming=True)
@@ -84,6 +93,81 @@ def _read_hugging_face(name: str, text_field: str) -> Iterator[Any]:
     except Exception as error:  # datasets raises many kinds: no network, unknown name, a config to choose
         reason = str(error).split("\n")[0] or type(error).__name__
         raise ValueError(f"cannot read the dataset {name!r} from Hugging Face: {reason}") from error
+
+
+def _data_library(name: str, source: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{source} is read with {name.partition('.')[0]}, which is not installed: pip install 'engrammar[data]', "
+            "or give .txt or .jsonl files"
+        ) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Division:
+    """Which text is for training and which for validation.
+
+    Attributes:
+        unit: what goes to one side as a whole: a document, or, of a source with too few documents, a piece of one
+            (`PIECE`).
+        threshold: units whose draw (`_draw`) is below are for validation.
+    """
+
+    unit: Literal["document", "piece"]
+    threshold: float
+
+    def split_of(self, unit: str) -> Split:
+        """The side of a document or piece: it depends on the text itself, with case and spacing evened out."""
+        return "validation" if _draw(unit, b"") < self.threshold else "train"
+
+    def divide(self, documents: Iterator[str]) -> Iterator[tuple[Split, str]]:
+        """Every document with its side; or every run of neighbouring pieces of a document that are on one side."""
+        for document in documents:
+            units = [document] if self.unit == "document" else PIECE.findall(document)
+            for split, run in itertools.groupby(units, self.split_of):
+                text = "".join(run)
+                if not text.isspace():
+                    yield split, text
+
+
+def find_division(documents: Callable[[], Iterator[str]], share: float) -> Division:
+    """Divides by documents (`is_validation`); where that leaves a side empty, by the pieces with the lowest draws.
+
+    Args:
+        documents: starts reading the documents anew. They are read until both sides have one.
+        share: of validation; with 0 every document is for training.
+
+    Raises:
+        ValueError: there is no document, or too little text for two pieces.
+    """
+    by_document = Division(unit="document", threshold=share * 2**64)
+    if next(documents(), None) is None:
+        raise ValueError("no document of the source is kept: choose a larger keep_share")
+    if share == 0:
+        return by_document
+    num_documents, sides = 0, set()
+    for document in documents():
+        num_documents += 1
+        sides.add(by_document.split_of(document))
+        if len(sides) == 2:
+            return by_document
+    draws = np.unique(
+        np.fromiter((_draw(piece, b"") for text in documents() for piece in PIECE.findall(text)), dtype=np.uint64)
+    )
+    if len(draws) < 2:
+        raise ValueError(
+            f"validation_share is {share}, but documents ({num_documents}) and different pieces of up to 1,000 "
+            f"characters ({len(draws)}) are too few to divide: give more text, or choose validation_share 0"
+        )
+    num_validation = min(max(round(share * len(draws)), 1), len(draws) - 1)
+    logger.warning(
+        "Too few documents (%d) for validation_share %s: of %d different pieces of up to 1,000 characters, %d are for "
+        "validation.",
+        *(num_documents, share, len(draws), num_validation),
+    )
+    return Division(unit="piece", threshold=int(draws[num_validation - 1]) + 1)
 
 
 def is_validation(text: str, share: float) -> bool:

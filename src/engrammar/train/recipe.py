@@ -29,12 +29,22 @@ def _require(setting: str, value: object, holds: bool, allowed: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class DataRecipe:
-    """Text and tokens. `source`: files, `pocket:NAME`, or `hf:NAME` (docs/data.md), of which `keep_share` is used.
+    """Text and tokens (docs/data.md).
 
-    `batch_size` is in sequences per optimizer step, over all processes and accumulated passes together.
+    Attributes:
+        source: files, `pocket:NAME`, or `hf:NAME`.
+        text_field: the field of a row of .jsonl, .parquet or a Hugging Face set that holds the text.
+        tokenizer: a folder or name; None trains one of `vocab_size` tokens.
+        validation_share: share of the text that is for validation.
+        limit_documents: reads the first so many documents; None reads all.
+        keep_share: share of the source's documents that is used.
+        sequence_length: tokens of a block.
+        batch_size: sequences per optimizer step, over all processes and accumulated passes together.
+        folder: where tokens and pocket corpora are kept.
     """
 
     source: str = "pocket:wiki"
+    text_field: str = "text"
     tokenizer: str | None = None
     vocab_size: int = 4096
     validation_share: float = 0.02
@@ -48,6 +58,10 @@ class DataRecipe:
         _require("data.batch_size", self.batch_size, self.batch_size >= 1, "1 or more")
         _require("data.sequence_length", self.sequence_length, self.sequence_length >= 2, "2 or more")
         _require("data.keep_share", self.keep_share, 0 < self.keep_share <= 1, "over 0, up to 1")
+        share = self.validation_share
+        _require("data.validation_share", share, 0 <= share < 1, "0 up to, not including, 1")
+        limit = self.limit_documents
+        _require("data.limit_documents", limit, limit is None or limit >= 1, "1 or more, or null for all")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -74,16 +74,8 @@ def prepare_tokens(recipe: DataRecipe) -> "TokenSet":
     folder = Path(recipe.folder)
     name = recipe.source.replace("/", "_").replace(":", "-").replace("*", "_")
     kept = "" if recipe.keep_share == 1 else f"-{recipe.keep_share:g}"
-    return prepare(
-        recipe.source,
-        out=folder / f"{name}-{Path(recipe.tokenizer).name if recipe.tokenizer else recipe.vocab_size}{kept}",
-        tokenizer=recipe.tokenizer,
-        vocab_size=recipe.vocab_size,
-        cache=folder / "pocket",
-        validation_share=recipe.validation_share,
-        limit_documents=recipe.limit_documents,
-        keep_share=recipe.keep_share,
-    )
+    tokens = f"{name}-{Path(recipe.tokenizer).name if recipe.tokenizer else recipe.vocab_size}{kept}"
+    return prepare(recipe, out=folder / tokens, cache=folder / "pocket")
 
 
 def _training_arguments(recipe: Recipe) -> "TrainingArguments":
