@@ -439,15 +439,17 @@ def test_a_fork_reads_the_same_rows(queues, tmp_path, num_rows):
     store.close()
 
 
-def test_without_asynchronous_reads_threads_read_the_same(monkeypatch, tmp_path):
+def test_without_asynchronous_reads_threads_read_the_same(monkeypatch, tmp_path, caplog):
     monkeypatch.setattr(aio, "NUMBERS", {})
     table, rows_RS = make_table(tmp_path)
-    store = DiskStore(table)
+    with caplog.at_level("INFO"):
+        store = DiskStore(table)
+    assert caplog.messages == ["t: threads read it, since Linux AIO cannot be used here (Function not implemented)."]
     assert np.array_equal(store.fetch(np.arange(500)).wait(), rows_RS) and store._source.queues is not AioQueue
     store.close()
 
 
-def test_files_that_only_the_page_cache_can_read_are_read(monkeypatch, tmp_path):
+def test_files_that_only_the_page_cache_can_read_are_read(monkeypatch, tmp_path, caplog):
     real = os.open
     monkeypatch.setattr(os, "open", lambda path, flags, *more: refuse(flags) or real(path, flags, *more))
 
@@ -456,10 +458,36 @@ def test_files_that_only_the_page_cache_can_read_are_read(monkeypatch, tmp_path)
             raise OSError(errno.EINVAL, "no such reads")
 
     table, rows_RS = make_table(tmp_path, cuts=(100, 300))
-    store = DiskStore(table)
+    with caplog.at_level("INFO"):
+        store = DiskStore(table)
+    assert caplog.messages == [f"t: reads go through the page cache, since {tmp_path} allows no others."]
     assert not store._source.files.direct
     assert np.array_equal(store.fetch(np.arange(500)).wait(), rows_RS)
     assert np.array_equal(store.fetch(np.array([499, 3])).wait(), rows_RS[[499, 3]])
+    store.close()
+
+
+@pytest.mark.parametrize("granted", [2, 99])
+def test_small_reads_that_find_no_queue_of_their_own_say_so_once(tmp_path, caplog, granted):
+    """The store's thread has the first queue; `granted` is how many the system gives in all."""
+    table, rows_RS = make_table(tmp_path)
+    made = []
+
+    def queues(num_slots):
+        if len(made) == granted:
+            raise OSError(errno.EAGAIN, "no more of them")
+        made.append(THREADS(num_slots))
+        return made[-1]
+
+    store = DiskStore(table, queues=queues)
+    with caplog.at_level("INFO"):
+        fetches = [store.fetch(np.array([row])) for row in range(NUM_LANES + 3)]
+    why = (
+        "the system gives no more queues: no more of them" if granted == 2 else f"{NUM_LANES} small reads are under way"
+    )
+    assert caplog.messages == [f"t: small reads wait behind large ones at times ({why})."]
+    for row, fetch in enumerate(fetches):
+        assert np.array_equal(fetch.wait(), rows_RS[[row]])
     store.close()
 
 

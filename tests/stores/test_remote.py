@@ -7,8 +7,10 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import Future
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +23,7 @@ from engrammar.model.modeling import EngrammarForCausalLM
 from engrammar.stores.base import RowsMissing
 from engrammar.stores.mooncake import store as remote
 from engrammar.stores.mooncake.pool import Pool, PoolServer
-from engrammar.stores.mooncake.store import Note, RemoteStore, cut_slices
+from engrammar.stores.mooncake.store import Note, RemoteFetch, RemoteStore, cut_slices
 from engrammar.stores.mooncake.upload import upload
 from engrammar.tables.checksums import write_page_sums
 from engrammar.tables.folder import Shard, TableFile
@@ -375,6 +377,33 @@ def test_waiting_ends_when_the_caller_says(pool, store, rows_RS):
         assert caught.value.missing_U.all()
     os.kill(pool.storage.pid, signal.SIGCONT)
     assert np.array_equal(store.fetch(np.array([7])).wait(), rows_RS[[7]])  # the 49 never started
+
+
+def test_rows_that_were_given_up_are_missing_at_every_wait():
+    """A wait that runs out of time cancels a read that has not started, and closing cancels all of them."""
+    store = SimpleNamespace(name="table 't'", row_bytes=ROW_BYTES)
+    fetch = RemoteFetch(store, np.array([5, 6]), Future())
+    with pytest.raises(RowsMissing, match=r"Row 5 and 1 more of table 't' did not arrive within 0\.01 s"):
+        fetch.wait(0.01)
+    for seconds in (0.01, None):
+        with pytest.raises(
+            RowsMissing, match="Row 5 and 1 more of table 't' were given up, .*: ask for them again"
+        ) as caught:
+            fetch.wait(seconds)
+        assert caught.value.missing_U.all() and caught.value.rows_US.shape == (2, ROW_BYTES)
+
+
+@needs_pool
+def test_a_closed_store_says_so(pool):
+    opened = open_store(pool)
+    stop(pool.storage)
+    fetches = [opened.fetch(np.array([5, 6])) for _ in range(3)]
+    os.kill(pool.storage.pid, signal.SIGCONT)
+    opened.close()
+    with pytest.raises(RowsMissing, match="given up"):
+        fetches[-1].wait()
+    with pytest.raises(ValueError, match="is closed: open it again"):
+        opened.fetch(np.array([5]))
 
 
 @needs_pool

@@ -6,6 +6,7 @@ Letters: U rows asked for, V rows of a slice, S bytes of a row, D reads that are
 """
 
 import itertools
+import logging
 import os
 import threading
 import time
@@ -29,6 +30,8 @@ BATCH = 32  # reads of a large fetch that are looked at together
 SMALL = 128  # pages of a small fetch, at most
 NUM_LANES = 8  # small fetches in flight, 512 KiB each; more than these queue up with the large ones
 
+logger = logging.getLogger(__name__)
+
 
 @final
 class _Source:
@@ -41,9 +44,9 @@ class _Source:
         if queues is not None:
             self.queues, self.queue = queues, queues(num_slots)
         else:
-            self.queues, self.queue = _best_queues(files.direct, num_slots)
+            self.queues, self.queue = _best_queues(files, num_slots)
         self.lanes: SimpleQueue[ReadQueue] = SimpleQueue()
-        self.num_lanes = 0
+        self.num_lanes, self.told_of_lanes = 0, False
         self.requests: SimpleQueue[weakref.ref[_LargeFetch] | None] = SimpleQueue()
         self.thread: threading.Thread | None = None
         self.lock, self.closed = threading.Lock(), False
@@ -54,13 +57,14 @@ class _Source:
             queue = self.lanes.get_nowait()
         except Empty:
             with self.lock:
-                if self.num_lanes == NUM_LANES:
-                    return None
-                self.num_lanes += 1
+                taken = self.num_lanes == NUM_LANES
+                self.num_lanes += not taken
+            if taken:
+                return self._no_lane(f"{NUM_LANES} small reads are under way")
             try:
                 return self.queues(SMALL)
-            except OSError:  # no more contexts in this system: the thread has one
-                return None
+            except OSError as error:  # no more contexts in this system: the thread has one
+                return self._no_lane(f"the system gives no more queues: {error.strerror}")
         # Reads of a fetch that nobody waited for.
         while queue.in_flight and len(queue.collect(0, 0)[0]):
             pass
@@ -68,6 +72,11 @@ class _Source:
             self.lanes.put(queue)
             return None
         return queue
+
+    def _no_lane(self, why: str) -> None:
+        if not self.told_of_lanes:
+            logger.info("%s: small reads wait behind large ones at times (%s).", self.files.name, why)
+        self.told_of_lanes = True
 
     def ask(self, fetch: "_LargeFetch") -> None:
         """Has the thread bring rows, after those that were asked for before."""
@@ -200,13 +209,13 @@ def _lost(source: _Source, rows_U: Ints) -> RowsMissing:
     return RowsMissing(message, np.ones(len(rows_U), bool), rows_US)
 
 
-def _best_queues(direct: bool, num_slots: int) -> tuple[Callable[[int], ReadQueue], ReadQueue]:
+def _best_queues(files: PagedFiles, num_slots: int) -> tuple[Callable[[int], ReadQueue], ReadQueue]:
     """What makes queues for files that were opened with O_DIRECT, or without; and one of them."""
-    if direct:
+    if files.direct:
         try:
             return AioQueue, AioQueue(num_slots)
-        except OSError:  # no such calls here, or not for us: threads read the same bytes
-            pass
+        except OSError as error:
+            logger.info("%s: threads read it, since Linux AIO cannot be used here (%s).", files.name, error.strerror)
     queues = thread_queues()
     return queues, queues(num_slots)
 

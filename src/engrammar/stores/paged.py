@@ -6,6 +6,7 @@ Letters: H shards, F files, V rows, S bytes of a row, P distinct pages, sorted.
 import errno
 import hashlib
 import json
+import logging
 import mmap
 import os
 from collections.abc import Sequence
@@ -24,6 +25,8 @@ from engrammar.tables.headers import PAGE
 TRIES = 3
 LONGEST_READ = 16  # neighbouring pages in one read
 NOT_READ, SHORT, DAMAGED = -1, -2, -3  # why a page is not good; above 0 an errno, 0 where it is
+
+logger = logging.getLogger(__name__)
 
 
 @final
@@ -48,6 +51,8 @@ class PagedFiles:
         while len(self._open) < len(self.paths):
             handle = _open(self.paths[len(self._open)], self.direct)
             if handle is None:  # tmpfs and the like: all files through the page cache
+                folder = self.paths[len(self._open)].parent
+                logger.info("%s: reads go through the page cache, since %s allows no others.", self.name, folder)
                 self._close()
                 self.direct = False
             else:

@@ -11,7 +11,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import final
 
@@ -170,6 +170,7 @@ class RemoteStore(RowStore):
         self.server = server
         self._slot_bytes = SLICE_BYTES + RANGE_BYTES + row_bytes + CRC_BYTES
         self._pool: Pool | None = None
+        self._closed = False
         try:
             self._note = self._find_note(table, encoding, geometry)
             self._keys = self._note.keys(table)
@@ -212,6 +213,8 @@ class RemoteStore(RowStore):
     def _fetch(self, rows_U: NDArray[np.int64]) -> Fetch:
         if not rows_U.size:
             return Arrived(np.empty((0, self.row_bytes), np.uint8))
+        if self._closed:
+            raise ValueError(f"The {self.name} is closed: open it again to read rows.")
         if self._owner != os.getpid():  # a fork has neither the thread nor a connection of its own
             self._disconnect()
             self._start_reader()
@@ -219,6 +222,7 @@ class RemoteStore(RowStore):
         return RemoteFetch(self, rows_U, self._reader.submit(self._read, rows_U))
 
     def close(self) -> None:
+        self._closed = True
         if self._owner == os.getpid():
             self._reader.shutdown(cancel_futures=True)
         self._disconnect()
@@ -319,10 +323,16 @@ class RemoteFetch(Fetch):
         try:
             return self.reading.result(seconds)
         except TimeoutError:
-            self.reading.cancel()  # does not start any more, if it has not: a dead pool must not gather a queue
-            raise RowsMissing(
-                f"Row {self.rows_U[0]} and {len(self.rows_U) - 1} more of {self.store.name} did not arrive within "
-                f"{seconds:.3g} s: {ADVICE}, or wait longer.",
-                np.ones(len(self.rows_U), dtype=bool),
-                np.empty((len(self.rows_U), self.store.row_bytes), np.uint8),
+            self.reading.cancel()  # if it has not started, it never does: a dead pool must not gather a queue
+            raise self._missing(f"did not arrive within {seconds:.3g} s: {ADVICE}, or wait longer") from None
+        except CancelledError:
+            raise self._missing(
+                "were given up, since an earlier wait ran out of time or the store was closed: ask for them again"
             ) from None
+
+    def _missing(self, why: str) -> RowsMissing:
+        return RowsMissing(
+            f"Row {self.rows_U[0]} and {len(self.rows_U) - 1} more of {self.store.name} {why}.",
+            np.ones(len(self.rows_U), dtype=bool),
+            np.empty((len(self.rows_U), self.store.row_bytes), np.uint8),
+        )
