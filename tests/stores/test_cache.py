@@ -22,8 +22,8 @@ def row_bytes_of(rows_U, row_bytes):
     return (value_U1 >> np.arange(row_bytes) % 31).astype(np.uint8)
 
 class Formula(RowStore):
-    def __init__(self, num_rows, row_bytes):
-        self.name = self.identity = "formula"
+    def __init__(self, num_rows, row_bytes, identity="formula"):
+        self.name = self.identity = identity
         self.num_rows, self.row_bytes = num_rows, row_bytes
     def _fetch(self, rows_U):
         return Arrived(row_bytes_of(rows_U, self.row_bytes))
@@ -36,7 +36,7 @@ WORKER = (
 from engrammar.stores.cache import CachedStore
 from engrammar.stores import cache as cache_file
 name, seed, task = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-cache = CachedStore(Formula(100_000, 256), 4_000, shared_name=name)
+cache = CachedStore(Formula(100_000, 256, name), 4_000, shared=True)
 def check():
     with cache._lock.reading:
         sets = cache._sets
@@ -377,7 +377,9 @@ def test_processes_share_one_cache_and_survive_one_that_dies_while_admitting(tmp
 
 def test_who_joins_sees_what_others_read_and_pinned(tmp_path):
     first, second = FakeStore(), FakeStore()
-    one, two = (CachedStore(inner, 80, shared_name=str(tmp_path)) for inner in (first, second))
+    for inner in (first, second):
+        inner.identity = str(tmp_path)
+    one, two = (CachedStore(inner, 80, shared=True) for inner in (first, second))
     one.fetch(as_array([1, 2])).wait()
     one.pin(as_array([3]))
     assert two.pin(as_array([3])) == 1
@@ -388,9 +390,14 @@ def test_who_joins_sees_what_others_read_and_pinned(tmp_path):
     two.close()
 
 
-@pytest.mark.parametrize("num_rows, row_bytes, cache_rows", [(2_001, 24, 80), (2_000, 16, 80), (2_000, 24, 88)])
-def test_caches_of_another_kind_cannot_join(num_rows, row_bytes, cache_rows, tmp_path):
-    store = CachedStore(FakeStore(2_000, 24), 80, shared_name=str(tmp_path))
-    with pytest.raises(ValueError, match="in use for"):
-        CachedStore(FakeStore(num_rows, row_bytes), cache_rows, shared_name=str(tmp_path))
-    store.close()
+@pytest.mark.parametrize("row_bytes, cache_rows, identity", [(16, 80, ""), (24, 88, ""), (24, 80, "another")])
+def test_caches_of_another_size_or_table_are_apart(row_bytes, cache_rows, identity, tmp_path):
+    stores = [FakeStore(2_000, 24), FakeStore(2_000, row_bytes)]
+    for store, ending in zip(stores, ("", identity)):
+        store.identity = str(tmp_path) + ending
+    one, other = CachedStore(stores[0], 80, shared=True), CachedStore(stores[1], cache_rows, shared=True)
+    one.fetch(as_array([1])).wait()
+    np.testing.assert_array_equal(other.fetch(as_array([1])).wait(), stores[1].rows_RS[[1]])
+    assert other.misses == 1
+    one.close()
+    other.close()

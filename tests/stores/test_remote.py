@@ -458,7 +458,7 @@ def test_a_program_that_ends_while_reading_ends(pool):
         "import numpy as np, os, signal\n"
         "from engrammar.stores.mooncake.pool import PoolServer\n"
         "from engrammar.stores.mooncake.store import RemoteStore\n"
-        f"store = RemoteStore('t', PoolServer(address={pool.server.address!r}, seconds=0.8), num_rows={ROWS},"
+        f"store = RemoteStore('t', PoolServer(address={pool.server.address!r}, seconds=8), num_rows={ROWS},"
         f" row_bytes={ROW_BYTES}, encoding='bf16')\n"
         f"os.kill({pool.storage.pid}, signal.SIGSTOP)\nstore.fetch(np.arange(100))\n"
         "print(store._pool._process.pid)"

@@ -43,15 +43,16 @@ class CachedStore(RowStore):
         hits, misses: rows asked for that were and were not here, since the start or `reset_counts`.
     """
 
-    def __init__(self, store: RowStore, cache_rows: int, *, shared_name: str | None = None) -> None:
+    def __init__(self, store: RowStore, cache_rows: int, *, shared: bool = False) -> None:
         """
         Args:
             store: where the other rows come from; closed with the cache.
             cache_rows: rows to keep, rounded down to a multiple of 8.
-            shared_name: all processes that give this name (and the same store and size) use one cache.
+            shared: all processes of this user with a cache of this size and table use one; the last to close gives it
+                back.
 
         Raises:
-            ValueError: too few rows, no room for them, or the name is in use for another cache.
+            ValueError: too few rows, or no room for them.
         """
         if cache_rows < WAYS:
             raise ValueError(f"cache_rows is {cache_rows}; allowed: {WAYS} or more.")
@@ -65,16 +66,14 @@ class CachedStore(RowStore):
 
         num_bytes = _Sets.num_bytes(num_sets, self.row_bytes)
         self._segment = None
-        if shared_name is None:
+        if shared:
+            content = f"{num_sets * WAYS} cached rows, {self.row_bytes} bytes each, of {store.name}, {store.identity}"
+            # Killed processes may have left a row half written.
+            self._segment = Segment(content, num_bytes, clear, keep=False)
+            memory, self._lock = self._segment.bytes, self._segment.lock
+        else:
             memory, self._lock = private_bytes(num_bytes), SharedLock()
             clear(memory)
-        else:
-            content = (
-                f"a cache of {num_sets} x {WAYS} of {self.num_rows} rows, {self.row_bytes} bytes each, {store.identity}"
-            )
-            # A cache that killed processes left may be of a table that is another one by now: not kept.
-            self._segment = Segment(f"cache {shared_name}", num_bytes, clear, content=content, keep=False)
-            memory, self._lock = self._segment.bytes, self._segment.lock
         self._sets: _Sets | None = _Sets(memory, num_sets, self.row_bytes)
         self._num_asked = 0  # rows, since counts were halved last
         self.hits = self.misses = 0

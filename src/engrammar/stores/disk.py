@@ -59,12 +59,16 @@ class _Source:
             with self.lock:
                 taken = self.num_lanes == NUM_LANES
                 self.num_lanes += not taken
-            if taken:
-                return self._no_lane(f"{NUM_LANES} small reads are under way")
-            try:
-                return self.queues(SMALL)
-            except OSError as error:  # no more contexts in this system: the thread has one
-                return self._no_lane(f"the system gives no more queues: {error.strerror}")
+            why = f"{NUM_LANES} small reads are under way"
+            if not taken:
+                try:
+                    return self.queues(SMALL)
+                except OSError as error:  # no more contexts in this system: the thread has one
+                    why = f"the system gives no more queues: {error.strerror}"
+            if not self.told_of_lanes:
+                logger.info("%s: small reads wait behind large ones at times (%s).", self.files.name, why)
+            self.told_of_lanes = True
+            return None
         # Reads of a fetch that nobody waited for.
         while queue.in_flight and len(queue.collect(0, 0)[0]):
             pass
@@ -72,11 +76,6 @@ class _Source:
             self.lanes.put(queue)
             return None
         return queue
-
-    def _no_lane(self, why: str) -> None:
-        if not self.told_of_lanes:
-            logger.info("%s: small reads wait behind large ones at times (%s).", self.files.name, why)
-        self.told_of_lanes = True
 
     def ask(self, fetch: "_LargeFetch") -> None:
         """Has the thread bring rows, after those that were asked for before."""

@@ -54,7 +54,7 @@ class RamStore(RowStore):
 
             if shared:
                 content = f"{self.name}, files {self.identity}, {'' if verify else 'not '}verified"
-                self._segment = Segment(f"{table.name} {content}", num_bytes, fill, content=content)
+                self._segment = Segment(content, num_bytes, fill)
                 memory = self._segment.bytes
             else:
                 memory = private_bytes(num_bytes)

@@ -108,33 +108,31 @@ class _Held:
 
 @final
 class Segment:
-    """`num_bytes` bytes that all processes of this user see which name the same segment.
+    """`num_bytes` bytes that all processes of this user share which ask for the same content.
 
     Attributes:
         path: its file.
         bytes: the shared bytes, as writable uint8 [num_bytes].
-        lock: for those who change them after they were filled.
+        lock: to be held while they are changed after they were filled.
     """
 
     def __init__(
-        self, name: str, num_bytes: int, fill: Fill, *, content: str, keep: bool = True, folder: Path | None = None
+        self, content: str, num_bytes: int, fill: Fill, *, keep: bool = True, folder: Path | None = None
     ) -> None:
         """Joins the segment, or makes it; waits while another process fills it.
 
         Args:
-            name: any text; the same text is the same segment.
-            fill: called with the bytes, zeros so far, in the one process that makes the segment.
-            content: what the bytes are; those who join must say the same.
-            keep: whether what killed processes left whole serves the next one, or is made anew.
-            folder: where its file lies; None is /dev/shm, or the folder for temporary files where there is none.
+            content: what the bytes are, in any words; the same text and number of bytes are the same segment.
+            fill: writes the content into the bytes, which are zeros; called in the one process that makes the segment.
+            keep: whether a segment that killed processes left whole is used, or made anew.
+            folder: the folder of its file; None is /dev/shm, or where there is none the folder for temporary files.
 
         Raises:
-            ValueError: there is no room, a living process uses the name for other content, or this system lacks shared
-                segments.
+            ValueError: there is no room, or this system lacks shared segments.
         """
         if not hasattr(os, "posix_fallocate"):
             raise ValueError("Memory shared between processes needs Linux; leave `shared` out.")
-        self.path = segment_path(name, folder)
+        self.path = segment_path(f"{content}, {num_bytes} bytes", folder)
         self._mark = json.dumps({"content": content, "bytes": num_bytes, "boot": _boot()}).encode().ljust(HEADER)
         if len(self._mark) > HEADER:
             raise ValueError(
@@ -185,10 +183,7 @@ class Segment:
         fcntl.flock(file, fcntl.LOCK_SH)
         if not _is_named(file, self.path):
             return False
-        whole = self._is_whole(file)
-        if not whole:
-            self._check_content(file)
-        return whole
+        return self._is_whole(file)
 
     def _make(self, file: int, fill: Fill) -> None:
         """Reserves, fills and marks a file that this process alone has."""
@@ -207,22 +202,9 @@ class Segment:
         """Whether the file holds our content, as far as its maker had to write; a start of the machine ends that."""
         return os.fstat(file).st_size == HEADER + self._num_bytes and os.pread(file, HEADER, 0) == self._mark
 
-    def _check_content(self, file: int) -> None:
-        """Raises where a file in use is whole, but of other content."""
-        try:
-            found = json.loads(os.pread(file, HEADER, 0))
-        except ValueError:
-            return
-        if found["boot"] != _boot():
-            return
-        raise ValueError(
-            f"{self.path} is in use for {found['content']!r} ({found['bytes']} bytes), not for "
-            f"{json.loads(self._mark)['content']!r} ({self._num_bytes} bytes): give another name."
-        )
-
 
 def segment_path(name: str, folder: Path | None = None) -> Path:
-    """The file of a segment: readable, and different for different names and users."""
+    """The file of a segment: its name can be read, and differs for each `name` and user."""
     shm = Path("/dev/shm")
     readable = re.sub(r"[^A-Za-z0-9]+", "-", name)[-40:].strip("-")
     digest = hashlib.sha256(name.encode()).hexdigest()[:16]

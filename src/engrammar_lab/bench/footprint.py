@@ -3,7 +3,6 @@
 Letters: U rows of a call.
 """
 
-import os
 import time
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -43,17 +42,17 @@ def memory_of_process() -> tuple[int, int]:
     return sizes["Pss:"] - sizes["Pss_Anon:"], sizes["Pss_Anon:"]
 
 
-def _open(kind: str, table: TableFile, name: str) -> tuple[RowStore, int]:
+def _open(kind: str, table: TableFile) -> tuple[RowStore, int]:
     """The store, and bytes of its rows."""
     if kind == RAM:
         return RamStore(table, shared=True), table.num_rows * table.row_bytes
     cache_rows = table.num_rows // 2
-    return CachedStore(DiskStore(table), cache_rows, shared_name=name), cache_rows * table.row_bytes
+    return CachedStore(DiskStore(table), cache_rows, shared=True), cache_rows * table.row_bytes
 
 
-def _work(kind: str, table: TableFile, name: str, plan: tuple[int, float], barrier: Barrier, out: Connection) -> None:
+def _work(kind: str, table: TableFile, plan: tuple[int, float], barrier: Barrier, out: Connection) -> None:
     (num_rows, seconds), before = plan, memory_of_process()
-    store, num_bytes = _open(kind, table, name)
+    store, num_bytes = _open(kind, table)
     sets = [draw_rows(table, num_rows, seed) for seed in range(NUM_SETS)]
     for rows_U in sets * 3:
         store.fetch(rows_U).wait()
@@ -84,8 +83,7 @@ def measure_processes(kind: str, table: TableFile, num_processes: int, plan: tup
     context = get_context("forkserver")
     barrier = context.Barrier(num_processes, timeout=600)
     pipes = [context.Pipe(duplex=False) for _ in range(num_processes)]
-    name = f"bench {os.getpid()}"
-    workers = [context.Process(target=_work, args=(kind, table, name, plan, barrier, out)) for _, out in pipes]
+    workers = [context.Process(target=_work, args=(kind, table, plan, barrier, out)) for _, out in pipes]
     for worker in workers:
         worker.start()
     for _, out in pipes:

@@ -1,0 +1,55 @@
+"""What CONTRIBUTING.md says of sizes: 60 lines a function, 400 a file, five arguments besides the config."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parent.parent / "src"
+FILES = sorted(SOURCE.rglob("*.py"))
+# Arguments that do not count: a group of settings is one thing, and an optimizer's `params` are torch's.
+NOT_COUNTED = {"self", "cls", "config", "settings", "optimizer_settings", "args", "geometry", "server", "params"}
+# Their arguments are somebody else's: transformers' (the model's and the Trainer's methods), or options of a command.
+FOREIGN_ARGUMENTS = ("engrammar/model/modeling.py forward", "engrammar_cli/")
+# What still breaks a rule. Nothing may be added.
+TOO_LONG: set[str] = {
+    "engrammar/model/budget.py solve_budget",
+    "engrammar/model/modeling.py forward",
+    "engrammar/train/data.py prepare",
+}
+TOO_MANY_ARGUMENTS: set[str] = {
+    "engrammar/stores/serving.py __init__",
+    "engrammar/stores/serving.py serve_tables",
+    "engrammar/tables/folder.py __init__",
+    "engrammar/train/data.py prepare",
+}
+
+
+def functions(house: str) -> list[tuple[str, ast.FunctionDef]]:
+    return [
+        (f"{path.relative_to(SOURCE)} {node.name}", node)
+        for path in FILES
+        if path.is_relative_to(SOURCE / house)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+    ]
+
+
+@pytest.mark.parametrize("house", ["engrammar", "engrammar_lab", "engrammar_cli"])
+def test_no_function_is_over_60_lines(house):
+    found = {name for name, node in functions(house) if node.end_lineno - node.lineno + 1 > 60}
+    assert found <= TOO_LONG
+
+
+def test_no_function_of_the_core_has_over_five_arguments_besides_the_config():
+    found = set()
+    for name, node in functions("engrammar"):
+        arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        counted = [argument for argument in arguments if argument.arg not in NOT_COUNTED]
+        if len(counted) > 5 and not name.startswith(FOREIGN_ARGUMENTS):
+            found.add(name)
+    assert found <= TOO_MANY_ARGUMENTS
+
+
+def test_no_file_is_over_400_lines():
+    assert not {path.name: n for path in FILES if (n := len(path.read_text().splitlines())) > 400}
