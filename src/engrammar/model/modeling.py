@@ -217,8 +217,13 @@ class EngrammarModel(EngrammarPreTrainedModel):
         mask_BT = new_positions(attention_mask, input_ids, past_key_values)
         history_BS = None
         if past_key_values is not None:
+            seen = past_key_values.get_seq_length()
+            if attention_mask is None and position_ids is not None:
+                check_follow(position_ids, seen)
+                position_ids = None  # they tell no documents apart
             masked = input_ids if mask_BT is None else input_ids.masked_fill(~mask_BT, -1)
             history_BS = self._update_history(masked, past_key_values)
+            history_BS = history_BS if seen else None
         return self.memory.retrieve(input_ids, mask_BT, position_ids, history_BS)
 
     def embed(self, inputs_embeds: Tensor, retrieved: Any) -> Tensor:
@@ -268,6 +273,16 @@ class EngrammarModel(EngrammarPreTrainedModel):
         assert stored is not None
         before = nn.functional.pad(stored[:, 0], (num_back, 0))[:, -(num_back + input_ids.shape[1]) :]
         return before[:, :num_back] - 1
+
+
+def check_follow(position_ids: Tensor, seen: int) -> None:
+    """Raises a ValueError if positions are not those after the `seen` tokens of a cache."""
+    follow = torch.arange(seen, seen + position_ids.shape[1], device=position_ids.device)
+    if not torch.compiler.is_compiling() and not bool((position_ids == follow).all()):
+        raise ValueError(
+            f"position_ids do not go on from the {seen} tokens of the cache: pass use_cache=False if they tell packed "
+            "documents, or the cache that holds the tokens before these."
+        )
 
 
 def new_positions(attention_mask: Tensor | None, input_ids: Tensor, cache: Cache | None) -> Tensor | None:

@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from engrammar.memory import Memory
 from engrammar.stores.serving import serve_tables
 from engrammar.table import MemoryTable
 from engrammar.tables.encodings import PLAIN
@@ -22,6 +23,9 @@ class SavedModel(PreTrainedModel):
         """transformers' `save_pretrained`, with each memory table in a safetensors shard of its own."""
         if kwargs.get("variant") is not None:
             raise ValueError(f"variant is {kwargs['variant']!r}; checkpoints with memory tables have no variants.")
+        for module in self.modules():
+            if isinstance(module, Memory):
+                module.require_classes()
         given = kwargs.pop("state_dict", None)
         state_dict = self.state_dict() if given is None else given
         tables = {name: tensor for name, tensor in state_dict.items() if is_table(name)}
