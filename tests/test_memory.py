@@ -109,7 +109,7 @@ def test_positions_that_go_on_from_earlier_tokens_need_their_history():
         with pytest.raises(ValueError, match="no history was given"):  # one decode step of an engine, its mask all ones
             model(ids[:, :1], position_ids=torch.tensor([[5]]), attention_mask=torch.ones(1, 1), use_cache=cached)
     packed = torch.tensor([[0, 1, 2, 0, 1, 2]])
-    with pytest.raises(ValueError, match="pass use_cache=False where they tell packed documents"):
+    with pytest.raises(ValueError, match="pass use_cache=False if they tell packed documents"):
         model(ids, position_ids=packed)
     alone = torch.cat([model(part).logits for part in (ids[:, :3], ids[:, 3:])], 1)
     torch.testing.assert_close(model(ids, position_ids=packed, use_cache=False).logits, alone, rtol=1e-5, atol=1e-5)
