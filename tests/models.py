@@ -7,9 +7,7 @@ from transformers import AutoTokenizer
 
 from engrammar.model.configuration import EngrammarConfig
 from engrammar.model.modeling import EngrammarForCausalLM, model_class
-from engrammar.model.presets import preset
 from engrammar.train.data import train_tokenizer
-from engrammar.vocabulary import compress_vocabulary
 
 PAD, BOS, END, VOCABULARY = 0, 1, 2, 53
 DIALECTS = ("paper", "demo", "deepseek_v41", "qwen_next")
@@ -79,8 +77,5 @@ def tiny_model(dialect: str | None, num_branches: int = 1, seed: int = 0, **sett
 def save_micro(folder: Path) -> None:
     """Saves an untrained `micro` with a tokenizer, as training leaves them."""
     train_tokenizer(["To be, or not to be, that is the question."], vocab_size=300, path=folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    classes_V = compress_vocabulary(tokenizer)
-    model = EngrammarForCausalLM(preset("micro", tokenizer=tokenizer, classes_V=classes_V))
-    model.model.memory.set_classes(torch.from_numpy(classes_V))
+    model = EngrammarForCausalLM.from_preset("micro", tokenizer=AutoTokenizer.from_pretrained(folder))
     model.save_pretrained(folder)

@@ -21,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 PAST = {"docs/log.md", "docs/measurements.md"}  # what was decided and measured, of the code as it was then
 PAGES = ["README.md", *sorted({f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")} - PAST)]
 MODELS = ("runs/nano", "runs/demo/moe-memory-0")  # the folders that pages speak of
+ANY_TOKENIZER = "gpt2"  # what the first screen names; here it is a folder
 POOL = "127.0.0.1:50051"
 FLAG = re.compile(r"--[a-z-]+")
 
@@ -40,6 +41,7 @@ def folders(tmp_path_factory) -> Path:
     settings += [f"trainer.{name}={value}" for name, value in trainer.items()]
     train(load_recipe("micro", [f"out={folder / MODELS[0]}", *settings]))
     shutil.copytree(folder / MODELS[0], folder / MODELS[1])
+    shutil.copytree(folder / MODELS[0], folder / ANY_TOKENIZER)
     shutil.copytree(folder / "data" / "pocket-wiki-4096", folder / "tokens" / "wiki")
     shutil.copytree(folder / "data" / "pocket", folder / "cache")
     (folder / "fast-disk").mkdir()
@@ -60,6 +62,12 @@ def test_python_of_a_page_runs(page, folders, tmp_path, monkeypatch):
     with LoopbackPool() as pool:
         command_line.main(["table", "upload", "runs/nano", "nano", "--address", pool.server.address])
         exec(compile(code.replace(POOL, pool.server.address), page, "exec"), {"__name__": page})
+
+
+def test_the_first_screen_is_an_install_and_ten_lines():
+    readme, first = (ROOT / "README.md").read_text(), blocks("README.md", "python")[0]
+    assert readme.index("pip install .") < readme.index(first) < readme.index("make demo")
+    assert f'from_pretrained("{ANY_TOKENIZER}")' in first and len(first.split("\n")) <= 10
 
 
 def commands(page: str) -> list[list[str]]:
