@@ -67,7 +67,7 @@ def test_python_of_a_page_runs(page, folders, tmp_path, monkeypatch):
 def test_the_first_screen_is_an_install_and_ten_lines():
     readme, first = (ROOT / "README.md").read_text(), blocks("README.md", "python")[0]
     assert readme.index("pip install .") < readme.index(first) < readme.index("make demo")
-    assert f'from_pretrained("{ANY_TOKENIZER}")' in first and len(first.split("\n")) <= 10
+    assert f'from_pretrained("{ANY_TOKENIZER}")' in first and len(list(filter(None, first.splitlines()))) <= 10
 
 
 def commands(page: str) -> list[list[str]]:
