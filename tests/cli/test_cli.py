@@ -113,7 +113,7 @@ def test_a_missing_extra_is_one_sentence(call, monkeypatch, module, extra, comma
 
 
 def test_core_commands_work_without_the_extras(folder, tmp_path):
-    absent = ["matplotlib", "fpdf", "scipy", "PIL", "datasets", "pyarrow", "lm_eval", "sklearn", "pandas"]
+    absent = ["matplotlib", "fpdf", "scipy", "PIL", "rich", "datasets", "pyarrow", "lm_eval", "sklearn", "pandas"]
     lines = [json.dumps({"text": f"Entry {i} says that {i} is a number."}) for i in range(50)]
     (tmp_path / "text.jsonl").write_text("\n".join(lines))
     code = f"""
