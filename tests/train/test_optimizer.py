@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from engrammar.table import SparseTable
-from engrammar.train.optimizer import Muon, OptimizerSettings, build_optimizer, clip_grad_norm, orthogonalise
+from engrammar.train.optimizer import Muon, OptimizerSettings, build_optimizer, clip_grad_norm, orthogonalize
 from engrammar.train.row_optimizers import LazyAdam, RowAdam, Sinkhorn
 from models import tiny_model
 
@@ -118,17 +118,17 @@ def test_muon_on_a_stack_equals_its_matrices_one_by_one(shape):
 
 
 @pytest.mark.parametrize("shape", [(17, 33), (3, 33, 17), (1, 9, 31)])
-def test_orthogonalised_update_has_singular_values_near_one(shape):
+def test_orthogonalized_update_has_singular_values_near_one(shape):
     torch.manual_seed(2)
-    singular_values = torch.linalg.svdvals(orthogonalise(torch.randn(shape) * 1e3))
+    singular_values = torch.linalg.svdvals(orthogonalize(torch.randn(shape) * 1e3))
     assert singular_values.min() > 0.65 and singular_values.max() < 1.25
 
 
-def test_orthogonalising_keeps_directions_and_leaves_zero_matrices_zero():
+def test_orthogonalizing_keeps_directions_and_leaves_zero_matrices_zero():
     torch.manual_seed(3)
     matrix = torch.randn(9, 5)
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)
-    update = orthogonalise(torch.stack([matrix, torch.zeros(9, 5)]))
+    update = orthogonalize(torch.stack([matrix, torch.zeros(9, 5)]))
     singular_values = left.mT @ update[0] @ right.mT
     torch.testing.assert_close(singular_values, singular_values.diagonal().diag(), rtol=0, atol=1e-5)
     assert (singular_values.diagonal() > 0.65).all()

@@ -2,6 +2,7 @@
 
 from functools import wraps
 
+import pytest
 import torch
 from transformers import TrainingArguments
 
@@ -31,3 +32,13 @@ def test_a_served_model_evaluates_to_the_same_bits_and_reads_ahead(tmp_path, mon
     served_events = events[: events.index("forward") + 6]
     assert served_events == ["read", *["read", "forward"] * 3, "forward"]  # each batch's rows are read before its turn
     stored_tables_of(served).close()
+
+
+def test_a_served_model_is_not_trained(tmp_path):
+    tiny_model("paper").save_pretrained(tmp_path / "model")
+    served = EngrammarForCausalLM.from_pretrained(tmp_path / "model", memory="ram")
+    arguments = TrainingArguments(str(tmp_path / "out"), max_steps=1, use_cpu=True, report_to="none")
+    ids = torch.arange(3, 14)
+    trainer = EngrammarTrainer(served, arguments, train_dataset=[{"input_ids": ids, "labels": ids}])
+    with pytest.raises(ValueError, match="served, which cannot change them. Load it without `memory` to train it"):
+        trainer.train()

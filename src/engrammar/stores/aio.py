@@ -1,7 +1,7 @@
-"""Many reads of pages at once: Linux's own asynchronous reads, by system calls, and a plain twin on threads.
+"""Many page reads at once: by Linux's asynchronous reads (system calls), and a plain twin that uses threads.
 
-A queue owns staging memory, in slots of a page; a read fills some slots in a row, and its id is the first of them.
-Letters: N reads started together, D reads that are done.
+A queue owns staging memory in slots of one page. A read fills consecutive slots, and the first one is its id.
+Letters: N reads started together, D finished reads.
 """
 
 import ctypes
@@ -41,11 +41,11 @@ NUM_THREADS = 32
 
 
 class ReadQueue(ABC):
-    """Staging memory and the reads into it. One thread uses it at a time.
+    """Staging memory and the reads into it. Only one thread may use it at a time.
 
     Attributes:
-        memory: bytes of all slots, from the edge of a page on.
-        in_flight: reads that were started and not collected; their slots belong to them.
+        memory: the bytes of all slots; it starts at a page boundary.
+        in_flight: how many reads were started and not collected; their slots must not be touched.
     """
 
     memory: NDArray[np.uint8]
@@ -57,18 +57,18 @@ class ReadQueue(ABC):
 
     @abstractmethod
     def collect(self, at_least: int, seconds: float | None = None) -> tuple[Ints, Ints]:
-        """slot_D and result_D of reads that are done; waits for at least so many, or `seconds`, or a read refused.
+        """slot_D and result_D of finished reads; waits for `at_least` of them, for `seconds`, or for a refused read.
 
-        A result is the bytes read, fewer where the file ends, or minus an errno.
+        A result is the number of bytes read (fewer at the end of the file), or minus an errno.
         """
 
     @abstractmethod
     def close(self) -> None:
-        """Gives back what the queue holds, once no read is in flight any more."""
+        """Releases what the queue holds, once no read is in flight."""
 
 
 def _stage(num_slots: int) -> NDArray[np.uint8]:
-    # Shared, so that a process that forks while reads are in flight does not have their pages copied from under them.
+    # A shared mapping: a fork would otherwise copy pages while reads into them are in flight.
     return np.frombuffer(mmap.mmap(-1, num_slots * PAGE), np.uint8)
 
 
@@ -96,7 +96,7 @@ class AioQueue(ReadQueue):
         self.memory = _stage(num_slots)
         self._iocbs, self._events = np.zeros(num_slots, IOCB), np.zeros(num_slots, EVENT)
         self._pointers = (self._iocbs.ctypes.data + IOCB.itemsize * np.arange(num_slots)).astype(np.uint64)
-        # Looking these up costs more than a system call.
+        # Kept, since looking these up costs more than a system call.
         self._memory_at, self._pointers_at = self.memory.ctypes.data, self._pointers.ctypes.data
         self._events_at = ctypes.c_void_p(self._events.ctypes.data)
         self._refused: list[tuple[int, int]] = []
@@ -112,7 +112,7 @@ class AioQueue(ReadQueue):
                 taken = self._call(self._submit, self._context, ctypes.c_long(count - done), pointers)
                 done += taken
                 self.in_flight += taken
-            except OSError as error:  # about the first of them: a closed file, no memory
+            except OSError as error:  # of the first read left: a closed file, no memory
                 self._refused.append((int(slot_N[done]), -(error.errno or errno.EIO)))
                 done += 1
                 self.in_flight += 1
@@ -132,7 +132,7 @@ class AioQueue(ReadQueue):
         return slot_D, result_D
 
     def close(self) -> None:
-        # A context belongs to the process that made it: in a fork, its number may be that of another one.
+        # A context belongs to the process that made it; in a fork its number may be another context's.
         if self._context and self._process == os.getpid():
             self._call(self._destroy, self._context)  # waits for what is in flight
         self._context = ctypes.c_ulong(0)
@@ -149,7 +149,7 @@ class AioQueue(ReadQueue):
 
 @final
 class ThreadQueue(ReadQueue):
-    """The plain twin: threads that read one piece after another; for any file on any system."""
+    """The plain twin: threads, each reading one piece after another; for any file on any system."""
 
     def __init__(self, threads: ThreadPoolExecutor, num_slots: int) -> None:
         self.memory, self.in_flight = _stage(num_slots), 0
@@ -190,5 +190,5 @@ def _read(reads: list[tuple[int, int, int, int]], memory: memoryview, done: "Sim
 
 
 def thread_queues() -> Callable[[int], ReadQueue]:
-    """Makes queues that share some threads, from their number of slots."""
+    """Returns a function that makes queues of so many slots; the queues share their threads."""
     return partial(ThreadQueue, ThreadPoolExecutor(NUM_THREADS, "engrammar-read"))

@@ -1,7 +1,7 @@
 """The one seam between a memory and where its rows are: `fetch` starts reading, `wait` hands over.
 
-A store knows rows as bytes; what they mean is `rows.py`'s. Letters: R rows of the table, U rows asked for (in any
-order, repeats allowed), S bytes of a stored row.
+To a store a row is bytes; `tables.encodings` knows what they mean. The store to read first is `ram.RamStore`.
+Letters: R rows of the table, U rows asked for (in any order, repeats allowed), S bytes of a stored row.
 """
 
 from abc import ABC, abstractmethod
@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 
 class RowsMissing(OSError):
-    """Rows that could not be had: one sentence with the place, the first such row, and what to do.
+    """Some rows could not be read. The message names the place and the first such row, and says what to do.
 
     Attributes:
         missing_U: True where a row is missing.
-        rows_US: the other rows; what stands at the missing ones is not defined.
+        rows_US: all rows asked for; the bytes of the missing ones are undefined.
     """
 
     def __init__(self, message: str, missing_U: NDArray[np.bool_], rows_US: NDArray[np.uint8]) -> None:
@@ -26,26 +26,26 @@ class RowsMissing(OSError):
 
 
 class Fetch(ABC):
-    """Rows on their way."""
+    """Rows that are being read."""
 
     @abstractmethod
     def wait(self, seconds: float | None = None) -> NDArray[np.uint8]:
-        """rows_US in the order asked for, once all are there. The caller may keep and change them.
+        """Waits for all rows and returns rows_US, in the order asked for. The caller may keep and change them.
 
         Args:
-            seconds: how long to wait for rows; None is as long as the store itself allows.
+            seconds: how long to wait; None waits as long as the store itself allows.
 
         Raises:
-            RowsMissing: some could not be read, are damaged, or are not there after `seconds`.
+            RowsMissing: some rows could not be read, are damaged, or did not arrive within `seconds`.
         """
 
 
 class RowStore(ABC):
-    """A table of R rows of S bytes, somewhere. Nobody writes to it while it is open.
+    """A table of R rows of S bytes, wherever it is. It must not change while it is open.
 
     Attributes:
-        name: where the rows are, as errors name it.
-        identity: of their bytes: another one where the table was changed or replaced.
+        name: the place of the rows, as error messages name it.
+        identity: a fingerprint of the contents; it differs once the table was changed or replaced.
         num_rows: R.
         row_bytes: S.
     """
@@ -62,7 +62,7 @@ class RowStore(ABC):
         Raises:
             IndexError: a row is not in the table.
         """
-        # As unsigned integers, negative rows are the largest: one pass finds both kinds of row that are not there.
+        # As unsigned integers negative rows are huge, so one comparison finds rows off either end.
         if rows_U.size and rows_U.view(np.uint64).max() >= self.num_rows:
             outside = rows_U[(rows_U < 0) | (rows_U >= self.num_rows)]
             raise IndexError(f"Row {outside[0]} is outside {self.name}, which has rows 0 to {self.num_rows - 1}.")
@@ -70,16 +70,16 @@ class RowStore(ABC):
 
     @abstractmethod
     def _fetch(self, rows_U: NDArray[np.int64]) -> Fetch:
-        """Starts reading rows that are all in the table."""
+        """Starts reading rows, all of which are in the table."""
 
     @abstractmethod
     def close(self) -> None:
-        """Gives back what the store holds. Fetches that were not waited for are lost."""
+        """Releases what the store holds. Fetches that were not waited for are lost."""
 
 
 @final
 class Arrived(Fetch):
-    """Rows that are there already."""
+    """Rows that are in memory already."""
 
     def __init__(self, rows_US: NDArray[np.uint8]) -> None:
         self.rows_US = rows_US

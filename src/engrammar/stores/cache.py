@@ -1,12 +1,12 @@
-"""Rows that come often, kept in memory in front of any store: some pinned for good, the others by how often they come.
+"""A cache of rows in front of any store: some rows are pinned for good, the others are kept by how often they are read.
 
-The memory is fixed: sets of eight places, a row's set given by its hash. A row that was read is young at first: two
-places of a set are for young rows, first in, first out. Whoever leaves them takes the place of the set's other row
-with the smallest count, if it came more often than that one, and else is gone (W-TinyLFU, arXiv:1512.00727). So a
-scan, however long, passes through the young places alone, and a text that repeats its own rows finds them there.
-Counts of rows that are not here are kept in a sketch; all counts are halved over time, a piece with each admission.
-Letters: U rows asked for, M distinct rows that are not here, A sets, W = 8 ways, P = A W places, S bytes of a row,
-K counts of the sketch.
+The memory is fixed: sets of eight places, and the hash of a row gives its set. Two places of a set are for young rows,
+first in, first out: every row that is read goes there first. A row pushed out of the young places replaces the
+least-read older row of its set if it was read more often; otherwise it is dropped (W-TinyLFU, arXiv:1512.00727).
+So a scan, however long, passes through the young places only, and a text that repeats its own rows finds them there.
+A sketch counts the rows that are not in the cache; all counts are halved over time, a part with each admission.
+Letters: U rows asked for, M distinct rows that are not in the cache, A sets, W = 8 ways, P = A W places, S bytes of a
+row, K counts of the sketch.
 """
 
 from typing import final
@@ -18,36 +18,37 @@ from engrammar.stores.base import Arrived, Fetch, RowsMissing, RowStore
 from engrammar.stores.shared import Segment, SharedLock, private_bytes
 
 WAYS = 8
-YOUNG = 2  # young rows of a set; with fewer, text hits less, and with more, rows drawn by chance
-HALVING = 20  # all counts are halved once while this many times the cache's rows are asked for
-SKETCH = 8  # counts of the sketch for each row that the cache holds, at least
-SLICE = 4096  # rows looked up or admitted under one lock, so that nobody waits long
-PIN_BYTES = 2**24  # of rows, read at once while pinning
+YOUNG = 2  # young rows of a set; with fewer, text hits less; with more, rows drawn at random hit less
+HALVING = 20  # all counts are halved once per this many reads per row of the cache
+SKETCH = 8  # at least this many counts in the sketch per row of the cache
+SLICE = 4096  # rows looked up or admitted under one lock: bounds how long others wait for it
+PIN_BYTES = 2**24  # bytes of rows that `pin` reads at once
 MOST = 255  # counts stop here
 EMPTY = -1  # the tag of a place without a row
 
 Ints = NDArray[np.int64]
 Bytes = NDArray[np.uint8]
 
-# Odd multipliers of multiplicative hashing: the golden ratio's for sets, splitmix64's for the two counts of the sketch.
+# Odd multipliers for multiplicative hashing: the golden ratio for sets, splitmix64's two for the sketch.
 SET_HASH, *SKETCH_HASHES = (np.uint64(m) for m in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
-# Eight truths side by side, one of them true, are the number 256**way; times this, the way is its three highest bits.
+# Eight bool bytes with one True, read as one uint64, are 256**way. Multiplying by WAY_OF moves `way` into the top
+# three bits.
 WAY_OF = np.uint64(sum(way << (61 - 8 * way) for way in range(WAYS)))
 
 
 @final
 class CachedStore(RowStore):
-    """A store with its most wanted rows in memory.
+    """A store with its most-read rows in memory.
 
     Attributes:
-        hits, misses: rows asked for that were and were not here, since the start or `reset_counts`.
+        hits, misses: rows asked for that were, and were not, in the cache since the start or `reset_counts`.
     """
 
     def __init__(self, store: RowStore, cache_rows: int, *, shared: bool = False) -> None:
         """
         Args:
-            store: where the other rows come from; closed with the cache.
-            cache_rows: rows to keep, rounded down to a multiple of 8.
+            store: the store to read all other rows from; it is closed with the cache.
+            cache_rows: how many rows to keep, rounded down to a multiple of 8.
             shared: all processes of this user with a cache of this size and table use one; the last to close gives it
                 back.
 
@@ -80,7 +81,7 @@ class CachedStore(RowStore):
 
     @property
     def hit_rate(self) -> float:
-        """Share of the rows asked for that were here; 0 before the first."""
+        """The share of the rows asked for that were in the cache; 0 before the first."""
         return self.hits / max(self.hits + self.misses, 1)
 
     def reset_counts(self) -> None:
@@ -88,7 +89,7 @@ class CachedStore(RowStore):
             self.hits = self.misses = 0
 
     def pin(self, rows: Ints) -> int:
-        """Keeps rows for good, as many as find room (7 of the 8 places of a set), the first ones before the others.
+        """Keeps rows for good, the first ones first, as long as there is room (7 of the 8 places of a set).
 
         Returns:
             how many of the distinct rows are pinned now.
@@ -113,7 +114,7 @@ class CachedStore(RowStore):
             try:
                 rows_MS = self._store.fetch(rows_M).wait()
             except RowsMissing as error:
-                raise OSError(str(error)) from error  # its mask is of these rows, not of the caller's
+                raise OSError(str(error)) from error  # not RowsMissing: the mask is not about the caller's rows
             for at in range(0, len(rows_M), SLICE):
                 with self._lock.writing:
                     num_pinned += self._open().pin(rows_M[at : at + SLICE], rows_MS[at : at + SLICE])
@@ -126,7 +127,7 @@ class CachedStore(RowStore):
         for at in range(0, len(rows_U), SLICE):
             rows_u, end = rows_U[at : at + SLICE], at + SLICE
             with self._lock.reading:
-                # Copied here, not in `wait`: by then another row may have the place.
+                # Copied now, not in `wait`: by then another row may be in the place.
                 found_u = self._open().gather(rows_u, rows_US[at:end])
                 found_U[at:end] = found_u
                 num_here = int(np.count_nonzero(found_u))
@@ -141,7 +142,7 @@ class CachedStore(RowStore):
         return _Filling(self, rows_M, rows_US, missed_V, which_V)
 
     def _admit(self, rows_M: Ints, rows_MS: Bytes) -> None:
-        """Takes up rows that were read, if they came often enough."""
+        """Admits rows that were read, if they were read often enough."""
         for at in range(0, len(rows_M), SLICE):
             with self._lock.writing:
                 if self._sets is None:
@@ -164,7 +165,7 @@ class CachedStore(RowStore):
 
 @final
 class _Filling(Fetch):
-    """Rows of which some are on their way from the store behind: those of V positions, M distinct ones."""
+    """Rows of which those at V positions, M distinct ones, are being read from the store behind."""
 
     def __init__(self, cache: CachedStore, rows_M: Ints, rows_US: Bytes, missed_V: Ints, which_V: Ints) -> None:
         self._cache, self._rows_M, self._rows_US = cache, rows_M, rows_US
@@ -192,10 +193,10 @@ class _Filling(Fetch):
 
 @final
 class _Sets:
-    """The cache's memory, and what is done with it under its lock.
+    """The cache's memory and the operations on it, which are called under its lock.
 
-    A process may be killed amid any line: a place is empty before its bytes change and gets its tag after them, and
-    what is done without the exclusive lock changes counts alone.
+    A process may be killed on any line. So a place is marked empty before its bytes change and tagged after, and
+    operations without the exclusive lock change only counts.
     """
 
     def __init__(self, memory: Bytes, num_sets: int, row_bytes: int) -> None:
@@ -213,13 +214,13 @@ class _Sets:
         self.tags_P = self.tags_AW.reshape(-1)
         self.counts_P = take(num_places)
         self.counts_AW = self.counts_P.reshape(num_sets, WAYS)
-        self.young_P = take(num_places)  # the last to come has 2, the one before 1, others 0
+        self.young_P = take(num_places)  # 2 for the newest row, 1 for the one before, 0 for the others
         self.young_AW = self.young_P.reshape(num_sets, WAYS)
         self.pinned_P = take(num_places).view(np.bool_)
         self.pinned_AW = self.pinned_P.reshape(num_sets, WAYS)
         self.sketch_K = take(num_counts)
         self.sketch_shift = np.uint64(64 - (num_counts - 1).bit_length())
-        self.halved_to = take(8).view(np.int64)  # the place where halving goes on
+        self.halved_to = take(8).view(np.int64)  # where the next halving starts
         self.rows_PS = take(num_places * row_bytes).reshape(num_places, row_bytes)
 
     @staticmethod
@@ -228,13 +229,13 @@ class _Sets:
 
     @classmethod
     def num_bytes(cls, num_sets: int, row_bytes: int) -> int:
-        """Bytes of the whole memory."""
+        """The size of the whole memory."""
         return num_sets * WAYS * (8 + 1 + 1 + 1 + row_bytes) + cls._num_counts(num_sets) + 7 * 64
 
     def gather(self, rows_U: Ints, rows_US: Bytes) -> NDArray[np.bool_]:
-        """Copies the rows that are here into their places of `rows_US`, counts them, and says which ones they are."""
+        """Copies the rows that are in the cache into `rows_US` and counts them; returns which ones they are."""
         place_U, found_U = self._find(rows_U)
-        self.rows_PS.take(place_U, 0, rows_US, "clip")  # anything at the others
+        self.rows_PS.take(place_U, 0, rows_US, "clip")  # copies some other row where the row is not in the cache
         if not found_U.all():
             place_U = place_U[found_U]
         counts = self.counts_P.take(place_U, None, None, "clip")
@@ -243,8 +244,8 @@ class _Sets:
         return found_U
 
     def admit(self, rows_M: Ints, rows_MS: Bytes) -> None:
-        """Counts distinct rows that were not here, and takes up the two of each set that came most often."""
-        (new,) = np.nonzero(~self._find(rows_M)[1])  # the others were taken up since
+        """Counts distinct rows that were not in the cache, and admits the two of each set that were read most often."""
+        (new,) = np.nonzero(~self._find(rows_M)[1])  # the others were admitted since
         count_M = self._estimate(rows_M[new])
         count_M += count_M != MOST
         self._remember(rows_M[new], count_M)
@@ -265,7 +266,7 @@ class _Sets:
         return found_M & self.pinned_P[place_M]
 
     def pin(self, rows_M: Ints, rows_MS: Bytes) -> int:
-        """Takes up distinct rows for good, as far as there is room, and says how many of them are pinned now."""
+        """Pins distinct rows, as far as there is room; returns how many of them are pinned now."""
         place_M, found_M = self._find(rows_M)
         pinned_M = found_M & self.pinned_P[place_M]  # by another process, since
         (new,) = np.nonzero(~pinned_M)
@@ -287,7 +288,7 @@ class _Sets:
         return int(np.count_nonzero(pinned_M)) + len(new)
 
     def halve(self, num_asked: int) -> int:
-        """Halves the share of all counts that is due after `num_asked` rows; says how many of these that settles."""
+        """Halves the counts that are due after `num_asked` rows; returns for how many of these rows that was."""
         num_places, num_counts = len(self.counts_P), len(self.sketch_K)
         due = min(num_asked // HALVING, num_places)
         start = int(self.halved_to[0])
@@ -297,10 +298,10 @@ class _Sets:
         self.counts_P[start:end] >>= 1
         self.sketch_K[start * num_counts // num_places : end * num_counts // num_places] >>= 1
         self.halved_to[0] = end % num_places
-        return num_asked - (due - (end - start)) * HALVING  # what is due beyond one round is forgotten
+        return num_asked - (due - (end - start)) * HALVING  # at most one round is ever due
 
     def _find(self, rows_U: Ints) -> tuple[Ints, NDArray[np.bool_]]:
-        """The place of each row, and whether it is there; any place of its set where it is not."""
+        """The place of each row and whether the row is in it; if not, the place is any of its set."""
         set_U = self._set(rows_U)
         same_UW = self.tags_AW.take(set_U, 0, None, "clip") == rows_U[:, None]
         way_U = same_UW.view("<u8").reshape(-1)
@@ -319,7 +320,7 @@ class _Sets:
         return hash_U.view(np.int64)
 
     def _sketched(self, rows_M: Ints) -> list[Ints]:
-        """Where the sketch counts each row, twice: the smaller count is nearer the truth."""
+        """The two places where the sketch counts each row; the smaller count is the better estimate."""
         return [((rows_M.view(np.uint64) * hash_) >> self.sketch_shift).view(np.int64) for hash_ in SKETCH_HASHES]
 
     def _estimate(self, rows_M: Ints) -> Ints:
@@ -331,7 +332,7 @@ class _Sets:
             self.sketch_K[where_M] = np.maximum(self.sketch_K[where_M], count_M)
 
     def _make_room(self, set_M: Ints) -> Ints:
-        """A place for a young row in each of M distinct sets."""
+        """Frees a place for a young row in each of M distinct sets."""
         young_MW, pinned_MW = self.young_AW[set_M], self.pinned_AW[set_M]
         num_free_M = WAYS - np.count_nonzero(pinned_MW, 1)
         full_M = np.count_nonzero(young_MW, 1) >= np.where(num_free_M < 2 * YOUNG, 1, YOUNG)
@@ -343,7 +344,7 @@ class _Sets:
         return np.where(full_M & ~stays_M, oldest_M, least_M)
 
     def _least(self, set_M: Ints, kept_MW: NDArray[np.bool_]) -> tuple[Ints, Ints]:
-        """The place in each set with the smallest count, and that: -1 if it is empty, above MOST if all are kept."""
+        """The place with the smallest count in each set, and that count: -1 if empty, over MOST if all are kept."""
         count_MW = self.counts_AW[set_M].astype(np.int64)
         count_MW[self.tags_AW[set_M] == EMPTY] = -1
         count_MW[kept_MW] = MOST + 1
@@ -355,7 +356,7 @@ class _Sets:
         self.young_P[place_M] = 0
 
     def _write(self, place_M: Ints, rows_M: Ints, rows_MS: Bytes, count_M: Ints) -> None:
-        """Puts rows into distinct places; the sketch remembers how often those came that were there."""
+        """Writes rows into distinct places; the sketch remembers the counts of the rows that they replace."""
         old_M, old_count_M = self.tags_P[place_M], self.counts_P[place_M]
         gone = old_M != EMPTY
         self._remember(old_M[gone], old_count_M[gone])
@@ -366,7 +367,7 @@ class _Sets:
 
 
 def _rank(set_M: Ints) -> Ints:
-    """How many earlier entries are the same as each."""
+    """For each entry, how many earlier entries equal it."""
     order = np.argsort(set_M, kind="stable")
     sorted_M = set_M[order]
     index_M = np.arange(len(set_M))

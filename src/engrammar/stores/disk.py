@@ -1,8 +1,8 @@
-"""Rows from files: each page that they lie on is read once, all at the same time, past the page cache, and checked.
+"""Rows from files: each page of the rows is read once, all at the same time, bypassing the page cache, and checked.
 
-Hashed rows lie scattered, so a page cache would keep sixteen cold rows for each hot one; rows that come often are kept
-by `CachedStore`, in front. Small fetches are read by whoever asks, large ones by a thread of the store, slice by slice.
-Letters: U rows asked for, V rows of a slice, S bytes of a row, D reads that are done.
+Hashing scatters rows, so a page cache would keep sixteen cold rows for each hot one; a `CachedStore` in front keeps the
+rows that are read often. Small fetches are read in the caller's thread, large ones by a thread of the store, in slices.
+Letters: U rows asked for, V rows of a slice, S bytes of a row, D finished reads.
 """
 
 import itertools
@@ -25,8 +25,8 @@ from engrammar.tables.folder import TableFile
 from engrammar.tables.headers import PAGE
 
 DEPTH = 512  # pages of large fetches in flight, and so 2 MiB of memory
-NUM_PARTS = 8  # of them: one is gathered while the others are read
-BATCH = 32  # reads of a large fetch that are looked at together
+NUM_PARTS = 8  # parts of them: one is gathered while the others are read
+BATCH = 32  # reads of a large fetch that are collected together
 SMALL = 128  # pages of a small fetch, at most
 NUM_LANES = 8  # small fetches in flight, 512 KiB each; more than these queue up with the large ones
 
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 @final
 class _Source:
-    """What a store shares with its thread and with fetches on their way, which may outlive it."""
+    """What a store shares with its thread and its fetches, which may outlive it."""
 
     def __init__(self, files: PagedFiles, depth: int, queues: Callable[[int], ReadQueue] | None) -> None:
         self.files = files
@@ -52,7 +52,7 @@ class _Source:
         self.lock, self.closed = threading.Lock(), False
 
     def take_lane(self) -> ReadQueue | None:
-        """A queue for one small fetch, with nothing in flight; None where there is none left."""
+        """A queue for one small fetch, with nothing in flight; None if there is none left."""
         try:
             queue = self.lanes.get_nowait()
         except Empty:
@@ -69,7 +69,7 @@ class _Source:
                 logger.info("%s: small reads wait behind large ones at times (%s).", self.files.name, why)
             self.told_of_lanes = True
             return None
-        # Reads of a fetch that nobody waited for.
+        # It may have reads of a fetch that was never waited for.
         while queue.in_flight and len(queue.collect(0, 0)[0]):
             pass
         if queue.in_flight:
@@ -78,7 +78,7 @@ class _Source:
         return queue
 
     def ask(self, fetch: "_LargeFetch") -> None:
-        """Has the thread bring rows, after those that were asked for before."""
+        """Has the thread read rows, after those of earlier fetches."""
         with self.lock:
             if self.closed:  # just now, by another thread: the fetch is lost
                 fetch.finish()
@@ -96,7 +96,7 @@ class _Source:
 
 @final
 class _SmallFetch(Fetch):
-    """Pages that are all in flight; whoever waits collects them."""
+    """All pages are in flight; `wait` collects them in the caller's thread."""
 
     def __init__(self, source: _Source, queue: ReadQueue, rows_U: Ints) -> None:
         self._source, self._rows_U, self._lock = source, rows_U, threading.Lock()
@@ -111,7 +111,7 @@ class _SmallFetch(Fetch):
     def wait(self, seconds: float | None = None) -> NDArray[np.uint8]:
         with self._lock:
             if self._queue is not None:
-                # Taken out: after an interruption, what is in flight in it is not known, and nobody uses it again.
+                # Taken out for good: after an interruption it is not known what is in flight in it.
                 queue, self._queue = self._queue, None
                 if not self._source.closed:
                     self._collect(queue, seconds)
@@ -142,7 +142,7 @@ class _SmallFetch(Fetch):
         self._rows_US = rows_US
 
     def __del__(self) -> None:
-        if self._queue is not None:  # nobody waited
+        if self._queue is not None:  # it was never waited for
             self._source.lanes.put(self._queue)
 
 
@@ -151,7 +151,7 @@ class _LargeFetch(Fetch):
     """Rows that the store's thread brings, slice by slice.
 
     Attributes:
-        given_up: nobody waits for rows that are not there yet.
+        given_up: whether rows that have not arrived are no longer wanted.
     """
 
     def __init__(self, source: _Source, rows_U: Ints) -> None:
@@ -163,10 +163,10 @@ class _LargeFetch(Fetch):
         self._error: BaseException | None = None
 
     def put(self, place_V: Ints, reads: PageReads, begin_V: Ints) -> None:
-        """Takes rows over, which belong at these places."""
+        """Copies rows that were read to these places."""
         missing_V = reads.missing(begin_V)
         with self._lock:
-            if self.given_up:  # the caller has the memory
+            if self.given_up:  # the caller owns the memory now
                 return
             self._rows_US.view(f"V{self._rows_US.shape[1]}")[place_V, 0] = reads.gather(begin_V)
             self._have_U[place_V] = True if missing_V is None else ~missing_V
@@ -175,7 +175,7 @@ class _LargeFetch(Fetch):
                 self._first_bad, self._message = place, reads.explain(int(self.rows_U[place]), begin)
 
     def finish(self, error: BaseException | None = None) -> None:
-        """Nothing more comes, because all is there or for this reason."""
+        """Says that nothing more will arrive: all rows did, or there was this error."""
         self._error = error
         self._done.set()
 
@@ -189,7 +189,7 @@ class _LargeFetch(Fetch):
                 return self._rows_US
             missing_U = ~self._have_U
             first = int(missing_U.argmax())
-            if first < self._first_bad:  # nobody has looked at its pages
+            if first < self._first_bad:  # its pages were not checked yet
                 if not self.given_up:
                     raise _lost(self._source, self.rows_U)
                 row, files = int(self.rows_U[first]), self._source.files
@@ -209,7 +209,7 @@ def _lost(source: _Source, rows_U: Ints) -> RowsMissing:
 
 
 def _best_queues(files: PagedFiles, num_slots: int) -> tuple[Callable[[int], ReadQueue], ReadQueue]:
-    """What makes queues for files that were opened with O_DIRECT, or without; and one of them."""
+    """A function that makes the best kind of queue for these files, and one such queue."""
     if files.direct:
         try:
             return AioQueue, AioQueue(num_slots)
@@ -225,7 +225,7 @@ def _serve(source: _Source) -> None:
     try:
         while (request := source.requests.get()) is not None:
             fetch = request()
-            if fetch is None:  # nobody holds it any more
+            if fetch is None:  # it was dropped
                 continue
             try:
                 if not source.closed:
@@ -274,9 +274,9 @@ def _bring(source: _Source, queue: ReadQueue, fetch: _LargeFetch) -> None:
 
 
 def _slices(address_U: Ints, row_bytes: int, most_pages: int) -> Iterator[tuple[int, int]]:
-    """Runs of sorted rows on at most so many pages: the first, and the one after the last.
+    """Cuts sorted rows into runs on at most so many pages each: the first row, and one past the last.
 
-    A page that two runs share is read for both.
+    A page that two runs share is read twice.
     """
     first_U, last_U = address_U // PAGE, (address_U + row_bytes - 1) // PAGE
     added_U = last_U - first_U + 1  # pages that a row adds to those before it
@@ -295,8 +295,8 @@ class DiskStore(RowStore):
 
     Args:
         table: where its rows are.
-        depth: pages of large fetches that are in flight together.
-        queues: makes queues of reads; None is the best kind that this system and the files allow.
+        depth: how many pages of large fetches are in flight together.
+        queues: makes queues of reads; None takes the best kind that this system and the files allow.
 
     Raises:
         ValueError: a file cannot be opened, or does not belong to its checksums.
@@ -319,7 +319,7 @@ class DiskStore(RowStore):
     def _fetch(self, rows_U: Ints) -> Fetch:
         source = self._source
         if source is not None and self._process != os.getpid():
-            # A fork has neither the thread nor the reads of its parent.
+            # A fork has neither its parent's thread nor its reads.
             self._end.detach()
             self._open(source.files)
             source = self._source

@@ -1,4 +1,4 @@
-"""The pages that a table's rows lie on: which these are, how they are read, and whether they are what was written.
+"""The file pages of a table's rows: which pages they are, how they are read, and whether they are undamaged.
 
 Letters: H shards, F files, V rows, S bytes of a row, P distinct pages, sorted.
 """
@@ -23,20 +23,20 @@ from engrammar.tables.folder import TableFile
 from engrammar.tables.headers import PAGE
 
 TRIES = 3
-LONGEST_READ = 16  # neighbouring pages in one read
-NOT_READ, SHORT, DAMAGED = -1, -2, -3  # why a page is not good; above 0 an errno, 0 where it is
+LONGEST_READ = 16  # neighboring pages in one read
+NOT_READ, SHORT, DAMAGED = -1, -2, -3  # what is wrong with a page; over 0 it is an errno, 0 is a good page
 
 logger = logging.getLogger(__name__)
 
 
 @final
 class PagedFiles:
-    """The shards of a table, open; their pages numbered through, with a gap between files.
+    """The open shards of a table. Pages are numbered through all files, with a gap between two files.
 
     Attributes:
-        direct: whether reads go past the page cache.
-        identity: of their content.
-        pages_per_row: that a row may lie on, at most.
+        direct: whether reads bypass the page cache.
+        identity: a fingerprint of the contents.
+        pages_per_row: the most pages that one row can be on.
 
     Raises:
         ValueError: a file cannot be opened, or is shorter than its rows, or its checksums are those of another one.
@@ -77,14 +77,14 @@ class PagedFiles:
                 self.crc32_P[first : first + pages_F[file]] = read_page_sums(shard.crc32, shard.path)
 
     def addresses(self, rows_U: Ints) -> Ints:
-        """Where rows begin: bytes through all files, each filled up to whole pages."""
+        """The byte where each row begins, counted through all files, each padded to whole pages."""
         if len(self.first_row_H) == 1:
             return rows_U * self.row_bytes + self.shift_H[0]
         shard_U = np.searchsorted(self.first_row_H, rows_U, "right") - 1
         return rows_U * self.row_bytes + self.shift_H[shard_U]
 
     def pages(self, address_V: Ints) -> tuple[Ints, Ints]:
-        """page_P that rows lie on, and the byte of them, side by side, where each row begins."""
+        """The pages of the rows, page_P, and for each row the byte where it begins in these pages, end to end."""
         first_V, last_V = address_V // PAGE, (address_V + self.row_bytes - 1) // PAGE
         page_P = np.concatenate([np.minimum(first_V + step, last_V) for step in range(self.pages_per_row)])
         page_P.sort()
@@ -98,7 +98,7 @@ class PagedFiles:
         return np.searchsorted(self.first_page_F, page_P, "right") - 1
 
     def explain(self, row: int, page: int, why: int, seconds: float | None = None) -> str:
-        """The sentence about a row that cannot be had because of a page."""
+        """The error message about a row that cannot be read because of a page."""
         file = int(self.files(np.array([page]))[0])
         first = (page - int(self.first_page_F[file])) * PAGE
         of = f"bytes {first} to {min(first + PAGE, int(self.size_F[file])) - 1}"
@@ -117,12 +117,12 @@ class PagedFiles:
         while self._open:
             os.close(self._open.pop())
 
-    def __del__(self) -> None:  # the last fetch that reads from them may outlive the store
+    def __del__(self) -> None:  # not in the store's `close`: a fetch may outlive it
         self._close()
 
 
 def _open(path: Path, direct: bool) -> int | None:
-    """A descriptor; None where the file cannot be read past the page cache."""
+    """A descriptor; None if `direct` is wanted and the file cannot be read so."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if direct else 0))
     except OSError as error:
@@ -135,7 +135,7 @@ def _open(path: Path, direct: bool) -> int | None:
         if direct:
             os.preadv(handle, [mmap.mmap(-1, PAGE)], 0)
         elif hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_RANDOM)  # no pages that nobody asked for
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_RANDOM)  # no read-ahead
     except OSError as error:
         if direct and error.errno == errno.EINVAL:
             os.close(handle)
@@ -144,7 +144,7 @@ def _open(path: Path, direct: bool) -> int | None:
 
 
 def identity_of(table: TableFile, handles: Sequence[int]) -> str:
-    """Tells one content of a table's open files from another without reading them."""
+    """A fingerprint of a table's open files, made without reading them."""
     stats = [os.fstat(handle) for handle in handles]
     files = [(stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_size) for stat in stats]
     runs = [(shard.start, shard.first_row, shard.num_rows) for shard in table.shards]
@@ -153,11 +153,11 @@ def identity_of(table: TableFile, handles: Sequence[int]) -> str:
 
 @final
 class PageReads:
-    """Distinct pages on their way into a queue's slots from `base` on; those that fail are read again.
+    """Reads of distinct pages into a queue's slots from `base` on; a page that fails is read again.
 
     Attributes:
-        left: reads that are in flight.
-        why: of each page, 0 where it is there and as it was written.
+        left: how many reads are in flight.
+        why: for each page what is wrong with it; 0 once it was read and its checksum fits.
     """
 
     def __init__(self, files: PagedFiles, queue: ReadQueue, base: int, page_P: Ints) -> None:
@@ -178,14 +178,14 @@ class PageReads:
         self._start(index_N, pages_N)
 
     def _start(self, index_N: Ints, pages_N: Ints) -> None:
-        """Starts reads of so many pages each, that begin at these ones."""
+        """Starts reads that begin at these pages, of so many pages each."""
         self._failed: list[int] = []
         self._pages = dict(zip(index_N.tolist(), pages_N.tolist()))
         self.left, self._tries = len(index_N), self._tries - 1
         self.queue.start(self._descriptor_P[index_N], self._byte_P[index_N], self.base + index_N, pages_N)
 
     def take(self, slot: int, result: int) -> None:
-        """Looks at what a read brought, and starts the failed pages once more when the last one is there."""
+        """Checks the pages of a finished read; after the last read, starts the failed pages again."""
         first = slot - self.base
         for index in range(first, first + self._pages[first]):
             size, begin = self._size[index], index * PAGE
@@ -202,20 +202,20 @@ class PageReads:
             self._start(np.array(self._failed), np.ones(len(self._failed), np.int64))
 
     def gather(self, begin_V: Ints) -> NDArray[np.void]:
-        """rows_V, each one item of S bytes, that begin at these bytes of the pages; junk where a page is not good."""
+        """rows_V, one item of S bytes each, that begin at these bytes of the pages; undefined on bad pages."""
         size = self.files.row_bytes
-        # A view in which a row begins at every byte: NumPy copies items of any size fast.
+        # A view with a row at every byte: NumPy copies items of any size fast.
         rows = np.ndarray((self._memory.nbytes - size + 1,), f"V{size}", self._memory, 0, (1,))
         return rows[begin_V]
 
     def missing(self, begin_V: Ints) -> NDArray[np.bool_] | None:
-        """Which rows lie on a page that is not good; None where all pages are."""
+        """Which rows are on a bad page; None if there is no bad page."""
         if not any(self.why):
             return None
         bad_P = np.concatenate([[0], np.cumsum(np.array(self.why) != 0)])
         return bad_P[(begin_V + self.files.row_bytes - 1) // PAGE + 1] > bad_P[begin_V // PAGE]
 
     def explain(self, row: int, begin: int, seconds: float | None = None) -> str:
-        """The sentence about a row that is missing and begins at this byte of the pages."""
+        """The error message about a missing row that begins at this byte of the pages."""
         index = next(index for index in range(begin // PAGE, len(self.why)) if self.why[index])
         return self.files.explain(row, int(self.page_P[index]), self.why[index], seconds)

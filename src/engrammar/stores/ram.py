@@ -25,7 +25,10 @@ PIECE = 2**20  # bytes read at once: small enough to be summed and copied while 
 
 @final
 class RamStore(RowStore):
-    """All rows of a table, copied from its files, so that nothing that happens to these later matters."""
+    """All rows of a table as one array: the plainest store.
+
+    The rows are copied from the table's files, which may change or vanish afterwards.
+    """
 
     def __init__(self, table: TableFile, *, shared: bool = False, verify: bool = True) -> None:
         """Reads the table; shows a progress bar where that takes more than two seconds.
@@ -39,40 +42,44 @@ class RamStore(RowStore):
         """
         self.name = f"{table.name} in {table.shards[0].path.parent}"
         self.num_rows, self.row_bytes = table.num_rows, table.row_bytes
-        self._segment = None
-        num_bytes = self.num_rows * self.row_bytes
-        with contextlib.ExitStack() as files:
-            handles = [_open(shard.path) for shard in table.shards]
-            for handle in handles:
-                files.callback(os.close, handle)
-            self.identity = identity_of(table, handles)
-
-            def fill(memory: NDArray[np.uint8]) -> None:
-                _read(table, handles, memory, verify)
-                if identity_of(table, handles) != self.identity:
-                    raise ValueError(f"The files of {self.name} changed while they were read: open the table again.")
-
-            if shared:
-                content = f"{self.name}, files {self.identity}, {'' if verify else 'not '}verified"
-                self._segment = Segment(content, num_bytes, fill)
-                memory = self._segment.bytes
-            else:
-                memory = private_bytes(num_bytes)
-                fill(memory)
-        memory.flags.writeable = False
+        memory, self.identity, self._segment = _load(table, self.name, shared, verify)
         self._rows_RS = memory.reshape(self.num_rows, self.row_bytes)
 
     def _fetch(self, rows_U: NDArray[np.int64]) -> Fetch:
         if self._rows_RS.shape[0] != self.num_rows:
             raise ValueError(f"{self.name} is closed.")
-        # Of take, indexing, wider elements and rows as one element each, this is the fastest or equal to it from 64 to
-        # 1,024 bytes a row; the range is checked already, and "clip" is the mode that checks nothing again.
+        # rows_RS[rows_U], in the way that is fastest for rows of 64 to 1,024 bytes. `fetch` has checked the range, and
+        # "clip" is the mode that does not check it again.
         return Arrived(self._rows_RS.take(rows_U, 0, None, "clip"))
 
     def close(self) -> None:
         self._rows_RS = np.empty((0, self.row_bytes), np.uint8)
         if self._segment is not None:
             self._segment.close()
+
+
+def _load(table: TableFile, name: str, shared: bool, verify: bool) -> tuple[NDArray[np.uint8], str, Segment | None]:
+    """The bytes of all rows, a fingerprint of the files, and the segment of the bytes if they are shared."""
+    num_bytes, segment = table.num_rows * table.row_bytes, None
+    with contextlib.ExitStack() as files:
+        handles = [_open(shard.path) for shard in table.shards]
+        for handle in handles:
+            files.callback(os.close, handle)
+        identity = identity_of(table, handles)
+
+        def fill(memory: NDArray[np.uint8]) -> None:
+            _read(table, handles, memory, verify)
+            if identity_of(table, handles) != identity:
+                raise ValueError(f"The files of {name} changed while they were read: open the table again.")
+
+        if shared:
+            segment = Segment(f"{name}, files {identity}, {'' if verify else 'not '}verified", num_bytes, fill)
+            memory = segment.bytes
+        else:
+            memory = private_bytes(num_bytes)
+            fill(memory)
+    memory.flags.writeable = False
+    return memory, identity, segment
 
 
 def _open(path: Path) -> int:

@@ -1,11 +1,12 @@
 """Bytes that unrelated processes of one machine share (`Segment`), and the lock around what they change (`SharedLock`).
 
-The protocol, on a file by default in /dev/shm that nobody ever truncates, so that no mapping can break:
-1. Who gets an exclusive flock on it is alone: it keeps what an earlier user left whole, or removes that, reserves the
-   space of a new file, fills it, and writes the mark that says whole last. All others wait for a shared flock,
-   start over unless the file is whole and still has its name, and keep that flock while they use the bytes.
-2. Who closes and then gets the exclusive flock was the last, and removes the name.
-3. A killed process loses its flocks: the next user is alone again and goes by the mark.
+The protocol, on a file (by default in /dev/shm) that is never truncated, so that no mapping can break:
+1. The process that gets the exclusive flock is the only user: it keeps a complete segment left by an earlier one or
+   removes it, reserves the space of a new file, fills it, and last writes the mark that says it is complete. All other
+   processes wait for a shared flock and hold it while they use the bytes. If the file is then incomplete, or no longer
+   has its name, they start over.
+2. A process that gets the exclusive flock after closing was the last user, and removes the name.
+3. A killed process loses its flocks, so the next user is the only one again and decides by the mark.
 """
 
 import contextlib
@@ -30,15 +31,15 @@ from typing import final
 import numpy as np
 from numpy.typing import NDArray
 
-HEADER = 4096  # bytes before those that are shared: the mark
+HEADER = 4096  # bytes before the shared ones, with the mark
 Fill = Callable[[NDArray[np.uint8]], None]
 
 
 def private_bytes(num_bytes: int) -> NDArray[np.uint8]:
-    """Zeros that belong to this process alone; pages that nobody wrote to take no memory."""
+    """Zeros of this process alone; a page takes memory once it is written to."""
     memory = mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        # Rows are read at random: with small pages each one misses the TLB, which costs 20 % of a gather.
+        # Rows are read at random: with small pages every row misses the TLB, which costs 20 % of a gather.
         with contextlib.suppress(OSError):  # a kernel without huge pages
             memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, np.uint8, num_bytes)
@@ -46,10 +47,10 @@ def private_bytes(num_bytes: int) -> NDArray[np.uint8]:
 
 @final
 class SharedLock:
-    """One writer or many reading processes; in each process one thread at a time.
+    """One writing process or many reading ones; in each process one thread at a time.
 
-    `with lock.reading:` and `with lock.writing:`. Without a path it is a lock among threads alone. The file at `path`
-    carries the flock, on an open file of our own, and has no content.
+    Used as `with lock.reading:` and `with lock.writing:`. Without a path it is a lock between threads only. The file at
+    `path` is empty: it carries the flock.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -76,14 +77,14 @@ class SharedLock:
         self._mutex.release()
 
     def _separate(self) -> None:
-        """In a forked child: with its parent's open file it would be one holder, and a thread may hold the mutex."""
+        """In a forked child: with its parent's open file both would be one holder, and a thread may hold the mutex."""
         self._mutex, self._process = threading.Lock(), os.getpid()
         if self._file is not None:
             inherited, self._file = self._file, os.open(f"/proc/self/fd/{self._file}", os.O_RDWR)
             os.close(inherited)
 
     def close(self) -> None:
-        """From here on it is a lock among threads alone."""
+        """From now on it is a lock between threads only."""
         if self._process != os.getpid():
             self._separate()
         with self._mutex:
@@ -140,19 +141,19 @@ class Segment:
             )
         self._num_bytes = num_bytes
         while (file := self._open(fill, keep)) is None:
-            time.sleep(random.uniform(0, 0.01))  # those who start over should not meet again
+            time.sleep(random.uniform(0, 0.01))  # so that processes that start over do so at different times
         self._file = file
         self.lock = SharedLock(_lock_path(self.path))
         self.bytes = self._map(file)
         self._finalizer = weakref.finalize(self, _leave, file, self.path, self.lock, os.getpid())
 
     def close(self) -> None:
-        """Gives the bytes back; the last user's call removes the name. Arrays that still show them stay readable."""
+        """Releases the bytes; the last user's call removes the name. Arrays that still show them stay readable."""
         self.bytes = np.empty(0, np.uint8)
         self._finalizer()
 
     def _open(self, fill: Fill, keep: bool) -> int | None:
-        """The file, whole and under a shared flock; None where another process was faster or died: start over."""
+        """The file, complete and under a shared flock; None if another process was faster or died: start over."""
         try:
             file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
             if os.fstat(file).st_uid != os.geteuid():
@@ -165,13 +166,13 @@ class Segment:
             settled = self._settle(file, fill, keep)
         finally:
             if not settled:
-                # Not by closing alone: a mapping in a traceback would keep the file open, and others waiting.
+                # Closing is not enough: a mapping in a traceback would keep the file open, and others waiting.
                 fcntl.flock(file, fcntl.LOCK_UN)
                 os.close(file)
         return file if settled else None
 
     def _settle(self, file: int, fill: Fill, keep: bool) -> bool:
-        """Comes to a shared flock on the file, and says whether it is whole and still has its name."""
+        """Gets a shared flock on the file; returns whether it is complete and still has its name."""
         if _try_alone(file):
             if not _is_named(file, self.path):
                 return False
@@ -186,7 +187,7 @@ class Segment:
         return self._is_whole(file)
 
     def _make(self, file: int, fill: Fill) -> None:
-        """Reserves, fills and marks a file that this process alone has."""
+        """Reserves, fills and marks a file that only this process has open."""
         try:
             _reserve(file, HEADER + self._num_bytes, self.path)
             fill(self._map(file))
@@ -199,7 +200,7 @@ class Segment:
         return np.frombuffer(mmap.mmap(file, HEADER + self._num_bytes), np.uint8, self._num_bytes, HEADER)
 
     def _is_whole(self, file: int) -> bool:
-        """Whether the file holds our content, as far as its maker had to write; a start of the machine ends that."""
+        """Whether the file is complete and of our content. A file from before a restart of the machine is not."""
         return os.fstat(file).st_size == HEADER + self._num_bytes and os.pread(file, HEADER, 0) == self._mark
 
 
@@ -217,13 +218,13 @@ def _lock_path(path: Path) -> Path:
 
 
 def _boot() -> str:
-    """Which start of the machine this is: a file on a disk may outlive a crash half written."""
+    """The id of this start of the machine: a file on a disk may outlive a crash, half written."""
     path = Path("/proc/sys/kernel/random/boot_id")
     return path.read_text().strip() if path.exists() else ""
 
 
 def _reserve(file: int, num_bytes: int, path: Path) -> None:
-    # Without this, the first write that finds no room would end the process with SIGBUS.
+    # Without this, the first write without room would kill the process with SIGBUS.
     try:
         os.posix_fallocate(file, 0, num_bytes)
     except OSError as error:
@@ -259,7 +260,7 @@ def _remove(path: Path) -> None:
 
 
 def _leave(file: int, path: Path, lock: SharedLock, process: int) -> None:
-    """Lets go of a segment. A forked child shares its parent's flock, and must leave that alone."""
+    """Leaves a segment. A forked child shares its parent's flock and must not release it."""
     lock.close()
     if process == os.getpid():
         if _try_alone(file) and _is_named(file, path):

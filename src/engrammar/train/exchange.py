@@ -1,4 +1,4 @@
-"""Rows of sharded tables on their way: one all-to-all brings the rows that a rank asked for, one returns gradients.
+"""Exchange of sharded tables' rows: one all-to-all brings the rows that a rank asked for, one returns gradients.
 
 A table's rows are cut into equal runs, one per rank. Letters: P peers (ranks), L tables, U distinct rows, C row width.
 """
@@ -29,7 +29,7 @@ def _per_rank(num_rows: int, group: Group) -> int:
 
 @dataclass(kw_only=True)
 class Traffic:
-    """What went over the wire, from this rank to others, and what would have without deduplication; in bytes."""
+    """What this rank looked up, in rows, and what it sent to other ranks, in bytes."""
 
     num_looked_up: int = 0
     num_distinct: int = 0
@@ -40,12 +40,12 @@ class Traffic:
 
 @dataclass(frozen=True, kw_only=True)
 class Route:
-    """Who asked whom for which rows, in one read.
+    """Which rank asked which for which rows, in one read.
 
     Attributes:
         asked_PL: how many rows of each table this rank asked of each peer.
         served_PL: how many each peer asked of this rank.
-        served_rows: which, numbered from this rank's first row: by peer, then by table.
+        served_rows: which rows these are, numbered from this rank's first row; by peer, then by table.
     """
 
     group: Group
@@ -85,7 +85,7 @@ class Route:
         return [torch.cat(parts[table::num_tables]) for table in range(num_tables)]
 
     def give_back(self, gradients: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """Sends the gradients of the rows asked for to who holds them.
+        """Sends the gradients of the rows asked for to the ranks that hold them.
 
         Returns:
             for each table, the rows of this rank (with repeats, in the order of the peers) and their gradients.

@@ -30,19 +30,19 @@ from engrammar.train.row_optimizers import (
 MatrixOptimizerKind = Literal["muon", "adamw"]
 MemoryOptimizerKind = Literal[RowOptimizerKind, "dense_adam"]
 
-# The quintic of Keller Jordan's post: its slope at zero is as steep as five steps allow, so singular values land
-# near 1 (about 0.7 to 1.2), not on it.
+# The quintic of Keller Jordan's post: its slope at zero is as steep as five steps allow, so singular values end up
+# near 1 (about 0.7 to 1.2), not at it.
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
 # Matrices that Muon leaves to AdamW: output head, router, depthwise convolution, hyper-connection mixers.
 ADAMW_MATRICES = re.compile(r"(^|\.)lm_head\.|(^|\.)mlp\.gate\.weight$|conv(\.|_weight$)|(^|\.)(hc_)?fn$")
 
 
-def orthogonalise(update: Tensor) -> Tensor:
-    """Nearest semi-orthogonal matrix, roughly: `[O, I]` or each `[O, I]` of `[E, O, I]` -> same shape.
+def orthogonalize(update: Tensor) -> Tensor:
+    """Roughly the nearest semi-orthogonal matrix of `[O, I]`, or of each `[O, I]` of a stack `[E, O, I]`.
 
-    Newton-Schulz iteration of Jordan et al., https://kellerjordan.github.io/posts/muon; a zero matrix stays zero.
-    Returns fp32 on the CPU (where a bf16 product is very slow) and bf16 elsewhere.
+    This is the Newton-Schulz iteration of Jordan et al., https://kellerjordan.github.io/posts/muon. A zero matrix stays
+    zero. The result is fp32 on the CPU (where a bf16 product is very slow) and bf16 elsewhere.
     """
     a, b, c = NEWTON_SCHULZ_COEFFICIENTS
     num_rows, num_columns = update.shape[-2:]
@@ -57,13 +57,15 @@ def orthogonalise(update: Tensor) -> Tensor:
 
 
 class Muon(Optimizer):
-    """Nesterov momentum, orthogonalised, for matrices `[O, I]` and stacks of matrices `[E, O, I]`.
+    """Orthogonalized Nesterov momentum for matrices `[O, I]` and stacks of matrices `[E, O, I]`.
 
-    Each matrix of a stack gets the update it would get alone. Weight decay is decoupled; the step is
-    `lr * 0.2 * sqrt(max(O, I))`, which matches the size of an AdamW step, so both share one lr.
-    Sources: Muon (Jordan et al., https://kellerjordan.github.io/posts/muon), step size arXiv 2502.16982.
-    Equals `torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`, which takes `[O, I]` only.
-    Raises ValueError for parameters of other dimensions and for sparse gradients.
+    Each matrix of a stack gets the update that it would get alone. Weight decay is decoupled. The step is
+    `lr * 0.2 * sqrt(max(O, I))`, the size of an AdamW step, so that both can have one lr.
+    Sources: Muon (Jordan et al., https://kellerjordan.github.io/posts/muon); step size, arXiv 2502.16982.
+    It equals `torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`, which takes `[O, I]` only.
+
+    Raises:
+        ValueError: a parameter of other dimensions, or a sparse gradient.
     """
 
     def __init__(self, params: ParamsT, *, lr: float, weight_decay: float = 0.1, momentum: float = 0.95) -> None:
@@ -77,7 +79,7 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:
-        """One update of every parameter that has a gradient; returns what `closure` returns."""
+        """Updates every parameter that has a gradient; returns what `closure` returns."""
         loss = evaluate(closure)
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
@@ -93,7 +95,7 @@ class Muon(Optimizer):
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(grad)
                 momentum_buffer = state["momentum_buffer"].lerp_(grad, 1 - momentum)
-                update = orthogonalise(grad.lerp(momentum_buffer, momentum))
+                update = orthogonalize(grad.lerp(momentum_buffer, momentum))
                 param.mul_(1 - lr * group["weight_decay"])
                 param.add_(update, alpha=-lr * 0.2 * math.sqrt(max(param.shape[-2:])))
         return loss
@@ -102,7 +104,7 @@ class Muon(Optimizer):
 class DenseAdam(torch.optim.Adam):
     """torch's Adam over every row of a table in every step: the baseline of the row optimizers.
 
-    Its time and memory are those of the whole table.
+    Its time and memory grow with the whole table.
     """
 
     def step(self, closure: Any = None) -> Any:
@@ -116,8 +118,8 @@ class DenseAdam(torch.optim.Adam):
 class MixedOptimizer(Optimizer):
     """Several optimizers behind the interface of one, for learning rate schedulers, accelerate and Trainer.
 
-    `param_groups` concatenates the inner optimizers' own group dicts, so whatever a scheduler writes into a group
-    reaches the optimizer that reads it. Groups are fixed at construction.
+    `param_groups` lists the inner optimizers' own group dicts, so what a scheduler writes into a group reaches its
+    optimizer. The groups are fixed at construction.
     """
 
     def __init__(
@@ -134,7 +136,7 @@ class MixedOptimizer(Optimizer):
 
     @property  # type: ignore[override]
     def state(self) -> dict[Tensor, Any]:
-        """State of every parameter: a new dict over the inner optimizers' own per-parameter dicts."""
+        """The state of every parameter: a new dict of the inner optimizers' own dicts."""
         return {param: state for optimizer in self.inner for param, state in optimizer.state.items()}
 
     @state.setter
@@ -142,14 +144,14 @@ class MixedOptimizer(Optimizer):
         assert not state, "only Optimizer.__init__ sets it, to an empty dict: state lives in the inner optimizers"
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refused once built: raises ValueError."""
+        """Raises ValueError: the groups are fixed once it is built."""
         if hasattr(self, "inner"):
             raise ValueError("A MixedOptimizer has fixed groups: build a new one from optimizers that hold the group.")
         super().add_param_group(param_group)
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:
-        """One step of every inner optimizer; returns what `closure` returns."""
+        """Makes one step of every inner optimizer; returns what `closure` returns."""
         loss = evaluate(closure)
         if self.max_grad_norm is not None:
             self.clip_grad_norm(self.max_grad_norm)
@@ -163,7 +165,7 @@ class MixedOptimizer(Optimizer):
         return loss
 
     def clip_grad_norm(self, max_norm: float) -> Tensor:
-        """`clip_grad_norm` of every parameter, gradients of placed tables collected first."""
+        """Clips the gradients of every parameter, those of placed tables included; see the function."""
         if self.placement is not None:
             self.placement.collect()
         parameters = [param for group in self.param_groups for param in group["params"]]
@@ -184,7 +186,7 @@ class MixedOptimizer(Optimizer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict()` returned. Raises ValueError if names or sizes of the groups differ."""
+        """Loads what `state_dict()` returned; raises ValueError if names or sizes of the groups differ."""
         saved_groups = state_dict["param_groups"]
         saved, own = ([(g.get("name"), len(g["params"])) for g in gs] for gs in (saved_groups, self.param_groups))
         if saved != own:
@@ -202,7 +204,7 @@ class MixedOptimizer(Optimizer):
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSettings:
-    """Which optimizer trains which parameters, beside Adam's own numbers.
+    """Which optimizer trains which parameters; Adam's own numbers are not among them.
 
     Attributes:
         memory: the row optimizer of the tables (docs/row-optimizers.md), or "dense_adam", the baseline `DenseAdam`.
@@ -210,8 +212,8 @@ class OptimizerSettings:
         memory_rounding: how a bf16 table is written.
         matrices: what trains the backbone's matrices.
         muon_momentum: of Muon.
-        max_grad_norm: each step clips to it first, rows and dense gradients together: for loops that cannot clip, like
-            transformers' plain Trainer (whose own max_grad_norm is then 0). None does not clip.
+        max_grad_norm: the norm to which each step first clips rows and dense gradients together, for loops that cannot,
+            like transformers' plain Trainer (whose own max_grad_norm must then be 0). None does not clip.
 
     Raises:
         ValueError: a choice that is not one of those allowed, or a number out of its range.
@@ -320,12 +322,14 @@ def check_norm(max_norm: float) -> None:
 
 @torch.no_grad()
 def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float, placement: TablePlacement | None = None) -> Tensor:
-    """Scale gradients in place so that their total L2 norm is at most `max_norm`; returns the norm before, a scalar.
+    """Scales gradients in place so that their total L2 norm is at most `max_norm`; returns the norm before, a scalar.
 
-    As `torch.nn.utils.clip_grad_norm_`, which refuses sparse gradients: those are replaced by their coalesced form
-    here, so that a row touched twice counts as one sum. The rows of a `placement` over several ranks count on every
-    rank. `math.inf` only measures. A norm that is not finite leaves the gradients as they are. Raises ValueError unless
-    `max_norm` is over 0.
+    It does what `torch.nn.utils.clip_grad_norm_` does, which refuses sparse gradients: here they are replaced by their
+    coalesced form, so that a row touched twice counts as one sum. Rows that a `placement` shards over ranks count on
+    every rank. `math.inf` only measures. A norm that is not finite leaves the gradients as they are.
+
+    Raises:
+        ValueError: `max_norm` is not over 0.
     """
     check_norm(max_norm)
     sharded = placement is not None and placement.num_ranks > 1

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def zeros_in_ram(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Zeros whose pages take memory once they are written; `torch.zeros` writes every page at once."""
+    """Zeros of which a page takes memory once it is written to; `torch.zeros` writes to every page at once."""
     pages = mmap.mmap(-1, _num_bytes(shape, dtype), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_NOHUGEPAGE"):  # a huge page holds thousands of rows: one touched row would claim 2 MiB
         pages.madvise(mmap.MADV_NOHUGEPAGE)
@@ -40,7 +40,7 @@ def zeros_in_file(shape: Sequence[int], dtype: torch.dtype, folder: Path) -> Ten
                 "choose another folder",
             ) from error
         pages = mmap.mmap(file.fileno(), num_bytes)
-    if hasattr(mmap, "MADV_RANDOM"):  # rows lie scattered: what the system would read ahead is not wanted
+    if hasattr(mmap, "MADV_RANDOM"):  # rows are scattered: reading ahead would be wasted
         pages.madvise(mmap.MADV_RANDOM)
     return torch.frombuffer(pages, dtype=dtype)[: math.prod(shape)].view(tuple(shape))
 

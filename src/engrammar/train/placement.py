@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,7 @@ from engrammar.tables.memory_json import finish_checkpoint
 from engrammar.tables.shards import lay_out, read_rows, table_shard, write_index, write_rows
 from engrammar.train.exchange import Group, Route, Traffic, all_sum, broadcast, own_rows
 from engrammar.train.pages import zeros_in_file, zeros_in_ram
-from engrammar.train.row_optimizers import RowBackend, RowOptimizer
+from engrammar.train.row_optimizers import RowBackend, RowOptimizer, check_choice
 
 Where = Literal["device", "ram", "file"]
 Overlap = Literal["auto", "none", "exact", "stale"]
@@ -344,15 +344,21 @@ def place_tables(
             with tables="external".
 
     Raises:
-        ValueError: no tables, tables that are placed already, or another `where` or `overlap`.
+        ValueError: no tables, tables that are placed or served already, or another `where` or `overlap`.
     """
     tables = {name: module for name, module in model.named_modules() if isinstance(module, MemoryTable)}
-    if not tables or any(table.source is not None for table in tables.values()):
-        why = "its memory tables are placed already" if tables else "it has no memory tables"
-        raise ValueError(f"{type(model).__name__} cannot be placed: {why}.")
-    for name, value, allowed in (("where", where, get_args(Where)), ("overlap", overlap, get_args(Overlap))):
-        if value not in allowed:
-            raise ValueError(f"{name} is {value!r}; allowed: {', '.join(allowed)}.")
+    sources = [table.source for table in tables.values() if table.source is not None]
+    if not tables:
+        raise ValueError(f"{type(model).__name__} cannot be placed: it has no memory tables.")
+    if any(isinstance(source, TablePlacement) for source in sources):
+        raise ValueError(f"{type(model).__name__} cannot be placed: its memory tables are placed already.")
+    if sources:
+        raise ValueError(
+            f"{type(model).__name__} cannot be placed: its memory tables are served, which cannot change them. Load it "
+            "without `memory` to train it."
+        )
+    check_choice("where", where, Where)
+    check_choice("overlap", overlap, Overlap)
     group = None
     if dist.is_initialized() and dist.get_world_size() > 1:
         group = dist.group.WORLD if where == "device" else dist.new_group(backend="gloo")

@@ -1,4 +1,4 @@
-"""Optimizers of memory tables whose time and memory follow the touched rows: lazy Adam, row Adam, Sinkhorn.
+"""Optimizers of tables whose cost in time and memory follows the touched rows: lazy Adam, row Adam, Sinkhorn.
 
 Shape letters: R rows of a table, C row width, U touched rows.
 """
@@ -34,7 +34,7 @@ def check_choice(setting: str, value: object, kind: Any) -> None:
 
 
 def evaluate(closure: Closure | None) -> float | None:
-    """What `closure` returns, with gradients on; None without one."""
+    """Calls `closure` with gradients on and returns its value; None without one."""
     if closure is None:
         return None
     with torch.enable_grad():
@@ -71,10 +71,10 @@ class RowBackend:
 
 
 def sum_by_row(gradient: Tensor) -> Tensor:
-    """A sparse gradient of a table as a coalesced one: rows distinct and ascending, gradients of equal rows summed.
+    """Coalesces a table's sparse gradient: rows distinct and ascending, gradients of equal rows summed.
 
-    Rows that are so already are not summed again, and the values are then shared with `gradient`: `MemoryTable` hands
-    over such rows, but autograd drops the flag that says it.
+    `MemoryTable` hands over rows that are so already, but autograd drops the flag that says it. Such rows are not
+    summed again, and the result shares its values with `gradient`.
     """
     rows = gradient._indices()
     if gradient.is_coalesced() or rows.shape[0] != 1 or not bool((rows[0, 1:] > rows[0, :-1]).all()):
@@ -83,11 +83,11 @@ def sum_by_row(gradient: Tensor) -> Tensor:
 
 
 def round_stochastically(values: Tensor, seed: int) -> Tensor:
-    """fp32 -> bf16, up or down with the probability that makes the mean exact.
+    """Rounds fp32 to bf16, up or down at random, with the probabilities that make the mean exact.
 
-    The upper half of an fp32 is a bf16, so a random number added to the lower half carries with that probability.
+    The upper half of an fp32 is a bf16, so adding a random number to the lower half carries with that probability.
     """
-    # 64 random bits serve four numbers: drawing them one by one would cost more than an Adam step.
+    # 64 random bits serve four numbers: one draw for each would cost more than an Adam step.
     num_draws = math.ceil(values.numel() / 4)
     bits = torch.empty(num_draws, dtype=torch.int64, device=values.device)
     bits.random_(-(2**63), None, generator=torch.Generator(values.device).manual_seed(seed))
@@ -96,18 +96,17 @@ def round_stochastically(values: Tensor, seed: int) -> Tensor:
 
 
 def balance_(update_UC: Tensor, all_sum: Callable[[Tensor], Tensor] = _same) -> Tensor:
-    """Sinkhorn balance in place: rows and columns scaled in turn to norm 1, 11 times, ending on rows; RMS 1 in a row.
+    """Balances in place (Sinkhorn): scales rows and columns in turn to norm 1, 11 times, then every row to RMS 1.
 
-    Rows whose norm is not over 1e-3 of the mean row norm, and rows of zeros, come out as zeros and do not count.
-    Scaling rows and columns of x in turn needs only the sums of its squares: 11 products of x^2 with a vector. Where
-    rows are spread over ranks, `all_sum` adds what their columns sum to.
+    Rows whose norm is at most 1e-3 of the mean row norm become zeros and do not count. Scaling the rows and columns of
+    x in turn needs only sums of its squares: 11 products of x^2 with a vector. `all_sum` adds column sums over ranks.
     """
     norm_U1 = torch.linalg.vector_norm(update_UC, dim=1, keepdim=True)
     norm_and_count = all_sum(torch.stack([norm_U1.sum(), torch.tensor(float(len(norm_U1)), device=norm_U1.device)]))
     mean_norm = (norm_and_count[0] / norm_and_count[1]).clamp(min=1e-30)
     kept_UC = update_UC.div_(mean_norm).masked_fill_(norm_U1 <= SINKHORN_SMALL_ROW * mean_norm, 0)
     square_UC = kept_UC.square()
-    column_square_C = torch.ones_like(square_UC[0])  # squared factor of each column, as row_square_U of each row
+    column_square_C = torch.ones_like(square_UC[0])  # squared factors of columns; row_square_U are those of rows
     for _ in range(SINKHORN_STEPS // 2):
         row_square_U = (square_UC @ column_square_C).clamp_(min=1e-30).reciprocal_()
         column_square_C = all_sum(row_square_U @ square_UC).clamp_(min=1e-30).reciprocal_()
@@ -117,14 +116,16 @@ def balance_(update_UC: Tensor, all_sum: Callable[[Tensor], Tensor] = _same) -> 
 
 
 class RowOptimizer(Optimizer, ABC):
-    """Updates the touched rows of tables `[R, C]` with sparse gradients, and no others; abstract.
+    """Updates only the touched rows of tables `[R, C]`, from their sparse gradients (abstract).
 
-    A row without a gradient keeps its bits, and so does its state. Tables are fp32 or bf16; state and update are
-    fp32, and each written number of a bf16 table is rounded once: "nearest" loses updates under about 1/256 of a
-    weight, "stochastic" keeps their mean (`round_stochastically`). On the CPU a page of state (4 KiB) takes memory
-    once one of its rows is touched. No weight decay (arXiv 2601.07372, section 4).
-    Raises ValueError for a dense gradient, for stochastic rounding of a table that is not bf16, and for loaded
-    state of another optimizer or another shape.
+    A row without a gradient keeps its bits, and so does its state. There is no weight decay (arXiv 2601.07372, section
+    4). Tables are fp32 or bf16; state and update are fp32, and each number written to a bf16 table is rounded once:
+    "nearest" loses updates under about 1/256 of a weight, "stochastic" keeps their mean (`round_stochastically`). On
+    the CPU a page of state (4 KiB) takes memory once one of its rows is touched.
+
+    Raises:
+        ValueError: a dense gradient, stochastic rounding of a table that is not bf16, or loaded state of another
+            optimizer or another shape.
     """
 
     state_layout: ClassVar[StateLayout]
@@ -140,17 +141,17 @@ class RowOptimizer(Optimizer, ABC):
 
     @abstractmethod
     def _direction(self, rows_U: Tensor, grad_UC: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
-        """Updates the state of these rows; returns the fp32 `[U, C]` to be subtracted lr times."""
+        """Updates the state of these rows; returns the fp32 `[U, C]` that is subtracted from them, times lr."""
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:
-        """One update of every touched row; returns what `closure` returns."""
+        """Updates every touched row; returns what `closure` returns."""
         loss = evaluate(closure)
         for group in self.param_groups:
             for table_RC in group["params"]:
                 if table_RC.grad is not None:
                     seed = int(torch.randint(2**62, ())) if group["rounding"] == "stochastic" else None
-                    # The settings as they are now: a scheduler may write to the group before the update is done.
+                    # A copy of the group: a scheduler may write to it before the update runs.
                     self.backend.submit(
                         partial(self._update_table, table_RC, self._gradient(table_RC), {**group}, seed)
                     )
@@ -183,7 +184,7 @@ class RowOptimizer(Optimizer, ABC):
         }
 
     def state_of(self, table_RC: Tensor) -> dict[str, Tensor]:
-        """The state of a table; zeros where no row was touched yet."""
+        """The state of a table, made of zeros when it is first asked for."""
         state = self.state[table_RC]
         if not state:
             for key, (shape, dtype) in self.layout(table_RC.shape).items():
@@ -196,7 +197,7 @@ class RowOptimizer(Optimizer, ABC):
         saved_ids = [saved_id for group in state_dict["param_groups"] for saved_id in group["params"]]
         tables = [table_RC for group in self.param_groups for table_RC in group["params"]]
         for saved_id, table_RC in zip(saved_ids, tables, strict=True):
-            if saved_id not in state_dict["state"]:  # never touched before the save
+            if saved_id not in state_dict["state"]:  # not touched before it was saved
                 continue
             state = {key: value.to(table_RC.device) for key, value in state_dict["state"][saved_id].items()}
             expected = self.layout(table_RC.shape)
@@ -216,10 +217,10 @@ class RowOptimizer(Optimizer, ABC):
 class LazyAdam(RowOptimizer):
     """Adam on the touched rows: two fp32 buffers and a step count per row, 8 C + 4 bytes a row.
 
-    A row with a gradient at every step follows `torch.optim.Adam`. A row without one does not change by a bit, and
-    this is the difference from a dense Adam: there, momentum keeps moving rows after their last touch, and `exp_avg`
-    and `exp_avg_sq` decay once a step; here they decay once a touch. The step count for the bias correction is
-    per row, so a row's first update is a full one however late it comes.
+    A row with a gradient at every step follows `torch.optim.Adam`. A row without one keeps its bits, unlike in a dense
+    Adam: there, momentum goes on moving rows after their last touch, and `exp_avg` and `exp_avg_sq` decay once a step;
+    here they decay once a touch. The bias correction counts a row's own touches, so its first update is a full one,
+    however late it comes.
     """
 
     state_layout: ClassVar[StateLayout] = {
@@ -248,7 +249,7 @@ class LazyAdam(RowOptimizer):
         state["step"].index_copy_(0, rows_U, step_U)
         state["exp_avg"].index_copy_(0, rows_U, exp_avg_UC)
         state["exp_avg_sq"].index_copy_(0, rows_U, exp_avg_sq_UC)
-        # In fp64, as 1 - beta2 is a difference of close numbers: fp32 would lose 4 digits of a row's first update.
+        # In fp64: 1 - beta2 is a difference of close numbers, and fp32 would lose 4 digits of a row's first update.
         correction1_U1 = (1 - beta1 ** step_U.double()).float().unsqueeze(1)
         correction2_U1 = (1 - beta2 ** step_U.double()).sqrt().float().unsqueeze(1)
         denominator_UC = exp_avg_sq_UC.sqrt_().div_(correction2_U1).add_(group["eps"])
@@ -256,14 +257,14 @@ class LazyAdam(RowOptimizer):
 
 
 class RowAdam(RowOptimizer):
-    """Adam without momentum and with one second moment per row, the mean over its squared gradients: 4 bytes a row.
+    """Adam without momentum and with one second moment per row, the mean of its squared gradients: 4 bytes a row.
 
     It is `LazyAdam` with beta1 = 0 and `exp_avg_sq` averaged over the row: the moment decays once a touch, and its
-    bias is corrected by the row's own count of touches. Both share the row's 4 bytes: the last 8 bits of the fp32
-    moment, which is rounded to the 15 bits of fraction left, hold the count. It stops at 255; from there on the
-    average forgets by (1 - beta2) / (1 - beta2^255) a touch, so a beta2 over 0.98 acts as a shorter one: 0.999 as
-    0.9955. Decay per step instead (beta2^n for n steps untouched) would be exact in 4 bytes too, but gives a row
-    that is touched every n steps updates sqrt(n) times larger, up to 1/sqrt(1 - beta2).
+    bias is corrected by the row's own count of touches. Moment and count share the row's 4 bytes: the count is in the
+    last 8 bits of the fp32 moment, which is rounded to the 15 bits of fraction that remain. The count stops at 255;
+    from then on the average forgets (1 - beta2) / (1 - beta2^255) per touch, so a beta2 over 0.98 acts as a smaller
+    one: 0.999 as 0.9955. A decay per step (beta2^n after n untouched steps) would also fit in 4 bytes, but a row that
+    is touched every n steps would get updates sqrt(n) times larger, up to 1/sqrt(1 - beta2).
     """
 
     state_layout: ClassVar[StateLayout] = {"moment_and_count": (torch.int32, "row")}
@@ -296,10 +297,10 @@ class RowAdam(RowOptimizer):
 class Sinkhorn(RowOptimizer):
     """Nesterov momentum in one fp32 buffer, then `balance_` over the touched rows together: 4 C bytes a row.
 
-    Every updated row moves by lr RMS in each element, the size of a row's first Adam step, so Adam's lr is a fair
-    start. Momentum decays once a touch. Rows whose update is not over 1e-3 of the mean norm are not moved; their
-    momentum is kept up to date. A row's update depends on which other rows were touched, through the columns' norms.
-    Source: DeepSeek-V4.1.
+    Every updated row moves by lr in RMS per element. That is the size of a row's first Adam step, so Adam's lr is a
+    good one to start from. Momentum decays once a touch. Rows whose update is at most 1e-3 of the mean norm do not
+    move, but their momentum is updated. Through the norms of the columns, a row's update depends on which other rows
+    were touched. Source: DeepSeek-V4.1.
     """
 
     state_layout: ClassVar[StateLayout] = {"momentum_buffer": (torch.float32, "element")}
@@ -343,6 +344,6 @@ def build_row_optimizer(
 
 
 def state_bytes_per_row(kind: RowOptimizerKind, row_width: int) -> int:
-    """Bytes of optimizer state that a touched row of `row_width` elements takes."""
+    """The bytes of optimizer state of a touched row of `row_width` elements."""
     layout = ROW_OPTIMIZERS[kind].state_layout.values()
     return sum(dtype.itemsize * (row_width if per == "element" else 1) for dtype, per in layout)

@@ -106,13 +106,13 @@ class EngrammarTrainer(Trainer):
         super().__init__(model=model, args=args, **kwargs)
         self.optimizer_settings = optimizer_settings
         self.bytes_per_eval_token = bytes_per_eval_token
-        self.counts_bytes = False  # whether it is told of the set that is evaluated
-        self.scored = torch.zeros(2, dtype=torch.float64)  # of this evaluation: nats and tokens so far
+        self.counts_bytes = False  # whether `bytes_per_eval_token` is that of the set being evaluated
+        self.scored = torch.zeros(2, dtype=torch.float64)  # nats and tokens of this evaluation so far
         self.placement_settings = {"where": "device", **(placement or {})}
         self.placement = placement_of(model)
         self.next_batches: Any = None  # read one step early, where stale reads are allowed
-        self.partial: Path | None = None  # what transformers takes for the run's folder while it saves
-        self.sealing: Future[None] | None = None  # the save that is on its way to the disk
+        self.partial: Path | None = None  # the folder that transformers writes to while it saves
+        self.sealing: Future[None] | None = None  # the save that a thread is flushing to the disk
         if balance_rate:
             self.add_callback(LoadBalancing(model, balance_rate))
 
