@@ -10,11 +10,10 @@ from engrammar.model.modeling import EngrammarForCausalLM, model_class
 from engrammar.train.data import train_tokenizer
 
 PAD, BOS, END, VOCABULARY = 0, 1, 2, 53
-DIALECTS = ("paper", "demo", "deepseek_v41", "qwen_next")
 
 
 def tiny_memory(dialect: str) -> dict:
-    memory = {"preset": dialect, "layers": [1, 3], "head_dim": 6, "num_heads": 2, "fill_id": END}
+    memory = {"dialect": dialect, "layers": [1, 3], "head_dim": 6, "num_heads": 2, "fill_id": END}
     memory["rows_per_head"] = [97, 101, 131] if dialect == "deepseek_v41" else [97, 101]
     if dialect == "deepseek_v41":
         memory["dead_ids"] = [END]

@@ -16,7 +16,7 @@ from engrammar.addressing import (
     hash_ngrams_numpy,
     look_back,
 )
-from engrammar.config import PRESETS, Geometry, MemoryConfig
+from engrammar.config import DIALECTS, Geometry, MemoryConfig
 from engrammar.reference import hash_ngrams_reference
 from engrammar.vocabulary import compress_vocabulary
 
@@ -99,7 +99,7 @@ def assert_geometry_equals(geometry: Geometry, reference: dict, layers: tuple[in
 )
 def test_the_authors_text_has_the_authors_addresses(name, settings, golden, v3_tokenizer):
     reference = load(golden, name)
-    config = replace(PRESETS["demo"], **settings)
+    config = replace(DIALECTS["demo"], **settings)
     classes_V = torch.from_numpy(compress_vocabulary(v3_tokenizer))
     fill_class = int(classes_V[config.fill_id])
     assert fill_class == reference["compressed_pad_id"]
@@ -114,7 +114,7 @@ def test_the_authors_text_has_the_authors_addresses(name, settings, golden, v3_t
 
 def test_the_demo_has_its_geometry_hashes_and_parameters(golden, v3_tokenizer):
     reference = load(golden, "reference_default_geometry")
-    config = PRESETS["demo"]
+    config = DIALECTS["demo"]
     classes_V = torch.from_numpy(compress_vocabulary(v3_tokenizer))
     geometry = derive_geometry(config, num_classes=98_627, fill_class=int(classes_V[config.fill_id]))
     assert_geometry_equals(geometry, reference, config.layers)
@@ -129,7 +129,7 @@ def test_the_demo_has_its_geometry_hashes_and_parameters(golden, v3_tokenizer):
 
 def test_deepseek_v41_has_its_geometry_row_counts_and_hashes(golden, v4_tokenizer):
     reference = load(golden, "deepseek_v41_geometry")
-    config = PRESETS["deepseek_v41"]
+    config = DIALECTS["deepseek_v41"]
     classes_V = torch.from_numpy(compress_vocabulary(v4_tokenizer))
     geometry = derive_geometry(config, num_classes=99_092, fill_class=int(classes_V[config.fill_id]))
     assert_geometry_equals(geometry, reference, config.layers)
@@ -142,14 +142,14 @@ def test_deepseek_v41_has_its_geometry_row_counts_and_hashes(golden, v4_tokenize
 
 
 def test_qwen_has_its_row_count_and_padding():
-    geometry = derive_geometry(PRESETS["qwen_next"], num_classes=248_320, fill_class=248_044)
+    geometry = derive_geometry(DIALECTS["qwen_next"], num_classes=248_320, fill_class=248_044)
     assert geometry.num_rows(0) == 320_001_446
     assert geometry.num_stored_rows(0) == 320_001_536
 
 
 @pytest.mark.parametrize(("rows_per_head", "billions"), [(2_262_400, 5.79), (7_239_680, 18.53)])
 def test_the_papers_tables_have_the_papers_size(rows_per_head, billions):
-    config = replace(PRESETS["paper"], rows_per_head=(rows_per_head,) * 2)
+    config = replace(DIALECTS["paper"], rows_per_head=(rows_per_head,) * 2)
     geometry = derive_geometry(config, num_classes=98_627, fill_class=2)
     parameters = sum(geometry.num_rows(index) for index in (0, 1)) * config.head_dim
     assert round(parameters / 1e9, 2) == billions

@@ -6,20 +6,20 @@ from dataclasses import replace
 import pytest
 
 from engrammar.addressing import derive_geometry
-from engrammar.config import PRESETS, Geometry, MemoryConfig
+from engrammar.config import DIALECTS, Geometry, MemoryConfig
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", DIALECTS)
 def test_config_and_geometry_survive_json(name):
-    config = PRESETS[name]
+    config = DIALECTS[name]
     assert MemoryConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
     geometry = derive_geometry(config, num_classes=98_627, fill_class=2)
     assert Geometry.from_json(json.loads(json.dumps(geometry.to_json()))) == geometry
 
 
 def test_a_preset_takes_replacements():
-    config = MemoryConfig.from_json({"preset": "paper", "layers": [0, 2], "head_dim": 7})
-    assert config == replace(PRESETS["paper"], layers=(0, 2), head_dim=7)
+    config = MemoryConfig.from_json({"dialect": "paper", "layers": [0, 2], "head_dim": 7})
+    assert config == replace(DIALECTS["paper"], layers=(0, 2), head_dim=7)
 
 
 @pytest.mark.parametrize(
@@ -46,20 +46,34 @@ def test_a_preset_takes_replacements():
         ({"end_ids": [1]}, "end_ids"),
         ({"rows_multiple": 0}, "rows_multiple"),
         ({"rows": 5}, "unknown settings rows"),
-        ({"preset": "mine"}, "allowed: paper, demo, deepseek_v41, qwen_next"),
+        ({"dialect": "mine"}, "allowed: paper, demo, deepseek_v41, qwen_next"),
     ],
 )
 def test_contradictory_settings_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
-        MemoryConfig.from_json({"preset": "paper"} | settings)
+        MemoryConfig.from_json({"dialect": "paper"} | settings)
 
 
 def test_bytes_per_token_are_those_of_the_released_rows():
-    assert PRESETS["deepseek_v41"].bytes_per_token == 2 * 24 * 264  # 256 fp8 values and 8 scales a row
-    assert PRESETS["qwen_next"].bytes_per_token == 16 * 160
-    assert PRESETS["paper"].bytes_per_token == 2 * 16 * 80 * 2
+    assert DIALECTS["deepseek_v41"].bytes_per_token == 2 * 24 * 264  # 256 fp8 values and 8 scales a row
+    assert DIALECTS["qwen_next"].bytes_per_token == 16 * 160
+    assert DIALECTS["paper"].bytes_per_token == 2 * 16 * 80 * 2
 
 
 def test_the_fill_class_must_be_a_class():
     with pytest.raises(ValueError, match="fill_class is 9"):
-        derive_geometry(PRESETS["paper"], num_classes=9, fill_class=9)
+        derive_geometry(DIALECTS["paper"], num_classes=9, fill_class=9)
+
+
+def test_neither_a_dialect_nor_what_has_no_default_is_refused():
+    with pytest.raises(
+        ValueError, match=r"memory lacks layers and rows_per_head: give them, or a memory.dialect .*paper"
+    ):
+        MemoryConfig.from_json({"head_dim": 7})
+
+
+def test_a_norm_without_an_epsilon_is_refused_where_there_is_no_smallest_step():
+    assert MemoryConfig.from_json({"dialect": "demo"}).key_norm_eps is None
+    for value in (None, True, "1e-6"):
+        with pytest.raises(ValueError, match="conv_norm_eps is .*; allowed: a number of 0 or more"):
+            MemoryConfig.from_json({"dialect": "demo", "conv_norm_eps": value})

@@ -8,10 +8,10 @@ import torch
 from transformers import DynamicCache
 
 from engrammar.addressing import derive_geometry
-from engrammar.config import PRESETS, MemoryConfig
+from engrammar.config import DIALECTS, MemoryConfig
 from engrammar.memory import Memory
 from engrammar.vocabulary import compress_vocabulary
-from models import DIALECTS, END, VOCABULARY, tiny_config, tiny_model
+from models import END, VOCABULARY, tiny_config, tiny_model
 
 
 def tiny(dialect: str) -> Memory:
@@ -47,7 +47,7 @@ def test_flat_tokens_of_many_sequences_read_the_rows_of_whole_texts(dialect):
 def test_rows_of_vllm_for_texts_with_pads_and_images_whole_and_in_chunks(golden, v4_tokenizer):
     """The pad is hashed like any token; the image id breaks look-back, is never seen, and adds nothing."""
     reference = json.loads((golden / "deepseek_v41_dead_ids.json").read_text())
-    config = PRESETS["deepseek_v41"]
+    config = DIALECTS["deepseek_v41"]
     classes_V = torch.from_numpy(compress_vocabulary(v4_tokenizer))
     num_classes = int(classes_V.max()) + 1
     geometry = derive_geometry(config, num_classes=num_classes, fill_class=int(classes_V[config.fill_id]))

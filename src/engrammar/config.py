@@ -7,7 +7,7 @@ E = (N-1)*K*C the width of all rows of one token side by side (paper section 2.2
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import accumulate
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 Encoding = Literal["fp32", "bf16", "fp8", "fp8_row", "fp8_scale32", "int8", "int4"]
 GROUP = 32  # values that share a scale, in `fp8_scale32` and `int4`
@@ -29,7 +29,7 @@ def row_bytes(encoding: Encoding, width: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryConfig:
-    """The choices that define a conditional memory (paper sections 2.2 and 2.3). `PRESETS` holds the four dialects.
+    """The choices that define a conditional memory (paper sections 2.2 and 2.3). `DIALECTS` holds the four in use.
 
     Attributes:
         layers: 0-based indices of the blocks that read the memory, ascending.
@@ -89,18 +89,19 @@ class MemoryConfig:
             if not holds:
                 raise ValueError(f"memory.{setting} is {getattr(self, setting)!r}; allowed: {allowed}.")
 
-        for field in fields(self):
-            value, choices = getattr(self, field.name), getattr(field.type, "__args__", ())
-            if getattr(field.type, "__origin__", None) is Literal:
-                require(value in choices, field.name, "one of " + ", ".join(choices))
-            elif field.type is int:
-                require(type(value) is int and value >= 0, field.name, "an integer of 0 or more")
-            elif field.type in (float, float | None):
-                require(value is None or (isinstance(value, float | int) and value >= 0), field.name, "0 or more")
+        for name, kind in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if get_origin(kind) is Literal:
+                require(value in get_args(kind), name, "one of " + ", ".join(get_args(kind)))
+            elif kind is int:
+                require(type(value) is int and value >= 0, name, "an integer of 0 or more")
+            elif float in (kind, *get_args(kind)):
+                optional = value is None and type(None) in get_args(kind)
+                require(optional or (type(value) in (int, float) and value >= 0), name, "a number of 0 or more")
             else:
                 whole = isinstance(value, list | tuple) and all(type(v) is int and v >= 0 for v in value)
-                require(whole, field.name, "a list of integers of 0 or more")
-                object.__setattr__(self, field.name, tuple(value))
+                require(whole, name, "a list of integers of 0 or more")
+                object.__setattr__(self, name, tuple(value))
         ascending = list(self.layers) == sorted(set(self.layers))
         require(bool(self.layers) and ascending, "layers", "at least one, ascending, none twice, counted from 0")
         require(self.max_ngram_size >= 2, "max_ngram_size", "2 or more")
@@ -147,29 +148,29 @@ class MemoryConfig:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """Builds from `to_json`'s dict; `{"preset": NAME, ...}` starts from a dialect and replaces what is given.
+        """Builds from `to_json`'s dict; `{"dialect": NAME, ...}` starts from a dialect and replaces what is given.
 
         Raises:
             ValueError: no such dialect or setting, a value that is not allowed, or neither a dialect nor the settings
                 that have no default.
         """
         data = dict(data)
-        preset = data.pop("preset", None)
+        dialect = data.pop("dialect", None)
         unknown = sorted(set(data) - {field.name for field in fields(cls)})
         if unknown:
             known = ", ".join(field.name for field in fields(cls))
             raise ValueError(f"memory has unknown settings {', '.join(unknown)}; known are {known}.")
-        if preset is None:
+        if dialect is None:
             lacking = [name for name in ("layers", "rows_per_head") if name not in data]
             if lacking:
                 raise ValueError(
-                    f"memory lacks {' and '.join(lacking)}: give them, or a dialect to start from, as "
-                    f"memory.preset ({', '.join(PRESETS)})."
+                    f"memory lacks {' and '.join(lacking)}: give them, or a memory.dialect to start from "
+                    f"({', '.join(DIALECTS)})."
                 )
             return cls(**data)
-        if preset not in PRESETS:
-            raise ValueError(f"memory.preset is {preset!r}; allowed: {', '.join(PRESETS)}.")
-        return replace(PRESETS[preset], **data)  # type: ignore[return-value]
+        if dialect not in DIALECTS:
+            raise ValueError(f"memory.dialect is {dialect!r}; allowed: {', '.join(DIALECTS)}.")
+        return replace(DIALECTS[dialect], **data)  # type: ignore[return-value]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,7 +247,7 @@ class Geometry:
         )
 
 
-PRESETS: dict[str, MemoryConfig] = {
+DIALECTS: dict[str, MemoryConfig] = {
     "paper": MemoryConfig(layers=(1, 14), rows_per_head=(2_262_400,) * 2, fill_id=2),
     "demo": MemoryConfig(
         layers=(1, 15),

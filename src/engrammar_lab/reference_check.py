@@ -26,7 +26,7 @@ from engrammar.addressing import (
     hash_ngrams_numpy,
     look_back,
 )
-from engrammar.config import PRESETS, Geometry, MemoryConfig
+from engrammar.config import DIALECTS, Geometry, MemoryConfig
 from engrammar.fusion import Fusion
 from engrammar.reference import fuse_reference, hash_ngrams_reference, lookup_reference
 from engrammar.table import MemoryTable
@@ -141,7 +141,7 @@ def _compare(
     path: Path, reference: Mapping[str, Any], tensors: dict[str, Tensor], derived_V: NDArray[np.int64] | None
 ) -> Report:
     config, absent = _config(reference)
-    skipped = [f"settings absent from the file, as in the preset demo: {', '.join(absent)}"] if absent else []
+    skipped = [f"settings absent from the file, as in the dialect demo: {', '.join(absent)}"] if absent else []
     classes_V = derived_V
     if derived_V is None:
         skipped.append("class map not derived again: no tokenizer given")
@@ -178,7 +178,7 @@ def _config(reference: Mapping[str, Any]) -> tuple[MemoryConfig, list[str]]:
     # Of the settings, these alone decide integers; the rest are the fusion's, which only files with weights have.
     absent = [name for name in ("seed", "rows_per_head", "fill_id") if name not in given]
     given.setdefault("layers", sorted(int(layer) for layer in reference["multipliers"]))
-    return replace(PRESETS["demo"], **given), absent
+    return replace(DIALECTS["demo"], **given), absent
 
 
 def _check_classes(

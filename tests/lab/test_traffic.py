@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from engrammar.config import DIALECTS
 from engrammar_lab.traffic import collisions, distinct, memory_traffic, row_traffic, zipf_exponent
-from models import DIALECTS, END, VOCABULARY, tiny_model
+from models import END, VOCABULARY, tiny_model
 from token_sets import token_set
 
 LENGTH = 11

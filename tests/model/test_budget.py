@@ -72,7 +72,7 @@ def test_the_solver_keeps_total_and_active_parameters(name, rho):
 
 
 def test_the_solver_refuses_what_cannot_be_met():
-    memory = MemoryConfig.from_json({"preset": "paper", "layers": [1]})
+    memory = MemoryConfig.from_json({"dialect": "paper", "layers": [1]})
     plain = tiny_config(None)
     assert solve_budget(plain, memory, rho=1) is plain
     for rho in (0, -1, 1.5):
@@ -93,7 +93,7 @@ def test_an_unknown_preset_lists_the_known():
 
 def test_contradictory_model_settings_are_refused():
     with pytest.raises(ValueError, match=r"memory.layers is \[1, 14\], but the model has layers 0 to 3"):
-        tiny_config("paper", memory={"preset": "paper"})
+        tiny_config("paper", memory={"dialect": "paper"})
     for name, ids in (("fill_id", 53), ("end_ids", [53])):
         settings = tiny_memory("qwen_next") | {name: ids}
         with pytest.raises(ValueError, match=f"memory.{name} is .*0 to 53-1"):

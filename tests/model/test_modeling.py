@@ -7,9 +7,10 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import engrammar.tables.shards as checkpoint
+from engrammar.config import DIALECTS
 from engrammar.model.configuration import EngrammarConfig
 from engrammar.model.modeling import EngrammarForCausalLM
-from models import DIALECTS, END, PAD, VOCABULARY, tiny_config, tiny_memory, tiny_model
+from models import END, PAD, VOCABULARY, tiny_config, tiny_memory, tiny_model
 
 SHAPES = [(dialect, branches) for dialect in DIALECTS for branches in (1, 3)]
 shapes = pytest.mark.parametrize(("dialect", "branches"), SHAPES)

@@ -9,7 +9,7 @@ from transformers.models.qwen4_exp.configuration_qwen4_exp import Qwen4ExpTextCo
 from transformers.models.qwen4_exp.modeling_qwen4_exp import Qwen4ExpTextNGramEmbedding, Qwen4ExpTextPLELayer
 
 from engrammar.addressing import derive_geometry, hash_ngrams, look_back
-from engrammar.config import PRESETS, Geometry, MemoryConfig
+from engrammar.config import DIALECTS, Geometry, MemoryConfig
 from engrammar.fusion import Fusion
 from engrammar.table import MemoryTable
 
@@ -40,7 +40,7 @@ def theirs(ngram_size: int = 3, heads: int = 2, base: int = 53, **settings) -> Q
 
 def ours(config: Qwen4ExpTextConfig) -> tuple[MemoryConfig, Geometry]:
     memory = replace(
-        PRESETS["qwen_next"],
+        DIALECTS["qwen_next"],
         layers=tuple(layer - 1 for layer in config.ple_layer_ids),
         rows_per_head=(config.ngram_vocab_size_base,) * (config.ngram_size - 1),
         max_ngram_size=config.ngram_size,

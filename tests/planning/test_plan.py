@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from engrammar.config import MemoryConfig
+from engrammar.config import DIALECTS, MemoryConfig
 from engrammar.model.modeling import EngrammarForCausalLM
 from engrammar.model.presets import preset
 from engrammar.planning import plan as planning
@@ -22,7 +22,7 @@ from engrammar.tables.shards import HOT_ROWS
 from engrammar.train.data import train_tokenizer
 from engrammar.vocabulary import compress_vocabulary
 from engrammar_cli.main import main
-from models import DIALECTS, VOCABULARY, tiny_model
+from models import VOCABULARY, tiny_model
 
 TEXT = "the cat sat on the mat and the dog lay by the door of the house in the rain . "
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from engrammar.config import Encoding
+from engrammar.config import DIALECTS, Encoding
 from engrammar.model.modeling import EngrammarForCausalLM
 from engrammar.planning.touches import save_hot_rows
 from engrammar.stores.base import Arrived, RowsMissing, RowStore
@@ -17,7 +17,7 @@ from engrammar.stores.ram import RamStore
 from engrammar.stores.serving import look_ahead, serve_tables, stored_tables_of
 from engrammar.tables.convert import quantize
 from engrammar.tables.shards import HOT_ROWS
-from models import DIALECTS, VOCABULARY, tiny_config, tiny_model
+from models import VOCABULARY, tiny_config, tiny_model
 
 TIERS = {
     "RAM": {"memory": "ram"},

@@ -25,7 +25,7 @@ class EngrammarConfig(DeepseekV3Config):
     Besides DeepSeek-V3's (`hidden_size`, `n_routed_experts`, `kv_lora_rank`, ...):
         num_branches: residual branches M; 1 is the plain residual, more is mHC.
         hc_sinkhorn_iters, hc_eps: mHC's Sinkhorn iterations and epsilon.
-        memory: a `MemoryConfig`, its `to_json()`, or a dict of settings over a dialect ({"preset": NAME, ...}); kept
+        memory: a `MemoryConfig`, its `to_json()`, or a dict of settings over a dialect ({"dialect": NAME, ...}); kept
             as the dict. None is a model without memory.
         num_ids: ids that the class map covers (`len(tokenizer)`); defaults to `vocab_size`.
         num_classes, fill_class: of the compressed vocabulary; needed once, to derive `geometry`.

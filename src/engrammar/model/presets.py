@@ -49,7 +49,7 @@ SMALL: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 1,
 }
-SMALL_MEMORY: dict[str, Any] = {"preset": "paper", "boundary": "end", "end_ids": [1], "fill_id": 0}
+SMALL_MEMORY: dict[str, Any] = {"dialect": "paper", "boundary": "end", "end_ids": [1], "fill_id": 0}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "micro": {
@@ -105,11 +105,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 2048,
         "memory": {**SMALL_MEMORY, "layers": [1, 5], "head_dim": 32, "rows_per_head": [110_000, 110_000]},
     },
-    "engram-27b": {**PAPER_BACKBONE, "n_routed_experts": 55, "memory": {"preset": "paper"}},
+    "engram-27b": {**PAPER_BACKBONE, "n_routed_experts": 55, "memory": {"dialect": "paper"}},
     "engram-40b": {
         **PAPER_BACKBONE,
         "n_routed_experts": 55,
-        "memory": {"preset": "paper", "rows_per_head": [7_239_680, 7_239_680]},
+        "memory": {"dialect": "paper", "rows_per_head": [7_239_680, 7_239_680]},
     },
     "moe-27b": PAPER_BACKBONE,
     "dense-4b": {**PAPER_BACKBONE, "first_k_dense_replace": 30, "intermediate_size": 12_288},

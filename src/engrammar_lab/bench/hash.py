@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 
 from engrammar.addressing import derive_geometry, hash_ngrams, hash_ngrams_numpy, look_back
 from engrammar.cells import Column, cells, titles
-from engrammar.config import PRESETS
+from engrammar.config import DIALECTS
 from engrammar_lab.bench.turns import in_turn, settle_allocator
 from engrammar_lab.machine import describe_run
 
 BATCH, LENGTH = 8, 2048
 NUM_IDS, NUM_CLASSES, FILL_CLASS = 128_815, 98_627, 2  # the sizes of DeepSeek-V3's class map
-CONFIG = PRESETS["demo"]
+CONFIG = DIALECTS["demo"]
 GEOMETRY = derive_geometry(CONFIG, num_classes=NUM_CLASSES, fill_class=FILL_CLASS)
 LAYERS = range(len(CONFIG.layers))
 DEMO, NUMPY, TORCH = "demo-style NumPy", "ours, NumPy", "ours, torch"

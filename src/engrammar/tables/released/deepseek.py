@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engrammar.addressing import derive_geometry
-from engrammar.config import PRESETS, Geometry, MemoryConfig
+from engrammar.config import DIALECTS, Geometry, MemoryConfig
 from engrammar.tables.encodings import DTYPES, FP8, FP8_MAX, GROUP, from_e8m0, from_fp8
 from engrammar.tables.headers import BLOCK_BYTES, Part
 from engrammar.tables.released.files import ReleasedModel, require
@@ -32,11 +32,11 @@ def read_memory(model: ReleasedModel) -> tuple[MemoryConfig, Geometry, int, str]
     Raises:
         ValueError: a setting or the tokenizer is missing, or they are not those of one model.
     """
-    preset, setting = PRESETS["deepseek_v41"], model.setting
+    dialect, setting = DIALECTS["deepseek_v41"], model.setting
     where, image = model.folder / "config.json", model.settings().get("image_token_id")
     size, pad = setting("engram_max_ngram_size", int), setting("engram_pad_token_id", int)
     memory = replace(
-        preset,
+        dialect,
         layers=tuple(setting("engram_layer_ids", list)),
         rows_per_head=(setting("engram_vocab_size", int),) * (size - 1),
         max_ngram_size=size,
@@ -45,7 +45,7 @@ def read_memory(model: ReleasedModel) -> tuple[MemoryConfig, Geometry, int, str]
         fill_id=pad,
         boundary="row" if image is None else "dead",
         dead_ids=() if image is None else (image,),
-        key_norm_eps=setting("rms_norm_eps", float, preset.key_norm_eps),
+        key_norm_eps=setting("rms_norm_eps", float, dialect.key_norm_eps),
     )
     num_classes = setting("engram_compressed_vocab_size", int)
     classes_V, sha256 = _read_classes(model)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engrammar.addressing import derive_geometry
-from engrammar.config import PRESETS, Geometry, MemoryConfig
+from engrammar.config import DIALECTS, Geometry, MemoryConfig
 from engrammar.tables.encodings import ENCODING_OF
 from engrammar.tables.headers import AGAIN, Part
 from engrammar.tables.released.files import ReleasedModel, require
@@ -24,29 +24,29 @@ def read_memory(model: ReleasedModel, names: Mapping[str, str]) -> tuple[MemoryC
     Raises:
         ValueError: there is no table, a setting is missing, or the buffers are of another geometry.
     """
-    preset, setting = PRESETS["qwen_next"], model.setting
+    dialect, setting = DIALECTS["qwen_next"], model.setting
     layers = setting("ple_layer_ids", list)
     if not layers:
         raise ValueError(f"{model.folder / 'config.json'} has no ple_layer_ids: this model has no n-gram table.")
-    size, heads = setting("ngram_size", int, preset.max_ngram_size), setting("heads_per_ngram", int, preset.num_heads)
+    size, heads = setting("ngram_size", int, dialect.max_ngram_size), setting("heads_per_ngram", int, dialect.num_heads)
     ends = model.settings().get("eos_token_id")
     end = ends[0] if isinstance(ends, list) and ends else setting("eos_token_id", int)
     width = setting("hidden_size" if model.settings().get("ple_embed_dim") is None else "ple_embed_dim", int)
     eps = setting("rms_norm_eps", float, 1e-6)
     memory = replace(
-        preset,
+        dialect,
         layers=tuple(sorted(layer - 1 for layer in layers)),  # theirs count from 1
-        rows_per_head=(setting("ngram_vocab_size_base", int, preset.rows_per_head[0]),) * (size - 1),
+        rows_per_head=(setting("ngram_vocab_size_base", int, dialect.rows_per_head[0]),) * (size - 1),
         max_ngram_size=size,
         num_heads=heads,
         head_dim=width // max(1, (size - 1) * heads),
-        seed=setting("seed", int, preset.seed),
+        seed=setting("seed", int, dialect.seed),
         fill_id=end,
         end_ids=(end,),
-        conv_kernel=setting("ple_conv_kernel_size", int, preset.conv_kernel),
+        conv_kernel=setting("ple_conv_kernel_size", int, dialect.conv_kernel),
         key_norm_eps=eps,
         conv_norm_eps=eps,
-        rows_multiple=setting("make_ngram_vocab_size_divisible_by", int, preset.rows_multiple),
+        rows_multiple=setting("make_ngram_vocab_size_divisible_by", int, dialect.rows_multiple),
         row_encoding=ENCODING_OF[table_parts(model, names, layers[0] - 1)[0].dtype],
     )
     geometry = derive_geometry(memory, num_classes=setting("vocab_size", int), fill_class=end)
