@@ -25,10 +25,10 @@ def tables(section):
 
 def test_tasks_that_move_are_named_and_those_that_do_not_are_said_to_stay():
     moved = tasks_section(made_tasks(0.2))
-    assert moved.verdict.answer.startswith("of 3 tasks memory raises 1 (facts/choice/seen +0.201)")
+    assert moved.verdict.answer.startswith("Of 3 tasks memory raises 1 (facts/choice/seen +0.201)")
     assert moved.verdict.agrees == "in part" and moved.verdict.sure == "1 of 3 differences"
     still = tasks_section(made_tasks(0.0))
-    assert "nothing moves: of 3 tasks none is settled" in still.verdict.answer and still.verdict.agrees == "no"
+    assert "The seeds settle a change in none of 3 tasks." in still.verdict.answer and still.verdict.agrees == "no"
     lowered = tasks_section(made_tasks(-0.2))
     assert "raises 0 (none) and lowers 1 (facts/choice/seen -0.199)" in lowered.verdict.answer
 
@@ -56,7 +56,7 @@ def test_what_is_kept_with_memory_off_counts_tasks_above_chance_alone():
     off, on = np.subtract(scores["MoE + memory, memory off"], 0.25), np.subtract(scores["MoE + memory"], 0.25)
     assert kept(result, ["facts/choice/seen", "facts/cloze/seen"]) == pytest.approx((off / on).tolist())
     assert kept(result, ["facts/cloze/seen"]) == []
-    assert "With memory off more of the score is lost on facts than on reading" in words(tasks_section(result))
+    assert "With memory off, more of the score is lost on facts than on reading" in words(tasks_section(result))
     result["tasks"]["context/with"]["questions"] = 3  # now nobody can tell 0.65 from chance
     assert "cannot be said" in words(tasks_section(result))
 
@@ -67,7 +67,7 @@ def test_one_seed_leaves_everything_open():
     for task in tasks["tasks"].values():
         task["scores"] = {point: each[:1] for point, each in task["scores"].items()}
     assert depth_section(depth).verdict.agrees == "open: one seed"
-    assert tasks_section(tasks).verdict.answer.startswith("one seed settles nothing")
+    assert tasks_section(tasks).verdict.answer.startswith("One seed settles nothing.")
 
 
 def test_tasks_need_three_points():
@@ -77,25 +77,25 @@ def test_tasks_need_three_points():
 
 def test_depth_says_where_kl_is_lower_and_which_layers_look_deeper():
     clear = depth_section(made_depth(0.5)).verdict
-    assert "KL is lower after layers 1 (-0.491 nats)" in clear.answer and clear.agrees == "yes"
-    assert "by CKA 0, 1, 2 resemble a deeper plain layer" in clear.answer
+    assert "KL is lower after layer 1 (-0.491 nats)" in clear.answer and clear.agrees == "yes"
+    assert "By CKA, layers 0, 1 and 2 resemble a deeper layer of the plain model." in clear.answer
     flat = made_depth(0.0)
     for run in flat["runs"]:
         run["alignment"]["nearest"] = [0, 1, 2, 3]
     none = depth_section(flat).verdict
-    assert "settled lower at no layer" in none.answer and "no layer resembles" in none.answer and none.agrees == "no"
-    assert "higher after 1" in depth_section(made_depth(-0.5)).verdict.answer
+    assert "lower after no layer" in none.answer and "no layer resembles" in none.answer and none.agrees == "no"
+    assert "higher after layer 1" in depth_section(made_depth(-0.5)).verdict.answer
 
 
 def test_gates_trends_are_told_with_their_direction():
     rising, falling = gates_section(made_gates(0.05)).verdict, gates_section(made_gates(-0.03)).verdict
-    assert "gates open more the more often the 3-gram was seen" in rising.answer
+    assert "The more often a 3-gram was seen, the more gates open." in rising.answer
     assert (
-        "memory helps more" in rising.answer
+        "the more memory helps." in rising.answer
         and "most at 8 to 15 occurrences (0.500 nats less than the plain MoE)" in rising.answer
     )
-    assert "gates open less" in falling.answer and rising.sure == "2 of 2 trends"
-    assert "no settled trend in how far gates open" in gates_section(made_gates(0.0)).verdict.answer
+    assert "the less gates open" in falling.answer and rising.sure == "2 of 2 trends"
+    assert "How much gates open shows no settled trend" in gates_section(made_gates(0.0)).verdict.answer
 
 
 def test_a_bin_that_a_seed_lacks_is_left_out():

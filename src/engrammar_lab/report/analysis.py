@@ -19,8 +19,8 @@ from engrammar_lab.report.parts import (
     Table,
     Verdict,
     interval,
+    listed,
     machine_words,
-    one_of,
     p_words,
     spread,
 )
@@ -89,17 +89,15 @@ def _depth_verdict(found: Mapping[int, Difference], nearest: Sequence[Sequence[i
         [str(layer) for layer in range(len(nearest[0])) if all(sign * (own[layer] - layer) > 0 for own in nearest)]
         for sign in (1, -1)
     )
-    parts = [f"KL is lower after layers {_at(lower, found)}" if lower else "KL is settled lower at no layer"]
-    if higher:
-        parts.append(f"higher after {_at(higher, found)}")
-    parts.append(f"by CKA {one_of(deeper, 'no layer')} resemble{'s' if len(deeper) < 2 else ''} a deeper plain layer")
-    if shallower:
-        parts.append(f"{one_of(shallower)} a shallower one")
+    after = "With memory, KL is lower after {}" if lower else "With memory, KL is lower after no layer"
+    words = after.format(_at(lower, found)) + (f", and higher after {_at(higher, found)}" if higher else "")
+    words += f". By CKA, {_layers(deeper)} resemble{'s' if len(deeper) < 2 else ''} a deeper layer of the plain model"
+    words += f", and {_layers(shallower)} a shallower one." if shallower else "."
     lens = bool(early) and set(early) <= set(lower)
     agrees = "yes" if lens and deeper else "in part" if set(early) & set(lower) or deeper else "no"
     agrees = agrees if len(nearest) > 1 else "open: one seed"
     return Verdict(
-        answer="; ".join(parts),
+        answer=words,
         sure=f"{len(lower) + len(higher)} of {len(found)} layers",
         paper="lower KL in early layers; layer 5 resembles layer 12 of the plain MoE",
         agrees=agrees,
@@ -107,7 +105,11 @@ def _depth_verdict(found: Mapping[int, Difference], nearest: Sequence[Sequence[i
 
 
 def _at(layers: Sequence[int], found: Mapping[int, Difference]) -> str:
-    return ", ".join(f"{layer} ({found[layer].mean:+.3f} nats)" for layer in layers)
+    return _layers([f"{layer} ({found[layer].mean:+.3f} nats)" for layer in layers])
+
+
+def _layers(names: Sequence[str]) -> str:
+    return f"layer{'s' if len(names) > 1 else ''} {listed(names)}" if names else "no layer"
 
 
 # ---- gates: {"texts": [{"tokens", "gates"}], "runs": [{"seed", "tokens", "orders": {order: bins}}]} ----
@@ -209,13 +211,13 @@ def _gates_verdict(bins: Sequence[Sequence[Mapping[str, Any]]], order: str) -> V
     words = []
     for name, own in (("gates open", gate), ("memory helps", gain)):
         if own.settled:
-            words.append(f"{name} {'more' if own.mean > 0 else 'less'} the more often the {order}-gram was seen")
+            words.append(f"The more often a {order}-gram was seen, the {'more' if own.mean > 0 else 'less'} {name}.")
         else:
-            words.append(f"no settled trend in how far {name} with the {order}-gram's frequency")
+            words.append(f"How much {name} shows no settled trend with how often a {order}-gram was seen.")
     top = max(range(len(bins)), key=lambda place: mean(helps[place]))
-    words.append(f"most at {_range(bins[top][0])} occurrences ({mean(helps[top]):.3f} nats less {than})")
+    words.append(f"It helps most at {_range(bins[top][0])} occurrences ({mean(helps[top]):.3f} nats less {than}).")
     return Verdict(
-        answer="; ".join(words),
+        answer=" ".join(words),
         sure=f"{gate.settled + gain.settled} of 2 trends",
         paper="gates open where a name or a set phrase is complete (figure 7)",
         agrees="no comparison",

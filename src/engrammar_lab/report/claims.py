@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from engrammar_lab.report.parts import interval, one_of
+from engrammar_lab.report.parts import interval, listed
 from engrammar_lab.report.statistics import compare
 
 
@@ -50,13 +50,13 @@ def claims_words(
     sides: dict[str, list[str]] = {"confirmed": [], "open": [], "contradicted": []}
     for claim, own in found.items():
         side = "open" if not own.settled else "confirmed" if own.mean > 0 else "contradicted"
-        words = f"{claim.better} below {claim.worse} ({interval(own)} bits per byte"
+        words = f"“{claim.better}” over “{claim.worse}” ({interval(own)}"
         if claim.nats is not None:
-            here = "" if factor is None else f", {own.mean * factor:+.4f} nats here"
-            words += f"{here}; {claim.nats:+.4f} nats there"
+            here = "" if factor is None else f"{own.mean * factor:+.4f} nats here, "
+            words += f"; {here}{claim.nats:+.4f} nats in the paper"
         sides[side].append(f"{words})")
     if short:
         counts = [f"{len(sides[side])} {side}" for side in sides if sides[side]]
-        return f"of the paper's orderings: {', '.join(counts)}"
-    told = "; ".join(f"{side}: {one_of(words)}" for side, words in sides.items() if words)
-    return f"The paper's orderings. {told[0].upper()}{told[1:]}."
+        return f"of the paper's orderings {listed(counts)}"
+    told = " ".join(f"{side.capitalize()}: {listed(words)}." for side, words in sides.items() if words)
+    return f"What the paper found better, tested here, with the gain in bits per byte. {told}"

@@ -51,18 +51,18 @@ class Optimum:
         if self.inside:
             half = half_width(self.inside)
             sure = f" ± {half:.1f} (95 %)" if len(self.inside) > 1 else ""
-            words = f"Parabolas over the points with memory are lowest at {mean(self.inside):.1f}{sure} % experts"
+            words = f"Parabolas through the points with memory are lowest at {mean(self.inside):.1f}{sure} % experts"
         else:
-            words = "Parabolas over the points with memory have, for some seed, no minimum within the range"
+            words = "For some seed the parabola through the points with memory has no minimum within the range"
         end = ", at the end of the range" if self.best in (self.low, self.high) else ""
         return f"{words}; the best point measured is {self.best:.0f} %{end}."
 
     def short(self) -> str:
         if self.inside:
-            return f"fitted optimum at {mean(self.inside):.0f} % experts, {100 - mean(self.inside):.0f} % memory"
+            return f"The fitted optimum is {mean(self.inside):.0f} % experts, {100 - mean(self.inside):.0f} % memory."
         if self.best in (self.low, self.high):
-            return "the optimum is at the end of the range"
-        return "the parabolas have no minimum within the range"
+            return "The optimum is at the end of the range."
+        return "The parabolas have no minimum within the range."
 
     def agrees(self) -> str:
         """Whether the optimum, with its uncertainty, touches where the paper is flat."""
@@ -124,17 +124,17 @@ def scaling_words(complete: Mapping[str, Sequence[float]], factor: float | None)
     found = Difference(tuple(slopes), p_value(slopes))
     law, by_logarithm, by_power = better_law(rows_P, loss_PS)
     steps = np.diff(loss_PS, axis=0) / np.diff(np.log10(rows_P))[:, None]
-    last = f"between the two largest sizes {spread(list(steps[-1]))}"
-    answer = f"{found.mean:+.4f} bits per byte for ten times the rows"
-    answer += f"; {law}" if found.settled else "; the seeds do not settle the sign"
+    last = f"and by {spread(list(steps[-1]))} between the two largest sizes"
+    answer = f"Ten times the rows change bits per byte by {found.mean:+.4f}. "
+    answer += f"{law[0].upper()}{law[1:]}." if found.settled else "The seeds do not settle the sign."
     details = (
-        f"Ten times the rows: {interval(found)} bits per byte, {last}. Error at a left-out point: {by_logarithm:.1e} "
-        f"by a logarithm, {by_power:.1e} by a power law with a floor; {law}."
+        f"Ten times the rows change bits per byte by {interval(found)}, {last}. The error at a left-out point is "
+        f"{by_logarithm:.1e} with a logarithm and {by_power:.1e} with a power law with a floor."
     )
     agrees = "yes in sign" if found.settled and found.mean < 0 else "no" if found.settled else "open"
     if factor is not None:
         nats = compare({0: ([factor * slope for slope in slopes], [PAPER_SLOPE] * len(slopes))})[0]
-        side = "not told apart from" if not nats.settled else "less than" if nats.mean > 0 else "more than"
-        details += f" That is {factor * found.mean:+.4f} nats per token for ten times the rows, {side} the paper's."
-        agrees += f"; {side} the paper's size"
+        side = "not distinguishable from" if not nats.settled else "less than" if nats.mean > 0 else "more than"
+        details += f" That is {factor * found.mean:+.4f} nats per token, {side} the paper's."
+        agrees += f"; {side} the paper's"
     return answer, details, agrees

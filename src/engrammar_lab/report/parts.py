@@ -84,9 +84,9 @@ class Report:
 TITLE = "What memory buys"
 ABOUT = (
     "Made by `engrammar lab report` from the JSON beside it; no number and no sentence about results is typed by hand. "
-    "± is the sample deviation over seeds. Differences are paired by seed (the same text in the same order) and stand "
-    "with their 95 % t-interval; p is of a paired t-test, Holm-corrected over the comparisons of a table. "
-    "“Settled” means corrected p below 0.05 and all seeds of one sign."
+    "± is the sample deviation over seeds. Differences are paired by seed (the same text in the same order) and "
+    "given with their 95 % t-interval; p is that of a paired t-test, Holm-corrected over the comparisons of a table. "
+    "A difference is “settled” where the corrected p is below 0.05 and all seeds have one sign."
 )
 SUMMARY = ("question", "answer here", "settled?", "the paper", "agrees?")
 
@@ -119,9 +119,15 @@ def p_words(difference: Difference) -> str:
     return "<0.001" if difference.p < 0.001 else f"{difference.p:.3f}"
 
 
-def one_of(names: Sequence[str], empty: str = "none") -> str:
-    """Names in a row, or the word for none."""
-    return ", ".join(names) or empty
+def listed(names: Sequence[str], empty: str = "none") -> str:
+    """a, b and c; or the word for none."""
+    *others, last = names or [empty]
+    return f"{', '.join(others)} and {last}" if others else last
+
+
+def quoted(points: Sequence[str]) -> str:
+    """Points of a study in a sentence."""
+    return listed([f"“{point}”" for point in points])
 
 
 def machine_words(result: Mapping[str, Any], num_seeds: int) -> str:

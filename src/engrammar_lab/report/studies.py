@@ -12,7 +12,18 @@ from engrammar_lab.catalogue import study_of
 from engrammar_lab.report.claims import CLAIMS, claims_words
 from engrammar_lab.report.curves import allocation_optimum, scaling_words
 from engrammar_lab.report.figures import draw_allocation, draw_curves, draw_points, draw_scaling
-from engrammar_lab.report.parts import Figure, Section, Table, Verdict, interval, machine_words, one_of, p_words, spread
+from engrammar_lab.report.parts import (
+    Figure,
+    Section,
+    Table,
+    Verdict,
+    interval,
+    listed,
+    machine_words,
+    p_words,
+    quoted,
+    spread,
+)
 from engrammar_lab.report.statistics import Difference, compare
 
 COUNTS = ("total_parameters", "active_parameters", "flops_per_token")
@@ -75,7 +86,7 @@ def study_section(result: Mapping[str, Any]) -> Section:
     """The section of one study."""
     study, complete = study_of(result), scores(result)
     missing = left_out(result)
-    notes = [f"Left out, because they have not all seeds yet: {', '.join(missing)}."] if missing else []
+    notes = [f"Left out, because some of their seeds are missing: {listed(missing)}."] if missing else []
     body: list[Table | Figure | str] = list(notes)
     if complete:
         body += [_score_table(result), _pictures(result), *_findings(result), _equal_table(result), _proof(result)]
@@ -121,7 +132,7 @@ def _score_table(result: Mapping[str, Any]) -> Table:
             study.axis, "bits per byte", "against", "difference [95 %]", *nats_column, "p", "settled",
         ),
         rows=tuple(rows),
-        caption="Negative differences are gains. The best point stands out.",
+        caption="Negative differences are gains. The best point is in bold.",
         strong=(list(complete).index(best),),
     )  # fmt: skip
 
@@ -142,7 +153,7 @@ def _equal_table(result: Mapping[str, Any]) -> Table:
     return Table(
         columns=("", "total parameters", "active", "rows of memory", "MFLOPs/token"),
         rows=tuple(rows),
-        caption="What is equal. FLOPs of a forward pass, by torch's counter.",
+        caption="Sizes of the models. FLOPs are of a forward pass, by torch's counter.",
     )
 
 
@@ -174,21 +185,19 @@ def _pictures(result: Mapping[str, Any]) -> Figure:
 
 
 def _findings(result: Mapping[str, Any]) -> list[str]:
-    """What the differences, the fits and the paper's own orderings come to, in sentences."""
-    complete, found = scores(result), differences(result)
-    sentences = [_order_words(found)] if found else []
+    """What the means, the fits and the paper's own orderings come to, in sentences."""
+    complete, factor, sentences = scores(result), nats_per_bit(result), []
     ties = as_good_as_the_best(complete)
     if len(complete) > 2:
         best = min(complete, key=lambda point: mean(complete[point]))
-        sentences.append(f"Not told apart from the best point, {best}: {one_of(ties)}.")
-    factor = nats_per_bit(result)
+        tied = f"do not separate it from {quoted(ties)}" if ties else "separate it from all others"
+        sentences.append(f"The lowest mean is that of “{best}”; the seeds {tied}.")
     if result["study"] == "scaling" and len(complete) > 3:
         sentences.append(scaling_words(complete, factor)[1])
     if result["study"] == "allocation" and len(complete) > 3:
         sentences.append(allocation_optimum(complete).words())
-    paragraphs = [" ".join(sentences)] if sentences else []
     claims = claims_words(CLAIMS.get(result["study"], ()), complete, factor)
-    return paragraphs + ([claims] if claims else [])
+    return [words for words in (" ".join(sentences), claims) if words]
 
 
 def as_good_as_the_best(complete: Mapping[str, Sequence[float]]) -> list[str]:
@@ -198,24 +207,17 @@ def as_good_as_the_best(complete: Mapping[str, Sequence[float]]) -> list[str]:
     return [point for point, own in found.items() if not own.settled]
 
 
-def _order_words(found: Mapping[str, Difference]) -> str:
-    better = [point for point, own in found.items() if own.settled and own.mean < 0]
-    worse = [point for point, own in found.items() if own.settled and own.mean > 0]
-    open_ = [point for point, own in found.items() if not own.settled]
-    return f"Settled better: {one_of(better)}. Settled worse: {one_of(worse)}. Not settled: {one_of(open_)}."
-
-
 def _verdict(result: Mapping[str, Any]) -> Verdict:
     study, complete, found = study_of(result), scores(result), differences(result)
     if not complete or not found:
-        return Verdict(answer="no two points have all their seeds yet", sure="no", paper=study.paper, agrees="open")
+        return Verdict(answer="No two points have all their seeds yet.", sure="no", paper=study.paper, agrees="open")
     answer = _answer(complete, found, bases(result))
     settled = sum(own.settled for own in found.values())
     sure = "yes" if settled == len(found) else f"{settled} of {len(found)} differences" if settled else "no"
     agrees = claims_words(CLAIMS.get(result["study"], ()), complete, None, short=True)
     if result["study"] == "allocation" and len(complete) > 3:
         optimum = allocation_optimum(complete)
-        answer, agrees = f"{answer}; {optimum.short()}", optimum.agrees()
+        answer, agrees = f"{answer} {optimum.short()}", optimum.agrees()
     if result["study"] == "scaling" and len(complete) > 3:
         answer, _, agrees = scaling_words(complete, nats_per_bit(result))
     return Verdict(answer=answer, sure=sure, paper=study.paper, agrees=agrees or "no comparison")
@@ -227,16 +229,18 @@ def _answer(
     """Which point is best and by how much; where the lowest is not settled, what is settled better and worse."""
     best = min(complete, key=lambda point: mean(complete[point]))
     if best in found and found[best].settled:
+        words = f"“{best}” is best: {-found[best].mean:.4f} bits per byte less than “{against[best]}”."
         ties = as_good_as_the_best(complete)
-        answer = f"{best} is best: {-found[best].mean:.4f} bits per byte less than {against[best]}"
-        return answer + (f"; not told apart from it: {', '.join(ties)}" if ties else "")
+        return f"{words} The seeds do not separate it from {quoted(ties)}." if ties else words
     better, worse = (
-        [f"{point} {own.mean:+.4f}" for point, own in found.items() if own.settled and sign * own.mean > 0]
+        [f"“{point}” ({own.mean:+.4f})" for point, own in found.items() if own.settled and sign * own.mean > 0]
         for sign in (-1, 1)
     )
-    base = ", ".join(dict.fromkeys(against.values()))
-    answer = f"settled better: {', '.join(better)}" if better else f"nothing is settled better than {base}"
-    if worse:
-        answer += f"; settled worse, in bits per byte: {', '.join(worse)}"
+    base = quoted(list(dict.fromkeys(against.values())))
+    sentences = [
+        f"Better than {base}: {listed(better)}." if better else f"No other point is clearly better than {base}."
+    ]
+    sentences += [f"Clearly worse, in bits per byte: {listed(worse)}."] if worse else []
     open_ = [point for point, own in found.items() if not own.settled]
-    return answer + (f"; not told apart: {', '.join(open_)}" if open_ else "")
+    sentences += [f"The seeds do not separate {base} from {quoted(open_)}."] if open_ else []
+    return " ".join(sentences)

@@ -11,8 +11,8 @@ from engrammar_lab.report.parts import (
     Table,
     Verdict,
     interval,
+    listed,
     machine_words,
-    one_of,
     p_words,
     spread,
 )
@@ -131,13 +131,13 @@ def _sensitivity_words(result: Mapping[str, Any]) -> str:
     by_group = {group: kept(result, names) for group, names in _named(result)}
     facts, reading = by_group.get("facts", []), by_group.get("context", [])
     if not facts or not reading:
-        return "Whether facts lean on memory more than reading does cannot be said: one of the two is not above chance."
+        return "Whether facts need memory more than reading does cannot be said: one of the two is not above chance."
     own = compare({0: (reading, facts)})[0]
     if not own.settled:
-        return f"Reading keeps {interval(own, 2)} more of its score than facts do; the seeds do not settle it."
+        return f"With memory off, reading keeps {interval(own, 2)} more of its score than facts do: not settled."
     side = "as in the paper" if own.mean > 0 else "unlike in the paper"
     more, less = ("on facts", "on reading") if own.mean > 0 else ("on reading", "on facts")
-    return f"With memory off more of the score is lost {more} than {less} ({interval(own, 2)}), {side}."
+    return f"With memory off, more of the score is lost {more} than {less} ({interval(own, 2)}), {side}."
 
 
 def _verdict(result: Mapping[str, Any], found: Mapping[str, Difference]) -> Verdict:
@@ -146,17 +146,17 @@ def _verdict(result: Mapping[str, Any], found: Mapping[str, Difference]) -> Verd
     memory = result["points"][1]
     able = sum(is_above_chance(task, memory) for task in result["tasks"].values())
     if up or down:
-        answer = f"of {len(found)} tasks memory raises {len(up)} ({_named_gains(up, found)})"
-        answer += f" and lowers {len(down)} ({_named_gains(down, found)})" if down else ""
+        answer = f"Of {len(found)} tasks memory raises {len(up)} ({_named_gains(up, found)})"
+        answer += f" and lowers {len(down)} ({_named_gains(down, found)})." if down else "."
     else:
-        answer = f"nothing moves: of {len(found)} tasks none is settled"
-    answer += f"; {memory} is above chance in {able} of {len(found)}"
+        answer = f"The seeds settle a change in none of {len(found)} tasks."
+    answer += f" {memory} is above chance in {able} of {len(found)}."
     sure = f"{len(up) + len(down)} of {len(found)} differences"
     if len(result["seeds"]) == 1:
-        return Verdict(answer=f"one seed settles nothing; {answer}", sure="no", paper=PAPER, agrees="open")
+        return Verdict(answer=f"One seed settles nothing. {answer}", sure="no", paper=PAPER, agrees="open")
     agrees = "in part" if up and len(up) < len(found) else "yes" if up else "no"
     return Verdict(answer=answer, sure=sure if up or down else "no", paper=PAPER, agrees=agrees)
 
 
 def _named_gains(names: list[str], found: Mapping[str, Difference]) -> str:
-    return one_of([f"{name} {found[name].mean:+.3f}" for name in names])
+    return listed([f"{name} {found[name].mean:+.3f}" for name in names])

@@ -89,8 +89,8 @@ def _verdict(runs: Sequence[Mapping[str, Any]], layer: str) -> Verdict:
     shared, expected = (mean(own[key] for own in highest) for key in ("in_a_head", "in_a_head_expected"))
     hot, tenth = (mean(own[key] for own in each) for key in ("hottest_1_percent", "hottest_10_percent"))
     return Verdict(
-        answer=f"at layer {layer} {shared:.1%} of distinct {order}-grams share a row in a head, where a random hash "
-        f"makes {expected:.1%} do so; the hottest 1 % of rows serve {hot:.1%} of lookups, the hottest 10 % {tenth:.1%}",
+        answer=f"In layer {layer}, {shared:.1%} of distinct {order}-grams share a row in a head; with a random hash it "
+        f"would be {expected:.1%}. The hottest 1 % of rows serve {hot:.1%} of lookups, the hottest 10 % {tenth:.1%}.",
         sure="counted, not estimated",
         paper="n-grams follow Zipf's law, so that few rows serve most lookups",
         agrees="yes" if tenth > 0.5 else f"weakly: the hottest 10 % serve {tenth:.0%}",
