@@ -67,7 +67,7 @@ def _draw(columns: Sequence[Sequence[str]]) -> str:
     num_rows, drawn = max(map(len, wrapped)), []
     for title, column in zip(wrapped, columns):
         width, cells = _width(column), column[1:]
-        numbers = all(not cell or cell.lstrip("+-±")[:1].isdigit() for cell in cells)
+        numbers = all(cell in ("", "?") or cell.lstrip("+-±")[:1].isdigit() for cell in cells)
         rows = (*[""] * (num_rows - len(title)), *title, "-" * width, *cells)
         drawn.append([cell.rjust(width) if numbers else cell.ljust(width) for cell in rows])
     return "\n".join(GAP.join(line).rstrip() for line in zip(*drawn))

@@ -3,7 +3,7 @@
 from importlib.util import find_spec
 from typing import Literal
 
-MODULES = {"lab": ("matplotlib", "scipy", "fpdf", "PIL", "rich"), "eval": ("lm_eval", "rich")}
+MODULES = {"lab": ("matplotlib", "scipy", "fpdf", "PIL"), "eval": ("lm_eval",)}
 
 
 def require(extra: Literal["lab", "eval"]) -> None:

@@ -38,20 +38,14 @@ def run(
         dry_run: Train nothing; prepare the text, then count and print every point's parameters and FLOPs.
     """
     require("lab")
-    from engrammar_lab.studies import plan, run_study
+    from engrammar.cells import as_text, cells, titles
+    from engrammar_lab.studies import PLANNED, plan, run_study
 
     if not dry_run:
         run_study(study, **_where(scale, out, results), seeds=seeds, jobs=jobs, scale=scale, overrides=overrides)
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("point", "total", "active", "rows", "tokens a run", "training FLOPs a run", title=f"{study}, {scale}")
     planned = plan(study, scale=scale, seeds=seeds, overrides=overrides)
-    for point in planned:
-        counts = (f"{point[key]:,}" for key in ("total_parameters", "active_parameters", "memory_rows", "tokens"))
-        table.add_row(point["point"], *counts, f"{point['training_flops']:.2e}")
-    Console().print(table)
+    print(f"{study}, {scale}", as_text(titles(PLANNED), [cells(PLANNED, point) for point in planned]), sep="\n\n")
     print(f"{len(planned) * seeds} runs, {sum(each['training_flops'] for each in planned) * seeds:.2e} FLOPs in all.")
 
 

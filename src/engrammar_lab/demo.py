@@ -6,10 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from engrammar.cells import as_text, in_lines
 from engrammar.tables.sealed import check_writable
 from engrammar.train.recipe import Recipe, to_yaml
 from engrammar.train.run import prepare_tokens, train
-from engrammar_lab.demo_report import plot_curves, render, verdict
+from engrammar_lab.demo_report import plot_curves, render, table, verdict
 from engrammar_lab.machine import describe_run
 
 VARIANTS: dict[str, Literal["none", "budget"]] = {
@@ -74,11 +75,7 @@ def _run(recipe: Recipe, out: Path, variant: str, seed: int) -> dict[str, Any]:
 
 
 def _show(result: dict[str, Any], out: Path) -> None:
-    from rich.console import Console
-    from rich.markdown import Markdown
-
-    report = [line for line in render(result).splitlines() if not line.startswith("![") and line != verdict(result)]
-    console = Console()
-    console.print(Markdown("\n".join(report)))
-    console.print(f"\nPictures: {out / 'curves.png'}, {out / 'gates.png'}\n")
-    console.print(verdict(result), style="bold")
+    samples = [in_lines(" ".join(sample.split())) for sample in result["samples"]]
+    print(as_text(*table(result)), "Samples of the model with memory:", *samples, sep="\n\n", end="\n\n")
+    print(f"Report and pictures: {out / 'demo.md'}, {out / 'curves.png'}, {out / 'gates.png'}\n")
+    print(in_lines(verdict(result)))

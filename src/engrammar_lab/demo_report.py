@@ -4,10 +4,14 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from engrammar.cells import Column, as_markdown, cells, titles
+from engrammar_lab.report.parts import spread
+
 COLUMNS = (
-    ("total", "total_parameters"),
-    ("active", "active_parameters"),
-    ("memory", "memory_parameters"),
+    Column("total", "total_parameters", ","),
+    Column("active", "active_parameters", ","),
+    Column("memory", "memory_parameters", ","),
+    Column("rho", "rho", ".3f"),
 )
 
 
@@ -16,11 +20,6 @@ def _by_variant(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     for run in result["runs"]:
         grouped.setdefault(run["variant"], []).append(run)
     return grouped
-
-
-def _with_spread(values: list[float], digits: int) -> str:
-    spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{mean(values):.{digits}f}{spread}"
 
 
 def verdict(result: dict[str, Any]) -> str:
@@ -38,6 +37,16 @@ def verdict(result: dict[str, Any]) -> str:
     return f"{sentence}, ± {stdev(gains):.4f} over {len(gains)} seeds; {told}."
 
 
+def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines, one for each variant."""
+    lines = []
+    for name, runs in _by_variant(result).items():
+        bits = spread([run["validation_bits_per_byte"] for run in runs])
+        speeds = [run["tokens_per_second"] for run in runs if run["tokens_per_second"] is not None]
+        lines.append([name, *cells(COLUMNS, runs[0]), bits, spread(speeds, 0) if speeds else "not measured"])
+    return ["", *titles(COLUMNS), "validation bits/byte", "training tokens/s"], lines
+
+
 def render(result: dict[str, Any]) -> str:
     """The report as Markdown; a function of demo.json and nothing else."""
     machine = result["machine"]
@@ -46,16 +55,7 @@ def render(result: dict[str, Any]) -> str:
         "",
         verdict(result),
         "",
-        "| | total | active | memory | rho | validation bits/byte | training tokens/s |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name, runs in _by_variant(result).items():
-        counts = " | ".join(f"{runs[0][key]:,}" for _, key in COLUMNS)
-        bits = _with_spread([run["validation_bits_per_byte"] for run in runs], 4)
-        speeds = [run["tokens_per_second"] for run in runs if run["tokens_per_second"] is not None]
-        speed = _with_spread(speeds, 0) if speeds else "not measured"
-        lines.append(f"| {name} | {counts} | {runs[0]['rho']:.3f} | {bits} | {speed} |")
-    lines += [
+        *as_markdown(*table(result)),
         "",
         f"Seeds: {', '.join(str(run['seed']) for run in _by_variant(result)['moe'])}; ± is the standard deviation.",
         f"Made by `{result['command']}` on {result['date']}: {machine['cpu']}, {machine['cores']} cores, "

@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal, get_args
 
+from engrammar.cells import Column, as_text, cells, titles
 from engrammar.train.sample import load
 from engrammar_lab.machine import accelerator
 from engrammar_lab.question_sets import SETS, questions
@@ -25,6 +26,7 @@ from engrammar_lab.tasks.questions import Question, read_questions
 Where = Literal["weights", "ram", "disk", "off"]
 PREFIX = "local/"  # of the tasks that are question sets of ours
 NUM_ANSWER_TOKENS = 32
+SCORES = (Column("score", "value", ".3f"), Column("stderr", "stderr", ".3f"), Column("chance", "chance", ".3f"))
 
 
 def evaluate(
@@ -283,17 +285,11 @@ def _quiet() -> Iterator[None]:
 
 def show(result: dict[str, Any]) -> None:
     """Prints the scores of `evaluate`."""
-    from rich.box import SIMPLE
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"{result['model']}, memory: {result['memory']}", box=SIMPLE)
-    for column in ("task", "asked", "cut", "measure", "score", "stderr", "chance"):
-        table.add_column(column, justify="left" if column in ("task", "measure") else "right", overflow="fold")
+    lines = []
     for name, task in result["tasks"].items():
         about = [name, "" if task["num_questions"] is None else f"{task['num_questions']:,}", f"{task['num_cut']:,}"]
         for metric, score in task["scores"].items():
-            figures = (score["value"], score["stderr"], task["chance"])
-            table.add_row(*about, metric, *("" if figure is None else f"{figure:.3f}" for figure in figures))
+            lines.append([*about, metric, *cells(SCORES, score | {"chance": task["chance"]})])
             about = [""] * len(about)
-    Console().print(table)
+    header = ["task", "asked", "cut", "measure", *titles(SCORES)]
+    print(f"{result['model']}, memory: {result['memory']}", as_text(header, lines), sep="\n\n")

@@ -26,6 +26,7 @@ from engrammar.addressing import (
     hash_ngrams_numpy,
     look_back,
 )
+from engrammar.cells import as_text
 from engrammar.config import DIALECTS, Geometry, MemoryConfig
 from engrammar.fusion import Fusion
 from engrammar.reference import fuse_reference, hash_ngrams_reference, lookup_reference
@@ -325,14 +326,6 @@ def _same_sha256(name: str, ours: NDArray[np.int64], expected: str) -> Check:
 
 
 def print_report(report: Report) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=report.path.name, title_justify="left")
-    for column in ("check", "", "detail"):
-        table.add_column(column)
-    for check in report.checks:
-        table.add_row(check.name, "[green]equal[/]" if check.ok else "[red]DIFFERS[/]", check.detail)
-    for reason in report.skipped:
-        table.add_row("[dim]not run[/]", "", f"[dim]{reason}[/]")
-    Console().print(table)
+    lines = [[check.name, "equal" if check.ok else "DIFFERS", check.detail] for check in report.checks]
+    lines += [["not run", "", reason] for reason in report.skipped]
+    print(report.path.name, as_text(["check", "", "detail"], lines, num_keys=2), sep="\n\n", end="\n\n")

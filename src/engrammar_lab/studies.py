@@ -17,12 +17,21 @@ from pathlib import Path
 from statistics import variance
 from typing import Any
 
+from engrammar.cells import Column
 from engrammar.tables.sealed import write_text
 from engrammar.train.recipe import Recipe, flat, load_recipe, to_yaml
 from engrammar_lab.catalogue import SCALES, Study, studies_at
 from engrammar_lab.machine import describe_machine, describe_run
 
 RESULTS = Path("results/lab")  # of the current directory
+PLANNED = (
+    Column("point", "point"),
+    Column("total", "total_parameters", ","),
+    Column("active", "active_parameters", ","),
+    Column("rows", "memory_rows", ","),
+    Column("tokens a run", "tokens", ","),
+    Column("training FLOPs a run", "training_flops", ".2e"),
+)  # what `plan` returns, as a table
 FINISHED = "finished.json"  # in a run's folder: what `run_one` returned
 
 

@@ -101,7 +101,7 @@ def test_an_error_of_many_lines_is_shown_as_one(call, monkeypatch):
     [
         *(("matplotlib", "lab", command) for command in (("demo",), ("bench", "hash"), ("lab", "report"))),
         ("scipy", "lab", ("lab", "rerun", "pair", "moe")),
-        ("rich", "lab", ("check", "reference", "x.json")),
+        ("scipy", "lab", ("check", "reference", "x.json")),
         ("lm_eval", "eval", ("eval", "model")),
     ],
 )

@@ -4,14 +4,30 @@ import json
 import logging
 from importlib.util import find_spec
 from pathlib import Path
-from textwrap import wrap
 from typing import Any
 
+from engrammar.cells import Column, as_text, cells, in_lines, titles
 from engrammar.planning.plan import Study
+from engrammar.planning.speeds import TIERS
 from engrammar.planning.touches import save_hot_rows
 from engrammar.tables.shards import HOT_ROWS
 
 logger = logging.getLogger(__name__)
+CACHES = (
+    Column("cache rows", "cache_rows", ","),
+    Column("of table", "share_of_rows", ".1%"),
+    Column("pinned", "pinned", ".1%"),
+    Column("dynamic", "dynamic", ".1%"),
+    Column("afterwards", "pinned_afterwards", ".1%"),
+)
+ENCODINGS = (
+    Column("B/row", "row_bytes"),
+    Column("B/token", "bytes_per_token", ","),
+    Column("pages/token", "pages_per_token", ".2f"),
+    Column("in a prompt", "pages_per_token_of_a_prompt", ".2f"),
+)
+TIER = (Column("cache rows", "cache_rows", ","), Column("hit rate", "hit_rate", ".1%"))
+KINDS = {"rows_alone": "tokens/s, rows alone", "prefetched": "prefetched", "waiting": "waiting"}
 
 
 def write_plan(plan: dict[str, Any], studied: Study, out: Path, beside: Path) -> list[Path]:
@@ -32,53 +48,43 @@ def write_plan(plan: dict[str, Any], studied: Study, out: Path, beside: Path) ->
 
 
 def describe(plan: dict[str, Any]) -> str:
-    """The plan as lines of text of at most 80 characters."""
+    """The plan as text as wide as the terminal."""
     sample, rows = plan["sample"], plan["sample"]["rows"]
     facts = (
         f"{sample['tokens']:,} tokens in {sample['prompts']:,} prompts touch {sum(sample['rows_touched']):,} of "
         f"{sum(rows):,} rows in {len(rows)} tables. {sample['repeated_in_prompt']:.1%} of a prompt's rows repeat. "
         f"{sample['seen_before']:.1%} of the second half's rows were read before: no cache hits more."
     )
-    lines = [*wrap(facts, 80), ""]
-    lines.append(f"{'cache rows':>14} {'of table':>9} {'pinned':>8} {'dynamic':>8} {'afterwards':>11}")
-    lines += [
-        f"{cache['cache_rows']:>14,} {cache['share_of_rows']:>9.1%} {cache['pinned']:>8.1%} {cache['dynamic']:>8.1%} "
-        f"{cache['pinned_afterwards']:>11.1%}"
-        for cache in plan["caches"]
+    encodings = [[name, *cells(ENCODINGS, own)] for name, own in plan["encodings"].items()]
+    parts = [
+        in_lines(facts),
+        as_text(titles(CACHES), [cells(CACHES, cache) for cache in plan["caches"]]),
+        as_text(["encoding", *titles(ENCODINGS)], encodings),
+        as_text([*titles(TIER), "from", *KINDS.values()], _speeds(plan["tiers"])),
     ]
-    lines += ["", f"{'encoding':>14} {'B/row':>9} {'B/token':>8} {'pages/token':>12} {'in a prompt':>12}"]
-    lines += [
-        f"{name:>14} {e['row_bytes']:>9} {e['bytes_per_token']:>8,} {e['pages_per_token']:>12.2f} "
-        f"{e['pages_per_token_of_a_prompt']:>12.2f}"
-        for name, e in plan["encodings"].items()
-    ]
-    lines += ["", *_describe_speeds(plan["tiers"])]
+    wishes = []
     for wanted in plan["wanted"]:
         if wanted["cache_rows"] is None:
             needed = (
                 "no cache gives that" if wanted["hit_rate"] > 1 else f"needs a hit rate of {wanted['hit_rate']:.1%}"
             )
-            lines += wrap(f"{wanted['wish']}: {needed}; no pinned set of this sample's rows does.", 80)
+            wishes.append(in_lines(f"{wanted['wish']}: {needed}; no pinned set of this sample's rows does."))
         else:
-            lines.append(f"{wanted['wish']}: {wanted['cache_rows']:,} pinned rows a table.")
-    return "\n".join(lines)
+            wishes.append(f"{wanted['wish']}: {wanted['cache_rows']:,} pinned rows a table.")
+    return "\n\n".join([*parts, *(["\n".join(wishes)] if wishes else [])])
 
 
-def _describe_speeds(tiers: list[dict[str, Any]]) -> list[str]:
-    """A table of tokens/s; "?" is a speed that is not known."""
-    lines = [
-        f"{'cache rows':>14} {'hit rate':>9} {'tokens/s':>9} {'rows alone':>14} {'prefetched':>14} {'waiting':>14}"
+def _speeds(tiers: list[dict[str, Any]]) -> list[list[str]]:
+    """Tokens/s by where rows are read from; "?" is a speed that is not known."""
+    return [
+        [
+            *cells(TIER, tier),
+            name,
+            *(f"{rate:,.0f}" if (rate := (tier[name] or {}).get(kind)) else "?" for kind in KINDS),
+        ]
+        for tier in tiers
+        for name in TIERS
     ]
-    for tier in tiers:
-        cache = f"{tier['cache_rows']:>14,} {tier['hit_rate']:>9.1%}"
-        for name in ("ram", "disk", "remote"):
-            speeds = tier[name] or {}
-            cells = (speeds.get(kind) for kind in ("rows_alone", "prefetched", "waiting"))
-            lines.append(
-                f"{cache} {name:>9} " + " ".join("?".rjust(14) if c is None else f"{c:>14,.0f}" for c in cells)
-            )
-            cache = " " * len(cache)
-    return lines
 
 
 def draw(plan: dict[str, Any], path: Path) -> None:
