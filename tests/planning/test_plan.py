@@ -11,7 +11,6 @@ from transformers import AutoTokenizer
 
 from engrammar.config import DIALECTS, MemoryConfig
 from engrammar.model.modeling import EngrammarForCausalLM
-from engrammar.model.presets import preset
 from engrammar.planning import plan as planning
 from engrammar.planning import touches
 from engrammar.planning.speeds import Costs, Speeds, measure_speeds
@@ -20,7 +19,6 @@ from engrammar.stores.cache import CachedStore
 from engrammar.stores.serving import load_hot_rows
 from engrammar.tables.shards import HOT_ROWS
 from engrammar.train.data import train_tokenizer
-from engrammar.vocabulary import compress_vocabulary
 from engrammar_cli.main import main
 from models import VOCABULARY, tiny_model
 
@@ -194,9 +192,8 @@ def test_a_text_that_repeats_itself_is_planned(tmp_path, tokenizer_folder, capsy
 
 def test_a_checkpoint_and_its_tables_alone_are_planned_alike(tmp_path, tokenizer_folder, capsys):
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    config = preset("micro", tokenizer=tokenizer, classes_V=compress_vocabulary(tokenizer))
     model, tables, corpus, machine = (tmp_path / name for name in ("model", "tables", "text.txt", "machine.json"))
-    EngrammarForCausalLM(config).save_pretrained(model)
+    EngrammarForCausalLM.from_preset("micro", tokenizer=tokenizer).save_pretrained(model)
     tokenizer.save_pretrained(model)
     main(["table", "pack", str(model), str(tables), "--tables-only"])
     corpus.write_text(TEXT * 5)
