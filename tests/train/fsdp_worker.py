@@ -1,7 +1,6 @@
-"""Run by torchrun: five steps of a model in one process, replicated (DDP) and with its dense part sharded (FSDP2)."""
+"""A rank's work: five steps of a model in one process, replicated (DDP) and with its dense part sharded (FSDP2)."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Literal
 
@@ -50,8 +49,7 @@ def train(how: Literal["alone", "replicated", "sharded"], matrices: str) -> tupl
     return losses, {name: p.detach() for name, p in full.items() if "tables" not in name}
 
 
-def main() -> None:
-    torch.set_num_threads(1)
+def compare_shardings(folder: Path) -> None:
     dist.init_process_group("gloo")
     report = {}
     for matrices in ("adamw", "muon"):
@@ -64,9 +62,5 @@ def main() -> None:
                 "largest_weight_difference": max(float((found[name] - weights[name]).abs().max()) for name in weights),
             }
     if dist.get_rank() == 0:
-        (Path(sys.argv[1]) / "report.json").write_text(json.dumps(report))
+        (folder / "report.json").write_text(json.dumps(report))
     leave_processes()
-
-
-if __name__ == "__main__":
-    main()

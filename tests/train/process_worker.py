@@ -1,11 +1,7 @@
-"""Run by torchrun: a recipe, whose ranks write down the rows they hold when they save and after they load.
-
-usage: process_worker.py RECIPE NOTES [STEP_TO_DIE_AT]
-"""
+"""A rank's work: a recipe, whose ranks write down the rows they hold when they save and after they load."""
 
 import os
 import signal
-import sys
 from pathlib import Path
 
 import torch
@@ -28,9 +24,8 @@ def write_down(trainer: EngrammarTrainer, notes: Path, what: str) -> None:
     torch.save(held, notes / f"{what}-{rank}.pt")
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    recipe, notes, last = sys.argv[1], Path(sys.argv[2]), int((sys.argv[3:] or ["0"])[0])
+def train_and_note(recipe: Path, notes: Path, last: int = 0) -> None:
+    """Trains; kills itself at step `last`, if one is given."""
     notes.mkdir(exist_ok=True)
     save, load = EngrammarTrainer._save_checkpoint, EngrammarTrainer._load_optimizer_and_scheduler
     step = EngrammarTrainer.training_step
@@ -54,9 +49,5 @@ def main() -> None:
     EngrammarTrainer._save_checkpoint = saves
     EngrammarTrainer._load_optimizer_and_scheduler = loads
     EngrammarTrainer.training_step = dies
-    train(load_recipe(recipe))
+    train(load_recipe(str(recipe)))
     leave_processes()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,6 @@
-"""Run by torchrun: one step of a model whose tables are spread over ranks, beside the same step in one process."""
+"""A rank's work: one step of a model whose tables are spread over ranks, beside the same step in one process."""
 
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -54,8 +53,7 @@ def compare(kind: str, where: str, ids: torch.Tensor) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    torch.set_num_threads(1)
+def compare_with_one_process(folder: Path) -> None:
     dist.init_process_group("gloo")
     ids = torch.randint(3, 53, (6, 13), generator=torch.Generator().manual_seed(1))
     report = {
@@ -64,9 +62,5 @@ def main() -> None:
         for where in ("device", "ram")
     }
     if dist.get_rank() == 0:
-        (Path(sys.argv[1]) / "report.json").write_text(json.dumps(report))
+        (folder / "report.json").write_text(json.dumps(report))
     leave_processes()
-
-
-if __name__ == "__main__":
-    main()

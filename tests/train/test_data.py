@@ -233,17 +233,31 @@ def test_text_and_jsonl_are_read_without_a_data_library(make, tmp_path, monkeypa
     assert make().num_tokens("train") > 0
 
 
-def test_a_tokenizer_is_the_same_in_every_process(tmp_path):
-    source = write_jsonl(tmp_path / "texts.jsonl", make_texts(100))
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory):
+    """A source, a tokenizer trained on it by another process, and the data libraries that the module loaded there."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    source = write_jsonl(folder / "texts.jsonl", make_texts(100))
     script = (
         "import sys; from pathlib import Path; from engrammar.train.data import *; "
+        "print({'datasets', 'pyarrow.parquet'} & set(sys.modules)); "
         "train_tokenizer(read_documents(sys.argv[1], cache=Path()), vocab_size=320, path=Path(sys.argv[2]))"
     )
-    train_tokenizer(read(source), vocab_size=320, path=tmp_path / "one")
     environment = os.environ | {"PYTHONHASHSEED": "7", "RAYON_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", script, source, str(tmp_path / "two")], check=True, env=environment)
-    for file in (tmp_path / "one").iterdir():
-        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
+    command = [sys.executable, "-c", script, source, str(folder / "tokenizer")]
+    done = subprocess.run(command, check=True, env=environment, capture_output=True, text=True)
+    return source, folder / "tokenizer", done.stdout
+
+
+def test_a_tokenizer_is_the_same_in_every_process(elsewhere, tmp_path):
+    source, tokenizer, _ = elsewhere
+    train_tokenizer(read(source), vocab_size=320, path=tmp_path)
+    for file in tmp_path.iterdir():
+        assert file.read_bytes() == (tokenizer / file.name).read_bytes()
+
+
+def test_importing_the_module_loads_no_data_library(elsewhere):
+    assert elsewhere[2] == "set()\n"
 
 
 def test_special_tokens_have_their_ids_and_any_bytes_survive(tmp_path):
@@ -445,11 +459,6 @@ def test_a_setting_out_of_range_is_named_and_writes_nothing(make, tmp_path, sett
     with pytest.raises(ValueError, match=message):
         make(**settings)
     assert [path.name for path in tmp_path.iterdir()] == ["texts.jsonl"]
-
-
-def test_importing_the_module_loads_no_data_library():
-    script = "import sys, engrammar.train.data; print({'datasets', 'pyarrow.parquet'} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout == "set()\n"
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import multiprocessing
 import os
 import random
 import subprocess
@@ -24,6 +23,7 @@ from engrammar.train import run as run_module
 from engrammar.train.recipe import Recipe
 from engrammar.train.run import train
 from engrammar.train.trainer import EngrammarTrainer
+from processes import fork_server
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 SAVES = ("trainer.max_steps=8", "trainer.save_steps=2")
@@ -58,7 +58,7 @@ def assert_same_run(found: Path, expected: Path) -> None:
     assert not leftovers(found)
 
 
-# Kills. A fork server imports torch and transformers once; each attempt is a fork of it.
+# Kills.
 
 
 def attempt(recipe: Recipe, log: Path) -> None:
@@ -75,12 +75,6 @@ def attempt(recipe: Recipe, log: Path) -> None:
     train(recipe)
 
 
-def fork_server():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["engrammar.train.trainer", "engrammar.train.data", "engrammar.model.modeling"])
-    return context
-
-
 def kill(process, out: Path, rng: random.Random, *, in_save: bool, seconds: float) -> None:
     """Kills at a random moment of the next `seconds`, or, `in_save`, of one of the next saves."""
     if in_save:
@@ -89,6 +83,7 @@ def kill(process, out: Path, rng: random.Random, *, in_save: bool, seconds: floa
             seen |= (
                 {name for name in leftovers(out) if name.startswith(".partial-checkpoint")} if out.exists() else set()
             )
+            time.sleep(0.001)  # leave the processor to the run
         seconds = 0.03  # about what a save of this model takes, from its first byte to the rename
     process.join(rng.uniform(0, seconds))
     process.kill()
@@ -133,33 +128,25 @@ def run_straight(recipe: Recipe) -> float:
     return time.time() - log.stat().st_mtime
 
 
-def kill_many(folder: Path, num_kills: int, num_in_save: int, *settings: str) -> None:
-    """Runs of one recipe, each killed over and over, until there were enough kills; every run ends in the same bits."""
-    rng = random.Random(0)
-    straight = tiny_recipe(folder, *settings)
+@pytest.mark.slow
+def test_runs_killed_thirty_times_end_in_the_same_bits(tmp_path):
+    """Runs of one recipe, each killed over and over, until there were enough kills, enough of them in a save."""
+    num_kills, num_in_save, rng = 30, 10, random.Random(0)
+    settings = ("trainer.max_steps=20", "trainer.save_steps=2")
+    straight = tiny_recipe(tmp_path, *settings)
     seconds = run_straight(straight)
     kills = kills_in_save = rounds = 0
     while kills < num_kills or kills_in_save < num_in_save:
         rounds += 1
         assert rounds <= 2 * num_kills, f"{kills} kills, {kills_in_save} in a save, after {rounds} runs"
         keep = f"trainer.save_total_limit={1 + rounds % 3}"
-        killed = tiny_recipe(folder, *settings, keep, f"out={folder / f'killed-{rounds}'}")
+        killed = tiny_recipe(tmp_path, *settings, keep, f"out={tmp_path / f'killed-{rounds}'}")
         left = max(num_kills - kills, num_in_save - kills_in_save)
         plan = [rng.random() < 0.6 or kills_in_save < num_in_save <= num_kills - kills for _ in range(min(left, 10))]
         hit, hit_in_save = kill_until_finished(killed, rng, plan, seconds)
         kills, kills_in_save = kills + hit, kills_in_save + hit_in_save
-        assert_same_run(Path(killed.out), folder / "run")
+        assert_same_run(Path(killed.out), tmp_path / "run")
     print(f"{kills} kills, {kills_in_save} of them in a save, over {rounds} runs; one trains for {seconds:.1f} s")
-
-
-@pytest.mark.slow
-def test_a_run_killed_three_times_ends_in_the_same_bits(tmp_path):
-    kill_many(tmp_path, 3, 1, *SAVES)
-
-
-@pytest.mark.slow
-def test_runs_killed_thirty_times_end_in_the_same_bits(tmp_path):
-    kill_many(tmp_path, 30, 10, "trainer.max_steps=20", "trainer.save_steps=2")
 
 
 # Full disks.

@@ -1,11 +1,11 @@
 """Wherever a table's rows are, training gives the same bits; over ranks, the same curve with a share of the table."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from sharded_worker import compare_with_one_process
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from engrammar.model.modeling import EngrammarForCausalLM
@@ -15,7 +15,7 @@ from engrammar.train.optimizer import OptimizerSettings, build_optimizer
 from engrammar.train.pages import zeros_in_file, zeros_in_ram
 from engrammar.train.placement import place_tables, placement_of
 from models import tiny_config, tiny_model
-from processes import succeed, torchrun
+from processes import succeed_on_ranks
 
 SETTINGS = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.99), "eps": 1e-8}
 PLACES = [("device", "none"), ("ram", "none"), ("ram", "exact"), ("file", "none"), ("file", "exact")]
@@ -60,18 +60,24 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
         assert torch.equal(found[name], tensor), name
 
 
-@pytest.mark.parametrize("kind", ["adam", "row_adam", "sinkhorn"])
+@pytest.fixture(scope="module", params=["adam", "row_adam", "sinkhorn"])
+def plain(request):
+    """A row optimizer, and what training with it gives where the tables are parameters."""
+    model = tiny_model("paper", num_branches=2).train()
+    losses = train(model, optimizer_of(model, memory=request.param), batches(4, 2))
+    return request.param, losses, weights(model)
+
+
 @pytest.mark.parametrize(("where", "overlap"), PLACES)
 @pytest.mark.parametrize("ahead", [False, True], ids=["read as needed", "read ahead"])
-def test_training_gives_the_same_bits_wherever_the_rows_are(tmp_path, kind, where, overlap, ahead):
-    plain = tiny_model("paper", num_branches=2).train()
-    expected = train(plain, optimizer_of(plain, memory=kind), batches(4, 2))
+def test_training_gives_the_same_bits_wherever_the_rows_are(tmp_path, plain, where, overlap, ahead):
+    kind, losses, expected = plain
     placed = tiny_model("paper", num_branches=2).train()
     place_tables(placed, where=where, folder=tmp_path, overlap=overlap)
     assert not any("tables" in name for name, _ in placed.named_parameters())
     found = train(placed, optimizer_of(placed, memory=kind), batches(4, 2), ahead=ahead)
-    assert found == expected
-    assert_equal(weights(placed), weights(plain))
+    assert found == losses
+    assert_equal(weights(placed), expected)
 
 
 def test_a_stale_read_is_one_update_old_and_no_more():
@@ -250,7 +256,7 @@ def test_state_is_saved_by_rows_and_read_back(tmp_path):
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_one_step_over_ranks_equals_one_process(tmp_path, num_ranks):
     """Every kind of optimizer and place: same loss and same update within rounding, each rank with its share."""
-    succeed(torchrun(num_ranks, str(Path(__file__).parent / "sharded_worker.py"), str(tmp_path)))
+    succeed_on_ranks(num_ranks, tmp_path, compare_with_one_process, tmp_path)
     report = json.loads((tmp_path / "report.json").read_text())
     assert set(report) == {
         f"{kind} {where}" for kind in ("adam", "row_adam", "sinkhorn") for where in ("device", "ram")

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from fsdp_worker import compare_shardings
+from process_worker import train_and_note
 from safetensors.torch import load_file
 from test_training import tiny_recipe
 from transformers import AutoModelForCausalLM
@@ -25,9 +27,9 @@ from engrammar.tables.verify import verify_tables
 from engrammar.train.recipe import Recipe, to_yaml
 from engrammar.train.run import prepare_tokens
 from engrammar.train.trainer import sum_cross_entropy
-from processes import COMMANDS, environment, run, succeed, torchrun
+from engrammar_cli.main import main as command_line
+from processes import COMMANDS, environment, run_ranks, succeed, succeed_on_ranks, torchrun
 
-WORKER = Path(__file__).parent / "process_worker.py"
 SETTINGS = ("trainer.max_steps=8", "trainer.save_steps=2", "trainer.save_total_limit=9", "data.batch_size=12")
 DEATH = 5  # steps made; the last checkpoint is then that of step 4
 
@@ -67,7 +69,7 @@ def straight(tmp_path_factory):
     """A folder with the run that nobody interrupts, on 4 ranks."""
     folder = tmp_path_factory.mktemp("straight")
     _, path = write_recipe(folder)
-    succeed(torchrun(4, str(WORKER), str(path), str(folder / "notes")))
+    succeed_on_ranks(4, folder, train_and_note, path, folder / "notes")
     return folder
 
 
@@ -76,8 +78,8 @@ def killed(folder: Path, straight: Path, num_ranks: int) -> Path:
     shutil.copy(straight / "licence.jsonl", folder)
     shutil.copytree(straight / "data", folder / "data")
     _, path = write_recipe(folder)
-    done = run(torchrun(num_ranks, str(WORKER), str(path), str(folder / "notes"), str(DEATH)))
-    assert done.returncode != 0 and last_good(folder / "run") == folder / "run" / "checkpoint-4"
+    codes = run_ranks(num_ranks, folder, train_and_note, path, folder / "notes", DEATH)
+    assert set(codes) == {-signal.SIGKILL} and last_good(folder / "run") == folder / "run" / "checkpoint-4"
     return path
 
 
@@ -97,7 +99,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, straight, first, t
         shutil.copytree(tmp_path / "run", out)
         _, path = write_recipe(tmp_path, f"out={out}")
         notes = tmp_path / f"notes-{num_ranks}"
-        succeed(torchrun(num_ranks, str(WORKER), str(path), str(notes)))
+        succeed_on_ranks(num_ranks, tmp_path, train_and_note, path, notes)
         assert len(list(notes.glob("loaded-*"))) == num_ranks
         assert_same_rows(noted(notes, "loaded"), saved)
         assert losses(out) == pytest.approx(losses(straight / "run"), abs=1e-4)
@@ -122,7 +124,7 @@ def test_evaluation_on_any_number_of_ranks_counts_every_token_once(tmp_path, str
         shutil.copytree(straight / "run", out)
         (out / "result.json").unlink()  # trained, and killed before this was written: evaluated again
         _, path = write_recipe(straight, f"out={out}")
-        succeed(torchrun(num_ranks, "--no-python", str(COMMANDS / "engrammar"), "train", str(path)))
+        succeed_on_ranks(num_ranks, tmp_path, command_line, ["train", str(path)])
         result = json.loads((out / "result.json").read_text())
         assert result["tokens_per_second"] is None and result["steps"] == 8
         assert result["validation_loss"] == pytest.approx(nats / tokens, rel=1e-6)
@@ -131,7 +133,7 @@ def test_evaluation_on_any_number_of_ranks_counts_every_token_once(tmp_path, str
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
 def test_a_dense_part_in_shards_trains_like_one_process(tmp_path, num_ranks):
     """FSDP2 beside placed tables. Muon lifts small singular values, and what rounding put there with them."""
-    succeed(torchrun(num_ranks, str(Path(__file__).parent / "fsdp_worker.py"), str(tmp_path)))
+    succeed_on_ranks(num_ranks, tmp_path, compare_shardings, tmp_path)
     report = json.loads((tmp_path / "report.json").read_text())
     assert set(report) == {f"{matrices} {how}" for matrices in ("adamw", "muon") for how in ("replicated", "sharded")}
     for run_name, found in report.items():
@@ -143,15 +145,17 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def test_a_job_with_a_killed_rank_goes_on_by_itself(tmp_path, straight):
+def test_a_job_with_a_killed_rank_goes_on_by_itself(tmp_path):
     """From its last checkpoint, to the same bits: between equal numbers of ranks every sum has one order."""
-    shutil.copy(straight / "licence.jsonl", tmp_path)
-    shutil.copytree(straight / "data", tmp_path / "data")
+    straight = tmp_path / "straight"
+    straight.mkdir()
+    _, path = write_recipe(straight)
+    succeed_on_ranks(2, straight, command_line, ["train", str(path)])
     _, path = write_recipe(tmp_path)
     command = ["--max-restarts=3", "--no-python", str(COMMANDS / "engrammar"), "train", str(path)]
     with (tmp_path / "log").open("w") as log:
         job = subprocess.Popen(
-            torchrun(4, *command), env=environment(LOGLEVEL="INFO"), stdout=log, stderr=log
+            torchrun(2, *command), env=environment(LOGLEVEL="INFO"), stdout=log, stderr=log
         )  # torchrun tells of restarts at that level
         try:
             while not (tmp_path / "run" / "checkpoint-4").exists():
@@ -172,19 +176,18 @@ def test_a_job_with_a_killed_rank_goes_on_by_itself(tmp_path, straight):
         assert torch.equal(found[name], weight), name
 
 
-def test_accelerate_launch_trains_like_torchrun(tmp_path):
-    results = []
-    launchers = {
-        "torchrun": torchrun(2, "--no-python"),
-        "accelerate": [
-            *(str(COMMANDS / "accelerate"), "launch", "--cpu", "--num_processes=2", "--num_machines=1"),
-            *("--mixed_precision=no", "--dynamo_backend=no", "--no_python"),
-        ],
-    }
-    for name, launcher in launchers.items():
-        out = tmp_path / name
+def test_accelerate_launch_trains_like_other_ranks(tmp_path):
+    launch = [
+        *(str(COMMANDS / "accelerate"), "launch", "--cpu", "--num_processes=2", "--num_machines=1"),
+        *("--mixed_precision=no", "--dynamo_backend=no", "--no_python", str(COMMANDS / "engrammar")),
+    ]
+    ranks, launched = tmp_path / "ranks", tmp_path / "launched"
+    for out in (ranks, launched):
         _, path = write_recipe(tmp_path, f"out={out}", "trainer.max_steps=3", "trainer.save_strategy=no")
-        succeed([*launcher, str(COMMANDS / "engrammar"), "train", str(path)])
-        results.append(json.loads((out / "result.json").read_text()))
-    assert losses(tmp_path / "accelerate") == pytest.approx(losses(tmp_path / "torchrun"), abs=1e-5)
+        if out == ranks:
+            succeed_on_ranks(2, tmp_path, command_line, ["train", str(path)])
+        else:
+            succeed([*launch, "train", str(path)])
+    assert losses(launched) == pytest.approx(losses(ranks), abs=1e-5)
+    results = [json.loads((out / "result.json").read_text()) for out in (ranks, launched)]
     assert results[0]["validation_loss"] == pytest.approx(results[1]["validation_loss"], abs=1e-5)

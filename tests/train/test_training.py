@@ -247,16 +247,25 @@ def test_an_unknown_recipe_lists_those_that_ship(tmp_path):
         load_recipe(tmp_path / "broken.yaml")
 
 
+PASSES = ("trainer.max_steps=4", "trainer.save_steps=2", "trainer.gradient_accumulation_steps=2")
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A folder, and the result of a run in it whose tables are on the device."""
+    folder = tmp_path_factory.mktemp("plain")
+    return folder, train(tiny_recipe(folder, *PASSES))
+
+
 @pytest.mark.parametrize("overlap", ["none", "exact"])
 @pytest.mark.parametrize("where", ["ram", "file"])
-def test_a_run_gives_the_same_bits_wherever_its_tables_are(tmp_path, where, overlap):
-    settings = ("trainer.max_steps=4", "trainer.save_steps=2", "trainer.gradient_accumulation_steps=2")
+def test_a_run_gives_the_same_bits_wherever_its_tables_are(plain, tmp_path, where, overlap):
+    folder, expected = plain
     there = (f"placement.where={where}", f"placement.overlap={overlap}", f"out={tmp_path / 'there'}")
-    expected = train(tiny_recipe(tmp_path, *settings))
-    found = train(tiny_recipe(tmp_path, *settings, *there))
+    found = train(tiny_recipe(folder, *PASSES, *there))
     assert found["validation_loss"] == expected["validation_loss"]
     assert [entry.get("loss") for entry in found["curve"]] == [entry.get("loss") for entry in expected["curve"]]
-    one, other = weights(tmp_path / "run"), weights(tmp_path / "there")
+    one, other = weights(folder / "run"), weights(tmp_path / "there")
     assert one.keys() == other.keys() and all(torch.equal(other[name], tensor) for name, tensor in one.items())
 
 
