@@ -131,11 +131,6 @@ def test_the_lowest_floor_imports_no_tensor_library():
     assert not modules & {"torch", "numpy", "transformers", "safetensors"}
 
 
-def test_no_file_is_over_400_lines():
-    long = {path.name: n for path in FILES if (n := len(path.read_text().splitlines())) > 400}
-    assert not long
-
-
 def test_no_file_knows_where_its_repository_is():
     """What is written goes where the caller says, from the current directory: never beside an installed package."""
     for path in FILES:

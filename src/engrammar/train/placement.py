@@ -2,7 +2,7 @@
 
 A placed table is not a parameter of its model, so whatever moves, wraps, shards or clips the model's parameters leaves
 it alone. A read gathers the distinct rows of a batch once; their values are a leaf of the graph; after backward, the
-leaf's gradient goes back to whoever holds the rows. Letters: U distinct rows, C row width, B, T, H as in `table`.
+leaf's gradient goes back to the rank that holds the rows. Letters: U distinct rows, C row width, B, T, H as in `table`.
 """
 
 from collections.abc import Callable, Mapping, Sequence

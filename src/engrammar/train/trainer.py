@@ -152,7 +152,7 @@ class EngrammarTrainer(Trainer):
         return float(self.mixed_optimizer.clip_grad_norm(math.inf) if grad_norm is None else grad_norm)
 
     def get_batch_samples(self, *args: Any) -> Any:
-        """A step's batches, each with `retrieved`: their rows are on the way when this returns, each read once."""
+        """A step's batches, each with `retrieved`: their rows are being read when this returns, each once."""
         if self.placement is None or not self.placement.reads_together:
             return super().get_batch_samples(*args)
         samples = self.next_batches or self._retrieve(super().get_batch_samples(*args))
@@ -249,7 +249,7 @@ class EngrammarTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if state_dict is None and self.placement is not None:
-            state_dict = self.model.state_dict()  # the tables are not in it: `save_model` adds them
+            state_dict = self.model.state_dict()  # without the tables, which `save_model` adds
         super()._save(output_dir, state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -272,7 +272,7 @@ class EngrammarTrainer(Trainer):
             self.placement.load_state(Path(checkpoint), self.mixed_optimizer.rows)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Left to `_save_checkpoint`: a partial folder would be renamed during the upload."""
+        """Does nothing: `_save_checkpoint` uploads once the folder has its final name."""
 
     def _seal(self, partial: Path, final: Path, protect: Collection[Path]) -> None:
         with writing(final.name, final.parent, scratch=partial.parent):
@@ -372,7 +372,7 @@ def sum_cross_entropy(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
     """Of each row, the sum of the next-token cross entropy in nats, and how many tokens were scored: float64 [B, 2].
 
     Positions are scored as transformers' training loss scores them: every label but the first and those that are -100,
-    so whoever packs documents sets the labels of their first tokens to -100.
+    so where documents are packed, the labels of their first tokens should be -100.
     """
     targets_BT = labels_BT[:, 1:]
     losses_BT = F.cross_entropy(logits_BTV[:, :-1].mT.float(), targets_BT, ignore_index=IGNORED, reduction="none")

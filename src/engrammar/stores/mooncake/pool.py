@@ -29,7 +29,7 @@ class PoolServer:
         protocol: `tcp`, or `rdma` with `devices`.
         devices: RDMA devices, separated by commas.
         host: this machine, as the pool names it.
-        seconds: silence after which what was asked for counts as lost, one try over a new connection included.
+        seconds: how long to wait for an answer, a second try over a new connection included, before rows are missing.
     """
 
     address: str = "127.0.0.1:50051"
@@ -41,11 +41,11 @@ class PoolServer:
 
 
 class PoolLost(OSError):
-    """The pool, or the process that talks to it, did not answer in time, refused, or died; the text says which."""
+    """The pool, or the process that talks to it, did not answer in time, refused, or died; the message says which."""
 
 
 class Pool:
-    """One connection. Once `PoolLost` was raised it is of no use: close it and open another.
+    """One connection. After a `PoolLost` it is useless: close it and open another.
 
     Attributes:
         memory: uint8, bytes shared with the process: `read` writes there, `put` reads there.
@@ -55,7 +55,7 @@ class Pool:
         """Connects.
 
         Raises:
-            PoolLost: nobody answered within `seconds`.
+            PoolLost: there was no answer within `seconds`.
             ValueError: the package is not installed, or lacks a library of the system.
         """
         _check_port(server.address, seconds)
@@ -69,7 +69,7 @@ class Pool:
             pass_fds=(theirs.fileno(), handle),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,  # the library tells of its every step
+            stderr=subprocess.DEVNULL,  # the library logs its every step
         )
         theirs.close()
         os.close(handle)
@@ -87,10 +87,10 @@ class Pool:
             raise
 
     def send(self, name: str, *, alone: bool = False, **arguments: Any) -> int:
-        """Asks for something (a method of `process.Served`); the number of its answer.
+        """Sends a request, a method of `process.Served`; returns the number of its answer.
 
         Args:
-            alone: the next message comes after its answer.
+            alone: the process takes no other request before it has answered this one.
         """
         self._last += 1
         message = {"number": self._last, "name": name, "alone": alone, "arguments": arguments}
@@ -101,7 +101,7 @@ class Pool:
         return self._last
 
     def receive(self, number: int, seconds: float) -> Any:
-        """The answer with that number, waiting for it no longer than `seconds`."""
+        """Waits for the answer with that number, no longer than `seconds`."""
         until = time.monotonic() + seconds
         while number not in self._answers:
             try:
@@ -122,11 +122,11 @@ class Pool:
         return answer["result"]
 
     def ask(self, name: str, seconds: float, **arguments: Any) -> Any:
-        """Asks, and waits for the answer."""
+        """Sends a request and waits for the answer."""
         return self.receive(self.send(name, alone=True, **arguments), seconds)
 
     def close(self) -> None:
-        """Ends the process, wherever in the library it is. A fork only lets go of it: it belongs to the parent."""
+        """Kills the process, wherever it is. A fork only closes its pipe: the process is its parent's."""
         if self._owner == os.getpid():
             self._process.kill()
             self._process.wait()
@@ -139,7 +139,7 @@ class Pool:
 
 
 def _check_port(address: str, seconds: float) -> None:
-    """A port that nobody listens on is known at once; the library would ask for ever."""
+    """Raises at once if nothing listens on the port; the library would ask for ever."""
     host, _, port = address.rpartition(":")
     if "://" in address or not host or not port.isdecimal():
         if "://" not in address:

@@ -1,4 +1,4 @@
-"""The process that talks to Mooncake Store for `remote.py`: its library may block for a minute, or abort, as it likes.
+"""The process that talks to Mooncake Store for `store.py`: the library may block for a minute, or abort the process.
 
 Run by path, so it imports nothing of this package. Reads JSON messages from a pipe; bytes go through shared memory.
 """
@@ -39,10 +39,10 @@ class Served:
             raise RuntimeError(f"setup answered {code}")
 
     def read(self, keys: list[str], to: list[list[int]], start: list[list[int]], size: list[list[int]]) -> Any:
-        """Ranges of values into the shared memory; bytes read of each value, or an error number below 0.
+        """Reads ranges of values into the shared memory; the bytes read of each value, or an error number below 0.
 
-        The library keeps where values are while their lease lasts, which saves asking the master in each call. One
-        that it does not know (any more) it is told to look up.
+        While the lease of a value lasts the library knows where it is, and does not ask the master in each call. The
+        others it is told to look up.
         """
         addresses = [[self.base + place for place in places] for places in to]
         got = self.store.batch_get_into_multi_buffer_ranges(keys, addresses, size, start)
@@ -54,20 +54,20 @@ class Served:
         return got
 
     def put(self, key: str, start: int, size: int) -> int:
-        """A value from the shared memory; 0, or an error number."""
+        """Writes a value from the shared memory; 0, or an error number."""
         return self.store.batch_put_from([key], [self.base + start], [size], self.pinned)[0]
 
     def note(self, key: str, text: str) -> int:
-        """A small text in place of the one that was there; 0, or an error number."""
+        """Writes a small text over an earlier one; 0, or an error number."""
         self.store.remove(key, True)
         return self.store.put(key, text.encode(), self.pinned)
 
     def text(self, key: str) -> str:
-        """A small text; empty where there is none."""
+        """A small text; empty if there is none."""
         return self.store.get(key).decode()
 
     def exist(self, keys: list[str]) -> list[int]:
-        """1 where a value is there, 0 where none is, below 0 where nobody knows."""
+        """For each key 1 if it has a value, 0 if not, below 0 if that is not known."""
         return self.store.batch_is_exist(keys)
 
     def remove(self, keys: list[str]) -> list[int]:
@@ -90,14 +90,14 @@ def main() -> None:
             try:
                 message = json.loads(connection.recv_bytes())
             except (EOFError, OSError):
-                os._exit(0)  # whoever asked is gone; another thread may be in the library, which nobody can call back
+                os._exit(0)  # the client is gone; another thread may be inside the library and cannot be stopped
             if not message["alone"]:
                 reading.release()
             try:
                 answer(number=message["number"], result=getattr(served, message["name"])(**message["arguments"]))
             except Exception as error:
                 answer(number=message["number"], error=str(error))
-            if message["alone"]:  # no other thread was woken for a message that does not come before this answer
+            if message["alone"]:  # not before: the next request may be sent only after this answer
                 reading.release()
 
     try:

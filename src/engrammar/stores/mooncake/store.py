@@ -1,8 +1,8 @@
-"""Rows in the memory of other machines: a Mooncake Store pool, and the upload into it (docs/remote-tables.md).
+"""Rows in the memory of other machines: a Mooncake Store pool (docs/remote-tables.md).
 
-A table is pieces of consecutive rows, one key each, and a note that says what they are. A row lies in its piece as S
-bytes and the CRC-32 of them, which starts from the row's number and the id of the upload: neither a flipped bit nor
-another row, nor that of another table, passes for it.
+A table is stored as pieces of consecutive rows, one key each, and a note that describes them. In its piece a row is S
+bytes followed by their CRC-32, which starts from the row's number and the id of the upload. So a flipped bit is
+noticed, and so is a row of another number or table in its place.
 Letters: U rows asked for, D distinct ones in ascending order, S bytes of a row.
 """
 
@@ -23,22 +23,22 @@ from engrammar.stores.base import Arrived, Fetch, RowsMissing, RowStore
 from engrammar.stores.mooncake.pool import IN_FLIGHT, Pool, PoolLost, PoolServer
 
 CRC_BYTES = 4
-GAP_BYTES = 2**14  # two rows this near are read in one range, which costs about as much as the bytes between them
+GAP_BYTES = 2**14  # two rows this near are read as one range: a range costs about as much as so many bytes
 RANGE_BYTES = 2**17
-SLICE_RANGES = 256  # ranges of one message; the library loses what is over some thousands under way
+SLICE_RANGES = 256  # ranges of one message; the library loses ranges when some thousands are in flight
 SLICE_BYTES = 2**21
 ADVICE = "see that mooncake_master and mooncake_client run there and that the table is uploaded"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Note:
-    """What the pool holds of a table, kept beside its pieces.
+    """Describes a table in the pool; kept beside its pieces.
 
     Attributes:
         num_rows, row_bytes, encoding: R, S, and how a row is stored.
-        geometry: `hash_geometry` of what its addresses come from; empty where that was not known.
+        geometry: `hash_geometry` of the geometry of its addresses; empty if it was not known.
         piece_rows: rows of a piece; the last may have fewer.
-        upload: part of the pieces' keys; another table under the same name has another one.
+        upload: the id in the pieces' keys; another table uploaded under the same name has another one.
     """
 
     num_rows: int
@@ -58,7 +58,7 @@ def note_key(table: str) -> str:
 
 
 def hash_geometry(geometry: Geometry) -> str:
-    """SHA-256 of the integers that fix every address."""
+    """SHA-256 of the integers that decide every address."""
     return hashlib.sha256(json.dumps(geometry.to_json(), sort_keys=True).encode()).hexdigest()
 
 
@@ -71,10 +71,10 @@ def row_sums(rows_US: NDArray[np.uint8], rows_U: NDArray[np.int64], upload: str)
 
 
 def read_note(pool: Pool, table: str, seconds: float) -> Note | None:
-    """What the pool holds under a name; None where it holds nothing.
+    """The note of the table with that name; None if there is none.
 
     Raises:
-        ValueError: what stands there is not a note.
+        ValueError: the value there is not a note.
     """
     text = pool.ask("text", seconds, key=note_key(table))
     if not text:
@@ -91,13 +91,13 @@ def read_note(pool: Pool, table: str, seconds: float) -> Note | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Slice:
-    """Rows of one message to the pool, as ranges of pieces that land in shared memory one after the other.
+    """The rows of one message to the pool, as ranges of pieces that are read into shared memory end to end.
 
     Attributes:
-        first, last: which of the distinct rows, `last` not included.
+        first, last: which of the distinct rows these are, `last` not included.
         piece_G, start_G, size_G: each range's piece, and its bytes there.
         range_D: the range that each row is in.
-        place_D: its place among the rows that arrive.
+        place_D: the row's place among the rows that arrive.
     """
 
     first: int
@@ -110,7 +110,7 @@ class Slice:
 
 
 def cut_slices(rows_D: NDArray[np.int64], note: Note) -> Iterator[Slice]:
-    """Distinct ascending rows as messages, neighbours read together; each row in exactly one of them."""
+    """Cuts distinct ascending rows into messages; neighbors are read together, and each row is in one message."""
     width = note.row_bytes + CRC_BYTES
     piece_D, start_D = rows_D // note.piece_rows, rows_D % note.piece_rows * width
     opens_D = np.ones(len(rows_D), dtype=bool)
@@ -143,7 +143,7 @@ def cut_slices(rows_D: NDArray[np.int64], note: Note) -> Iterator[Slice]:
 
 @final
 class RemoteStore(RowStore):
-    """A table in a pool. Each row is checked; what fails is asked for once more, over a new connection."""
+    """A table in a pool. Each row is checked; rows that fail are asked for once more, over a new connection."""
 
     def __init__(
         self,
@@ -238,7 +238,7 @@ class RemoteStore(RowStore):
             self._pool = None
 
     def _read(self, rows_U: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Rows in the order asked for; those that the first connection does not bring are asked for over a second."""
+        """Rows in the order asked for; rows that do not arrive are asked for once more over a second connection."""
         rows_D, place_U = np.unique(rows_U, return_inverse=True)
         rows_DS = np.empty((len(rows_D), self.row_bytes), np.uint8)
         missing_D, reason = np.ones(len(rows_D), dtype=bool), ""
@@ -255,7 +255,7 @@ class RemoteStore(RowStore):
         )
 
     def _read_missing(self, rows_D: NDArray[np.int64], rows_DS: NDArray[np.uint8], missing_D: NDArray[np.bool_]) -> str:
-        """Asks once for the missing rows, some slices under way; marks what arrived, and says why others did not."""
+        """Asks once for the missing rows, some slices at a time; marks what arrived, returns why others did not."""
         wanted_L = np.flatnonzero(missing_D)
         reason = ""
         try:
@@ -278,7 +278,7 @@ class RemoteStore(RowStore):
             return str(error)
 
     def _ask(self, pool: Pool, num_wanted: int, index: int, cut: Slice) -> tuple[int, NDArray[np.uint8], Slice]:
-        """Asks for a slice: the answer's number, and where its bytes will be."""
+        """Asks for a slice; returns the number of the answer and the memory that its bytes will be in."""
         base = index % IN_FLIGHT * self._slot_bytes
         begins = [0, *(np.flatnonzero(np.diff(cut.piece_G)) + 1).tolist()]
         parts = [slice(begin, end) for begin, end in zip(begins, [*begins[1:], len(cut.piece_G)])]
@@ -297,7 +297,7 @@ class RemoteStore(RowStore):
     def _check(
         self, slot: NDArray[np.uint8], cut: Slice, got: list[int], rows_D: NDArray[np.int64]
     ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-        """The slice's rows, and which of them arrived whole."""
+        """The slice's rows, and which of them arrived undamaged."""
         stored_DW = slot.reshape(-1, self.row_bytes + CRC_BYTES)[cut.place_D]
         values_DS = np.ascontiguousarray(stored_DW[:, : self.row_bytes])
         sums_D = np.ascontiguousarray(stored_DW[:, self.row_bytes :]).view("<u4")[:, 0]
@@ -314,7 +314,7 @@ class RemoteStore(RowStore):
 
 @final
 class RemoteFetch(Fetch):
-    """Rows that the store's thread reads."""
+    """Rows that are read by the store's thread."""
 
     def __init__(self, store: RemoteStore, rows_U: NDArray[np.int64], reading: Future[NDArray[np.uint8]]) -> None:
         self.store, self.rows_U, self.reading = store, rows_U, reading
