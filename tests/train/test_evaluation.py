@@ -6,6 +6,7 @@ from transformers import TrainingArguments
 
 from engrammar.model.modeling import EngrammarForCausalLM
 from engrammar.stores.serving import stored_tables_of
+from engrammar.train.optimizer import OptimizerSettings
 from engrammar.train.trainer import EngrammarTrainer
 from models import VOCABULARY, tiny_model
 
@@ -107,3 +108,22 @@ def test_predictions_have_every_row_of_a_model_whose_tables_are_in_a_checkpoint(
         torch.from_numpy(predicted.predictions), model(torch.stack([row["input_ids"] for row in rows])).logits
     )
     assert predicted.metrics["test_loss"] == pytest.approx(expected_loss(model, rows), rel=1e-6)
+
+
+def test_evaluating_before_training_changes_nothing_of_it(tmp_path):
+    rows, losses = rows_of(4), []
+    for evaluates in (False, True):
+        arguments = TrainingArguments(
+            str(tmp_path), max_steps=2, logging_steps=1, save_strategy="no", use_cpu=True, report_to="none"
+        )
+        trainer = EngrammarTrainer(tiny_model("paper"), arguments, train_dataset=rows, eval_dataset=rows)
+        if evaluates:
+            trainer.evaluate()
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0] == losses[1] and len(losses[0]) == 2
+
+
+def test_the_trainer_clips_by_its_arguments_alone(tmp_path):
+    with pytest.raises(ValueError, match=r"optimizer_settings\.max_grad_norm is 1\.0; allowed: None"):
+        trainer_of(tiny_model("paper"), tmp_path, optimizer_settings=OptimizerSettings(max_grad_norm=1.0))
