@@ -167,6 +167,7 @@ def _rows_at(
     seen = look_back(torch.from_numpy(ids_DN), config=memory.config, geometry=memory.geometry, classes_V=classes_V)
     arrays = [np.ascontiguousarray(seen_DN[:, -1:].numpy()) for seen_DN in seen]
     rows_DH = hash_ngrams_numpy(arrays, config=memory.config, geometry=memory.geometry, layer_index=index)[:, 0]
+    rows_DH = rows_DH - np.array(memory.geometry.head_offsets(index))
     return rows_DH[:, index_order * num_heads : (index_order + 1) * num_heads]
 
 
