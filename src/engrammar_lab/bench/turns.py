@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 import numpy as np
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 Name = TypeVar("Name")
 
@@ -15,7 +16,7 @@ def in_turn(names: Iterable[Name], num_turns: int) -> Iterator[tuple[int, int, N
         the number of the turn, the place in it, and the name.
     """
     own = list(names)
-    for turn in range(num_turns):
+    for turn in tqdm(range(num_turns), desc="measuring", unit="turn", delay=2, leave=False):
         for place in range(len(own)):
             yield turn, place, own[(turn + place) % len(own)]
 
