@@ -40,6 +40,11 @@ def titles(columns: Sequence[Column]) -> list[str]:
     return [column.title for column in columns]
 
 
+def by_name(title: str, columns: Sequence[Column], named: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], Lines]:
+    """Header and lines of a table with a line for each name, which is in the column `title`."""
+    return [title, *titles(columns)], [[name, *cells(columns, figures)] for name, figures in named.items()]
+
+
 def as_text(header: Sequence[str], lines: Lines, *, num_keys: int = 1, width: int | None = None) -> str:
     """Columns side by side, those of numbers to the right.
 

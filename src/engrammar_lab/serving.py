@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from engrammar.cells import as_markdown
 from engrammar.config import Encoding, row_bytes
 from engrammar.model.configuration import load_config
 from engrammar.model.modeling import EngrammarForCausalLM
@@ -179,20 +180,22 @@ def spread(values: Sequence[float], digits: int) -> str:
     return f"{mean(values):+.{digits}f} ± {stdev(values):.{digits}f}"
 
 
-def _line(name: str, extra: str, found: dict[str, Any], base: dict[str, Any]) -> str:
+def _line(name: str, extra: str, found: dict[str, Any], base: dict[str, Any]) -> list[str]:
     if found is base:
         bits, *shares = (mean(scores[name] for scores in found["scores"]) for name in MEASURES)
-        return f"| {name} | {extra} | {bits:.4f} | {' | '.join(f'{share:.2%}' for share in shares)} |"
+        return [name, extra, f"{bits:.4f}", *(f"{share:.2%}" for share in shares)]
     bits = differences(found, base, "bits_per_byte")
     points = ([100 * value for value in differences(found, base, name)] for name in MEASURES[1:])
-    return f"| {name} | {extra} | {spread(bits, 5)} | {' | '.join(spread(values, 2) for values in points)} |"
+    return [name, extra, spread(bits, 5), *(spread(values, 2) for values in points)]
 
 
 def render(result: dict[str, Any]) -> str:
     """The report as Markdown."""
     machine, encodings, missing = result["machine"], result["encodings"], result["missing"]
     whole, none_missing = encodings["fp32"], missing["gate closed 0%"]
-    header = "| bits per byte | next token, points | right continuation, points |"
+    measures = ["bits per byte", "next token, points", "right continuation, points"]
+    stored = [_line(name, str(found["bytes_per_row"]), found, whole) for name, found in encodings.items()]
+    lost = [_line(name, f"{mean(found['closed']):.1%}", found, none_missing) for name, found in missing.items()]
     lines = [
         "# What serving costs in quality",
         "",
@@ -204,18 +207,14 @@ def render(result: dict[str, Any]) -> str:
         "",
         "## Row encodings",
         "",
-        f"| encoding | bytes a row {header}",
-        "| --- | --- | --- | --- | --- |",
-        *(_line(name, str(found["bytes_per_row"]), found, whole) for name, found in encodings.items()),
+        *as_markdown(["encoding", "bytes a row", *measures], stored),
         "",
         "## Rows that cannot be had",
         "",
         'A row is missing wherever it is asked for. "Gate closed" is `on_missing="skip"`: a token that lacks one of '
         'its rows takes nothing from the memory. "Zeros" is `on_missing="zeros"`: the missing row alone is zero.',
         "",
-        f"| rows missing | gates closed {header}",
-        "| --- | --- | --- | --- | --- |",
-        *(_line(name, f"{mean(found['closed']):.1%}", found, none_missing) for name, found in missing.items()),
+        *as_markdown(["rows missing", "gates closed", *measures], lost),
         "",
         verdict(result),
         "",

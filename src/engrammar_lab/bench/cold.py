@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from engrammar.cells import Column, cells, titles
+from engrammar.cells import Column, Lines, cells, titles
 from engrammar.stores.aio import AioQueue
 from engrammar.tables.folder import TableFile
 from engrammar.tables.headers import PAGE
@@ -151,7 +151,7 @@ def bench_cold(quick: bool, table: TableFile) -> dict[str, Any]:
     }
 
 
-def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def table(result: dict[str, Any]) -> tuple[list[str], Lines]:
     """Header and lines: the disk's limit, then one for each way."""
     best, unknown = max(result["limit"].values()), {"rows_per_second": None, "bytes": None}
     lines = [

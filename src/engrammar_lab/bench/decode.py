@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DynamicCache
 
-from engrammar.cells import Column, cells, titles
+from engrammar.cells import Column, Lines, cells, titles
 from engrammar.config import MemoryConfig
 from engrammar.model.configuration import EngrammarConfig
 from engrammar.model.modeling import EngrammarForCausalLM
@@ -278,7 +278,7 @@ def bench_decode(quick: bool, plan: Plan | None = None) -> dict[str, Any]:
     }
 
 
-def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def table(result: dict[str, Any]) -> tuple[list[str], Lines]:
     """Header and lines, one for each batch size and variant."""
     lines = [
         [str(part["batch"]), kind, *cells(COLUMNS, {"misses": None} | found)]

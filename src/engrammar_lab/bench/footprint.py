@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from engrammar.cells import Column, cells, titles
+from engrammar.cells import Column, Lines, cells, titles
 from engrammar.stores.base import RowStore
 from engrammar.stores.cache import CachedStore
 from engrammar.stores.disk import DiskStore
@@ -146,7 +146,7 @@ def bench_footprint(quick: bool, file: TableFile) -> dict[str, Any]:
     }
 
 
-def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def table(result: dict[str, Any]) -> tuple[list[str], Lines]:
     """Header and lines: each store in each number of processes, then the long run."""
     named = [(f"{kind}, shared", run) for kind, runs in result["shared"].items() for run in runs]
     alone = {"processes": 1, "own": result["long"]["memory"]}

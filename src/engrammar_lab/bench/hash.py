@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from engrammar.addressing import derive_geometry, hash_ngrams, hash_ngrams_numpy, look_back
-from engrammar.cells import Column, cells, titles
+from engrammar.cells import Column, Lines, by_name
 from engrammar.config import DIALECTS
 from engrammar_lab.bench.turns import in_turn, settle_allocator
 from engrammar_lab.machine import describe_run
@@ -136,9 +136,9 @@ def _measure(repeats: int) -> dict[str, Any]:
     }
 
 
-def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def table(result: dict[str, Any]) -> tuple[list[str], Lines]:
     """Header and lines, one for each way to hash."""
-    return ["", *titles(COLUMNS)], [[name, *cells(COLUMNS, rate)] for name, rate in result["rates"].items()]
+    return by_name("", COLUMNS, result["rates"])
 
 
 def verdict(result: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
+from engrammar.cells import Lines
 from engrammar.train.row_optimizers import ROW_OPTIMIZERS, RowOptimizerKind, build_row_optimizer, state_bytes_per_row
 from engrammar_lab.bench.turns import in_turn, settle_allocator
 from engrammar_lab.machine import describe_run
@@ -137,7 +138,7 @@ def bench_optimizer(quick: bool) -> dict[str, Any]:
     }
 
 
-def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def table(result: dict[str, Any]) -> tuple[list[str], Lines]:
     """Header and lines: one for each table, a column for each optimizer."""
     kinds = list(dict.fromkeys(kind for measured in result["tables"] for kind in measured["rates"]))
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from engrammar.addressing import derive_geometry
-from engrammar.cells import Column, cells, titles
+from engrammar.cells import Column, Lines, by_name
 from engrammar.config import MemoryConfig
 from engrammar.memory import Memory, Retrieved
 from engrammar.model.modeling import EngrammarForCausalLM
@@ -211,10 +211,9 @@ def bench_placement(quick: bool) -> dict[str, Any]:
     }
 
 
-def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def table(result: dict[str, Any]) -> tuple[list[str], Lines]:
     """Header and lines, one for each place and overlap."""
-    header = ["rows, overlap", *titles(COLUMNS)]
-    return header, [[kind, *cells(COLUMNS, variant)] for kind, variant in result["variants"].items()]
+    return by_name("rows, overlap", COLUMNS, result["variants"])
 
 
 def verdict(result: dict[str, Any]) -> str:

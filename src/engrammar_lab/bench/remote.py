@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engrammar.cells import Column, cells, titles
+from engrammar.cells import Column, Lines, by_name
 from engrammar.stores.mooncake.store import RemoteStore
 from engrammar.stores.mooncake.upload import upload
 from engrammar.tables.folder import Shard, TableFile
@@ -134,9 +134,9 @@ class _Peers:
         self.process.communicate()
 
 
-def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def table(result: dict[str, Any]) -> tuple[list[str], Lines]:
     """Header and lines, one for each way to read."""
-    return ["way", *titles(COLUMNS)], [[name, *cells(COLUMNS, own)] for name, own in result["variants"].items()]
+    return by_name("way", COLUMNS, result["variants"])
 
 
 def verdict(result: dict[str, Any]) -> str:

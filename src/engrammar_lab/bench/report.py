@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from engrammar.cells import as_markdown, as_text, in_lines
+from engrammar.cells import Lines, as_markdown, as_text, in_lines
 from engrammar_lab.bench import cold, decode, footprint, optimizer, placement, remote, rows, sharded, step, store
 from engrammar_lab.bench import hash as hashing
 
@@ -27,7 +27,7 @@ class Part(NamedTuple):
     """
 
     title: str
-    table: Callable[[dict[str, Any]], tuple[list[str], list[list[str]]]]
+    table: Callable[[dict[str, Any]], tuple[list[str], Lines]]
     verdict: Callable[[dict[str, Any]], str]
     num_keys: int = 1
     picture: str = ""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from engrammar.addressing import derive_geometry
-from engrammar.cells import Column, cells, titles
+from engrammar.cells import Column, Lines, cells, titles
 from engrammar.memory import Memory
 from engrammar.model.modeling import EngrammarForCausalLM
 from engrammar.model.presets import preset
@@ -286,7 +286,7 @@ def bench_rows(plan: Plan) -> dict[str, Any]:
     }
 
 
-def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def table(result: dict[str, Any]) -> tuple[list[str], Lines]:
     """Header and lines: one for every contender and size, and for what was left out."""
     header, largest, lines = ["", *titles(COLUMNS)], result["contenders"]["adam"][-1]["rows_per_head"], []
     empty = [""] * (len(header) - 3)

@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
-from engrammar.cells import Column, cells, titles
+from engrammar.cells import Column, Lines, cells, titles
 from engrammar.memory import Retrieved, memory_of
 from engrammar.model.configuration import EngrammarConfig
 from engrammar.model.modeling import EngrammarForCausalLM
@@ -253,7 +253,7 @@ def bench_sharded(quick: bool) -> dict[str, Any]:
     }
 
 
-def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def table(result: dict[str, Any]) -> tuple[list[str], Lines]:
     """Header and lines, one for each number of ranks."""
     return titles(COLUMNS), [cells(COLUMNS, row) for row in result["ranks"]]
 

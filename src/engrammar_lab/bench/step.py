@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from engrammar.cells import Column, cells, titles
+from engrammar.cells import Column, Lines, by_name
 from engrammar.model.budget import count_parameters, solve_budget
 from engrammar.model.configuration import EngrammarConfig
 from engrammar.model.modeling import EngrammarForCausalLM
@@ -138,9 +138,9 @@ def bench_step(quick: bool) -> dict[str, Any]:
     }
 
 
-def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def table(result: dict[str, Any]) -> tuple[list[str], Lines]:
     """Header and lines, one for each model."""
-    return ["", *titles(COLUMNS)], [[name, *cells(COLUMNS, row)] for name, row in result["models"].items()]
+    return by_name("", COLUMNS, result["models"])
 
 
 def verdict(result: dict[str, Any]) -> str:

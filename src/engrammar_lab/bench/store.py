@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from engrammar.cells import Column, cells, titles
+from engrammar.cells import Column, Lines, cells, titles
 from engrammar_lab.bench import cold, footprint, remote
 from engrammar_lab.bench.large_file import draw_rows, first_rows, in_fresh_process, large_table
 from engrammar_lab.bench.readers import (
@@ -125,7 +125,7 @@ def bench_store(quick: bool) -> dict[str, Any]:
     }
 
 
-def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def table(result: dict[str, Any]) -> tuple[list[str], Lines]:
     """Header and lines, one for each size of row and way."""
     lines = [
         [row_bytes, way, *cells(COLUMNS, own)]

@@ -88,16 +88,23 @@ def mark(axes: Axes, x: float, values: Sequence[float], colour: str, *, across: 
         axes.plot(at, values, ".", color="#30343a", markersize=3, zorder=4)
 
 
+def _mark_rows(axes: Axes, named: Mapping[str, Sequence[float]], colours: Sequence[str]) -> None:
+    """A row for each name, the first on top."""
+    for place, (values, colour) in enumerate(zip(named.values(), colours)):
+        mark(axes, place, values, colour, across=True)
+    axes.set_yticks(range(len(named)), list(named))
+    axes.invert_yaxis()
+
+
 def draw_points(complete: Mapping[str, Sequence[float]], found: Mapping[str, Difference], axis: str) -> bytes:
     """Points as rows, coloured by what their difference says."""
+    colours = [
+        "#30343a" if own is None else GREY if not own.settled else BLUE if own.mean < 0 else ORANGE
+        for own in map(found.get, complete)
+    ]
     with style():
         figure, axes = one_axes(0.9 + 0.3 * len(complete))
-        for place, (point, values) in enumerate(complete.items()):
-            own = found.get(point)
-            colour = "#30343a" if own is None else GREY if not own.settled else BLUE if own.mean < 0 else ORANGE
-            mark(axes, place, values, colour, across=True)
-        axes.set_yticks(range(len(complete)), list(complete))
-        axes.invert_yaxis()
+        _mark_rows(axes, complete, colours)
         axes.set(xlabel="validation, bits per byte", ylabel="")
         axes.set_title(axis, loc="left", fontsize=9, color="#5f6670")
         return to_png(figure)
@@ -163,14 +170,11 @@ def draw_curves(runs: Sequence[Mapping[str, Any]], points: Sequence[str]) -> byt
 
 def draw_differences(named: Mapping[str, Sequence[float]], settled: Sequence[str], axis: str) -> bytes:
     """Differences as rows against 0, seed by seed; the settled ones in colour."""
+    colours = [GREY if name not in settled else BLUE if mean(own) > 0 else ORANGE for name, own in named.items()]
     with style():
         figure, axes = one_axes(0.9 + 0.26 * len(named))
         axes.axvline(0, color="#5f6670", linewidth=1)
-        for place, (name, values) in enumerate(named.items()):
-            colour = GREY if name not in settled else BLUE if mean(values) > 0 else ORANGE
-            mark(axes, place, values, colour, across=True)
-        axes.set_yticks(range(len(named)), list(named))
-        axes.invert_yaxis()
+        _mark_rows(axes, named, colours)
         axes.set_xlabel(axis)
         return to_png(figure)
 

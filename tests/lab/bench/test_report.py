@@ -1,11 +1,13 @@
 """The page of measurements follows from the committed JSON, and the terminal shows the same."""
 
 import json
+from statistics import mean
 
 import pytest
 
 from committed import RESULTS, ROOT
 from engrammar_lab.bench.report import BENCHES, load_results, render, show, write_page
+from engrammar_lab.report.studies import scores
 
 FOLDER, DOCUMENT = RESULTS / "bench", ROOT / "docs" / "measurements.md"
 
@@ -46,8 +48,11 @@ def test_the_page_is_written_where_the_caller_is(tmp_path, monkeypatch):
 
 def test_the_readme_states_the_committed_figures():
     readme = " ".join((ROOT / "README.md").read_text().split())
-    step = json.loads((FOLDER / "step.json").read_text())
-    assert f"cost {step['memory_tax']:.1%} of training throughput" in readme
-    demo = json.loads((ROOT / "results" / "demo" / "demo.json").read_text())
-    (rho,) = {run["rho"] for run in demo["runs"] if run["variant"] == "moe + memory"}
-    assert f"hold {1 - rho:.0%} of the idle parameters" in readme
+    rows = json.loads((FOLDER / "step.json").read_text())["rows"]["contenders"]["row_adam"]
+    assert f"a step takes {rows[-1]['ratio'] - 1:.1%} longer with the default optimizer" in readme
+    state = json.loads((FOLDER / "optimizer.json").read_text())["state_bytes"]
+    assert f"whose state is {state['row_adam']} bytes a row" in readme
+    points = scores(json.loads((RESULTS / "lab" / "rivals.json").read_text()))
+    bits = {point: f"{mean(values):.3f}" for point, values in points.items()}
+    assert f"({bits['bigram at every layer']} against {bits['memory']} bits per byte)" in readme
+    assert f"({bits['nothing (dense)']}) beats the plain MoE ({bits['experts']})" in readme
