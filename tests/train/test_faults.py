@@ -239,7 +239,8 @@ def test_what_training_writes_is_a_folder_of_table_files(straight, name):
 
 
 def trainer_of(recipe: Recipe) -> EngrammarTrainer:
-    return run_module._trainer(recipe, run_module._training_arguments(recipe), None)[0]
+    arguments = run_module._training_arguments(recipe)
+    return run_module._trainer(recipe, arguments, None, run_module.build_config)[0]
 
 
 def test_training_goes_on_while_one_checkpoint_at_a_time_is_flushed(tmp_path, monkeypatch):
