@@ -1,7 +1,8 @@
 """What the pair is measured by: each model for itself, tuned with other keys than the test's, kept when killed."""
 
 import json
-from dataclasses import asdict, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -10,8 +11,8 @@ import torch
 from engrammar.train.data import prepare
 from engrammar.train.documents import read_documents
 from engrammar.train.recipe import DataRecipe
-from engrammar_lab import measure
-from engrammar_lab.measure import MEASURES, OFF, PAIR, SETTINGS, measure_pair, run_measures, split_of, tune, tuning_rows
+from engrammar_lab import measure, studies
+from engrammar_lab.measure import MEASURES, OFF, PAIR, SETTINGS, run_measures, split_of, tune, tuning_rows
 from engrammar_lab.report import write_report
 from engrammar_lab.studies import recipes, run_study
 from engrammar_lab.tasks.needle import KEYS, Haystack, needle_questions
@@ -59,26 +60,25 @@ def _loss_of_answers(model, tokenizer, questions) -> float:
 @pytest.mark.slow
 def test_a_pair_is_measured_once_and_makes_every_section_of_the_report(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    few = replace(SETTINGS, num_tuning_steps=2, num_questions=5)
-    monkeypatch.setattr(measure, "SETTINGS", few)
+    monkeypatch.setattr(measure, "SETTINGS", replace(SETTINGS, num_tuning_steps=2, num_questions=5))
+    for module in (measure, studies):  # other processes would not know of these settings
+        monkeypatch.setattr(module, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
     monkeypatch.setattr("engrammar_lab.tasks.context.NUM_COMMON", 20)
     write_corpora(tmp_path / "data" / "pocket")
     how = {"runs": tmp_path / "runs", "seeds": 2, "results": tmp_path / "results", "overrides": SMALL}
     with pytest.raises(ValueError, match="holds no finished run: engrammar lab run pair"):
         run_measures(**how)
     run_study("pair", **how)
+    run_measures(**how)
     queue = recipes("pair", tmp_path / "runs", range(2), SMALL)
-    for seed in range(2):
-        found = measure_pair(queue[PAIR[1], seed], queue[PAIR[0], seed])
-        (tmp_path / queue[PAIR[1], seed].out / "measures.json").write_text(
-            json.dumps({"settings": asdict(few), "found": found})
-        )
+    found = json.loads((tmp_path / queue[PAIR[1], 1].out / "measures.json").read_text())["found"]
     assert set(found["tasks"]) == {*PAIR, OFF}
     names = set(found["tasks"][OFF])
     assert {"facts/choice/unseen", "needle/choice/768", "needle/choice/768/tuned", "code/choice/unseen"} <= names
     assert all(set(scores) == names for scores in found["tasks"].values())
     own = found["tasks"][PAIR[1]]["facts/choice/unseen"]["bits_per_byte"]
     assert own != found["tasks"][OFF]["facts/choice/unseen"]["bits_per_byte"]
+    monkeypatch.setattr(measure, "measure_pair", lambda *_: pytest.fail("measured again"))
     run_measures(**how)
     tasks = json.loads((tmp_path / "results" / "tasks.json").read_text())
     assert tasks["tasks"]["facts/choice/unseen"]["bits_per_byte"][PAIR[1]][1] == pytest.approx(own, rel=1e-5)
