@@ -1,10 +1,14 @@
 """Settings are checked when they are made, and survive JSON."""
 
 import json
+import sys
 from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+from engrammar import config
 from engrammar.addressing import derive_geometry
 from engrammar.config import DIALECTS, Geometry, MemoryConfig
 
@@ -77,3 +81,19 @@ def test_a_norm_without_an_epsilon_is_refused_where_there_is_no_smallest_step():
     for value in (None, True, "1e-6"):
         with pytest.raises(ValueError, match="conv_norm_eps is .*; allowed: a number of 0 or more"):
             MemoryConfig.from_json({"dialect": "demo", "conv_norm_eps": value})
+
+
+def test_settings_are_checked_even_where_annotations_are_text():
+    """`from __future__ import annotations` turns every annotation into text, which must not switch the checks off."""
+    source = "from __future__ import annotations\n" + Path(config.__file__).read_text().split('"""', 2)[2]
+    module = ModuleType("settings_as_text")
+    sys.modules[module.__name__] = module  # where dataclasses and get_type_hints look names up
+    try:
+        exec(compile(source, module.__name__, "exec"), module.__dict__)
+        made = module.MemoryConfig.from_json(config.DIALECTS["demo"].to_json())
+        assert made.to_json() == config.DIALECTS["demo"].to_json() and made.layers == (1, 15)
+        for name, value in {"gate": "softmax", "num_heads": 2.5, "conv_norm_eps": "no", "layers": [1.9]}.items():
+            with pytest.raises(ValueError, match=f"memory.{name} is .*; allowed"):
+                replace(made, **{name: value})
+    finally:
+        del sys.modules[module.__name__]

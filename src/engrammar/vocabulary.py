@@ -1,4 +1,4 @@
-"""Vocabulary compression (paper section 2.2): token ids that read alike fall into one class.
+"""Vocabulary compression (paper section 2.2): token ids that read alike share one class.
 
 Letters: V ids of the tokenizer.
 """
@@ -26,7 +26,7 @@ CLASSES_FILE = "vocabulary_classes.safetensors"
 
 
 def _normalizer() -> Any:
-    """The reading of a text: the Rust normalizers in the reference's order (a Python look-alike counts otherwise)."""
+    """Normalizes a text as the reference does, in its order; in Rust, since a Python rewrite finds other classes."""
     return normalizers.Sequence(
         [
             normalizers.NFKC(),
@@ -99,7 +99,7 @@ def cached_classes(tokenizer: "PreTrainedTokenizerBase", directory: Path) -> NDA
     """`compress_vocabulary(tokenizer)`, kept in `directory` (beside the model or the tokenizer) for the next call.
 
     The file names the tokenizer it was made from, with its decoder, and carries a checksum; one made from another
-    tokenizer, or damaged, is made anew, since what it held is a function of the tokenizer.
+    tokenizer, or a damaged one, is made again: nothing is lost, since the classes follow from the tokenizer.
     """
     path = directory / CLASSES_FILE
     decoder = repr(getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None))

@@ -78,7 +78,7 @@ class Corpus:
 
     @property
     def version(self) -> str:
-        """Of the package, as part of a file's name."""
+        """The version of the package, in a form that can be part of a file's name."""
         return (self.package.version if self.package else platform.python_version()).replace(":", "_")
 
 
@@ -125,7 +125,7 @@ def _fetch(name: str, corpus: Corpus, path: Path) -> None:
 
 
 def work_folder(cache: Path, name: str) -> tempfile.TemporaryDirectory[str]:
-    """A folder in `cache` to work in, gone afterwards; a ValueError where nothing can be written there."""
+    """A temporary folder in `cache`; raises a ValueError if nothing can be written there."""
     try:
         cache.mkdir(parents=True, exist_ok=True)
         return tempfile.TemporaryDirectory(dir=cache, prefix=f".{name}-")
@@ -134,7 +134,7 @@ def work_folder(cache: Path, name: str) -> tempfile.TemporaryDirectory[str]:
 
 
 def download(name: str, package: Package, folder: Path, fallback: str = FALLBACK) -> Path:
-    """The file of `package`, its sha256 checked; errors end in `fallback`, what else there is to do."""
+    """The file of `package`, its sha256 checked; errors end with `fallback`, which says what else to do."""
     if package.kind == "wheel":
         wanted = f"{package.name}=={package.version}"
         command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps"]

@@ -51,7 +51,7 @@ def read_documents(source: str, *, cache: Path, text_field: str = "text") -> Ite
 
 
 def find_files(source: str) -> list[Path]:
-    """The files that a file, folder or glob names, in order; a ValueError where one cannot be read as text."""
+    """The files that a file, folder or glob names, in order; raises a ValueError if one is not text, or none exists."""
     path = Path(source)
     if path.is_dir():
         found = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES)
@@ -171,15 +171,16 @@ def find_division(documents: Callable[[], Iterator[str]], share: float) -> Divis
 
 
 def is_validation(text: str, share: float) -> bool:
-    """Whether a document belongs to validation: a function of its own normalized text and of nothing else.
+    """Whether a document is for validation, which its own normalized text alone decides.
 
-    So it never changes sides when others come or go, and copies that differ in case or spacing stay together.
+    So it never changes sides when other documents are added or removed, and copies that differ only in case or spacing
+    are on the same side.
     """
     return _draw(text, b"") < share * 2**64
 
 
 def is_kept(text: str, share: float) -> bool:
-    """Whether a document belongs to a share of a corpus: by its own text, as `is_validation`, and independent of it."""
+    """Whether a document belongs to a share of a corpus: decided like `is_validation`, but independently of it."""
     return _draw(text, b"kept") < share * 2**64
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_type_hints
 import yaml
 
 Settings = dict[str, Any]
-PLACES = ("out", "data.folder", "placement.where", "placement.folder")  # settings that say where, not what
+PLACES = ("out", "data.folder", "placement.where", "placement.folder")  # do not change what is trained
 OWN_ARGUMENTS = {
     "output_dir": "out",
     "seed": "seed",
@@ -102,7 +102,7 @@ class OptimizerRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class PlacementRecipe:
-    """Where the tables are while training (docs/placement.md); `folder` is of the file, null for one in `out`."""
+    """Where the tables are while training (docs/placement.md). `folder` holds the file; null puts it into `out`."""
 
     where: Literal["device", "ram", "file"] = "device"
     folder: str | None = None
