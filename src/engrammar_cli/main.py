@@ -161,7 +161,6 @@ def check(
         files: JSON files in the format of docs/reference.md.
         tokenizer: Folder with the tokenizer.json that the files were made with; checks the class map too.
     """
-    require("lab")
     from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
     from engrammar_lab.reference_check import check_reference, print_report

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
@@ -20,10 +20,11 @@ def info(folder: Positional[Path], /, json_output: Json = False) -> None:
         folder: A checkpoint, or a folder of tables.
         json_output: Print JSON.
     """
+    from engrammar.cells import as_text
     from engrammar.tables.folder import open_tables
 
     opened = open_tables(folder)
-    tables = {
+    tables: dict[int, dict[str, Any]] = {
         layer: {
             "name": table.name,
             "rows": table.num_rows,
@@ -40,12 +41,16 @@ def info(folder: Positional[Path], /, json_output: Json = False) -> None:
         print(json.dumps({**about, "tables": tables}, indent=1))
         return
     print(f"{folder}: {opened.source}, rows in {opened.encoding}")
-    print(f"{'layer':>5} {'rows':>15} {'width':>6} {'bytes a row':>12} {'bytes':>19} {'files':>6} {'checksums':>10}")
-    for layer, table in tables.items():
-        print(
-            f"{layer:>5} {table['rows']:>15,} {table['width']:>6} {table['row_bytes']:>12} {table['bytes']:>19,} "
-            f"{table['shards']:>6} {'yes' if table['page_checksums'] else 'no':>10}"
-        )
+    header = ["layer", "rows", "width", "bytes a row", "bytes", "files", "checksums"]
+    lines = [
+        [
+            str(layer),
+            *(f"{table[key]:,}" for key in ("rows", "width", "row_bytes", "bytes", "shards")),
+            "yes" if table["page_checksums"] else "no",
+        ]
+        for layer, table in tables.items()
+    ]
+    print(as_text(header, lines))
 
 
 def verify(folder: Positional[Path], /) -> None:

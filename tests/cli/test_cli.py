@@ -101,7 +101,6 @@ def test_an_error_of_many_lines_is_shown_as_one(call, monkeypatch):
     [
         *(("matplotlib", "lab", command) for command in (("demo",), ("bench", "hash"), ("lab", "report"))),
         ("scipy", "lab", ("lab", "rerun", "pair", "moe")),
-        ("scipy", "lab", ("check", "reference", "x.json")),
         ("lm_eval", "eval", ("eval", "model")),
     ],
 )
@@ -112,7 +111,7 @@ def test_a_missing_extra_is_one_sentence(call, monkeypatch, module, extra, comma
     assert errors == f"engrammar: This command needs {module}: pip install 'engrammar[{extra}]'.\n"
 
 
-def test_core_commands_work_without_the_extras(folder, tmp_path):
+def test_core_commands_work_without_the_extras(folder, golden, tmp_path):
     absent = ["matplotlib", "fpdf", "scipy", "PIL", "rich", "datasets", "pyarrow", "lm_eval", "sklearn", "pandas"]
     lines = [json.dumps({"text": f"Entry {i} says that {i} is a number."}) for i in range(50)]
     (tmp_path / "text.jsonl").write_text("\n".join(lines))
@@ -131,12 +130,14 @@ for command in (
     ["table", "quantize", r"{folder}", "small", "--encoding", "int8"],
     ["data", "text.jsonl", "--out", "tokens", "--vocab-size", "300", "--validation-share", "0.5"],
     ["table", "plan", r"{folder}", "text.jsonl", "plan"],
+    ["check", "reference", r"{golden / "reference_small.json"}"],  # exits by itself, so it is last
 ):
     print("#", *command)
     main(command)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "# check reference" in done.stdout and "DIFFERS" not in done.stdout
     assert "plan.png is not drawn" in done.stderr and "pip install 'engrammar[lab]'" in done.stderr
     assert not (tmp_path / "plan" / "plan.png").exists() and (tmp_path / "plan" / "plan.json").exists()
 

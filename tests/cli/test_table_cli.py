@@ -20,7 +20,7 @@ def run(capsys, *args):
 
 
 def test_info_describes_the_tables(folder, capsys):
-    first, header, *lines = run(capsys, "info", folder).splitlines()
+    first, header, _, *lines = run(capsys, "info", folder).splitlines()
     assert first.endswith("rows in bf16")
     assert header.split() == ["layer", "rows", "width", "bytes", "a", "row", "bytes", "files", "checksums"]
     assert lines[0].split() == ["1", "220", "6", "12", "2,640", "1", "yes"]
