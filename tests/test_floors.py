@@ -56,7 +56,7 @@ ROOMS = {
         "mooncake.upload",
         "serving",
     ),
-    "engrammar.model": ("configuration", "presets", "hyper", "block", "saving", "modeling", "budget"),
+    "engrammar.model": ("configuration", "presets", "hyper", "block", "saving", "pretrained", "modeling", "budget"),
 }
 FLOOR_OF = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
 FILES = sorted(path for path in SOURCE.rglob("*.py"))

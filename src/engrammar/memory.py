@@ -60,7 +60,8 @@ class Memory(nn.Module):
     """The tables of all memory layers, and the class map that addresses them.
 
     `class_of_id` is saved with the model, so a checkpoint addresses its rows without its tokenizer. It holds -1 until
-    `set_classes` or loading fills it; with `compression="none"` there is none.
+    `set_classes` or loading fills it; with `compression="none"` there is none, unless ids came later
+    (`resize_vocabulary`).
     """
 
     class_of_id: Tensor | None
@@ -81,9 +82,9 @@ class Memory(nn.Module):
         self.tables = nn.ModuleDict(
             {str(layer): MemoryTable(config, geometry, index, tables) for index, layer in enumerate(config.layers)}
         )
-        compressed = config.compression == "normalized"
-        self.register_buffer("class_of_id", torch.full((vocab_size,), -1) if compressed else None)
-        self._classes_seen = not compressed  # whether the class map was found filled; looking costs a synchronization
+        self.register_buffer("class_of_id", self.first_classes(vocab_size))
+        # Whether the class map was found filled: looking costs a synchronization.
+        self._classes_seen = config.compression == "none"
 
     def table(self, layer: int) -> MemoryTable:
         """The table of a layer of the model."""
@@ -102,7 +103,7 @@ class Memory(nn.Module):
 
         Ids that the tokenizer lacks but the vocabulary is padded with take the class of missing history.
         """
-        if self.class_of_id is None:
+        if self.class_of_id is None or self.config.compression == "none":
             raise ValueError("memory.compression is 'none': this model has no class map to set.")
         num_classes, fill_id, fill_class = int(classes_V.max()) + 1, self.config.fill_id, self.geometry.fill_class
         whole = classes_V.shape == (self.num_ids,) and not classes_V.is_floating_point() and int(classes_V.min()) >= 0
@@ -113,6 +114,36 @@ class Memory(nn.Module):
                 "it was built with."
             )
         self.class_of_id.fill_(fill_class)[: self.num_ids] = classes_V
+
+    def first_classes(self, vocab_size: int) -> Tensor | None:
+        """The class map before `set_classes`: -1; or raw ids, those that the hash was not made for as missing history.
+
+        None where raw ids need no map.
+        """
+        num_classes = self.geometry.num_classes
+        if self.config.compression == "normalized":
+            return torch.full((vocab_size,), -1)
+        if vocab_size <= num_classes:
+            return None
+        ids_V = torch.arange(vocab_size)
+        return ids_V.where(ids_V < num_classes, self.geometry.fill_class)
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raises a ValueError if a vocabulary of this size lacks an id that the settings name."""
+        named = max(self.config.fill_id, *self.config.dead_ids, *self.config.end_ids, 0)
+        if vocab_size <= named:
+            raise ValueError(
+                f"The vocabulary cannot shrink to {vocab_size} ids: memory.fill_id, dead_ids or end_ids names id "
+                f"{named}; keep {named + 1} or more."
+            )
+
+    def resize_vocabulary(self, vocab_size: int, device: torch.device) -> None:
+        """Cuts the class map to `vocab_size` ids, or gives new ids the class of missing history."""
+        self.num_ids = min(self.num_ids, vocab_size)
+        kept_V, resized_V = self.class_of_id, self.first_classes(vocab_size)
+        if resized_V is not None and kept_V is not None:
+            resized_V.fill_(self.geometry.fill_class)[: len(kept_V)] = kept_V[:vocab_size]
+        self.class_of_id = None if resized_V is None else resized_V.to(device)
 
     def require_classes(self) -> None:
         """Raises a ValueError if the class map was never filled, on any device: every n-gram would read the same rows.

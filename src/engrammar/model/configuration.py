@@ -167,7 +167,8 @@ class EngrammarConfig(DeepseekV3Config):
         if self.tokenizer_sha256 is not None and fingerprint(tokenizer) != self.tokenizer_sha256:
             raise ValueError(
                 f"This tokenizer ({len(tokenizer)} tokens) is not the one the model was built with: its memory "
-                "would be read at wrong rows. Use the tokenizer saved beside the model."
+                "would be read at wrong rows. Use the tokenizer saved beside the model. (After a resize for added "
+                "tokens, set config.tokenizer_sha256 = vocabulary.fingerprint(tokenizer).)"
             )
 
 

@@ -41,3 +41,15 @@ class Collapse(nn.Module):
 
     def forward(self, streams_BTMD: Tensor) -> Tensor:
         return streams_BTMD.squeeze(2) if self.head is None else self.head(streams_BTMD)
+
+
+class BranchMean(nn.Module):
+    """The hidden state [B, T, D] that transformers records after a block (`output_hidden_states`).
+
+    Doubly stochastic mixing leaves the mean of the branches as it is, so sub-layers alone add to the mean: it is what
+    the one residual stream is in a model without branches. Its first value is the embedding.
+    """
+
+    def forward(self, embedded_BTD: Tensor, streams_BTMD: Tensor) -> Tensor:
+        """`embedded_BTD` is here for transformers' hook, which records the first input of the first call too."""
+        return streams_BTMD.mean(2)

@@ -5,113 +5,30 @@ Attention (MLA) and experts (DeepSeekMoE) are transformers' DeepSeek-V3 modules;
 Letters: B batch, T tokens, M branches, D hidden width, E width of a token's rows, S positions of history.
 """
 
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
-    DeepseekV3Attention,
-    DeepseekV3Experts,
     DeepseekV3RMSNorm,
     DeepseekV3RotaryEmbedding,
-    DeepseekV3TopkRouter,
 )
-from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4HyperConnection, DeepseekV4HyperHead
-from transformers.utils import can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+from transformers.utils.output_capturing import capture_outputs
 
-from engrammar.fusion import Fusion
 from engrammar.memory import Memory, Retrieved
 from engrammar.model.block import IDS_STATE, EngrammarBlock
 from engrammar.model.configuration import EngrammarConfig
-from engrammar.model.hyper import Collapse
-from engrammar.model.presets import preset
-from engrammar.model.saving import SavedModel
-from engrammar.table import MemoryTable, Tables, draw_rows_
-from engrammar.vocabulary import compress_vocabulary
-
-
-class EngrammarPreTrainedModel(SavedModel):
-    config: EngrammarConfig
-    config_class = EngrammarConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
-    _no_split_modules = ("EngrammarBlock",)
-    _skip_keys_device_placement = ("past_key_values",)
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _can_record_outputs: ClassVar[dict[str, Any]] = {
-        "hidden_states": EngrammarBlock,
-        "attentions": DeepseekV3Attention,
-        "router_logits": OutputRecorder(DeepseekV3TopkRouter, index=0),
-    }
-    _keep_in_fp32_modules_strict = ("e_score_correction_bias",)
-
-    @classmethod
-    def from_preset(cls, name: str, *, tokenizer: Any, **overrides: Any) -> Self:
-        """A freshly initialized model of a preset for `tokenizer`, with its vocabulary compressed and class map set.
-
-        Args:
-            name, tokenizer, overrides: see `engrammar.preset`, which makes the config.
-
-        Raises:
-            ValueError: no such preset or setting, or a tokenizer that does not fit the memory.
-        """
-        classes_V = compress_vocabulary(tokenizer)
-        model = cls(preset(name, tokenizer=tokenizer, classes_V=classes_V, **overrides))
-        memory = model.base_model.memory
-        if memory is not None and memory.class_of_id is not None:
-            memory.set_classes(torch.from_numpy(classes_V))
-        return model
-
-    @classmethod
-    def is_custom_code(cls) -> bool:
-        """False: transformers then leaves no module out of `_init_weights`, which itself spares what was loaded."""
-        return False
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        std = self.config.initializer_range
-        if isinstance(module, DeepseekV3TopkRouter):
-            init.normal_(module.weight, mean=0.0, std=std)
-            init.zeros_(module.e_score_correction_bias)
-        elif isinstance(module, DeepseekV3Experts):
-            init.normal_(module.gate_up_proj, mean=0.0, std=std)
-            init.normal_(module.down_proj, mean=0.0, std=std)
-        elif isinstance(module, DeepseekV4HyperConnection):
-            init.normal_(module.fn, mean=0.0, std=std)
-            init.zeros_(module.base)
-            init.ones_(module.scale)
-        elif isinstance(module, DeepseekV4HyperHead):
-            init.normal_(module.hc_fn, mean=0.0, std=std)
-            init.zeros_(module.hc_base)
-            init.ones_(module.hc_scale)
-        elif isinstance(module, MemoryTable):
-            module.init_seed = int(torch.randint(2**62, ()))
-            if module.weight is not None and not getattr(module.weight, "_is_hf_initialized", False):
-                draw_rows_(module.weight, seed=module.init_seed, first_row=0, std=std)
-        elif isinstance(module, Memory) and module.class_of_id is not None:
-            init.constant_(module.class_of_id, -1)
-        elif isinstance(module, Fusion):
-            for name, norm in module.named_parameters():
-                if name.endswith("_norm"):
-                    init.ones_(norm)
-            if module.config.conv_kernel:
-                if module.config.conv_init == "zero":
-                    init.zeros_(module.conv_weight)
-                else:
-                    init.kaiming_uniform_(module.conv_weight, a=5**0.5)
+from engrammar.model.hyper import BranchMean, Collapse
+from engrammar.model.pretrained import EngrammarPreTrainedModel
+from engrammar.table import Tables
 
 
 class EngrammarModel(EngrammarPreTrainedModel):
@@ -135,6 +52,7 @@ class EngrammarModel(EngrammarPreTrainedModel):
                 tables=tables,
             )
         self.layers = nn.ModuleList([EngrammarBlock(config, index) for index in range(config.num_hidden_layers)])
+        self.recorded = BranchMean()
         self.collapse = Collapse(config)
         self.norm = DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = DeepseekV3RotaryEmbedding(config)
@@ -157,9 +75,11 @@ class EngrammarModel(EngrammarPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         retrieved: Retrieved | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]  # mypy does not follow transformers
     ) -> MoeModelOutputWithPast:
         """Hidden states [B, T, D] of `input_ids` [B, T].
+
+        With `output_hidden_states` also the embedding, and the mean of the branches after each block but the last.
 
         Args:
             retrieved: what `retrieve` returned for these very arguments, when it was called ahead.
@@ -198,6 +118,8 @@ class EngrammarModel(EngrammarPreTrainedModel):
             streams_BTMD = self.before_block(layer, streams_BTMD, retrieved)
             rows = () if retrieved is None else (*retrieved.wait(layer), retrieved.starts_BT)
             streams_BTMD = block(streams_BTMD, *rows, past_key_values=past_key_values, **attention, **kwargs)
+            if kwargs.get("output_hidden_states", self.config.output_hidden_states):
+                self.recorded(inputs_embeds, streams_BTMD)
         return MoeModelOutputWithPast(
             last_hidden_state=self.norm(self.collapse(streams_BTMD)), past_key_values=past_key_values
         )
@@ -307,6 +229,7 @@ class EngrammarForCausalLM(EngrammarPreTrainedModel, GenerationMixin):
 
     backbone_class: ClassVar[type[EngrammarModel]] = EngrammarModel
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan: ClassVar[dict[str, str]] = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: EngrammarConfig, tables: Tables = "parameters") -> None:
         super().__init__(config)
@@ -333,7 +256,7 @@ class EngrammarForCausalLM(EngrammarPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         retrieved: Retrieved | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]  # mypy does not follow transformers
     ) -> MoeCausalLMOutputWithPast:
         """Logits [B, T, vocabulary] and, with `labels` [B, T] (-100 ignored), the mean cross entropy in nats.
 

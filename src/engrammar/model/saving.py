@@ -52,7 +52,8 @@ class SavedModel(PreTrainedModel):
                 it: see `stores.serving.serve_tables`.
 
         Raises:
-            ValueError: a shard is missing or cut short, or the checkpoint lacks weights of this model.
+            ValueError: a shard is missing or cut short, or the checkpoint lacks weights of this model and the caller
+                does not ask for their names (`output_loading_info=True`; they are new weights then).
         """
         folder = Path(pretrained_model_name_or_path or "", kwargs.get("subfolder", ""))
         if pretrained_model_name_or_path is not None and folder.is_dir():
@@ -90,11 +91,11 @@ class SavedModel(PreTrainedModel):
         encoding = open_tables(folder).encoding if info["missing_keys"] and (folder / MEMORY).exists() else "fp32"
         if encoding not in PLAIN and all(map(is_table, info["missing_keys"])):
             raise ValueError(f"The tables in {folder} are stored as {encoding}: load them with memory='ram' or 'disk'.")
-        if info["missing_keys"]:
+        if info["missing_keys"] and pretrained_model_name_or_path is not None and not wants_info:
             names = ", ".join(sorted(info["missing_keys"])[:3])
             raise ValueError(
                 f"{pretrained_model_name_or_path} lacks {len(info['missing_keys'])} weights of this model "
-                f"({names}, ...): the checkpoint is incomplete or of another model; copy it again."
+                f"({names}, ...): the checkpoint is incomplete; copy it again, or give output_loading_info=True."
             )
         for module in model.modules():
             if isinstance(module, MemoryTable):
