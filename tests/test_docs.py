@@ -96,7 +96,7 @@ def test_commands_of_the_pages_are_accepted(args, monkeypatch):
 
 def test_a_command_with_a_wrong_flag_is_not_accepted(monkeypatch):
     with pytest.raises(SystemExit) as ended:
-        test_commands_of_the_pages_are_accepted(["table", "verify", "runs/nano", "--quickly"], monkeypatch)
+        test_commands_of_the_pages_are_accepted(["verify", "runs/nano", "--quickly"], monkeypatch)
     assert ended.value.code == 2
 
 

@@ -7,6 +7,7 @@ seconds.
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -151,6 +152,23 @@ def info(model: Positional[str], /, json_output: Annotated[bool, arg(name="json"
         print(f"{key.replace('_', ' '):28} {round(value, 3):,}")
 
 
+def verify(folder: Positional[Path], /) -> None:
+    """Read every byte of a checkpoint, or of a folder of tables, and compare it with its checksum.
+
+    Args:
+        folder: What training, save_pretrained, pack or quantize wrote.
+    """
+    from engrammar.tables.verify import verify_folder
+
+    started = time.perf_counter()
+    found = verify_folder(folder)
+    seconds = time.perf_counter() - started
+    speed = f"{seconds:.1f} s, {seconds / max(found.num_bytes, 1) * 1e9:.1f} s a GB"
+    print(f"{folder}: {found.num_bytes:,} bytes are as they were written ({speed})")
+    if found.without_sums:
+        print(f"without a checksum: {', '.join(found.without_sums)}")
+
+
 def check(
     what: Positional[Literal["reference"]], files: Positional[tuple[Path, ...]], /, tokenizer: Path | None = None
 ) -> None:
@@ -222,6 +240,7 @@ COMMANDS: dict[str, Callable[..., None] | dict[str, Callable[..., None]]] = {
     "generate": generate,
     "data": data,
     "info": info,
+    "verify": verify,
     "table": table.COMMANDS,
     "eval": evaluate,
     "lab": lab.COMMANDS,

@@ -53,17 +53,6 @@ def info(folder: Positional[Path], /, json_output: Json = False) -> None:
     print(as_text(header, lines))
 
 
-def verify(folder: Positional[Path], /) -> None:
-    """Read every byte of a folder's tables and compare it with its checksums.
-
-    Args:
-        folder: A checkpoint, or a folder of tables.
-    """
-    from engrammar.tables.verify import verify_tables
-
-    print(f"{folder}: {verify_tables(folder):,} bytes are as they were written")
-
-
 def pack(
     source: Positional[Path],
     out: Positional[Path],
@@ -223,7 +212,6 @@ def _show(made: "Converted") -> None:
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "info": info,
-    "verify": verify,
     "pack": pack,
     "quantize": quantize,
     "import": import_,

@@ -126,7 +126,7 @@ for command in (
     ["info", r"{folder}"],
     ["generate", r"{folder}", "To be", "--max-new-tokens", "2"],
     ["table", "info", r"{folder}"],
-    ["table", "verify", r"{folder}"],
+    ["verify", r"{folder}"],
     ["table", "quantize", r"{folder}", "small", "--encoding", "int8"],
     ["data", "text.jsonl", "--out", "tokens", "--vocab-size", "300", "--validation-share", "0.5"],
     ["table", "plan", r"{folder}", "text.jsonl", "plan"],

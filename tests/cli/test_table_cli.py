@@ -15,7 +15,7 @@ def folder(tmp_path):
 
 
 def run(capsys, *args):
-    main(["table", *map(str, args)])
+    main([*(() if args[0] == "verify" else ("table",)), *map(str, args)])
     return capsys.readouterr().out
 
 
@@ -29,8 +29,10 @@ def test_info_describes_the_tables(folder, capsys):
 
 
 def test_verify_counts_what_it_read(folder, capsys):
-    num_bytes = sum(path.stat().st_size for path in folder.glob("memory.tables.?.safetensors"))
-    assert f"{num_bytes:,} bytes are as they were written" in run(capsys, "verify", folder)
+    num_bytes = sum(path.stat().st_size for path in folder.iterdir() if path.name != "manifest.json")
+    (folder / "README.md").write_text("What a table.")
+    said = run(capsys, "verify", folder)
+    assert f"{num_bytes:,} bytes are as they were written" in said and "without a checksum: README.md" in said
 
 
 def test_pack_and_quantize_make_folders(folder, capsys, tmp_path):
@@ -41,7 +43,7 @@ def test_pack_and_quantize_make_folders(folder, capsys, tmp_path):
 
 
 def test_a_mistake_is_one_sentence_and_exit_code_2(folder, capsys, tmp_path):
-    for args in (("info", tmp_path), ("pack", folder, folder), ("verify", tmp_path / "nowhere")):
+    for args in (("info", tmp_path), ("pack", folder, folder), ("info", tmp_path / "nowhere")):
         with pytest.raises(SystemExit) as caught:
             main(["table", *map(str, args)])
         assert caught.value.code == 2

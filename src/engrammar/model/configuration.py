@@ -1,6 +1,5 @@
 """The model's settings as a transformers config: DeepSeek-V3's, plus branches, memory, and the memory's geometry."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -12,6 +11,7 @@ from transformers import DeepseekV3Config
 
 from engrammar.addressing import derive_geometry
 from engrammar.config import Geometry, MemoryConfig
+from engrammar.tables.headers import read_json
 from engrammar.vocabulary import fingerprint
 
 if TYPE_CHECKING:
@@ -121,7 +121,10 @@ class EngrammarConfig(DeepseekV3Config):
         where = (
             kwargs.pop("memory") if isinstance(kwargs.get("memory"), str) or callable(kwargs.get("memory")) else None
         )
-        made = super().from_dict(config_dict, **kwargs)
+        try:
+            made = super().from_dict(config_dict, **kwargs)
+        except (TypeError, KeyError, AttributeError, OverflowError, StrictDataclassError) as error:
+            raise ValueError(f"These are not the settings of a model: {' '.join(str(error).split())}.") from error
         if where is None or not kwargs.get("return_unused_kwargs"):
             return made
         config, unused = made
@@ -176,19 +179,20 @@ def _memory_config(memory: MemoryConfig | dict[str, Any]) -> MemoryConfig:
     return memory if isinstance(memory, MemoryConfig) else MemoryConfig.from_json(memory)
 
 
-def load_config(directory: Path) -> EngrammarConfig:
+def load_config(directory: Path, kind: type[EngrammarConfig] = EngrammarConfig) -> EngrammarConfig:
     """The config of a checkpoint folder.
 
     Raises:
-        ValueError: the folder has no config.json, or one that is not an engrammar model's.
+        ValueError: the folder has no config.json, or one that is not a `kind`.
     """
     path = directory / "config.json"
     if not path.exists():
         raise ValueError(f"{directory} has no config.json: give a folder that training or save_pretrained wrote.")
     try:
-        settings = json.loads(path.read_text())
-        if not isinstance(settings, dict) or settings.get("model_type") != EngrammarConfig.model_type:
-            raise ValueError("its model_type is not engrammar")
-        return EngrammarConfig.from_dict(settings)
-    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+        settings = read_json(path)
+        if settings.get("model_type") != kind.model_type:
+            raise ValueError(f"its model_type is not {kind.model_type}")
+        made: EngrammarConfig = kind.from_dict(settings)
+        return made
+    except ValueError as error:
         raise ValueError(f"{path} is not the config of an engrammar model ({' '.join(str(error).split())}).") from error

@@ -151,14 +151,7 @@ def serve_tables(
     Raises:
         ValueError: the folder's tables are not this model's; another `where` or `on_missing`; no deadline.
     """
-    if on_missing not in get_args(OnMissing):
-        raise ValueError(f"on_missing is {on_missing!r}; allowed: {', '.join(get_args(OnMissing))}.")
-    if on_missing != "error" and (deadline is None or deadline <= 0):
-        raise ValueError(f"on_missing={on_missing!r} needs a deadline in seconds, over 0; it is {deadline}.")
-    if not callable(where) and where not in TIERS:
-        raise ValueError(f"memory is {where!r}; allowed: {', '.join(TIERS)}, or a function that opens a table's store.")
-    if cache_rows < 0:
-        raise ValueError(f"cache_rows is {cache_rows}; allowed: 0 (no cache) or more.")
+    check_serving(where=where, cache_rows=cache_rows, on_missing=on_missing, deadline=deadline)
     opened, memory = open_tables(folder), memory_of(model)
     if memory is None:
         raise ValueError(f"{type(model).__name__} has no memory: it cannot be given tables.")
@@ -188,6 +181,18 @@ def serve_tables(
     for layer, file in opened.tables.items():
         memory.table(layer).move_to(source, file.name)
     return source
+
+
+def check_serving(*, where: Any, cache_rows: int = 0, on_missing: str = "error", deadline: float | None = None) -> None:
+    """Raises the ValueErrors of `serve_tables` that settings alone lead to, before a model is loaded."""
+    if on_missing not in get_args(OnMissing):
+        raise ValueError(f"on_missing is {on_missing!r}; allowed: {', '.join(get_args(OnMissing))}.")
+    if on_missing != "error" and (deadline is None or deadline <= 0):
+        raise ValueError(f"on_missing={on_missing!r} needs a deadline in seconds, over 0; it is {deadline}.")
+    if not callable(where) and where not in TIERS:
+        raise ValueError(f"memory is {where!r}; allowed: {', '.join(TIERS)}, or a function that opens a table's store.")
+    if cache_rows < 0:
+        raise ValueError(f"cache_rows is {cache_rows}; allowed: 0 (no cache) or more.")
 
 
 def stored_tables_of(model: nn.Module) -> StoredTables | None:

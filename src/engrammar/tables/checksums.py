@@ -62,6 +62,21 @@ def write_manifest(folder: Path, names: Iterable[str] | None = None, *, block_by
     (folder / MANIFEST).write_text(json.dumps(content, indent=1) + "\n")
 
 
+def file_stamps(folder: Path) -> dict[str, tuple[int, int, int]]:
+    """Per file in a folder what tells whether it was written anew: its inode, size and time."""
+    if not folder.is_dir():
+        return {}
+    stats = {path.name: path.stat() for path in folder.iterdir() if path.is_file()}
+    return {name: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
+
+
+def add_to_manifest(folder: Path, *, since: dict[str, tuple[int, int, int]]) -> None:
+    """Adds the files that were written since those stamps, where the manifest does not list them yet."""
+    listed = read_manifest(folder).files.keys() if (folder / MANIFEST).is_file() else ()
+    written = [name for name, stamp in file_stamps(folder).items() if since.get(name) != stamp]
+    write_manifest(folder, [name for name in written if name not in {MANIFEST, *listed}])
+
+
 def page_sums_path(shard: Path) -> Path:
     """The file of a shard's page checksums."""
     return shard.with_name(f"{shard.name.removesuffix('.safetensors')}.crc32.safetensors")

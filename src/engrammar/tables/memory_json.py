@@ -157,9 +157,10 @@ def describe_checkpoint(folder: Path, *, source: str = "a checkpoint of engramma
 def finish_checkpoint(folder: Path) -> None:
     """Gives the checkpoint that was just written into `folder` its memory.json, page checksums and manifest.
 
-    In a partial folder the checksums are left to `sealed.seal`, which reads every file anyway, beside the training.
+    A memory.json that was copied with served tables stays. In a partial folder the checksums are left to `sealed.seal`,
+    which reads every file anyway, beside the training.
     """
-    content = describe_checkpoint(folder)
+    content = None if (folder / MEMORY).exists() else describe_checkpoint(folder)
     if content is not None:
         write_memory(folder, content)
     if not folder.parent.name.startswith(PARTIAL):

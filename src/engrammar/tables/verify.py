@@ -11,9 +11,19 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-from engrammar.tables.checksums import MANIFEST, first_damaged, page_sums_path, read_manifest, read_page_sums
+from engrammar.tables.checksums import (
+    MANIFEST,
+    check_file,
+    check_sizes,
+    file_sizes,
+    first_damaged,
+    page_sums_path,
+    read_manifest,
+    read_page_sums,
+)
 from engrammar.tables.folder import Shard, TableFile, TableFolder, open_tables
 from engrammar.tables.headers import AGAIN, PAGE
+from engrammar.tables.shards import MEMORY
 
 READ_BYTES = 2**20  # a multiple of PAGE
 
@@ -25,6 +35,39 @@ class Sums:
     path: Path
     block_bytes: int
     values: NDArray[np.uint32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verified:
+    """What was compared: bytes that are as they were written, and the names of files that have no checksum."""
+
+    num_bytes: int
+    without_sums: tuple[str, ...]
+
+
+def verify_folder(folder: Path) -> Verified:
+    """Checks every byte of a checkpoint, or of a folder of tables, that has a checksum.
+
+    Raises:
+        ValueError: names the file and the bytes that are damaged, or a folder that has no checksums.
+    """
+    has_manifest, has_tables = (folder / MANIFEST).is_file(), (folder / MEMORY).is_file()
+    if not has_manifest and not has_tables:
+        raise ValueError(
+            f"{folder} has neither {MANIFEST} nor {MEMORY}, so nothing in it has checksums: save it again."
+        )
+    shards = [shard for table in open_tables(folder).tables.values() for shard in table.shards] if has_tables else []
+    paged = {shard.path.name for shard in shards}
+    covered = {MANIFEST, MEMORY, *paged, *(shard.crc32.name for shard in shards if shard.crc32 is not None)}
+    num_bytes = verify_tables(folder) if has_tables else 0
+    if has_manifest:
+        try:
+            manifest = check_sizes(folder)
+            num_bytes += sum(check_file(folder, manifest, name) for name in manifest.files.keys() - paged)
+        except ValueError as error:
+            raise ValueError(f"{error}: {AGAIN}") from error
+        covered |= manifest.files.keys()
+    return Verified(num_bytes=num_bytes, without_sums=tuple(sorted(file_sizes(folder).keys() - covered)))
 
 
 def verify_tables(folder: Path) -> int:

@@ -17,7 +17,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from engrammar.table import MemoryTable, Rows, RowSource, draw_rows_
-from engrammar.tables.memory_json import finish_checkpoint
 from engrammar.tables.shards import lay_out, read_rows, table_shard, write_index, write_rows
 from engrammar.train.exchange import Group, Route, Traffic, all_sum, broadcast, own_rows
 from engrammar.train.pages import zeros_in_file, zeros_in_ram
@@ -273,7 +272,6 @@ class TablePlacement(RowSource):
         self._barrier()
         if self.is_first:
             write_index(directory, [f"{name}.weight" for name in self.tables])
-            finish_checkpoint(directory)
 
     def save_state(self, directory: Path, optimizer: RowOptimizer) -> None:
         """Adds the optimizer's state of every row, a shard for each table; as `save`."""

@@ -19,9 +19,11 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkR
 from transformers.trainer_utils import EvalLoopOutput
 
 from engrammar.memory import memory_of
+from engrammar.model.saving import WithoutTables
 from engrammar.stores.serving import look_ahead
 from engrammar.table import MemoryTable
-from engrammar.tables.checksums import MANIFEST
+from engrammar.tables.checksums import MANIFEST, add_to_manifest, file_stamps
+from engrammar.tables.memory_json import finish_checkpoint
 from engrammar.tables.sealed import PARTIAL, clear_partials, last_good, rotate, seal, verify, writing
 from engrammar.tables.shards import load_backbone
 from engrammar.train.optimizer import DEFAULTS, MixedOptimizer, OptimizerSettings, build_optimizer
@@ -237,19 +239,23 @@ class EngrammarTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As transformers' own; every rank writes the rows of placed tables that it holds, and their state."""
-        super().save_model(output_dir, _internal_call)
-        if self.placement is None:
-            return
-        self.accelerator.wait_for_everyone()
         folder = Path(output_dir or self.args.output_dir)
-        self.placement.save(folder)
-        in_checkpoint = self.partial is not None and not self.args.save_only_model
-        if in_checkpoint and self.mixed_optimizer.rows is not None:
-            self.placement.save_state(folder, self.mixed_optimizer.rows)
+        before = file_stamps(folder)
+        super().save_model(output_dir, _internal_call)
+        if self.placement is not None:
+            self.accelerator.wait_for_everyone()
+            self.placement.save(folder)
+            if self.args.should_save:
+                finish_checkpoint(folder)
+            in_checkpoint = self.partial is not None and not self.args.save_only_model
+            if in_checkpoint and self.mixed_optimizer.rows is not None:
+                self.placement.save_state(folder, self.mixed_optimizer.rows)
+        if self.partial is None and self.args.should_save:  # the tokenizer and what else was saved beside the model
+            add_to_manifest(folder, since=before)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if state_dict is None and self.placement is not None:
-            state_dict = self.model.state_dict()  # without the tables, which `save_model` adds
+            state_dict = WithoutTables(self.model.state_dict())  # `save_model` adds them
         super()._save(output_dir, state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
