@@ -300,3 +300,20 @@ def test_rows_to_pin_may_be_added_to_a_saved_model(saved, tmp_path):
     folder = shutil.copytree(saved, tmp_path / "hot")
     save_file({"1": torch.arange(5), "3": torch.arange(7)}, folder / HOT_ROWS)
     assert torch.equal(logits_of(folder, memory="disk", cache_rows=20, verify=True), logits_of(saved))
+
+
+def test_the_trainer_lists_every_file_of_its_final_save(tmp_path):
+    from transformers import TrainingArguments
+
+    from engrammar.train.trainer import EngrammarTrainer
+
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    (tmp_path / "log.jsonl").write_text("{}")
+    trainer = EngrammarTrainer(tiny_model("paper"), args)
+    trainer.place()
+    trainer.save_model()
+    names = {path.name for path in tmp_path.iterdir() if path.is_file()}
+    listed = json.loads((tmp_path / MANIFEST).read_text())["files"].keys()
+    assert listed == names - {MANIFEST, "log.jsonl"} and {"training_args.bin", *TABLES} <= listed
+    assert verify_folder(tmp_path).without_sums == ("log.jsonl",)
+    logits_of(tmp_path, verify=True)

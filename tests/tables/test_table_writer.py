@@ -84,3 +84,22 @@ def test_a_disk_of_few_pages_keeps_nothing_half_made(tmp_path):
         assert not left_in(disk)
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_two_writers_of_one_name_never_mix(tmp_path):
+    rows = {1: torch.full((220, 12), 1, dtype=torch.uint8), 2: torch.full((220, 12), 2, dtype=torch.uint8)}
+    memory = tiny_memory(layers=(1,))
+    geometry = derive_geometry(memory, num_classes=41, fill_class=2)
+    first, second = (
+        TableWriter(tmp_path / "t", memory=memory, geometry=geometry, encoding="bf16", source=source)
+        for source in ("first", "second")
+    )
+    num_rows = geometry.num_stored_rows(0)
+    with pytest.raises(ValueError, match="was written by another process meanwhile"), first:
+        first.write(1, rows[1][: num_rows // 2])
+        with second:
+            second.write(1, rows[2][:num_rows])
+        first.write(1, rows[1][num_rows // 2 : num_rows])
+    opened = open_tables(tmp_path / "t")
+    assert opened.source == "second" and left_in(tmp_path) == ["t"]
+    assert opened.tables[1].shards[0].path.read_bytes().endswith(bytes([2]) * num_rows * 12)
