@@ -15,7 +15,7 @@ from engrammar.model import (
     preset,
 )
 from engrammar.stores import CachedStore, DiskStore, RamStore, RowStore
-from engrammar.stores.serving import look_ahead, serve_tables
+from engrammar.stores.serving import ServingSettings, look_ahead, serve_tables
 from engrammar.tables import open_tables
 from engrammar.train import OptimizerSettings, build_optimizer, place_tables
 from engrammar.vocabulary import cached_classes, compress_vocabulary
@@ -35,6 +35,7 @@ __all__ = [
     "OptimizerSettings",
     "RamStore",
     "RowStore",
+    "ServingSettings",
     "build_optimizer",
     "cached_classes",
     "compress_vocabulary",

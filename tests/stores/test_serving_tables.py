@@ -14,7 +14,7 @@ from engrammar.planning.touches import save_hot_rows
 from engrammar.stores.base import Arrived, RowsMissing, RowStore
 from engrammar.stores.cache import CachedStore
 from engrammar.stores.ram import RamStore
-from engrammar.stores.serving import look_ahead, serve_tables, stored_tables_of
+from engrammar.stores.serving import ServingSettings, look_ahead, serve_tables, stored_tables_of
 from engrammar.tables.convert import quantize
 from engrammar.tables.shards import HOT_ROWS
 from models import VOCABULARY, tiny_config, tiny_model
@@ -23,6 +23,8 @@ TIERS = {
     "RAM": {"memory": "ram"},
     "disk": {"memory": "disk"},
     "cache over disk": {"memory": "disk", "cache_rows": 64},
+    "RAM, shared by processes": {"memory": "ram", "sharing": "processes"},
+    "cache over disk, shared by processes": {"memory": "disk", "cache_rows": 64, "sharing": "processes"},
     "cache over RAM, by hand": {"memory": lambda table: CachedStore(RamStore(table), 32)},
 }
 
@@ -236,6 +238,8 @@ def test_saving_over_the_files_that_the_rows_are_read_from_is_refused(served):
 def test_bad_settings_are_refused_in_one_sentence(served, tmp_path):
     _, open_again, folder = served
     for serving, words in (
+        ({"memory": "disk", "sharing": "processes"}, "needs something to share: memory='ram', or cache_rows"),
+        ({"memory": "ram", "sharing": "threads"}, "sharing is 'threads'; allowed: none, processes"),
         ({"memory": "tape"}, "memory is 'tape'; allowed: ram, disk"),
         ({"memory": "disk", "on_missing": "zero"}, "on_missing is 'zero'; allowed: error, skip, zeros"),
         ({"memory": "disk", "on_missing": "skip"}, "needs a deadline"),
@@ -246,13 +250,13 @@ def test_bad_settings_are_refused_in_one_sentence(served, tmp_path):
             open_again(**serving)
     other = EngrammarForCausalLM(tiny_config("qwen_next"), tables="external")
     with pytest.raises(ValueError, match="another geometry"):
-        serve_tables(other, folder, where="disk")
+        serve_tables(other, folder, ServingSettings(where="disk"))
     shutil.copytree(folder, tmp_path / "cut")
     (tmp_path / "cut" / "memory.tables.1.safetensors").unlink()
     with pytest.raises(ValueError, match=r"memory\.tables\.1\.safetensors is missing"):
         EngrammarForCausalLM.from_pretrained(tmp_path / "cut", memory="disk")
     with pytest.raises(ValueError, match="no memory"):
-        serve_tables(tiny_model(None), folder, where="disk")
+        serve_tables(tiny_model(None), folder, ServingSettings(where="disk"))
 
 
 @pytest.mark.parametrize("encoding", get_args(Encoding))

@@ -1,6 +1,7 @@
 """Saves and loads a model as a transformers checkpoint with each memory table in a safetensors shard of its own."""
 
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers.utils.hub import create_and_tag_model_card, hf_api
 
 from engrammar.memory import Memory
 from engrammar.model.configuration import load_config
-from engrammar.stores.serving import StoredTables, check_serving, serve_tables
+from engrammar.stores.serving import ServingSettings, StoredTables, serve_tables
 from engrammar.table import MemoryTable
 from engrammar.tables.checksums import MANIFEST, check_files
 from engrammar.tables.encodings import PLAIN
@@ -21,7 +22,7 @@ from engrammar.tables.folder import open_tables
 from engrammar.tables.memory_json import finish_checkpoint
 from engrammar.tables.shards import MEMORY, check_shards, is_table, model_files, remove_checkpoint, write_tables
 
-SERVING = ("cache_rows", "on_missing", "deadline")  # settings of `serve_tables`
+SERVING = {field.name for field in fields(ServingSettings)} - {"where"}
 SAVING = ("max_shard_size", "token", "save_peft_format", "save_original_format")  # other settings are the Hub's
 DOWNLOAD = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 
@@ -113,8 +114,8 @@ class SavedModel(PreTrainedModel):
         Args:
             verify: whether all bytes of the weights and tables are compared as well.
             memory: where the memory's tables stay: "ram" or "disk", or a function that opens the store of a table.
-                Without it they are weights of the model. `cache_rows`, `on_missing` and `deadline` go with
-                it: see `stores.serving.serve_tables`.
+                Without it they are weights of the model. `cache_rows`, `on_missing`, `deadline` and `sharing`
+                go with it: see `ServingSettings`.
 
         Raises:
             ValueError: a file is missing, cut short or damaged; another setting than those above; or the checkpoint
@@ -142,27 +143,26 @@ class SavedModel(PreTrainedModel):
             else:  # the files are as they were saved
                 raise
             raise ValueError(f"{folder} does not load ({wrong}): copy the checkpoint again.") from error
-        _check_loaded(folder, info, external=bool(serving), complete=name is not None and not wants_info)
+        _check_loaded(folder, info, external=serving is not None, complete=name is not None and not wants_info)
         if name is not None:
             model.name_or_path = model.config.name_or_path = str(name)
         for module in model.modules():
             if isinstance(module, MemoryTable):
                 module.init_seed = None
-        if serving:
-            serve_tables(model, folder, **serving)
+        if serving is not None:
+            serve_tables(model, folder, serving)
         return (model, info) if wants_info else model
 
 
-def _take_serving(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Takes the settings of `serve_tables` out of `kwargs`, checked before anything is loaded; none are no serving."""
-    serving = {key: kwargs.pop(key) for key in SERVING if key in kwargs}
+def _take_serving(kwargs: dict[str, Any]) -> ServingSettings | None:
+    """Takes the settings of serving out of `kwargs`, checked before anything is loaded; None where there are none."""
+    given = {key: kwargs.pop(key) for key in [*kwargs] if key in SERVING}
     if isinstance(kwargs.get("memory"), str) or callable(kwargs.get("memory")):
-        serving["where"] = kwargs.pop("memory")
         kwargs["tables"] = "external"
-        check_serving(**serving)
-    elif serving:
-        raise ValueError(f"{next(iter(serving))} needs memory='ram', 'disk' or a store: tables are weights otherwise.")
-    return serving
+        return ServingSettings(where=kwargs.pop("memory"), **given)
+    if given:
+        raise ValueError(f"{next(iter(given))} needs memory='ram', 'disk' or a store: tables are weights otherwise.")
+    return None
 
 
 def _local_folder(name: str, kwargs: dict[str, Any]) -> Path:

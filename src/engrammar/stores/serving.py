@@ -31,9 +31,46 @@ from engrammar.tables.shards import HOT_ROWS, MEMORY, write_index
 
 Tier = Literal["ram", "disk"]
 OnMissing = Literal["error", "skip", "zeros"]
-TIERS: dict[str, Callable[[TableFile], RowStore]] = {"ram": RamStore, "disk": DiskStore}
+Sharing = Literal["none", "processes"]
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServingSettings:
+    """How a model's tables are served; `from_pretrained` takes each by its name, `where` as `memory`.
+
+    Attributes:
+        where: "ram", "disk", or a function that opens the store of a table (say, a remote one).
+        cache_rows: rows of each table kept in RAM in front of its store; 0 is no cache. Half of them are pinned to the
+            hottest rows where the folder names those (`engrammar table plan` writes `memory.hot.safetensors`).
+        on_missing: what happens where a row cannot be had within `deadline` seconds: "error"; "skip", the position
+            takes nothing from that layer's memory; "zeros", that row alone is zero. The last two count and warn.
+        sharing: "processes": those of one user that serve the same tables use one copy of the tables in RAM, and one
+            cache; the last one to close gives them back.
+    """
+
+    where: Tier | Callable[[TableFile], RowStore]
+    cache_rows: int = 0
+    on_missing: OnMissing = "error"
+    deadline: float | None = None
+    sharing: Sharing = "none"
+
+    def __post_init__(self) -> None:
+        if not callable(self.where) and self.where not in get_args(Tier):
+            allowed = ", ".join(get_args(Tier))
+            raise ValueError(f"memory is {self.where!r}; allowed: {allowed}, or a function that opens a table's store.")
+        if self.cache_rows < 0:
+            raise ValueError(f"cache_rows is {self.cache_rows}; allowed: 0 (no cache) or more.")
+        for name, choices in (("on_missing", get_args(OnMissing)), ("sharing", get_args(Sharing))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(choices)}.")
+        if self.on_missing != "error" and (self.deadline is None or self.deadline <= 0):
+            raise ValueError(
+                f"on_missing={self.on_missing!r} needs a deadline in seconds, over 0; it is {self.deadline}."
+            )
+        if self.sharing == "processes" and self.where != "ram" and not self.cache_rows:
+            raise ValueError("sharing='processes' needs something to share: memory='ram', or cache_rows.")
 
 
 @dataclass(kw_only=True)
@@ -61,18 +98,12 @@ class StoredTables(RowSource):
     """
 
     def __init__(
-        self,
-        folder: TableFolder,
-        stores: Mapping[str, RowStore],
-        *,
-        on_missing: OnMissing,
-        deadline: float | None,
-        dtype: torch.dtype,
+        self, folder: TableFolder, stores: Mapping[str, RowStore], settings: ServingSettings, dtype: torch.dtype
     ) -> None:
         self.tables: dict[str, nn.Parameter] = {}  # no parameters: nothing here is trained
-        self.folder, self.stores = folder, dict(stores)
+        self.folder, self.stores, self.dtype = folder, dict(stores), dtype
         self.files = {file.name: file for file in folder.tables.values()}
-        self.on_missing, self.deadline, self.dtype = on_missing, deadline, dtype
+        self.on_missing, self.deadline = settings.on_missing, settings.deadline
         self.counts = Counts()
 
     def read(self, passes: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Callable[[], Rows]]]:
@@ -130,69 +161,43 @@ class StoredTables(RowSource):
             store.close()
 
 
-def serve_tables(
-    model: nn.Module,
-    folder: Path,
-    *,
-    where: Tier | Callable[[TableFile], RowStore],
-    cache_rows: int = 0,
-    on_missing: OnMissing = "error",
-    deadline: float | None = None,
-) -> StoredTables:
+def serve_tables(model: nn.Module, folder: Path, settings: ServingSettings) -> StoredTables:
     """Gives a model that was built with tables="external" the rows of a table folder.
 
-    Args:
-        where: "ram", "disk", or a function that opens the store of a table (say, a remote one).
-        cache_rows: rows of each table kept in RAM in front of its store; 0 is no cache. Half of them are pinned to the
-            hottest rows where `folder` names those (`engrammar table plan` writes `memory.hot.safetensors`).
-        on_missing: what happens where a row cannot be had within `deadline` seconds: "error"; "skip", the position
-            takes nothing from that layer's memory; "zeros", that row alone is zero. The last two count and warn.
-
     Raises:
-        ValueError: the folder's tables are not this model's; another `where` or `on_missing`; no deadline.
+        ValueError: the folder's tables are not this model's.
     """
-    check_serving(where=where, cache_rows=cache_rows, on_missing=on_missing, deadline=deadline)
     opened, memory = open_tables(folder), memory_of(model)
     if memory is None:
         raise ValueError(f"{type(model).__name__} has no memory: it cannot be given tables.")
     if opened.geometry != memory.geometry or set(opened.tables) != set(memory.config.layers):
         raise ValueError(f"The tables in {folder} are of another geometry than this model's: give the model's own.")
-    open_store = where if callable(where) else TIERS[where]
     stores: dict[str, RowStore] = {}
-    hot = load_hot_rows(folder) if cache_rows else {}
+    hot = load_hot_rows(folder) if settings.cache_rows else {}
     try:
         for file in opened.tables.values():
-            stores[file.name] = open_store(file)
-            if cache_rows:
-                stores[file.name] = cache = CachedStore(stores[file.name], cache_rows)
+            stores[file.name] = _open_store(file, settings)
+            if settings.cache_rows:
+                shared = settings.sharing == "processes"
+                stores[file.name] = cache = CachedStore(stores[file.name], settings.cache_rows, shared=shared)
                 if file.layer in hot:
-                    cache.pin(hot[file.layer][: cache_rows // 2])
+                    cache.pin(hot[file.layer][: settings.cache_rows // 2])
     except BaseException:
         for store in stores.values():
             store.close()
         raise
-    source = StoredTables(
-        opened,
-        stores,
-        on_missing=on_missing,
-        deadline=deadline,
-        dtype=next(model.parameters()).dtype,
-    )
+    source = StoredTables(opened, stores, settings, dtype=next(model.parameters()).dtype)
     for layer, file in opened.tables.items():
         memory.table(layer).move_to(source, file.name)
     return source
 
 
-def check_serving(*, where: Any, cache_rows: int = 0, on_missing: str = "error", deadline: float | None = None) -> None:
-    """Raises the ValueErrors of `serve_tables` that settings alone lead to, before a model is loaded."""
-    if on_missing not in get_args(OnMissing):
-        raise ValueError(f"on_missing is {on_missing!r}; allowed: {', '.join(get_args(OnMissing))}.")
-    if on_missing != "error" and (deadline is None or deadline <= 0):
-        raise ValueError(f"on_missing={on_missing!r} needs a deadline in seconds, over 0; it is {deadline}.")
-    if not callable(where) and where not in TIERS:
-        raise ValueError(f"memory is {where!r}; allowed: {', '.join(TIERS)}, or a function that opens a table's store.")
-    if cache_rows < 0:
-        raise ValueError(f"cache_rows is {cache_rows}; allowed: 0 (no cache) or more.")
+def _open_store(file: TableFile, settings: ServingSettings) -> RowStore:
+    if callable(settings.where):
+        return settings.where(file)
+    if settings.where == "ram":
+        return RamStore(file, shared=settings.sharing == "processes")
+    return DiskStore(file)
 
 
 def stored_tables_of(model: nn.Module) -> StoredTables | None:

@@ -29,7 +29,7 @@ from engrammar.stores.base import Fetch, RowStore
 from engrammar.stores.cache import CachedStore
 from engrammar.stores.disk import DiskStore
 from engrammar.stores.ram import RamStore
-from engrammar.stores.serving import StoredTables, serve_tables
+from engrammar.stores.serving import ServingSettings, StoredTables, serve_tables
 from engrammar.tables.folder import TableWriter, open_tables
 from engrammar.train.documents import read_documents
 from engrammar_lab.bench.files import bench_folder
@@ -184,7 +184,8 @@ def _serve(model: EngrammarForCausalLM, folder: Path, cache_rows: int) -> dict[s
             return stores[place, table.layer]
 
         late = kind in (COLD_LATE, WARM_LATE)
-        return serve_tables(model, folder, where=(lambda table: Late(open_store(table))) if late else open_store)
+        where = (lambda table: Late(open_store(table))) if late else open_store
+        return serve_tables(model, folder, ServingSettings(where=where))
 
     return {kind: opened(kind) for kind in VARIANTS}
 
