@@ -22,6 +22,7 @@ def test_every_public_name_is_there_and_listed(package):
         module.nothing  # noqa: B018
 
 
+@pytest.mark.slow
 def test_importing_registers_the_auto_classes_and_loads_neither_trainer_nor_data_sets_nor_pictures():
     code = """
 import sys

@@ -111,6 +111,7 @@ def test_a_missing_extra_is_one_sentence(call, monkeypatch, module, extra, comma
     assert errors == f"engrammar: This command needs {module}: pip install 'engrammar[{extra}]'.\n"
 
 
+@pytest.mark.slow
 def test_core_commands_work_without_the_extras(folder, golden, tmp_path):
     absent = ["matplotlib", "fpdf", "scipy", "PIL", "rich", "datasets", "pyarrow", "lm_eval", "sklearn", "pandas"]
     lines = [json.dumps({"text": f"Entry {i} says that {i} is a number."}) for i in range(50)]
@@ -200,6 +201,7 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(call, arguments, message):
     assert len(lines) == 1 and lines[0].startswith("engrammar: ") and message in lines[0]
 
 
+@pytest.mark.slow
 def test_a_process_ends_with_that_sentence_and_code():
     done = run("info", "giga")
     assert done.returncode == 2 and done.stdout == ""
@@ -235,6 +237,7 @@ def test_data_lists_the_pocket_corpora(call):
     assert [line.split()[0].rstrip(":") for line in lines] == ["wiki", "gcide", "wordnet", "foldoc", "pydoc", "stdlib"]
 
 
+@pytest.mark.slow
 def test_importing_the_package_registers_the_auto_classes(tmp_path):
     script = (
         "import engrammar, transformers; c = transformers.AutoConfig.for_model('engrammar', vocab_size=8);"

@@ -33,6 +33,7 @@ def written(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_report_made_again_is_the_same_to_the_byte(tmp_path):
     put(tmp_path, SMALL)
     write_report(tmp_path)
@@ -70,6 +71,7 @@ def repainted(png: bytes, box: tuple[int, int, int, int], by: int) -> bytes:
     return out.getvalue()
 
 
+@pytest.mark.slow
 def test_figures_may_differ_by_what_processors_round_and_by_nothing_one_sees(tmp_path):
     put(tmp_path, SMALL)
     made_here = make_report(SMALL)

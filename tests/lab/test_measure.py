@@ -33,6 +33,7 @@ def test_seen_is_what_the_tokens_were_made_of(tmp_path):
     assert sides.count("seen") == tokens.splits["train"].num_documents and "unseen" in sides
 
 
+@pytest.mark.slow
 def test_tuning_teaches_the_format_and_uses_other_keys_than_the_test(tmp_path):
     write_corpora(tmp_path / "pocket")
     assert not set(KEYS["test"].split()) & set(KEYS["training"].split())

@@ -103,6 +103,7 @@ def test_a_model_that_knows_the_text_scores_all_and_one_that_knows_nothing_littl
     assert guesses["bits_per_byte"] == pytest.approx(np.log2(300) / bytes_per_token, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_study_runs_on_any_model(tokens, tmp_path, monkeypatch):
     model = tiny_model("qwen_next", vocab_size=300, num_ids=300, num_classes=300, eos_token_id=1)
     model.save_pretrained(tmp_path / "model")

@@ -209,6 +209,7 @@ def test_another_table_than_the_models_is_refused(pool):
 
 
 @needs_pool
+@pytest.mark.slow
 def test_a_mutated_note_is_a_sentence(pool, store):
     breaking, good = Pool(pool.server, 4096, SECONDS), asdict(store._note)
     notes = ["{", "[]", "7", "{}", "null", json.dumps(good | {"more": 1})]
@@ -257,6 +258,7 @@ def test_a_missing_piece_is_an_error_and_its_upload_sends_only_that(pool, store,
 
 
 @needs_pool
+@pytest.mark.slow
 def test_leases_that_end_are_renewed(small_pieces, monkeypatch, table, rows_RS):
     monkeypatch.setattr(remote, "GAP_BYTES", -1)
     with LoopbackPool(seconds=SECONDS, lease_ms=1500) as pool:

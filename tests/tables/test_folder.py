@@ -171,6 +171,7 @@ def test_five_thousand_changed_memory_files_are_refused_or_say_the_same(in_memor
             assert found == right, bytes(changed)
 
 
+@pytest.mark.slow
 def test_five_thousand_forged_memory_files_are_refused_or_stay_inside(in_memory):
     """Whoever forges a checksum may name other settings, but no other file, no row outside, and nothing huge."""
     folder = in_memory

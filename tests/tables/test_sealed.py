@@ -135,6 +135,7 @@ NEARLY = st.fixed_dictionaries(
 
 @settings(max_examples=300, deadline=None)
 @given(st.one_of(JSON, NEARLY, NEARLY).map(json.dumps) | st.binary() | st.just("[" * 100_000) | st.just("9" * 5000))
+@pytest.mark.slow
 def test_no_manifest_leads_to_another_error(folder, content):
     copy = folder.parent / "fuzz" / "checkpoint-4"
     if not copy.exists():

@@ -249,6 +249,7 @@ def elsewhere(tmp_path_factory):
     return source, folder / "tokenizer", done.stdout
 
 
+@pytest.mark.slow
 def test_a_tokenizer_is_the_same_in_every_process(elsewhere, tmp_path):
     source, tokenizer, _ = elsewhere
     train_tokenizer(read(source), vocab_size=320, path=tmp_path)

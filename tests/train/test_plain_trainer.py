@@ -115,6 +115,7 @@ def test_it_trains_the_rows(tmp_path, build, mode):
 
 
 @pytest.mark.parametrize("build", [our_model, other_model])
+@pytest.mark.slow
 def test_it_saves_and_resumes_to_the_same_bits(tmp_path, build):
     straight = build()
     curve = losses(train(straight, tmp_path))

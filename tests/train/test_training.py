@@ -269,6 +269,7 @@ def test_a_run_gives_the_same_bits_wherever_its_tables_are(plain, tmp_path, wher
     assert one.keys() == other.keys() and all(torch.equal(other[name], tensor) for name, tensor in one.items())
 
 
+@pytest.mark.slow
 def test_a_run_with_stale_reads_finishes_near_the_exact_one(tmp_path):
     settings = ("trainer.max_steps=12", "trainer.save_strategy=no", "placement.where=ram")
     exact = train(tiny_recipe(tmp_path, *settings))
