@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 
 import pytest
-from tasks_models import byte_tokenizer
 from transformers import AutoTokenizer
 
 from engrammar.train.data import train_tokenizer
@@ -15,6 +14,7 @@ from engrammar_lab.tasks.context import WORD, Frequencies, context_questions
 from engrammar_lab.tasks.facts import fact_questions, read_fact
 from engrammar_lab.tasks.needle import KEYS, LETTERS, Haystack, needle_questions, tracking_questions, training_row
 from engrammar_lab.tasks.questions import Document, Question, count_tokens, fits, read_questions, write_questions
+from tasks_models import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
 NOUNS = [
