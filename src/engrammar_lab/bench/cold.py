@@ -1,6 +1,7 @@
-"""Rows from a disk of which nothing is in memory, beside what the disk itself can do.
+"""Reads of rows that are only on disk, compared with what the disk itself can do.
 
-Cold means: `os.sync`, the file's pages dropped, a fresh process for each way and round. Letters: U rows, P pages.
+Cold means: `os.sync`, the file's pages dropped from the page cache, and a fresh process for each way and round.
+Letters: U rows, P pages.
 """
 
 import os
@@ -29,7 +30,7 @@ from engrammar_lab.bench.readers import (
     why_no_engramdb,
 )
 
-SLOW = (TAKE, FROM_FILE)  # which read ahead: fewer rows or one round are enough
+SLOW = (TAKE, FROM_FILE)  # these read ahead: fewer rows, or one round, are enough
 THREADS, DEPTHS = (16, 64, 128), (64, 256, 512)
 LIMIT_TARGET, BYTES_TARGET, ENGRAMDB_TARGET = 0.85, 1.05, 1.5
 NUM_CHECKED = 200
@@ -59,13 +60,13 @@ def measure_cold(table: TableFile, way: str, num_rows: int, seed: int) -> dict[s
 
 
 def bytes_from_disk() -> int:
-    """That this process caused to be read so far."""
+    """Bytes that this process has caused to be read from disk so far."""
     with open("/proc/self/io") as file:
         return next(int(line.split()[1]) for line in file if line.startswith("read_bytes"))
 
 
 def measure_limit(table: TableFile, num_pages: int, seed: int) -> dict[str, float]:
-    """Pages/s that the disk delivers past the page cache to threads and to asynchronous reads; nothing else is done."""
+    """Pages/s that the disk alone delivers, bypassing the page cache, to threads and to asynchronous reads."""
     (shard,) = table.shards
     random = np.random.default_rng(seed)
     handle = os.open(shard.path, os.O_RDONLY | os.O_DIRECT)
@@ -90,7 +91,7 @@ def _read_by_threads(handle: int, page_P: np.ndarray, queue: AioQueue, num_threa
         for page in pages:
             assert os.preadv(handle, own, page * PAGE) == PAGE
 
-    pages = iter(page_P.tolist())  # shared: who is done takes the next
+    pages = iter(page_P.tolist())  # shared: each thread takes the next page when it is done with one
     threads = [Thread(target=work, args=(number, pages)) for number in range(num_threads)]
     for thread in threads:
         thread.start()
@@ -113,15 +114,15 @@ def bench_cold(quick: bool, table: TableFile) -> dict[str, Any]:
     """Reads rows of a cold file in every way, after measuring what the disk can do, in rounds.
 
     Returns:
-        `limit`: pages/s of the disk by kind of reads, the median of the rounds. `ways`: of each, rows/s and pages/s
-        (median), pages/s over the best of `limit` in the same round (`share`), and bytes read over those of the
-        distinct pages (`bytes`).
+        `limit`: pages/s of the disk by kind of read, the median of the rounds. `ways`: for each, the median rows/s and
+        pages/s; `share`, its pages/s over the best of `limit` in the same round; and `bytes`, the bytes read over
+        those of the distinct pages.
     """
     num_rows, rounds = (10_000, 1) if quick else (100_000, 3)
     num_slow = num_rows // 20 if quick else num_rows
     gib = table.num_rows * table.row_bytes / 2**30
     rivals = () if why_no_engramdb() else (ENGRAMDB, ENGRAMDB_PAGES)
-    ways = (DISK, ADVISED, *rivals, *SLOW)  # ours next to the limit, which moves when others use the disk
+    ways = (DISK, ADVISED, *rivals, *SLOW)  # our store next to the limit, which varies when others use the disk
     limits: list[dict[str, float]] = []
     runs: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     for turn in range(rounds):
@@ -129,7 +130,7 @@ def bench_cold(quick: bool, table: TableFile) -> dict[str, Any]:
         for place, way in enumerate(ways):
             if way not in SLOW or turn == 0:
                 count = num_slow if way in SLOW else num_rows
-                # Rows of their own, lest what is below the file system remembers the pages.
+                # Each run draws its own rows: caches below the file system may still hold the pages of others.
                 run = in_fresh_process(measure_cold, table, way, count, 1000 + turn * len(ways) + place)
                 runs[way].append(run | {"rows": count})
     best = [max(limit.values()) for limit in limits]
@@ -162,7 +163,7 @@ def table(result: dict[str, Any]) -> tuple[list[str], Lines]:
 
 
 def verdict(result: dict[str, Any]) -> str:
-    """Our store beside the disk's limit and the best of the others, and whether that is what was wanted."""
+    """Our store compared with the disk's limit and the best of the others, and whether the target is met."""
     ways, own = result["ways"], result["ways"][DISK]
     kind, rate = max(result["limit"].items(), key=lambda item: item[1])
 

@@ -1,8 +1,8 @@
 """Decoding with tables on disk against tables in RAM: same model, same real text, same steps.
 
-One backbone with random weights; in each round every variant in turn gives it its rows. The text is fed token by token
-(nothing is sampled), so that all variants read the same rows. "Cold" has no cache: every row comes off the disk, past
-the page cache.
+In each round, one backbone with random weights takes its rows from every variant in turn. The text is fed token by
+token and nothing is sampled, so all variants read the same rows. "Cold" has no cache: every row is read from the disk,
+bypassing the page cache.
 """
 
 import re
@@ -37,7 +37,7 @@ from engrammar_lab.machine import describe_run
 
 COLD, COLD_LATE, RAM = "disk, cold", "disk, cold, no prefetch", "RAM"
 WARM, WARM_LATE = "disk, warm cache", "disk, warm cache, no prefetch"
-VARIANTS = (COLD, COLD_LATE, RAM, WARM, WARM_LATE)  # cold ones first: nobody has read a round's rows before them
+VARIANTS = (COLD, COLD_LATE, RAM, WARM, WARM_LATE)  # cold ones first, before another variant has read the round's rows
 COLUMNS = (
     Column("tokens/s", "tokens_per_second", ",.1f"),
     Column("step ms", "step_ms", ".2f"),
@@ -53,11 +53,11 @@ class Plan:
     """What one run measures.
 
     Attributes:
-        preset: the backbone, and the memory but for its rows.
-        rows_per_head: of each order.
+        preset: the preset of the backbone, and of the memory except its number of rows.
+        rows_per_head: rows per head of each order.
         batches: batch sizes.
-        rounds: in each, every variant decodes `steps` tokens of new text.
-        corpus: the text.
+        rounds: number of rounds; in each, every variant decodes `steps` tokens of new text.
+        corpus: the pocket corpus that the text is from.
     """
 
     preset: str
@@ -98,7 +98,7 @@ def _make_tables(config: EngrammarConfig, folder: Path) -> None:
 
 
 def _read_text(plan: Plan, vocab_size: int) -> Tensor:
-    """Ids of real text: a word's is its CRC-32 modulo the vocabulary. As many as the run needs, or all there are."""
+    """Ids of real text: as many as the run needs, or all. A word's id is its CRC-32 modulo the vocabulary size."""
     wanted = (plan.rounds + 1) * (PROMPT + plan.steps) * sum(plan.batches)
     ids: list[int] = []
     for text in read_documents(plan.corpus, cache=Path("data/pocket")):
@@ -118,7 +118,7 @@ class Texts:
         """ids [batch, length] that were not handed out before.
 
         Raises:
-            ValueError: the text is at its end.
+            ValueError: the text is used up.
         """
         first, self.next = self.next, self.next + batch * length
         if self.next > len(self.ids):
@@ -172,7 +172,7 @@ def _cache(source: StoredTables, name: str) -> CachedStore:
 
 
 def _serve(model: EngrammarForCausalLM, folder: Path, cache_rows: int) -> dict[str, StoredTables]:
-    """What gives the model its rows, by variant. Those with a cache share one, those in RAM one copy."""
+    """The source of the model's rows by variant. Variants with a cache share one; those in RAM share one copy."""
     stores: dict[tuple[str, int], RowStore] = {}
 
     def opened(kind: str) -> StoredTables:
@@ -199,7 +199,7 @@ def _give(model: EngrammarForCausalLM, source: StoredTables) -> None:
 
 
 def _warm(model: EngrammarForCausalLM, source: StoredTables, ids_BT: Tensor) -> None:
-    """Reads the rows of a text until the cache has all of them."""
+    """Reads the rows of a text until all of them are in the cache."""
     memory = model.model.memory
     assert memory is not None
     for layer, rows in memory.addresses(ids_BT).items():
@@ -212,7 +212,7 @@ def _warm(model: EngrammarForCausalLM, source: StoredTables, ids_BT: Tensor) -> 
 
 
 def _rates(plan: Plan, model: EngrammarForCausalLM, sources: Mapping[str, StoredTables], texts: Texts) -> Iterator[Any]:
-    """Per batch size: tokens/s of each variant (median over rounds), its share of RAM's, and misses of the cache."""
+    """Per batch size: each variant's tokens/s (median over rounds), its share of RAM's, and its cache misses."""
     for batch in plan.batches:
         seconds: dict[str, list[float]] = {kind: [] for kind in VARIANTS}
         misses: dict[str, int] = {}
@@ -248,7 +248,7 @@ def bench_decode(quick: bool, plan: Plan | None = None) -> dict[str, Any]:
     """Decodes real text with the tables in RAM and on disk, cold and with a warm cache of 10 % of the rows.
 
     Returns:
-        `batches`: per batch size and variant tokens/s, step time, and the share of RAM's tokens/s (median over rounds).
+        `batches`: per batch size and variant, tokens/s, step time and the share of RAM's tokens/s (medians of rounds).
     """
     plan = plan or (QUICK if quick else FULL)
     config = _config(plan)
@@ -290,7 +290,7 @@ def table(result: dict[str, Any]) -> tuple[list[str], Lines]:
 
 
 def verdict(result: dict[str, Any]) -> str:
-    """Against the targets: 97 % warm, 90 % cold."""
+    """Compares the shares with the targets: 97 % warm, 90 % cold."""
     sentences = []
     for kind, late, target in ((WARM, WARM_LATE, 0.97), (COLD, COLD_LATE, 0.90)):
         shares = {part["batch"]: part["variants"][kind]["share"] for part in result["batches"]}

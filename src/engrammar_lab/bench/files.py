@@ -1,4 +1,4 @@
-"""What benches of stores need to know of files and memory: where large files are kept, what lies in the page cache."""
+"""Files and memory, for benches of stores: where large files are kept, and what the page cache holds of them."""
 
 import ctypes
 import mmap
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-FOLDER = "ENGRAMMAR_BENCH_FOLDER"  # names the folder for large files; without it, one of the system's for scratch
+FOLDER = "ENGRAMMAR_BENCH_FOLDER"  # environment variable: the folder for large files, by default a temporary one
 
 
 def bench_folder() -> Path:
@@ -19,7 +19,7 @@ def bench_folder() -> Path:
 
 
 def drop_page_cache(path: Path) -> None:
-    """Writes back a file's pages and lets go of those that no process maps."""
+    """Writes back a file's pages and drops those that no process maps."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -42,6 +42,6 @@ def pages_in_cache(path: Path) -> int:
 
 
 def resident_bytes() -> int:
-    """Memory of this process that is in RAM."""
+    """Bytes of this process that are in RAM."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * mmap.PAGESIZE

@@ -1,4 +1,4 @@
-"""Memory that stores take: of several processes on one table together, and over a long series of fetches.
+"""Memory that stores take: in several processes that share one table, and over a long series of fetches.
 
 Letters: U rows of a call.
 """
@@ -23,7 +23,7 @@ from engrammar_lab.bench.large_file import draw_rows, first_rows, in_fresh_proce
 from engrammar_lab.bench.readers import CACHED, RAM
 
 NUM_PROCESSES = (1, 2, 4)
-NUM_SETS = 3  # of rows, which come round
+NUM_SETS = 3  # sets of rows, read in turn again and again
 ROWS_PER_TOKEN = 16
 MIB = 2**20
 COLUMNS = (
@@ -36,14 +36,14 @@ COLUMNS = (
 
 
 def memory_of_process() -> tuple[int, int]:
-    """Bytes in files and shared memory, of which what N processes map counts as an N-th (PSS), and bytes of its own."""
+    """Bytes mapped from files and shared memory, each divided by the processes that map it (PSS), and private bytes."""
     with open("/proc/self/smaps_rollup") as file:
         sizes = {line.split()[0]: int(line.split()[1]) * 1024 for line in file if line.startswith("Pss")}
     return sizes["Pss:"] - sizes["Pss_Anon:"], sizes["Pss_Anon:"]
 
 
 def _open(kind: str, table: TableFile) -> tuple[RowStore, int]:
-    """The store, and bytes of its rows."""
+    """The store, and the number of bytes of its rows."""
     if kind == RAM:
         return RamStore(table, shared=True), table.num_rows * table.row_bytes
     cache_rows = table.num_rows // 2
@@ -63,22 +63,22 @@ def _work(kind: str, table: TableFile, plan: tuple[int, float], barrier: Barrier
         num_calls += 1
     rate = num_calls * num_rows / (time.perf_counter() - started)
     if kind == RAM:
-        for first in range(0, table.num_rows, num_rows):  # all of it counts, touched or not
+        for first in range(0, table.num_rows, num_rows):  # touch all of it: the whole table counts
             store.fetch(np.arange(first, min(first + num_rows, table.num_rows))).wait()
     del sets, rows_U
     barrier.wait()
     shared, own = (after - earlier for after, earlier in zip(memory_of_process(), before))
-    barrier.wait()  # nobody closes while another one counts
+    barrier.wait()  # no process closes its store while another one counts
     store.close()
     out.send({"rows_per_second": rate, "shared": shared, "own": own, "bytes": num_bytes})
 
 
 def measure_processes(kind: str, table: TableFile, num_processes: int, plan: tuple[int, float]) -> dict[str, float]:
-    """What processes on one table do together, each asking for rows of a call again and again for some seconds.
+    """Runs processes on one table together; each asks for the rows of a call again and again for some seconds.
 
     Returns:
-        `rows_per_second` of all together; what opening and reading added to the memory of all: `memory`, of which `own`
-        is that which they do not share; `bytes` of the rows.
+        `rows_per_second` of all processes together; `memory`, what opening and reading added to the memory of all, and
+        `own`, the part of it that they do not share; `bytes` of the rows.
     """
     context = get_context("forkserver")
     barrier = context.Barrier(num_processes, timeout=600)
@@ -87,7 +87,7 @@ def measure_processes(kind: str, table: TableFile, num_processes: int, plan: tup
     for worker in workers:
         worker.start()
     for _, out in pipes:
-        out.close()  # so that the end of a worker is seen
+        out.close()  # so that a worker that died ends the wait
     runs = [receive.recv() for receive, _ in pipes]
     for worker in workers:
         worker.join()
@@ -101,11 +101,11 @@ def measure_processes(kind: str, table: TableFile, num_processes: int, plan: tup
 
 
 def measure_long_run(table: TableFile, num_tokens: int, tokens_per_call: int) -> dict[str, float]:
-    """Memory and page cache that many fetches add, at most, and what they may: rows drawn as words are (Zipf)."""
+    """The most memory and page cache that many fetches add, and what they may add. Rows follow Zipf's law, as words."""
     path, cache_rows = table.shards[0].path, table.num_rows // 10
     drop_page_cache(path)
     num_pages = table.num_rows * table.row_bytes // PAGE
-    # A place's row, tag, count and mark, and up to 16 counts in the sketch; a sum for each page; calls and staging.
+    # Per place: row, tag, count and mark, and up to 16 counts in the sketch. Per page: a checksum. Calls and staging.
     bound = cache_rows * (table.row_bytes + 10 + 16) + 4 * num_pages + 64 * MIB
     memory, cached, random = resident_bytes(), pages_in_cache(path), np.random.default_rng(0)
     store = CachedStore(DiskStore(table), cache_rows)
@@ -125,10 +125,11 @@ def measure_long_run(table: TableFile, num_tokens: int, tokens_per_call: int) ->
 
 
 def bench_footprint(quick: bool, file: TableFile) -> dict[str, Any]:
-    """Opens one table in several processes at once, and reads a long series of rows through a cache of a tenth.
+    """Opens one table in several processes at once, and reads a long series of rows through a cache of a tenth of it.
 
     Returns:
-        `shared`: per store, what `measure_processes` says of each number of processes; `long`: `measure_long_run`'s.
+        `shared`: per store, what `measure_processes` returns for each number of processes. `long`: what
+        `measure_long_run` returns.
     """
     warm_gib, plan = (0.0625, (20_000, 0.5)) if quick else (1, (100_000, 5.0))
     num_tokens = 10_240 if quick else 1_000_000
@@ -147,7 +148,7 @@ def bench_footprint(quick: bool, file: TableFile) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> tuple[list[str], Lines]:
-    """Header and lines: each store in each number of processes, then the long run."""
+    """Header and lines: each store with each number of processes, then the long run."""
     named = [(f"{kind}, shared", run) for kind, runs in result["shared"].items() for run in runs]
     alone = {"processes": 1, "own": result["long"]["memory"]}
     named.append((f"{CACHED}, {result['long']['tokens']:,} tokens", result["long"] | alone))
@@ -168,7 +169,7 @@ def verdict(result: dict[str, Any]) -> str:
                 [f"{run['rows_per_second'] / 1e6:.3g}" for run in runs],
             )
         )
-        more = max(shared) - shared[0] > runs[0]["bytes"] / 2  # staging memory of each counts as shared
+        more = max(shared) - shared[0] > runs[0]["bytes"] / 2  # each process's staging memory counts as shared too
         copies = "MORE THAN ONE COPY" if more else "one copy"
         sentences.append(
             f"{counts} processes on one {kind} share {taken} MiB ({copies}) and have {own} MiB each of their own; they "

@@ -1,4 +1,4 @@
-"""What addressing costs: tokens/s from raw ids to the rows of every memory layer, beside the authors' way of doing it.
+"""What addressing costs: tokens/s from raw ids to the rows of every memory layer, compared with the authors' way.
 
 Letters: B batch, T tokens, V ids, H columns.
 """
@@ -24,7 +24,7 @@ CONFIG = DIALECTS["demo"]
 GEOMETRY = derive_geometry(CONFIG, num_classes=NUM_CLASSES, fill_class=FILL_CLASS)
 LAYERS = range(len(CONFIG.layers))
 DEMO, NUMPY, TORCH = "demo-style NumPy", "ours, NumPy", "ours, torch"
-NUMPY_BY_TOKEN = "ours, NumPy, copied token by token"  # as demo-style lays its rows out
+NUMPY_BY_TOKEN = "ours, NumPy, copied token by token"  # the memory layout of demo-style
 FILL, COPY = "fill the output", "copy the output"
 
 Rows = list[NDArray[np.int64]]
@@ -37,7 +37,7 @@ COLUMNS = (
 
 
 def _demo_style(ids_BT: NDArray[np.int64], classes_V: NDArray[np.int64]) -> Rows:
-    """The baseline: per layer shift by padding, XOR of products, `%` once per head, stack."""
+    """The baseline: per layer, shift by padding, XOR the products, `%` once per head, stack."""
     class_BT = classes_V[ids_BT]
     rows = []
     for multipliers_N, sizes in zip(GEOMETRY.multipliers, GEOMETRY.table_sizes):
@@ -56,7 +56,7 @@ def _demo_style(ids_BT: NDArray[np.int64], classes_V: NDArray[np.int64]) -> Rows
 
 
 def _contenders() -> tuple[dict[str, Callable[[], Rows]], dict[str, Callable[[], object]]]:
-    """What is compared, and what the machine needs merely to write as many bytes."""
+    """The ways to hash, and ways merely to write as many bytes, which are the machine's limit."""
     rng = np.random.default_rng(0)
     ids_BT, classes_V = rng.integers(0, NUM_IDS, (BATCH, LENGTH)), rng.integers(0, NUM_CLASSES, NUM_IDS)
     ids, classes = torch.from_numpy(ids_BT), torch.from_numpy(classes_V)
@@ -86,12 +86,12 @@ def _contenders() -> tuple[dict[str, Callable[[], Rows]], dict[str, Callable[[],
 
 
 def bench_hash(quick: bool) -> dict[str, Any]:
-    """Times the ways to hash, in turn, so that all see the same machine, on one thread.
+    """Times the ways to hash in turn, on one thread, so that all see the same machine.
 
     Returns:
         tokens/s (median and best of the repeats) over both layers, class lookup included; `speedup` is ours in NumPy
         over demo-style by the medians; `share_of_limit` is the time to write the output array over the time taken.
-        Ours lies in memory head by head; `speedup_by_token` includes a copy into demo-style's order.
+        Our output is laid out head by head; `speedup_by_token` includes a copy into demo-style's order.
     """
     repeats = 30 if quick else 300
     threads = torch.get_num_threads()
@@ -143,7 +143,7 @@ def table(result: dict[str, Any]) -> tuple[list[str], Lines]:
 
 
 def verdict(result: dict[str, Any]) -> str:
-    """The speed-ups, and what the path that the model takes costs."""
+    """The speed-ups, and the cost of the path that the model takes."""
     return (
         f"Ours in NumPy is {result['speedup']:.1f} times demo-style ({result['speedup_by_token']:.1f} with the rows "
         f"then copied token by token); in torch {result['speedup_torch']:.1f}. Training and the model take the torch "

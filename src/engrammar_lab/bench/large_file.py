@@ -1,4 +1,4 @@
-"""A large file of rows for the benches of stores, kept from one run to the next, and what is read of it where.
+"""A large file of rows for the benches of stores, kept from one run to the next, and choices of rows to read from it.
 
 Letters: R rows, S bytes of a row.
 """
@@ -25,10 +25,10 @@ T = TypeVar("T")
 
 
 def large_table(num_gib: float) -> TableFile:
-    """Random rows of 256 bytes in a file of so many GiB with checksums; written if it is not there yet.
+    """Random rows of 256 bytes in a file of `num_gib` GiB with checksums; written if it does not exist yet.
 
     Raises:
-        ValueError: there is no room for it.
+        ValueError: the disk has no room for it.
     """
     num_bytes = int(num_gib * 2**30)
     path = bench_folder() / f"rows-{num_gib:g}-GiB.safetensors"
@@ -41,12 +41,12 @@ def large_table(num_gib: float) -> TableFile:
                 f"folder in {FOLDER}, or run with --quick."
             )
         sums.unlink(missing_ok=True)
-        save_file({"crc32": _write(path, num_bytes)}, sums)  # last: an interrupted write is begun anew
+        save_file({"crc32": _write(path, num_bytes)}, sums)  # last, so that an interrupted write starts over
     return first_rows(path, num_bytes, 256)
 
 
 def _write(path: Path, num_bytes: int) -> np.ndarray:
-    """Fills the file; the CRC-32 of its pages."""
+    """Fills the file and returns the CRC-32 of each of its pages."""
     text = f'{{"t": {{"dtype": "U8", "shape": [{num_bytes // 256}, 256], "data_offsets": [0, {num_bytes}]}}}}'.encode()
     text = text.ljust(START - 8)
     blocks, random = [struct.pack("<Q", len(text)) + text], np.random.SFC64(0)
@@ -63,7 +63,7 @@ def _write(path: Path, num_bytes: int) -> np.ndarray:
 
 
 def first_rows(path: Path, num_bytes: int, row_bytes: int) -> TableFile:
-    """The first bytes of the rows of such a file as a table of its own, with rows of any size."""
+    """The first `num_bytes` of the rows of such a file, as a table with rows of any size."""
     num_rows = num_bytes // row_bytes
     shard = Shard(
         path=path,
@@ -77,18 +77,18 @@ def first_rows(path: Path, num_bytes: int, row_bytes: int) -> TableFile:
 
 
 def draw_rows(table: TableFile, num_rows: int, seed: int) -> np.ndarray:
-    """Uniform rows of a table."""
+    """Rows of a table, drawn uniformly."""
     return np.random.default_rng(seed).integers(0, table.num_rows, num_rows)
 
 
 def count_pages(table: TableFile, rows_U: np.ndarray) -> int:
-    """Distinct pages that rows lie on."""
+    """The number of distinct pages that the rows are on."""
     first_U = START + rows_U * table.row_bytes
     return len(np.union1d(first_U // PAGE, (first_U + table.row_bytes - 1) // PAGE))
 
 
 def in_fresh_process(function: Callable[..., T], *arguments: object) -> T:
-    """What a function returns in a process that has read, mapped and computed nothing yet."""
+    """Runs a function in a process that has read, mapped and computed nothing yet, and returns its result."""
     context = get_context("forkserver")
     context.set_forkserver_preload(["engrammar_lab.bench.readers"])
     with ProcessPoolExecutor(1, mp_context=context) as pool:

@@ -1,4 +1,4 @@
-"""A Mooncake Store pool on this machine, for measurements and tests: what docs/remote-tables.md tells to start."""
+"""A Mooncake Store pool on this machine, for measurements and tests, started as docs/remote-tables.md says."""
 
 import importlib.util
 import os
@@ -14,7 +14,7 @@ START_SECONDS = 20.0
 
 
 def why_no_pool() -> str | None:
-    """Why no pool can be started here; None where it can."""
+    """Why no pool can be started here; None if one can."""
     folder = _programs()
     if folder is None:
         return "Mooncake is not installed: pip install 'engrammar[remote]'"
@@ -32,11 +32,11 @@ def _programs() -> Path | None:
 
 
 class LoopbackPool:
-    """`mooncake_master` and one `mooncake_client` that gives memory, both on 127.0.0.1; ended with the block.
+    """`mooncake_master` and one `mooncake_client` that gives memory, both on 127.0.0.1; they end with the `with` block.
 
     Attributes:
-        server: how to reach it.
-        master, storage: the two processes, to be killed and started again.
+        server: the settings to reach the pool with.
+        master, storage: the two processes; tests kill them and start them again.
     """
 
     def __init__(self, segment: str = "64MB", seconds: float = 10.0, *, lease_ms: int = 5000) -> None:
@@ -45,7 +45,7 @@ class LoopbackPool:
         self.start()
 
     def start(self) -> None:
-        """Starts what is not running; what the memory held is gone."""
+        """Starts both processes, at first or after `stop`; rows uploaded earlier are lost."""
         folder = _programs()
         assert folder is not None, why_no_pool()
         port = int(self.server.address.rpartition(":")[2])

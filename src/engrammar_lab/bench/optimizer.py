@@ -1,4 +1,4 @@
-"""What updating a table costs: touched rows/s of the row optimizers, beside torch's SparseAdam and dense Adam.
+"""What updating a table costs: touched rows/s of the row optimizers, compared with torch's SparseAdam and dense Adam.
 
 Letters: R rows of the table, C row width, U distinct rows touched in a step.
 """
@@ -20,27 +20,28 @@ from engrammar_lab.machine import describe_run
 ROW_WIDTH, NUM_DRAWN, NUM_BATCHES = 64, 20_000, 16
 SETTINGS: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8}
 SPARSE_ADAM, DENSE_ADAM = "torch SparseAdam", "torch Adam, dense"
-REPEATED_ROWS = 1_000_000  # rows of the table whose gradient comes unsummed
-# "distinct": rows as MemoryTable hands them over, summed; "repeated": as nn.Embedding(sparse=True) does, unsummed.
+REPEATED_ROWS = 1_000_000  # rows of the table whose gradient is not summed
+# "distinct": summed gradients of distinct rows, as MemoryTable gives them; "repeated": unsummed ones, as
+# nn.Embedding(sparse=True) gives them.
 Draws = Literal["distinct", "repeated"]
 
 
 def _draw_batches(num_rows: int, draws: Draws) -> list[Tensor]:
-    """Rows of each step. Row frequencies follow Zipf, so the frequent ones come back in every step."""
+    """Rows of each step. Their frequencies follow Zipf's law, so the frequent ones are in every step."""
     frequencies = 1 / torch.arange(1, num_rows + 1)
     num_drawn = min(NUM_DRAWN, num_rows // 2)
     batches = []
     for _ in range(NUM_BATCHES):
         ranks = torch.multinomial(frequencies, num_drawn, replacement=draws == "repeated")
-        rows = ranks * 7919 % num_rows  # frequent rows lie scattered, as hashing leaves them; 7919 is prime
+        rows = ranks * 7919 % num_rows  # scatters the frequent rows, as hashing does; 7919 is prime
         batches.append(rows.sort().values if draws == "distinct" else rows)
     return batches
 
 
 def _contenders(table_RC: nn.Parameter, batches: list[Tensor], with_dense: bool) -> dict[str, Callable[[int], None]]:
-    """One step of each optimizer, and of the machine's limit for ours: the same bytes gathered and scattered.
+    """One step of each optimizer, and the machine's limit for ours: gathering and scattering the same bytes.
 
-    All update one table, so that tables of 2.5 GB need not be held five times.
+    All update one table, so that a table of 2.5 GB is not held five times.
     """
     values = 1e-3 * torch.randn(len(batches[0]), ROW_WIDTH)
 
@@ -70,7 +71,7 @@ def _contenders(table_RC: nn.Parameter, batches: list[Tensor], with_dense: bool)
 
 
 def gather_and_scatter(tensors: list[Tensor], rows_U: Tensor) -> None:
-    """Reads these rows of every tensor and writes them back: what no optimizer can do without."""
+    """Reads these rows of every tensor and writes them back, as every optimizer must."""
     for tensor in tensors:
         tensor.index_copy_(0, rows_U, tensor.index_select(0, rows_U))
 
@@ -83,7 +84,7 @@ def _state_bytes(name: str) -> int:
 
 
 def _measure(num_rows: int, draws: Draws, repeats: int, max_dense_rows: int = 0) -> dict[str, Any]:
-    """Times every contender on one table, step by step in turn, each step on other rows than the one before."""
+    """Times every contender on one table, step by step in turn; each step reads other rows than the one before."""
     torch.manual_seed(0)
     batches = _draw_batches(num_rows, draws)
     table_RC = nn.Parameter(torch.ones(num_rows, ROW_WIDTH))
@@ -94,7 +95,7 @@ def _measure(num_rows: int, draws: Draws, repeats: int, max_dense_rows: int = 0)
         index = (11 * turn + place) % NUM_BATCHES
         started = time.perf_counter()
         contenders[name](index)
-        if turn >= NUM_BATCHES:  # after one turn for each batch, all memory has been touched
+        if turn >= NUM_BATCHES:  # one turn for each batch touches all memory
             times[name].append(time.perf_counter() - started)
         table_RC.grad = None
     num_touched = median(len(rows.unique()) for rows in batches)
@@ -119,11 +120,11 @@ def bench_optimizer(quick: bool) -> dict[str, Any]:
     Returns:
         per table: distinct touched rows/s of each optimizer (median and best of the steps), `speedup` over SparseAdam
         by the medians, and for ours `share_of_limit`: the time to gather and scatter the same rows of table and state
-        (index_select, index_copy_) over the time taken. Then `state_bytes` per row, and `speedups`: those of each
-        of ours over the tables whose rows come distinct, in order of size.
+        (index_select, index_copy_) over the time taken. Then `state_bytes` per row, and `speedups`: for each of our
+        optimizers, those on the tables with distinct rows, in order of size.
     """
     sizes, repeats = ((100_000, 1_000_000), 16) if quick else ((10_000, 100_000, 1_000_000, 10_000_000), 64)
-    max_dense_rows = 100_000 if quick else 1_000_000  # beyond, a dense Adam takes 0.2 s a step or more
+    max_dense_rows = 100_000 if quick else 1_000_000  # on larger ones a dense Adam takes 0.2 s a step or more
     tables = [_measure(num_rows, "distinct", repeats, max_dense_rows) for num_rows in sizes]
     speedups = {kind: [table["rates"][kind]["speedup"] for table in tables] for kind in ROW_OPTIMIZERS}
     tables.append(_measure(REPEATED_ROWS, "repeated", repeats))
@@ -156,7 +157,7 @@ def table(result: dict[str, Any]) -> tuple[list[str], Lines]:
 
 
 def verdict(result: dict[str, Any]) -> str:
-    """What the cells say, what the size of the table costs, and the state."""
+    """The speed-ups, what the size of the table costs, and the bytes of state."""
     tables = [measured for measured in result["tables"] if measured["draws"] == "distinct"]
     first, last = (measured["rates"]["adam"]["rows_per_second"] for measured in (tables[0], tables[-1]))
     return (

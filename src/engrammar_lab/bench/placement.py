@@ -1,6 +1,6 @@
 """What it costs to keep the tables off the device: tokens/s with them on it, in host RAM and in a file, overlapped.
 
-One backbone; per round it is given another memory and its optimizer, and only where that memory's rows are differs.
+One backbone is given another memory with its optimizer in each round; only the place of the memory's rows differs.
 """
 
 import time
@@ -49,12 +49,12 @@ class Plan:
     """What one run measures.
 
     Attributes:
-        preset: the backbone, and the memory but for its rows.
-        rows_per_head: of each order.
-        batch, length: tokens of a step.
-        num_batches: batches that come round again and again; each variant sees all of them before it is timed.
-        rounds: of each variant, in turn.
-        steps: timed ones in a round.
+        preset: the preset of the backbone, and of the memory except its number of rows.
+        rows_per_head: rows per head of each order.
+        batch, length: texts of a step, and tokens of each.
+        num_batches: batches used again and again; each variant sees all of them before it is timed.
+        rounds: rounds of each variant, in turn.
+        steps: timed steps in a round.
     """
 
     preset: str
@@ -67,18 +67,18 @@ class Plan:
 
 
 ON_CPU = Plan(preset="nano", rows_per_head=100_000, batch=8, length=128, num_batches=4, rounds=6, steps=3)
-# Of one 80 GB GPU: rows and Adam's state are 6 GB, backbone and its state 8 GB, the rest activations.
+# For one GPU of 80 GB: rows and their Adam state take 6 GB, the backbone and its state 8 GB, activations the rest.
 ON_ACCELERATOR = Plan(preset="100m", rows_per_head=500_000, batch=16, length=1024, num_batches=8, rounds=8, steps=8)
 
 
 def _wait_for(device: torch.device) -> None:
-    """Until all that was started on the accelerator is done."""
+    """Waits until all work that was started on the accelerator is done."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
 def _build_backbone(plan: Plan, device: torch.device) -> tuple[EngrammarForCausalLM, MixedOptimizer, MemoryConfig]:
-    """The model without tables, the optimizer of all it has, and the memory that variants give it."""
+    """The model without tables, the optimizer of its parameters, and the memory settings of the variants."""
     torch.manual_seed(0)
     config = preset(plan.preset).memory_config
     assert config is not None
@@ -89,10 +89,10 @@ def _build_backbone(plan: Plan, device: torch.device) -> tuple[EngrammarForCausa
 
 
 class Variant:
-    """A memory whose rows are somewhere, trained with the backbone that all share.
+    """A memory with its rows in one place, trained with the backbone that all variants share.
 
     Attributes:
-        placement: where its rows are.
+        placement: the place of its rows.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class Variant:
         self.next += 1
 
     def run(self, batches: list[Tensor], num_steps: int) -> float:
-        """Seconds of that many steps after one more: the update before them and that of the last both overlap."""
+        """Seconds of that many steps, after one that is not timed, so that every timed step overlaps an update."""
         self.model.model.memory = self.memory
         self.step(batches)
         _wait_for(self.device)
@@ -139,11 +139,11 @@ class Variant:
             self.step(batches)
         _wait_for(self.device)
         seconds = time.perf_counter() - started
-        self.placement.flush()  # nothing of it runs beside the next variant
+        self.placement.flush()  # no update of this variant runs beside the next one
         return seconds
 
     def bytes_moved(self) -> float:
-        """Bytes to and from the device in a step: ids one way, rows the other, gradients back."""
+        """Bytes to and from the device in a step: row numbers one way, rows the other, gradients back."""
         if not self.placement.reads_together:
             return 0
         num_reads = self.next + len(self.ahead)
@@ -152,7 +152,7 @@ class Variant:
 
 
 def _measure(plan: Plan, device: torch.device, folder: Path) -> tuple[dict[str, Any], int]:
-    """Runs the variants in turn; what each did, and bytes of its tables and their state."""
+    """Runs the variants in turn; returns the figures of each, and the bytes of a variant's tables and their state."""
     model, backbone, config = _build_backbone(plan, device)
     num_drawn = plan.batch * plan.length // DRAWN_LENGTH
     batches = [
@@ -186,11 +186,11 @@ def _measure(plan: Plan, device: torch.device, folder: Path) -> tuple[dict[str, 
 
 
 def bench_placement(quick: bool) -> dict[str, Any]:
-    """Trains one backbone with its tables on the device, in RAM, and in a file, in turn; on the CPU where that is all.
+    """Trains one backbone with its tables on the device, in RAM and in a file, in turn; without an accelerator, on CPU.
 
     Returns:
-        per variant tokens/s (median and best of the rounds), its `share` of the device's (median over rounds), and
-        bytes moved between device and rows in a step. `device` is the kind of device that it ran on.
+        per variant, tokens/s (median and best of the rounds), its `share` of the device's (median over rounds), and
+        the bytes moved between device and rows in a step. `device` is the kind of device that it ran on.
     """
     device = accelerator()
     plan = ON_CPU if device.type == "cpu" else ON_ACCELERATOR
@@ -217,7 +217,7 @@ def table(result: dict[str, Any]) -> tuple[list[str], Lines]:
 
 
 def verdict(result: dict[str, Any]) -> str:
-    """What RAM costs over the device, where there is one; without, that this run does not say."""
+    """What RAM costs compared with the device; on a CPU alone, that this run cannot tell."""
     costs = {kind: f"{1 - result['variants'][kind]['share']:+.1%}" for kind in (EXACT, STALE)}
     how = (
         'Updates run within the optimizer\'s step, or behind the next forward pass: "exact" waits for them where rows '

@@ -36,7 +36,7 @@ def take_from_map(table: TableFile) -> Read:
 
 
 def take_from_advised_map(table: TableFile) -> Read:
-    """Asks for each distinct page first, all of them at once, and then gathers from a map without read-ahead."""
+    """Asks for all distinct pages at once, then gathers from a map without read-ahead."""
     rows_RS, (shard,) = _map(table), table.shards
     rows_RS._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
     handle = os.open(shard.path, os.O_RDONLY)
@@ -63,7 +63,7 @@ def select_from_file(table: TableFile) -> Read:
 
 
 def why_no_engramdb() -> str | None:
-    """Why engramdb cannot be had here; None where it can."""
+    """Why engramdb cannot be used here; None if it can."""
     try:
         import_module("engramdb")
     except ImportError as error:
@@ -73,21 +73,21 @@ def why_no_engramdb() -> str | None:
 
 
 def engramdb_store(table: TableFile) -> Read:
-    """engramdb's own store; its shards have no header, so ours counts as rows that nobody asks for."""
+    """engramdb's own store. Its shards have no header, so our header counts as rows that are never asked for."""
     engramdb = import_module("engramdb")
     (shard,) = table.shards
     folder, skipped = TemporaryDirectory(), shard.start // table.row_bytes
     (Path(folder.name) / "shard_000.bin").symlink_to(shard.path)
     store = engramdb.Store(folder.name, 1, skipped + table.num_rows, table.row_bytes)
 
-    def read(rows_U: Ints, folder: object = folder) -> NDArray[np.uint8]:  # the folder lives as long as this
+    def read(rows_U: Ints, folder: object = folder) -> NDArray[np.uint8]:  # keeps the folder as long as this function
         return np.frombuffer(store.fetch(rows_U + skipped), np.uint8).reshape(len(rows_U), -1)
 
     return read
 
 
 def engramdb_pages(table: TableFile) -> Read:
-    """engramdb's io_uring reader of pages, and a gather from these; rows that lie on one page only."""
+    """engramdb's io_uring reader of pages, and a gather from these; only for rows that are within one page."""
     engramdb = import_module("engramdb")
     assert PAGE % table.row_bytes == 0 and table.shards[0].start % PAGE == 0
     handle = os.open(table.shards[0].path, os.O_RDONLY)
@@ -117,7 +117,7 @@ def disk_store(table: TableFile) -> Read:
 
 
 def cached_store(table: TableFile) -> Read:
-    """As many rows as the table has, so that its memory is as large."""
+    """A cache of as many rows as the table has, so that it takes as much memory as the table."""
     return _fetcher(CachedStore(DiskStore(table), table.num_rows))
 
 

@@ -1,4 +1,4 @@
-"""Rows from a Mooncake pool on this machine: our store against the client's own calls, the same rows in one run."""
+"""Rows from a Mooncake pool on this machine: our store against the client's own calls, on the same rows in one run."""
 
 import json
 import subprocess
@@ -23,7 +23,7 @@ from engrammar_lab.machine import describe_run
 ROW_BYTES, WIDTH = 256, 128
 NUM_ROWS, NUM_READ, ROUNDS = 2_000_000, 100_000, 3
 QUICK_ROWS, QUICK_READ, QUICK_ROUNDS = 400_000, 10_000, 2
-CALLS = (16, 512)  # rows of a call: a token's, and a prompt's; the client's own calls lose rows above some thousands
+CALLS = (16, 512)  # rows of a token and of a prompt; the client's own calls lose rows above some thousands
 BASELINE = "get_batch"
 COLUMNS = (
     Column("rows/s", "rows_per_second", ",.0f"),
@@ -33,12 +33,12 @@ COLUMNS = (
 
 
 def bench_remote(quick: bool) -> dict[str, Any]:
-    """Reads random rows through a pool that this starts on loopback, as our store does and as its client does, in turn.
+    """Starts a pool on loopback and reads random rows from it, by our store and by the client's own calls in turn.
 
     Returns:
         per variant the best rows/s of the rounds, MB/s of rows, and its `share` of `get_batch` at as many rows a call
-        (median over rounds; None where that has no such call); no variants where no pool can be started, and
-        `absent` says why.
+        (median over rounds; None if `get_batch` has no such call). If no pool can be started there are no variants,
+        and `absent` says why.
     """
     num_rows, num_read, rounds = (QUICK_ROWS, QUICK_READ, QUICK_ROUNDS) if quick else (NUM_ROWS, NUM_READ, ROUNDS)
     absent = why_no_pool()
@@ -101,7 +101,7 @@ def _write(rows_RS: NDArray[np.uint8], folder: Path) -> TableFile:
 
 
 class _Peers:
-    """The process with Mooncake's own client."""
+    """The process that runs Mooncake's own client."""
 
     def __init__(self, pool: LoopbackPool, num_rows: int, num_read: int) -> None:
         program = Path(__file__).with_name("remote_peers.py")
@@ -115,7 +115,7 @@ class _Peers:
         """Seconds of one pass over all rows.
 
         Raises:
-            RuntimeError: the client could not read them, or died.
+            RuntimeError: the client could not read the rows, or its process died.
         """
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(f"{way} {call}\n")
@@ -140,7 +140,7 @@ def table(result: dict[str, Any]) -> tuple[list[str], Lines]:
 
 
 def verdict(result: dict[str, Any]) -> str:
-    """Whether the store keeps up with the client's own call."""
+    """Whether our store is as fast as the client's own call."""
     if result["absent"]:
         return f"Not measured: {result['absent']}."
     shares = " and ".join(f"{result['variants'][f'store, {call} a call']['share']:.2f}" for call in CALLS)

@@ -1,7 +1,7 @@
-"""Mooncake's own ways to read rows, measured in a process of their own: its library may abort, or block for a minute.
+"""Mooncake's own ways to read rows, measured in a separate process: its library may abort, or block for a minute.
 
-Run by path: python -P remote_peers.py ADDRESS NUM_ROWS ROW_BYTES NUM_READ. Answers each line "WAY CALL" with a line of
-JSON: the seconds that NUM_READ rows took, CALL rows at once, or in words why they could not be had.
+Run by path: python -P remote_peers.py ADDRESS NUM_ROWS ROW_BYTES NUM_READ. The process answers each line "WAY CALL"
+with a line of JSON: the seconds that reading NUM_READ rows took, CALL rows at once, or why they could not be read.
 """
 
 import json
@@ -16,14 +16,14 @@ PUT_AT_ONCE = 512
 
 
 def draw(num_rows: int, row_bytes: int, num_read: int) -> tuple[Any, Any]:
-    """The table's rows, and the distinct ones that everybody reads."""
+    """The table's rows, and the distinct row numbers that every way reads."""
     random = np.random.default_rng(0)
     rows_RS = random.integers(0, 256, (num_rows, row_bytes), dtype=np.uint8)
     return rows_RS, random.permutation(num_rows)[:num_read]
 
 
 def time_reads(read: Callable[[Any], Any], rows_RS: Any, rows_U: Any, call: int) -> float:
-    """Seconds of reading rows, `call` at once. What arrives is compared after the clock is read."""
+    """Seconds of reading rows, `call` at once. The rows are compared after the clock has stopped."""
     started = time.perf_counter()
     arrived = [read(rows_U[first : first + call]) for first in range(0, len(rows_U), call)]
     seconds = time.perf_counter() - started

@@ -18,12 +18,12 @@ PICTURE = "rows.png"
 
 
 class Part(NamedTuple):
-    """How a bench, or a part of one, is told.
+    """How the result of a bench, or of a part of one, is shown.
 
     Attributes:
-        table: header and lines of its figures.
-        num_keys: columns at the left that say what a line is of.
-        picture: the words under it, where there is one.
+        table: gives the header and lines of its figures.
+        num_keys: number of columns at the left that name what a line is about.
+        picture: the caption of its picture, if it has one.
     """
 
     title: str
@@ -34,7 +34,7 @@ class Part(NamedTuple):
 
 
 class Bench(NamedTuple):
-    """A bench: `run(quick)` measures; `part` tells the result, and `others` what it holds under their names."""
+    """A bench: `run(quick)` measures, `part` shows the result, and `others` show what it holds under their names."""
 
     run: Callable[[bool], dict[str, Any]]
     part: Part
@@ -84,12 +84,12 @@ def show(name: str, result: dict[str, Any]) -> None:
 
 
 def load_results(results: Path) -> dict[str, dict[str, Any]]:
-    """The runs in a folder, by bench."""
+    """The results in a folder, by bench."""
     return {name: json.loads((results / f"{name}.json").read_text()) for name in BENCHES}
 
 
 def render(results: Path, document: Path) -> str:
-    """The whole page, which is to be at `document`."""
+    """The whole page; its links are relative to `document`."""
     page = ["# Measurements", "", "Made by `python -m engrammar_lab.bench.report` from `results/bench`.", ""]
     for name, result in load_results(results).items():
         for part, figures in BENCHES[name].parts(result):

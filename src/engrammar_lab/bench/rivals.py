@@ -1,4 +1,4 @@
-"""Other people's ways to hold the rows of a table, for comparison: `nn.Embedding` and FBGEMM's table for CPUs.
+"""Other libraries' ways to hold the rows of a table, for comparison: `nn.Embedding` and FBGEMM's table for CPUs.
 
 Letters: B batch, T tokens, H columns, C row width, E = H*C, R rows.
 """
@@ -15,7 +15,7 @@ from engrammar.table import Rows, RowSource
 
 
 class RivalRows(RowSource, ABC):
-    """Somebody else's way to hold the rows of one table; abstract."""
+    """Another library's way to hold the rows of one table; abstract."""
 
     @abstractmethod
     def look_up(self, rows_BTH: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ class EmbeddingRows(RivalRows):
 class FbgemmRows(RivalRows):
     """Rows in FBGEMM's table-batched embedding, all heads in one table as in ours.
 
-    Backward updates them, by row-wise Adagrad: on the CPU it has no Adam.
+    The backward pass updates them by row-wise Adagrad; on the CPU it has no Adam.
     """
 
     def __init__(self, weight_RC: Tensor, *, lr: float, eps: float) -> None:
@@ -73,7 +73,7 @@ class FbgemmRows(RivalRows):
 
 
 def why_no_fbgemm() -> str | None:
-    """Why FBGEMM's table cannot be had here: it is not installed, or its libraries do not load; None where it can."""
+    """Why FBGEMM's table cannot be used here (not installed, or its libraries do not load); None if it can."""
     try:
         import fbgemm_gpu.split_table_batched_embeddings_ops_training  # noqa: F401
     except (ImportError, OSError) as error:

@@ -1,6 +1,6 @@
-"""What the number of rows costs a training step: its time and memory, beside the usual ways to hold a table.
+"""What the number of rows costs a training step in time and memory, compared with the usual ways to hold a table.
 
-One backbone, trained by Muon and AdamW throughout; per step it is given another memory, and only that differs.
+One backbone is trained by Muon and AdamW throughout; each step gives it another memory, and only that differs.
 Letters: B batch, T tokens, H columns, C row width, E = H*C, R rows, U distinct rows touched.
 """
 
@@ -28,9 +28,9 @@ from engrammar_lab.bench.optimizer import gather_and_scatter
 from engrammar_lab.bench.rivals import EmbeddingRows, FbgemmRows, why_no_fbgemm
 from engrammar_lab.bench.turns import in_turn, settle_allocator
 
-LENGTH, NUM_HEADS = 128, 2  # two heads an order, not nano's four: all tables of a run fit 16 GB
+LENGTH, NUM_HEADS = 128, 2  # two heads per order, not nano's four, so that all tables of a run fit 16 GB
 LR, BETAS, EPS = 1e-3, (0.9, 0.999), 1e-8
-MEMORY_LR = 5 * LR  # build_optimizer's scale
+MEMORY_LR = 5 * LR  # the scale that build_optimizer uses
 DENSE_ADAM, SPARSE_ADAM, FBGEMM = "Adam, dense", "SparseAdam", "FBGEMM"
 COLUMNS = (
     Column("rows a head", "rows_per_head", ","),
@@ -52,10 +52,10 @@ class Plan:
 
     Attributes:
         sizes: rows per head, ascending.
-        batch: rows of LENGTH tokens in a step.
-        num_batches: batches that come round again and again, so that steps touch pages that were touched before.
+        batch: texts of LENGTH tokens in a step.
+        num_batches: batches used again and again, so that steps touch pages that were touched before.
         repeats: timed steps on those.
-        num_fresh: timed steps on batches that never came before; at most `repeats`.
+        num_fresh: timed steps on batches that were never used before; at most `repeats`.
         max_dense_rows: rows per head up to which the dense Adam runs.
     """
 
@@ -73,16 +73,16 @@ FULL = Plan(
     num_batches=16,
     repeats=24,
     num_fresh=8,
-    max_dense_rows=1_000_000,  # beyond, a step takes seconds and 20 GB
+    max_dense_rows=1_000_000,  # on larger tables a step takes seconds and 20 GB
 )
 QUICK = Plan(sizes=(10_000, 100_000), batch=2, num_batches=4, repeats=4, num_fresh=1, max_dense_rows=100_000)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
-    """One way to hold and train the rows: a memory to give to the backbone, and what updates its rows after backward.
+    """One way to hold and train the rows: a memory for the backbone, and the optimizer that updates its rows.
 
-    `optimizer` is None where backward updates them.
+    `optimizer` is None if the backward pass updates the rows.
     """
 
     memory: Memory
@@ -100,7 +100,7 @@ class Contender:
 
 
 def build_backbone() -> tuple[EngrammarForCausalLM, MixedOptimizer]:
-    """`nano` without tables, whose fusion takes the embedding of `new_memory`, and the optimizer of all it has."""
+    """`nano` without tables, with a fusion that fits `new_memory`'s embedding, and the optimizer of its parameters."""
     torch.manual_seed(0)
     own = preset("nano")
     assert own.memory_config is not None
@@ -111,7 +111,7 @@ def build_backbone() -> tuple[EngrammarForCausalLM, MixedOptimizer]:
 
 
 def new_memory(model: EngrammarForCausalLM, rows_per_head: int) -> Memory:
-    """A memory of that size for this backbone, its rows elsewhere."""
+    """A memory of that size for this backbone; its rows are external."""
     config = model.config.memory_config
     assert config is not None and model.config.num_classes is not None and model.config.fill_class is not None
     config = replace(config, rows_per_head=(rows_per_head,) * len(config.orders))
@@ -123,7 +123,7 @@ def new_memory(model: EngrammarForCausalLM, rows_per_head: int) -> Memory:
 
 
 def build_contender(name: str, memory: Memory, weight_RC: Tensor) -> Contender:
-    """The contender of that name on this table, whose storage all contenders may share."""
+    """The contender of that name on this table. All contenders may share the table's storage."""
     (layer,) = memory.config.layers
     table = memory.table(layer)
     if name in ROW_OPTIMIZERS:
@@ -144,7 +144,7 @@ def build_contender(name: str, memory: Memory, weight_RC: Tensor) -> Contender:
 
 
 def draw_ids(vocab_size: int, batch: int, *, seed: int) -> Tensor:
-    """Token ids of one batch [B, LENGTH], frequencies like a text's (Zipf): rows repeat within it as in training."""
+    """Token ids of one batch [B, LENGTH], as frequent as in a text (Zipf), so that rows repeat as in training."""
     weights, generator = 1 / torch.arange(1, vocab_size + 1), torch.Generator().manual_seed(seed)
     return torch.multinomial(weights, batch * LENGTH, replacement=True, generator=generator).view(batch, LENGTH)
 
@@ -152,7 +152,7 @@ def draw_ids(vocab_size: int, batch: int, *, seed: int) -> Tensor:
 def train_step(
     model: EngrammarForCausalLM, optimizer: MixedOptimizer, contender: Contender, ids_BT: Tensor
 ) -> tuple[float, float]:
-    """One step of backbone and table; seconds and the loss before it."""
+    """Trains backbone and table for one step; returns its seconds and the loss before it."""
     model.model.memory = contender.memory
     started = time.perf_counter()
     loss = model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss
@@ -166,7 +166,7 @@ def train_step(
 
 
 def table_step(contender: Contender, ids_BT: Tensor) -> float:
-    """Seconds of the table's share of a step alone: lookup, its backward, update; no hashing."""
+    """Seconds of the table's part of a step: lookup, its backward pass and the update, without hashing."""
     (rows_BTH,) = contender.memory.addresses(ids_BT).values()
     gradient_BTE = torch.full((*ids_BT.shape, contender.memory.config.memory_dim), 1e-3)
     started = time.perf_counter()
@@ -176,7 +176,7 @@ def table_step(contender: Contender, ids_BT: Tensor) -> float:
 
 
 def limit_step(contender: Contender, ids_BT: Tensor) -> float | None:
-    """Seconds to gather and scatter the rows of one of our tables and of its state, no more; None for the others."""
+    """Seconds just to gather and scatter the rows of one of our tables and of its state; None for other contenders."""
     table = contender.table
     if table.weight is None or contender.optimizer is None:
         return None
@@ -189,7 +189,7 @@ def limit_step(contender: Contender, ids_BT: Tensor) -> float | None:
 
 
 def _memory_of(run: Callable[[], None]) -> int | None:
-    """Bytes by which resident memory at its highest during `run` exceeds that before it; None where not Linux."""
+    """Bytes by which the highest resident memory during `run` exceeds that before it; None if not on Linux."""
     reset = PROCESS / "clear_refs"
     if not reset.exists():
         return None
@@ -199,7 +199,7 @@ def _memory_of(run: Callable[[], None]) -> int | None:
         assert found is not None
         return 1024 * int(found[1])
 
-    reset.write_text("5")  # the high-water mark starts anew
+    reset.write_text("5")  # resets the high-water mark
     before = status("VmRSS")
     run()
     return status("VmHWM") - before
@@ -208,7 +208,7 @@ def _memory_of(run: Callable[[], None]) -> int | None:
 def _build_cells(
     plan: Plan, names: list[str], model: EngrammarForCausalLM, ids: Callable[[int], Tensor]
 ) -> Iterator[tuple[tuple[str, int], Contender, dict[str, Any]]]:
-    """Every contender at every size, its memory measured over a table step on each of the batches that come round."""
+    """Every contender at every size; its memory is measured over a table step on each of the repeated batches."""
     for rows_per_head in plan.sizes:
         shape = Contender(memory=new_memory(model, rows_per_head), optimizer=None).table.shape
         weight_RC = torch.empty(shape).normal_(std=model.config.initializer_range)
@@ -226,7 +226,7 @@ def _build_cells(
 
 
 def _measure(plan: Plan, names: list[str]) -> dict[str, list[dict[str, Any]]]:
-    """Times all cells in turn; per contender its cells in order of size."""
+    """Times all cells in turn; returns each contender's cells in order of size."""
     model, optimizer = build_backbone()
 
     def ids(seed: int) -> Tensor:
@@ -267,10 +267,10 @@ def bench_rows(plan: Plan) -> dict[str, Any]:
     """Times a training step for tables of growing size.
 
     Returns:
-        per contender its cells in order of size: the median ms of a whole `step`, of the `table`'s share of it alone
-        and, for ours, of the `limit` (gather and scatter of the same rows of table and state), each on batches that
-        come round again, and of `fresh_` ones that never came before; `ratio`, the step's time over that of the
-        smallest size (median over turns); `table_bytes`, and `growth_bytes` on top of it at its highest.
+        per contender its cells in order of size: the median ms of a whole `step`, of the `table`'s part of it alone
+        and, for ours, of the `limit` (gather and scatter of the same rows of table and state). Each is measured on
+        batches that were used before and, with the prefix `fresh_`, on new ones. `ratio` is the step's time over that
+        of the smallest size (median over turns); `growth_bytes` is the most memory used on top of `table_bytes`.
         `missing` says why a contender was left out.
     """
     reason = why_no_fbgemm()
@@ -287,7 +287,7 @@ def bench_rows(plan: Plan) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> tuple[list[str], Lines]:
-    """Header and lines: one for every contender and size, and for what was left out."""
+    """Header and lines: one for every contender and size, and one for each contender that was left out."""
     header, largest, lines = ["", *titles(COLUMNS)], result["contenders"]["adam"][-1]["rows_per_head"], []
     empty = [""] * (len(header) - 3)
     for name, measured in result["contenders"].items():
@@ -301,7 +301,7 @@ def table(result: dict[str, Any]) -> tuple[list[str], Lines]:
 
 
 def verdict(result: dict[str, Any]) -> str:
-    """What the largest table costs over the smallest, and how much of it is the machine's memory."""
+    """What the largest table costs compared with the smallest, and how much of that is the machine's memory."""
     first, last = result["contenders"]["adam"][0], result["contenders"]["adam"][-1]
     changes = ", ".join(
         f"{name} {cells[-1]['ratio'] - 1:+.1%}"
@@ -326,7 +326,7 @@ def verdict(result: dict[str, Any]) -> str:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """The curves as a picture: a whole step, and the table's share of it alone, against rows per head."""
+    """Draws the time of a whole step, and of the table's part of it, against rows per head."""
     import matplotlib
 
     matplotlib.use("agg")

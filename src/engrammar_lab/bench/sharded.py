@@ -1,6 +1,6 @@
-"""Tables over ranks: the loss beside one process's, memory a rank, bytes on the wire, and the time of a step.
+"""Tables over ranks: the loss compared with one process's, memory per rank, bytes on the wire, and the time of a step.
 
-Run by torchrun, this module is one rank of it.
+Run by torchrun, this module is one rank.
 """
 
 import json
@@ -36,9 +36,9 @@ from engrammar_lab.machine import describe_run
 RANKS = (1, 2, 4)
 BATCH = 8  # over all ranks
 NUM_STEPS, QUICK_STEPS = 50, 4
-WARM_UP = 3  # steps that are trained but not timed
+WARM_UP = 3  # steps that are not timed
 FIRST = 10  # steps within which rounding has not grown yet
-TARGET = 1e-5  # of the fp64 difference over all steps
+TARGET = 1e-5  # for the fp64 difference over all steps
 KINDS = ("ids", "rows", "gradients")
 COLUMNS = (
     Column("ranks", "ranks"),
@@ -58,12 +58,12 @@ Precision = Literal["fp64", "fp32"]
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One training run, as the first rank knows it.
+    """One training run, as the first rank records it.
 
     Attributes:
-        losses: of every step, the mean over the whole batch.
-        milliseconds: a step's median, read ahead to update.
-        table_bytes, state_bytes: of the tables' rows and their optimizer's state, on the rank that holds most.
+        losses: the loss of every step, the mean over the whole batch.
+        milliseconds: the median time of a step, from reading ahead to the update.
+        table_bytes, state_bytes: bytes of the tables' rows and of their optimizer state, on the rank that holds most.
         wire: bytes that leave a rank in a step, by kind, and "undeduplicated"; the mean over ranks.
     """
 
@@ -75,7 +75,7 @@ class Run:
 
 
 class Fp64Casts(TorchFunctionMode):
-    """Within it, what casts to fp32 casts to fp64: transformers' norms, softmax and router do, whatever the weights."""
+    """Turns casts to fp32 into casts to fp64: transformers' norms, softmax and router cast whatever the weights are."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         def precise(value: Any) -> Any:
@@ -86,7 +86,7 @@ class Fp64Casts(TorchFunctionMode):
 
 
 def shape() -> EngrammarConfig:
-    """Between `micro` and `nano`, with tables on two layers that outweigh the rest."""
+    """A model between `micro` and `nano`; the tables of its two memory layers outweigh the rest."""
     memory = {**SMALL_MEMORY, "layers": [1, 2], "num_heads": 4, "head_dim": 16, "rows_per_head": [10_000, 10_000]}
     smaller: dict[str, Any] = {
         "vocab_size": 1024,
@@ -98,9 +98,9 @@ def shape() -> EngrammarConfig:
 
 
 def _build(precision: Precision) -> tuple[DistributedDataParallel, TablePlacement, MixedOptimizer]:
-    """The model under DDP, its tables placed without ever being whole, and the optimizer of both.
+    """The model under DDP, its tables placed without any rank holding a whole one, and the optimizer of both.
 
-    fp64 goes without Muon, which computes in fp32.
+    fp64 does without Muon, which computes in fp32.
     """
     torch.manual_seed(0)
     config = shape()
@@ -124,7 +124,7 @@ def _build(precision: Precision) -> tuple[DistributedDataParallel, TablePlacemen
 def _accumulate(
     model: DistributedDataParallel, precision: Precision, passes: list[Tensor], reads: list[Retrieved]
 ) -> Tensor:
-    """Gradients of the mean loss over the passes; returns that loss, in fp64."""
+    """Accumulates the gradients of the mean loss over the passes; returns that loss, in fp64."""
     total = torch.zeros((), dtype=torch.float64)
     for ids_BT, retrieved in zip(passes, reads):
         with Fp64Casts() if precision == "fp64" else nullcontext():
@@ -176,7 +176,7 @@ def _bytes_held(placement: TablePlacement, optimizer: MixedOptimizer) -> tuple[i
 
 
 def _wire(placement: TablePlacement, num_steps: int) -> dict[str, float]:
-    """Bytes that leave a rank in a step; undeduplicated: an id, a row and a gradient for every lookup elsewhere."""
+    """Bytes that leave a rank in a step. Undeduplicated: an id, a row and a gradient for every lookup elsewhere."""
     traffic, num_ranks = placement.traffic, placement.num_ranks
     a_row = next(iter(placement.tables.values()))[0].nbytes
     undeduplicated = traffic.num_looked_up * (8 + 2 * a_row) * (num_ranks - 1) / num_ranks
@@ -186,9 +186,9 @@ def _wire(placement: TablePlacement, num_steps: int) -> dict[str, float]:
 
 
 def _run_rank(out: Path, num_steps: int) -> None:
-    """What each rank does: fp64 and fp32; a process that is alone also accumulates as many passes as others have ranks.
+    """Trains in fp64 and in fp32 on one rank; the first rank writes `out`.
 
-    The first rank writes `out`.
+    A process that is alone also accumulates as many passes as other runs have ranks.
     """
     dist.init_process_group("gloo")
     num_passes = RANKS if dist.get_world_size() == 1 else (1,)
@@ -202,7 +202,7 @@ def _torchrun(num_ranks: int, num_steps: int) -> dict[str, Run]:
     """The runs of that many ranks, by name; each rank has one thread.
 
     Raises:
-        subprocess.CalledProcessError: a rank failed; what it said is on stderr.
+        subprocess.CalledProcessError: a rank failed; its error is on stderr.
     """
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
     with TemporaryDirectory() as folder:
@@ -216,7 +216,7 @@ def _torchrun(num_ranks: int, num_steps: int) -> dict[str, Run]:
 
 
 def _largest_difference(run: Run, other: Run, num_steps: int | None = None) -> float:
-    """Of any step's loss, or of any among the first `num_steps`."""
+    """The largest difference of any step's loss, or of any of the first `num_steps`."""
     return max(abs(a - b) for a, b in list(zip(run.losses, other.losses, strict=True))[:num_steps])
 
 
@@ -224,11 +224,11 @@ def bench_sharded(quick: bool) -> dict[str, Any]:
     """Trains one model over 1, 2 and 4 processes at the same global batch, tables in RAM in equal shares.
 
     Returns:
-        per number of ranks: `differences`, the largest of any step's loss: to one process in fp64 (`fp64_first`: over
-        the first 10 steps) and in fp32; of one process that accumulates as many passes, to one that does not
-        (`passes`): rounding alone; and of the ranks to those passes (`ranks_to_passes`); bytes of tables and their
-        state on the rank that holds most; bytes that leave a rank in a step, by kind; ms of an fp32 step; and the fp32
-        losses.
+        per number of ranks: `differences`, the largest of any step's loss; bytes of tables and of their state on the
+        rank that holds most; bytes that leave a rank in a step, by kind; ms of an fp32 step; and the fp32 losses.
+        The differences are to one process in fp64 (`fp64_first`: over the first 10 steps) and in fp32; between one
+        process that accumulates as many passes and one that does not (`passes`: rounding alone); and between the ranks
+        and those passes (`ranks_to_passes`).
     """
     num_steps = QUICK_STEPS if quick else NUM_STEPS
     runs = {num_ranks: _torchrun(num_ranks, num_steps) for num_ranks in RANKS}
@@ -259,7 +259,7 @@ def table(result: dict[str, Any]) -> tuple[list[str], Lines]:
 
 
 def verdict(result: dict[str, Any]) -> str:
-    """How far the curves are apart, what a rank holds and sends, and what its time is worth on this machine."""
+    """How much the curves differ, what a rank holds and sends, and what its time means on this machine."""
     first, *others = result["ranks"]
     cores, most = result["machine"]["cores"], others[-1]["ranks"]
 

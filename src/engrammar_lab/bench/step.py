@@ -56,7 +56,7 @@ def _stepper(config: EngrammarConfig, ids: list[Tensor]) -> Callable[[int], dict
         marks = [time.perf_counter()]
         if memory is not None:
             with torch.no_grad():
-                memory.retrieve(batch)  # timed on its own, beside the one inside the forward pass
+                memory.retrieve(batch)  # timed alone, in addition to the one inside the forward pass
         marks.append(time.perf_counter())
         loss = model(input_ids=batch, labels=batch, use_cache=False).loss
         marks.append(time.perf_counter())
@@ -72,9 +72,9 @@ def _stepper(config: EngrammarConfig, ids: list[Tensor]) -> Callable[[int], dict
 
 
 def _flops_per_token(config: EngrammarConfig, ids: Tensor) -> float:
-    """Floating point operations of forward and backward per token: three times the forward pass that torch counts.
+    """Floating point operations of forward and backward per token: three times what torch counts for the forward pass.
 
-    (torch's counter takes the backward pass of a depthwise convolution for that of a full one.)
+    torch's counter mistakes the backward pass of a depthwise convolution for that of a full one.
     """
     model = EngrammarForCausalLM(config).train()
     if model.model.memory is not None:
@@ -85,7 +85,7 @@ def _flops_per_token(config: EngrammarConfig, ids: Tensor) -> float:
 
 
 def _peak_flops(seconds: float) -> float:
-    """The best rate of a large fp32 matrix product, in this run: the machine's limit."""
+    """The best rate of a large fp32 matrix product in this run: the machine's limit."""
     a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
     best, until = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < until:
@@ -144,7 +144,7 @@ def table(result: dict[str, Any]) -> tuple[list[str], Lines]:
 
 
 def verdict(result: dict[str, Any]) -> str:
-    """What memory costs, and the machine's limit."""
+    """What memory costs, and the share of the machine's limit."""
     return (
         f"Memory costs {result['memory_tax']:.1%} of throughput (median over steps). The machine's limit, the best "
         f"fp32 matrix product of this run, is {result['peak_gflops']:.0f} GFLOP/s. Retrieval (hash and gather) is "

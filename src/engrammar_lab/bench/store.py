@@ -1,4 +1,4 @@
-"""How fast rows are read: here from tables in memory; in its parts from cold disks, by several processes, over a wire.
+"""How fast rows are read from tables in memory; its parts read from cold disks, in several processes, and over a wire.
 
 Letters: R rows of the table, U rows of a call, S bytes of a row.
 """
@@ -31,7 +31,7 @@ from engrammar_lab.machine import describe_run
 WAYS = (TAKE, FROM_FILE, ENGRAMDB, RAM, CACHED, DISK)
 ROW_BYTES = (64, 256, 1024)
 FEW = 16  # rows of a small call
-NUM_SETS = 3  # of rows, which come round
+NUM_SETS = 3  # sets of rows, read in turn again and again
 SHARE_TARGET, FEW_TARGET, ENGRAMDB_TARGET = 0.9, 20, 5
 COLUMNS = (
     Column("million rows/s", "rows_per_second", ".3g", 1e6),
@@ -46,11 +46,11 @@ class Plan:
     """What one run measures.
 
     Attributes:
-        file_gib: of the file that all parts read.
-        warm_gib: of its rows that are the table in memory.
-        num_rows: of a large call.
+        file_gib: size of the file that all parts read, in GiB.
+        warm_gib: how much of it is the table in memory, in GiB.
+        num_rows: rows of a large call.
         num_few: small calls in a round.
-        rounds: of each way, in turn.
+        rounds: rounds of each way, in turn.
     """
 
     file_gib: float
@@ -73,7 +73,7 @@ def measure_warm(plan: Plan, path: Path, row_bytes: int) -> dict[str, dict[str, 
     for way in WAYS:
         if way != ENGRAMDB or why_no_engramdb() is None:
             reads[way] = READERS[way](table)
-            for rows_U in sets * (3 if way == CACHED else 1):  # touches pages, fills the cache
+            for rows_U in sets * (3 if way == CACHED else 1):  # touches all pages and fills the cache
                 assert np.array_equal(reads[way](rows_U), reads[TAKE](rows_U)), way
     large: dict[str, list[float]] = {way: [] for way in reads}
     small: dict[str, list[float]] = {way: [] for way in reads}
@@ -92,7 +92,7 @@ def measure_warm(plan: Plan, path: Path, row_bytes: int) -> dict[str, dict[str, 
 
 
 def _seconds(read: Read, calls: list[np.ndarray]) -> float:
-    """Of the median call."""
+    """Seconds of the median call."""
     seconds = []
     for rows_U in calls:
         started = time.perf_counter()
@@ -102,11 +102,11 @@ def _seconds(read: Read, calls: list[np.ndarray]) -> float:
 
 
 def bench_store(quick: bool) -> dict[str, Any]:
-    """Reads uniform rows of one file in every way: warm here, cold and by several processes in the parts.
+    """Reads uniform rows of one file in every way: warm here, cold and in several processes in the parts.
 
     Returns:
-        `row_bytes`: per bytes of a row and way what `measure_warm` says; the parts `cold`, `footprint` and `remote`;
-        `engramdb`: why it was left out, None where it was not.
+        `row_bytes`: per row size and way, what `measure_warm` returns. `cold`, `footprint` and `remote`: the results of
+        the parts. `engramdb`: why it was left out, or None.
     """
     plan = QUICK if quick else FULL
     file = large_table(plan.file_gib)
@@ -126,7 +126,7 @@ def bench_store(quick: bool) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> tuple[list[str], Lines]:
-    """Header and lines, one for each size of row and way."""
+    """Header and lines, one for each row size and way."""
     lines = [
         [row_bytes, way, *cells(COLUMNS, own)]
         for row_bytes, ways in result["row_bytes"].items()
@@ -136,7 +136,7 @@ def table(result: dict[str, Any]) -> tuple[list[str], Lines]:
 
 
 def verdict(result: dict[str, Any]) -> str:
-    """How the stores in memory compare with np.take and engramdb, and whether that is what was wanted."""
+    """How the stores in memory compare with np.take and engramdb, and whether the targets are met."""
     warm = result["row_bytes"]
 
     def each(values: list[str]) -> str:

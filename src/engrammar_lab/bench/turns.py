@@ -10,7 +10,7 @@ Name = TypeVar("Name")
 
 
 def in_turn(names: Iterable[Name], num_turns: int) -> Iterator[tuple[int, int, Name]]:
-    """Each name once a turn, beginning one further in every turn, so that none always follows the same one.
+    """Yields each name once a turn. Each turn starts one name further on, so that the first is not always the same.
 
     Returns:
         the number of the turn, the place in it, and the name.
@@ -22,9 +22,9 @@ def in_turn(names: Iterable[Name], num_turns: int) -> Iterator[tuple[int, int, N
 
 
 def settle_allocator() -> None:
-    """Brings the C library to keep freed memory, as it does in a process that has run for a while.
+    """Makes the C library keep freed memory, as it does in a process that has run for a while.
 
-    Until one large block was freed it returns every output to the system, and each call then pays for fresh pages: up
-    to three times the arithmetic, by chance of what ran before.
+    Until one large block has been freed, it returns every output to the system, and each call pays for fresh pages.
+    That costs up to three times the arithmetic, depending on what ran before.
     """
     np.ones(31 * 2**20, dtype=np.uint8)

@@ -1,7 +1,7 @@
 """What the lab compares memory with: other ways to spend parameters on look-ups, as settings of the same model.
 
-Each module names its source. They are for measuring: their tables are trained in the model, and are neither placed nor
-served elsewhere.
+Each module names its source. Rivals are for measuring: their tables are trained in the model, and are neither placed
+nor served elsewhere.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ RIVALS: dict[str, type[RivalConfig]] = {
 
 
 def rival_from_json(data: Mapping[str, Any]) -> RivalConfig:
-    """Builds from `RivalConfig.to_json`'s dict, sizes left out at their defaults.
+    """Builds a config from `RivalConfig.to_json`'s dict; sizes that are left out get their defaults.
 
     Raises:
         ValueError: no such kind, an unknown setting, or a size that is not allowed.

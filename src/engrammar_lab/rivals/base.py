@@ -18,7 +18,7 @@ from engrammar.table import SparseTable
 
 @dataclass(frozen=True, kw_only=True)
 class Backbone:
-    """What a rival has to know of its model. `end_ids` end a text: no n-gram reaches across one."""
+    """What a rival needs to know of its model. `end_ids` end a text; no n-gram crosses one."""
 
     vocab_size: int
     hidden_size: int
@@ -34,7 +34,8 @@ class Rival(SparseTable, ABC):
     only, by the row optimizer.
 
     Attributes:
-        looks_up: what `read` looks up by; a model whose rival looks up n-grams reads whole rows, not on from a cache.
+        looks_up: what `read` looks up by. A model whose rival looks up n-grams reads whole texts; it cannot continue
+            from a cache.
     """
 
     weight: nn.Parameter
@@ -45,15 +46,15 @@ class Rival(SparseTable, ABC):
         self.weight = nn.Parameter(torch.empty(num_rows, width))
 
     def init_weights(self, std: float) -> None:
-        """Initial values of the parameters that are not those of linear layers; `std` is the backbone's."""
+        """Initializes the parameters outside linear layers; `std` is the backbone's."""
         init.normal_(self.weight, mean=0.0, std=std)
 
     def read(self, ids_BT: Tensor, starts_BT: Tensor | None) -> Tensor | None:
-        """What is looked up by ids (-1 where masked; True in `starts_BT` where a packed text begins): [B, T, ...]."""
+        """What is looked up by ids, [B, T, ...]. An id is -1 where masked; `starts_BT` is True where a text begins."""
         return None
 
     def embed(self, embeds_BTD: Tensor, read_BTX: Tensor | None) -> Tensor:
-        """The input embeddings, with what the rival makes of them."""
+        """The input embeddings, as the rival changes them."""
         return embeds_BTD
 
     def before(self, layer: int, streams_BTMD: Tensor, read_BTX: Tensor | None) -> Tensor:
@@ -81,12 +82,16 @@ class RivalConfig(ABC):
 
     @property
     def smallest(self) -> int:
-        """The least that the solved setting can be."""
+        """The smallest value of the solved setting."""
         return 2
 
     @abstractmethod
     def build(self, backbone: Backbone) -> Rival:
-        """The module, its parameters not yet initialized; a ValueError where it does not fit the backbone."""
+        """The module, with parameters that are not yet initialized.
+
+        Raises:
+            ValueError: it does not fit the backbone.
+        """
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": self.kind, **asdict(self)}
@@ -95,7 +100,7 @@ class RivalConfig(ABC):
 def plan_ngrams(
     backbone: Backbone, *, max_ngram_size: int, num_tables: int, rows: int, fill_class: int
 ) -> tuple[MemoryConfig, Geometry]:
-    """What `addressing.look_back` asks for: the memory's own boundary, on raw ids, and primes as sizes of tables."""
+    """The settings that `addressing.look_back` needs: the memory's boundary on raw ids, and primes as table sizes."""
     config = MemoryConfig(
         layers=(0,),
         max_ngram_size=max_ngram_size,
@@ -112,6 +117,6 @@ def plan_ngrams(
 
 
 def see(plan: tuple[MemoryConfig, Geometry], ids_BT: Tensor, starts_BT: Tensor | None) -> list[Tensor]:
-    """The ids 0, 1, ... positions back, the plan's fill class where there is none: [B, T] each."""
+    """The ids 0, 1, ... positions back, [B, T] each; the plan's fill class where there is none."""
     config, geometry = plan
     return look_back(ids_BT, config=config, geometry=geometry, starts_BT=starts_BT)

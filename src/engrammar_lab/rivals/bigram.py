@@ -1,7 +1,7 @@
 """A hashed bigram embedding added before every block, as in the modded-nanogpt speed runs (KellerJordan/modded-nanogpt,
 pull request 201).
 
-row = ((36313 * ids[t]) XOR (27191 * ids[t-1])) mod (rows - 1), and the last row where there is no token before. Before
+row = ((36313 * ids[t]) XOR (27191 * ids[t-1])) mod (rows - 1), or the last row if there is no token before. Before
 block l the streams gain scale_l * table[row]; the table starts at zero and the scales at 0.05.
 Letters: B batch, T tokens, M branches, D hidden width, L layers.
 """
@@ -22,7 +22,7 @@ FIRST_SCALE = 0.05
 
 @dataclass(frozen=True, kw_only=True)
 class BigramConfig(RivalConfig):
-    """`rows` of the table, 2 or more."""
+    """`rows`: the rows of the table, 2 or more."""
 
     rows: int = 1000
 

@@ -1,4 +1,4 @@
-"""The backbone with a rival in memory's place: transformers models of their own kind, registered on import.
+"""The backbone with a rival in memory's place: separate transformers model classes, registered on import.
 
 Letters: B batch, T tokens, M branches, D hidden width, X whatever a rival looks up.
 """
@@ -44,7 +44,7 @@ class EngrammarRivalConfig(EngrammarConfig):
 
 
 def backbone_of(config: EngrammarConfig) -> Backbone:
-    """What a rival has to know of its model; `eos_token_id` ends its texts."""
+    """What a rival needs to know of its model; `eos_token_id` ends its texts."""
     end = config.eos_token_id
     return Backbone(
         vocab_size=config.vocab_size,
@@ -92,7 +92,7 @@ class EngrammarRivalModel(RivalPreTrainedModel, EngrammarModel):
         """What the rival looks up by these ids.
 
         Raises:
-            ValueError: n-grams that would have to go on from a cache.
+            ValueError: n-grams would have to continue from a cache.
         """
         if self.rival.looks_up == "ngrams" and past_key_values is not None and past_key_values.get_seq_length():
             raise ValueError("An n-gram rival reads whole rows, not on from a cache: pass use_cache=False.")
@@ -138,12 +138,12 @@ class RivalShare(Share):
 
 
 def solve_rival_budget(plain: EngrammarConfig, rival: RivalConfig, *, rho: float) -> EngrammarConfig:
-    """As `solve_budget`, with the tables of a rival instead of a memory's."""
+    """Like `solve_budget`, with a rival's tables instead of a memory's."""
     return solve_budget(plain, RivalShare(rival=rival), rho=rho)
 
 
 def build_lab_config(recipe: ModelRecipe, tokenizer: Any, classes_V: Any) -> EngrammarConfig:
-    """As `train.run.build_config`, and for recipes whose `model.settings.rival` names a rival."""
+    """Like `train.run.build_config`, but also for recipes whose `model.settings.rival` names a rival."""
     settings = dict(recipe.settings)
     rival = settings.pop("rival", None)
     if rival is None:

@@ -1,8 +1,9 @@
 """Over-Encoding: hashed n-grams in the input embedding (Over-Tokenized Transformer, arXiv 2501.16975, section 3).
 
 An n-gram's id is its tokens read as digits of base V, ids[t] + ids[t-1]*V + ..., with 0 for a token that is missing.
-Each order has k tables of different sizes m_i and width D/k; the row is the id mod m_i, projected to D by a matrix of
-the table's own. The input is the mean of the token's embedding and the k*(N-1) projected rows. Sizes are primes here.
+Each order has k tables of different sizes m_i and width D/k. The row is the id mod m_i; each table has its own matrix
+that projects rows to D. The input is the mean of the token's embedding and the k*(N-1) projected rows. Here the sizes
+are primes.
 Letters: B batch, T tokens, D hidden width, C row width, J = k*(N-1) tables.
 """
 
@@ -18,7 +19,7 @@ from engrammar_lab.rivals.base import Backbone, Rival, RivalConfig, plan_ngrams,
 
 @dataclass(frozen=True, kw_only=True)
 class OverEncodingConfig(RivalConfig):
-    """`rows` of each table, `num_tables` k of each order from 2 to `max_ngram_size`."""
+    """`rows` of each table, and `num_tables` (k) of each order from 2 to `max_ngram_size`."""
 
     rows: int = 1000
     num_tables: int = 4

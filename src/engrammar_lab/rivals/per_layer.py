@@ -1,10 +1,10 @@
-"""Per-layer embeddings, as in Gemma 3n: every block has a narrow embedding of the token of its own.
+"""Per-layer embeddings, as in Gemma 3n: every block has its own narrow embedding of the token.
 
 Source: transformers' `gemma3n`. Before block l the streams gain norm_l(W_up_l (gelu(W_gate_l x) * e_l[id] * sqrt(P))),
 where x is the normed mean of the branches and e_l a table [V, P].
-Left out: Gemma's second term in the gate's product, a projection of the input embedding. Gemma's embeddings have unit
-size and so has its norm's weight at the start; embeddings here begin at `initializer_range`, and so does that weight.
-Letters: B batch, T tokens, M branches, D hidden width, L layers, P width of a layer's embedding.
+Left out: Gemma's second term in the gate's product, a projection of the input embedding. Gemma's embeddings, and its
+norm's weight, start at unit size; here both start at `initializer_range`.
+Letters: B batch, T tokens, M branches, D hidden width, L layers, P width of a layer's embedding, V ids.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from engrammar_lab.rivals.base import Backbone, Rival, RivalConfig
 
 @dataclass(frozen=True, kw_only=True)
 class PerLayerConfig(RivalConfig):
-    """`width` P of a layer's embedding."""
+    """`width`: P, the width of a layer's embedding."""
 
     width: int = 16
 

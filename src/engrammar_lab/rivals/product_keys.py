@@ -1,9 +1,9 @@
-"""Product-key memory: values found by what the hidden state says, not by token ids (Lample et al., arXiv 1907.05242).
+"""Product-key memory: values found by the hidden state, not by token ids (Lample et al., arXiv 1907.05242).
 
-Per head a query q = norm(W x) is cut into halves; each half scores n sub-keys, and the k best of either make k*k pairs
-(i, j) with score q1.c_i + q2.c'_j. The softmax over the k best pairs weighs rows i*n + j of one table of n*n values,
-which all heads share (section 3.1). Here it is added to the streams before one block, x being the normed mean of the
-branches; the queries' batch norm is an RMSNorm, since a batch norm would carry state and mix texts.
+Per head a query q = norm(W x) is cut into halves. Each half scores n sub-keys, and the k best of each half make k*k
+pairs (i, j) with score q1.c_i + q2.c'_j. The softmax over the k best pairs weighs rows i*n + j of one table of n*n
+values, which all heads share (section 3.1). Here the result is added to the streams before one block, and x is the
+normed mean of the branches. The queries' batch norm is an RMSNorm here: a batch norm would carry state and mix texts.
 Letters: B batch, T tokens, M branches, D hidden width, H heads, Q query width, n sub-keys of a half, k pairs kept.
 """
 
@@ -21,7 +21,7 @@ from engrammar_lab.rivals.base import Backbone, Rival, RivalConfig
 
 @dataclass(frozen=True, kw_only=True)
 class ProductKeysConfig(RivalConfig):
-    """`num_keys` n of each half, `num_heads` H, `query_dim` Q (even), `top_k` k, before which block it is added."""
+    """`num_keys` (n) of each half, `num_heads` (H), `query_dim` (Q, even), `top_k` (k); added before block `layer`."""
 
     num_keys: int = 32
     num_heads: int = 2
@@ -60,7 +60,7 @@ class ProductKeys(Rival):
         super().init_weights(std)
         init.ones_(self.input_norm)
         init.ones_(self.query_norm)
-        init.normal_(self.keys, mean=0.0, std=self.keys.shape[-1] ** -0.5)  # scores of a half then have unit size
+        init.normal_(self.keys, mean=0.0, std=self.keys.shape[-1] ** -0.5)  # gives the scores of a half unit size
 
     def find(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """Rows [B, T, H, k] and their weights, which sum to one over k."""
