@@ -1,8 +1,9 @@
 """From token ids to row numbers (paper section 2.2). Depends on token ids alone.
 
-Everything is in exact int64 arithmetic, and NumPy and torch give the same integers. Negative ids are masked: they are
-never looked back to and break look-back, so "missing history", "row start", and "left padding" are one thing, -1.
-Letters: B batch, T tokens, S positions of history (N-1), N highest order, K heads per order, H = (N-1)*K columns.
+All arithmetic is exact int64, and NumPy and torch give the same integers. A negative id is masked: look-back never
+returns it and never crosses it. So missing history, the start of a row and left padding are the same thing, -1.
+Letters: B batch, T tokens, S positions of history (N-1), V ids, N highest order, K heads per order, H = (N-1)*K
+columns.
 """
 
 import numpy as np
@@ -19,11 +20,18 @@ GOLDEN64 = 0x9E3779B97F4A7C15  # splitmix64's increment
 
 
 def derive_geometry(config: MemoryConfig, *, num_classes: int, fill_class: int) -> Geometry:
-    """Multipliers and table sizes of every memory layer. Call once per model and save the result.
+    """Derives the multipliers and table sizes of every memory layer (section 2.2). Call it once per model.
 
     Args:
-        num_classes: classes of the compressed vocabulary; it bounds the multipliers, so it is part of the hash.
-        fill_class: class of `config.fill_id`.
+        num_classes: the number of classes of the compressed vocabulary. It bounds the multipliers, so it is part of
+            the hash.
+        fill_class: the class of `config.fill_id`.
+
+    Returns:
+        The geometry, to be saved with the model.
+
+    Raises:
+        ValueError: `fill_class` is not one of the classes.
     """
     if not 0 <= fill_class < num_classes:
         raise ValueError(f"fill_class is {fill_class}; allowed: 0 to num_classes-1 = {num_classes - 1}.")
@@ -64,8 +72,8 @@ def _splitmix64(state: int) -> int:
 
 
 def table_sizes(config: MemoryConfig) -> tuple[tuple[tuple[int, ...], ...], ...]:
-    """Every (layer, order, head) takes the next prime not used anywhere in the model, from rows_per_head - 1 on."""
-    from sympy import isprime  # torch depends on it; it takes a while to import, and loading a model does not need it
+    """Gives each (layer, order, head) in turn the smallest prime from `rows_per_head` on that is not used yet."""
+    from sympy import isprime  # slow to import, and loading a model does not need it; torch depends on it
 
     used: set[int] = set()
     last = [rows - 1 for rows in config.rows_per_head]
@@ -93,19 +101,19 @@ def look_back(
     classes_V: Tensor | None = None,
     starts_BT: Tensor | None = None,
 ) -> list[Tensor]:
-    """The class each token sees 0, 1, ..., N-1 positions back; `geometry.fill_class` where there is none.
+    """The class that each token sees 0, 1, ..., N-1 positions back, or `geometry.fill_class` where there is none.
 
     Args:
-        ids_BT: raw token ids, int64; negative ones are masked.
-        history_BS: the N-1 raw ids before `ids_BT`, -1 where there are none; None is the start of a row.
-        classes_V: class of each raw id; None hashes raw ids.
+        ids_BT: raw token ids, int64. Negative ids are masked.
+        history_BS: the N-1 raw ids before `ids_BT`, -1 where there are none. None: the rows begin here.
+        classes_V: the class of each raw id. None hashes raw ids.
         starts_BT: True where a packed document begins; look-back never crosses it.
 
     Returns:
         N tensors [B, T] of int64 classes.
 
     Raises:
-        ValueError: the history is not N-1 ids long; on the CPU also: an id is not below the vocabulary size.
+        ValueError: the history is not N-1 ids long, or an id is outside the vocabulary (checked on the CPU only).
     """
     num_back = config.max_ngram_size - 1
     num_tokens = ids_BT.shape[1]
@@ -147,14 +155,14 @@ def _classes_of(raw: Tensor, classes_V: Tensor | None, geometry: Geometry) -> Te
 
 
 def hash_ngrams(looked_back: list[Tensor], *, config: MemoryConfig, geometry: Geometry, layer_index: int) -> Tensor:
-    """Rows of a layer's table (section 2.2): mix_n = XOR of class_k * multiplier_k over k < n; row = mix_n mod prime.
+    """Hashes n-grams to rows (section 2.2): mix_n = XOR of class_k * multiplier_k over k < n; row = mix_n mod prime.
 
     Args:
         looked_back: N tensors [B, T] from `look_back`.
 
     Returns:
-        rows_BTH, int64, counted over the whole table, in which heads are end to end; columns ordered by order, then
-        head.
+        rows_BTH, int64: row numbers over the layer's whole table, in which the heads follow each other. Columns are
+        sorted by order, then by head.
     """
     multipliers_N = geometry.multipliers[layer_index]
     sizes, offsets = iter(geometry.head_sizes(layer_index)), iter(geometry.head_offsets(layer_index))
@@ -169,10 +177,11 @@ def hash_ngrams(looked_back: list[Tensor], *, config: MemoryConfig, geometry: Ge
 def hash_ngrams_numpy(
     looked_back: list[NDArray[np.int64]], *, config: MemoryConfig, geometry: Geometry, layer_index: int
 ) -> NDArray[np.int64]:
-    """`hash_ngrams` for arrays, bit for bit, at several times the speed.
+    """`hash_ngrams` for arrays: the same integers, several times faster.
 
-    NumPy divides unsigned integers by a constant in vector registers, and takes a remainder one by one. The result
-    [B, T, H] is contiguous head by head, as tables are read; `np.ascontiguousarray` gives it token by token.
+    NumPy divides unsigned integers by a constant in vector registers but takes remainders one by one, so the remainder
+    is computed from the quotient. The result [B, T, H] is contiguous head by head, the order in which tables are read;
+    `np.ascontiguousarray` makes it contiguous token by token.
     """
     multipliers_N = [np.uint64(multiplier) for multiplier in geometry.multipliers[layer_index]]
     seen_NBT = [seen_BT.view(np.uint64) for seen_BT in looked_back]  # classes, and so the mix, are never negative

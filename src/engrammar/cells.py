@@ -1,4 +1,4 @@
-"""Figures as tables of words: how a value becomes a cell, and cells as text for a terminal or as Markdown."""
+"""Tables of figures: turns values into cells, and cells into text for a terminal or into Markdown."""
 
 import shutil
 import textwrap
@@ -10,12 +10,13 @@ GAP, SHORT = "  ", 12
 
 
 class Column(NamedTuple):
-    """What a column shows of a result.
+    """One column of a table of results.
 
     Attributes:
-        key: of the value; dots lead into nested dicts. A value that is None is an empty cell.
-        form: as `format` takes it.
-        per: the unit, by which values are divided.
+        title: the header.
+        key: the key of the value in a result; dots lead into nested dicts. A value of None gives an empty cell.
+        form: the format of a value, as `format` takes it.
+        per: the unit; values are divided by it.
     """
 
     title: str
@@ -41,15 +42,15 @@ def titles(columns: Sequence[Column]) -> list[str]:
 
 
 def by_name(title: str, columns: Sequence[Column], named: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], Lines]:
-    """Header and lines of a table with a line for each name, which is in the column `title`."""
+    """Returns the header and the lines of a table with one line per name; the column `title` holds the names."""
     return [title, *titles(columns)], [[name, *cells(columns, figures)] for name, figures in named.items()]
 
 
 def as_text(header: Sequence[str], lines: Lines, *, num_keys: int = 1, width: int | None = None) -> str:
-    """Columns side by side, those of numbers to the right.
+    """Draws columns side by side, numbers aligned to the right.
 
-    A table wider than `width` (the terminal's; 80 where there is none) goes on below, its first `num_keys` columns
-    repeated, so that every line can be read.
+    A table wider than `width` (default: the terminal's width, or 80 without a terminal) is continued below. There its
+    first `num_keys` columns are repeated, so that every line can be read.
     """
     width = width or shutil.get_terminal_size().columns
     columns = [[title, *(line[place] for line in lines)] for place, title in enumerate(header)]
@@ -62,7 +63,7 @@ def as_text(header: Sequence[str], lines: Lines, *, num_keys: int = 1, width: in
 
 
 def _width(column: Sequence[str]) -> int:
-    """As wide as the longest cell and the longest word of the title, of which a short one is not broken."""
+    """The width of the longest cell or of the title's longest word; a short title is not broken into words."""
     title, *cells = column
     return max(1, *map(len, cells), *map(len, title.split()), min(len(title), SHORT))
 
@@ -84,5 +85,5 @@ def as_markdown(header: Sequence[str], lines: Lines) -> list[str]:
 
 
 def in_lines(text: str) -> str:
-    """A paragraph in lines as long as the terminal's."""
+    """Wraps a paragraph to the width of the terminal."""
     return textwrap.fill(text, shutil.get_terminal_size().columns)

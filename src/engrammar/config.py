@@ -14,7 +14,7 @@ GROUP = 32  # values that share a scale, in `fp8_scale32` and `int4`
 
 
 def row_bytes(encoding: Encoding, width: int) -> int:
-    """Bytes of a stored row of `width` values, with the scales behind them in the row (`tables/encodings.py`)."""
+    """Bytes of a stored row of `width` values and the scales that follow them in the row (`tables/encodings.py`)."""
     groups = -(-width // GROUP)
     return {
         "fp32": 4 * width,
@@ -38,27 +38,27 @@ class MemoryConfig:
         head_dim: row width C.
         rows_per_head: requested rows per head, one number per order; the sizes are the next unused primes.
         seed: seed of the hash multipliers.
-        multipliers: where they come from: NumPy's default generator seeded per layer (the paper's demo), or
-            splitmix64 seeded by the layer's position in `layers` (Qwen).
+        multipliers: the generator of the hash multipliers. `numpy`: NumPy's default one, seeded per layer (the paper's
+            demo); `splitmix64`: seeded by the layer's position in `layers` (Qwen).
         compression: `normalized` maps ids that read alike to one class; `none` hashes raw ids.
         boundary: what a look-back never crosses. `row`: the start of a row only; `dead`: any of `dead_ids` too;
-            `end`: a look-back never leaves the segment that follows one of `end_ids`.
-        fill_id: the raw id that stands for missing history (its class is hashed).
+            `end`: any of `end_ids`, so that a look-back never leaves its segment.
+        fill_id: the raw id whose class is hashed for missing history.
         dead_ids: ids that break look-back and are never looked back to (`boundary="dead"`), such as a model's image id.
-        dead_positions: what the memory adds at a dead id. `silent`: nothing, its gate is closed, as serving engines
-            do; `fused`: the rows of missing history, like anywhere else.
+        dead_positions: what the memory adds at a dead id. `silent`: nothing, since the gate is closed there, as serving
+            engines do; `fused`: the rows of missing history, as anywhere else.
         end_ids: ids that end a segment (`boundary="end"`).
-        branch_keys: `each` residual branch has a key projection of its own; `shared` is one for all (the paper's
-            ablation).
-        gate: `signed_root` is sigmoid(sign(s) sqrt|s|), as in the released code; `sigmoid` is equation 4 as printed;
-            `none` adds the value as it is, without keys (the paper's ablation).
-        conv_kernel: taps of the causal depthwise convolution, dilated by N; 0 leaves it out.
-        conv_init: `zero` makes the branch silent at the start.
-        bias: whether the key and value projections carry a learned bias.
-        key_norm_eps: epsilon of the RMSNorm of keys and queries; None is the smallest step of the dtype.
+        branch_keys: `each`: every residual branch has its own key projection; `shared`: all branches have one (the
+            paper's ablation).
+        gate: `signed_root`: sigmoid(sign(s) sqrt|s|), as in the released code; `sigmoid`: equation 4 as printed;
+            `none`: the value is added as it is, without keys (the paper's ablation).
+        conv_kernel: taps of the causal depthwise convolution, which is dilated by N; 0 leaves it out.
+        conv_init: `zero` makes the convolution silent at the start; `default` is the initialization of nn.Conv1d.
+        bias: whether the key and value projections have a learned bias.
+        key_norm_eps: epsilon of the RMSNorm of keys and queries; None is the machine epsilon of the dtype.
         conv_norm_eps: epsilon of the RMSNorm before the convolution.
-        rows_multiple: the rows of a layer are padded up to a multiple of this.
-        row_encoding: how a row is stored where it is served; training and its checkpoints keep the model's dtype.
+        rows_multiple: the rows of a layer are padded to a multiple of this.
+        row_encoding: how a row is stored for serving; training and its checkpoints keep the model's dtype.
     """
 
     layers: tuple[int, ...]
@@ -151,8 +151,8 @@ class MemoryConfig:
         """Builds from `to_json`'s dict; `{"dialect": NAME, ...}` starts from a dialect and replaces what is given.
 
         Raises:
-            ValueError: no such dialect or setting, a value that is not allowed, or neither a dialect nor the settings
-                that have no default.
+            ValueError: the dialect or a setting is unknown, a value is not allowed, or a setting without a default is
+                missing and no dialect gives it.
         """
         data = dict(data)
         dialect = data.pop("dialect", None)
@@ -175,14 +175,14 @@ class MemoryConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Geometry:
-    """The integers that fix every address. Derived once (`addressing.derive_geometry`), saved, never derived again.
+    """The integers that fix every address. They are derived once (`addressing.derive_geometry`) and then saved.
 
     Attributes:
-        num_classes: classes that ids fall into (the vocabulary size without compression).
-        fill_class: class hashed for missing history.
-        multipliers: per memory layer, N odd integers, one per look-back position.
-        table_sizes: per memory layer, per order, K primes.
-        rows_multiple: padding of a layer's rows.
+        num_classes: the number of classes that ids fall into (the vocabulary size without compression).
+        fill_class: the class that is hashed for missing history.
+        multipliers: for each memory layer, N odd integers, one per look-back position.
+        table_sizes: for each memory layer and order, K primes.
+        rows_multiple: the rows of a layer are padded to a multiple of this.
     """
 
     num_classes: int
@@ -192,7 +192,11 @@ class Geometry:
     rows_multiple: int = 1
 
     def check(self, memory: MemoryConfig) -> None:
-        """Raises ValueError unless layers, orders and heads are as many as in `memory`, and heads as large as asked."""
+        """Checks that this geometry fits `memory`.
+
+        Raises:
+            ValueError: the number of layers, orders or heads is another one, or a head has too few rows.
+        """
 
         def require(holds: bool, wrong: str) -> None:
             if not holds:
@@ -216,15 +220,15 @@ class Geometry:
         return tuple(size for sizes_K in self.table_sizes[index] for size in sizes_K)
 
     def head_offsets(self, index: int) -> tuple[int, ...]:
-        """Where each head's rows begin in the index-th memory layer's one table, heads end to end."""
+        """The first row of each head in the one table of the index-th memory layer, where heads follow each other."""
         return (0, *accumulate(self.head_sizes(index)[:-1]))
 
     def num_rows(self, index: int) -> int:
-        """Rows used by the index-th memory layer."""
+        """Rows that the index-th memory layer uses, without padding."""
         return sum(self.head_sizes(index))
 
     def num_stored_rows(self, index: int) -> int:
-        """Rows of the index-th memory layer with padding."""
+        """Rows of the index-th memory layer, padding included."""
         return -(-self.num_rows(index) // self.rows_multiple) * self.rows_multiple
 
     def to_json(self) -> dict[str, Any]:
@@ -266,7 +270,7 @@ DIALECTS: dict[str, MemoryConfig] = {
         rows_per_head=(16_000_000,) * 3,
         head_dim=256,
         boundary="dead",
-        fill_id=2,  # the pad id; where it is in a text it is hashed like any token
+        fill_id=2,  # the pad id; inside a text it is hashed like any token
         dead_ids=(129_264,),  # the image id
         conv_kernel=0,
         row_encoding="fp8_scale32",

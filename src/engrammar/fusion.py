@@ -1,6 +1,7 @@
 """Fusion of retrieved rows with the hidden state (paper section 2.3): keys, gate, value, convolution.
 
-Letters: B batch, T tokens, M residual branches, D hidden width, E width of a token's rows, S window positions.
+Letters: B batch, T tokens, M residual branches, D hidden width, E width of a token's rows, C = M*D channels,
+S = window + T positions.
 """
 
 import math
@@ -16,8 +17,8 @@ from engrammar.config import MemoryConfig
 class Fusion(nn.Module):
     """One memory layer's fusion: `forward(hidden, embedding) -> what is added to the residual`.
 
-    One product serves the value and the M keys (one key, where branches share it; none without a gate). The module
-    keeps no state: the caller stores the convolution's window.
+    One matrix product computes the value and the M keys (one key if the branches share it, none without a gate). The
+    module keeps no state: the caller stores the convolution's window.
     """
 
     def __init__(self, config: MemoryConfig, *, hidden_size: int, num_branches: int) -> None:
@@ -34,10 +35,12 @@ class Fusion(nn.Module):
             self.conv_norm = nn.Parameter(torch.ones(num_branches, hidden_size))
             self.conv_weight = nn.Parameter(torch.zeros(num_branches * hidden_size, 1, config.conv_kernel))
             if config.conv_init == "default":
-                nn.init.kaiming_uniform_(self.conv_weight, a=math.sqrt(5))  # what nn.Conv1d does
+                nn.init.kaiming_uniform_(self.conv_weight, a=math.sqrt(5))  # as nn.Conv1d does
 
     def gate(self, hidden_BTMD: Tensor, embedding_BTE: Tensor) -> tuple[Tensor, Tensor]:
-        """The gate of each branch, in 0..1, and the value it scales (equations 3 and 4); 1 where there is none.
+        """The gate of each branch, from 0 to 1, and the value that it scales (equations 3 and 4).
+
+        With `gate="none"` the gate is 1.
 
         Returns:
             gate_BTM, value_BTD.
@@ -56,14 +59,14 @@ class Fusion(nn.Module):
         return torch.sigmoid(score_BTM), value_BTD
 
     def gated_value(self, hidden_BTMD: Tensor, embedding_BTE: Tensor, dead_BT: Tensor | None = None) -> Tensor:
-        """gate * value per branch; exactly zero at `dead_BT` positions. Returns value_BTMD."""
+        """Returns value_BTMD, gate * value for each branch. It is exactly zero at `dead_BT` positions."""
         gate_BTM, value_BTD = self.gate(hidden_BTMD, embedding_BTE)
         if dead_BT is not None:
             gate_BTM = gate_BTM.masked_fill(dead_BT[..., None], 0.0)
         return gate_BTM[..., None] * value_BTD[..., None, :]
 
     def normed_value(self, value_BTMD: Tensor) -> Tensor:
-        """What the convolution reads, channels first: [B, M*D, T]. Zero where the value is zero."""
+        """The normalized value [B, M*D, T] that the convolution reads. It is zero where the value is zero."""
         return rms_norm(value_BTMD, self.conv_norm, self.config.conv_norm_eps).flatten(-2).transpose(1, 2)
 
     def convolve(self, normed_BCS: Tensor, num_tokens: int, starts_BT: Tensor | None = None) -> Tensor:
@@ -94,13 +97,13 @@ class Fusion(nn.Module):
         starts_BT: Tensor | None = None,
         extend: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """What is added to the residual.
+        """Computes what is added to the residual (section 2.3).
 
         Args:
-            dead_BT: True where nothing is added for the position itself.
+            dead_BT: True where the gated value is zero; the convolution may still add earlier positions there.
             starts_BT: True where a packed document begins.
-            extend: puts before the convolution's input [B, M*D, T] what it was at earlier positions (up to
-                `conv_window` of them), and keeps what later calls need. None: the rows begin here.
+            extend: prepends to the convolution's input [B, M*D, T] the inputs of up to `conv_window` earlier positions,
+                and keeps what later calls need. None: the rows begin here.
 
         Returns:
             output_BTMD.
@@ -115,5 +118,5 @@ class Fusion(nn.Module):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float | None) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; weight may differ per branch."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; each branch may have its own weight."""
     return F.rms_norm(x, x.shape[-1:], eps=eps) * weight

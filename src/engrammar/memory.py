@@ -1,6 +1,6 @@
 """The one door to a model's rows: token ids -> the rows of every memory layer, before the first block runs.
 
-Knows nothing of hidden states; fusion knows nothing of ids. What passes between them is `Retrieved`.
+This module knows nothing of hidden states, and fusion knows nothing of ids. Only `Retrieved` passes between them.
 Letters: B batch, T tokens, S = N-1 positions of history, V ids, H columns, E width of a token's rows.
 """
 
@@ -18,15 +18,15 @@ from engrammar.table import MemoryTable, Rows, RowSource, Tables
 
 @dataclass(frozen=True, kw_only=True)
 class Retrieved:
-    """What retrieval hands to fusion: made by `Memory.retrieve`, passed to a model's `forward(..., retrieved=...)`.
+    """What retrieval hands to fusion. `Memory.retrieve` makes it; a model's `forward(..., retrieved=...)` takes it.
 
     Attributes:
-        input_ids: the ids it was made for; a forward pass of others refuses it.
-        waits: per memory layer index in the model, a function that waits for its rows.
-        dead_BT: True where the memory adds nothing: masked positions (padding), dead ids; None where there are none.
-        starts_BT: True where a packed document begins; None where rows are not packed.
-        own_history: whether each token was given a history of its own (flat tokens of many sequences), so that its
-            neighbor in the batch is not the token before it.
+        input_ids: the ids whose rows these are; a forward pass of other ids refuses it.
+        waits: for each memory layer, by its index in the model, a function that waits for its rows.
+        dead_BT: True where the memory adds nothing, at masked positions (padding) and dead ids. None: nowhere.
+        starts_BT: True where a packed document begins. None: the rows are not packed.
+        own_history: whether each token was given its own history (flat tokens of many sequences). The token before it
+            in the batch is then not the token before it in the text.
     """
 
     input_ids: Tensor
@@ -36,9 +36,9 @@ class Retrieved:
     own_history: bool = False
 
     def wait(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
-        """A layer's rows, once they are there: embedding_BTE, and dead_BT with the positions that lack a row.
+        """Waits for a layer's rows and returns embedding_BTE, and dead_BT, which includes positions that lack a row.
 
-        None for a layer without memory.
+        Both are None for a layer without memory.
         """
         if layer not in self.waits:
             return None, None
@@ -48,7 +48,7 @@ class Retrieved:
         return embedding_BTE, self.dead_BT | missing_BT
 
     def check_made_for(self, input_ids: Tensor) -> None:
-        """Raises a ValueError if these are other ids than the rows were read for (their values on the CPU only)."""
+        """Raises a ValueError if the rows were read for other ids (values are compared on the CPU only)."""
         same = self.input_ids.shape == input_ids.shape
         if same and input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
             same = torch.equal(self.input_ids.cpu(), input_ids)
@@ -60,8 +60,8 @@ class Memory(nn.Module):
     """The tables of all memory layers, and the class map that addresses them.
 
     `class_of_id` is saved with the model, so a checkpoint addresses its rows without its tokenizer. It holds -1 until
-    `set_classes` or loading fills it; with `compression="none"` there is none, unless ids came later
-    (`resize_vocabulary`).
+    `set_classes` or loading fills it. With `compression="none"` there is no map, unless `resize_vocabulary` has added
+    ids.
     """
 
     class_of_id: Tensor | None
@@ -83,25 +83,28 @@ class Memory(nn.Module):
             {str(layer): MemoryTable(config, geometry, index, tables) for index, layer in enumerate(config.layers)}
         )
         self.register_buffer("class_of_id", self.first_classes(vocab_size))
-        # Whether the class map was found filled: looking costs a synchronization.
+        # Remembers that the class map is filled, since looking costs a synchronization.
         self._classes_seen = config.compression == "none"
 
     def table(self, layer: int) -> MemoryTable:
-        """The table of a layer of the model."""
+        """The table of the model's block `layer`."""
         table = self.tables[str(layer)]
         assert isinstance(table, MemoryTable)
         return table
 
     @property
     def source(self) -> RowSource | None:
-        """Where the rows are, if they are not the tables' own parameters."""
+        """The source of the rows; None if they are the tables' own parameters."""
         return self.table(self.config.layers[0]).source
 
     @torch.no_grad()
     def set_classes(self, classes_V: Tensor) -> None:
-        """Fills the class map (`vocabulary.compress_vocabulary`), checking that it belongs to this geometry.
+        """Fills the class map with the classes that `vocabulary.compress_vocabulary` returned.
 
-        Ids that the tokenizer lacks but the vocabulary is padded with take the class of missing history.
+        Padding ids of the vocabulary, which the tokenizer lacks, take the class of missing history.
+
+        Raises:
+            ValueError: the classes do not belong to this geometry, or the memory has no class map.
         """
         if self.class_of_id is None or self.config.compression == "none":
             raise ValueError("memory.compression is 'none': this model has no class map to set.")
@@ -116,9 +119,9 @@ class Memory(nn.Module):
         self.class_of_id.fill_(fill_class)[: self.num_ids] = classes_V
 
     def first_classes(self, vocab_size: int) -> Tensor | None:
-        """The class map before `set_classes`: -1; or raw ids, those that the hash was not made for as missing history.
+        """The class map before `set_classes`: -1 everywhere, or without compression the raw ids.
 
-        None where raw ids need no map.
+        Raw ids that the hash was not made for take the class of missing history. None: raw ids need no map.
         """
         num_classes = self.geometry.num_classes
         if self.config.compression == "normalized":
@@ -138,7 +141,7 @@ class Memory(nn.Module):
             )
 
     def resize_vocabulary(self, vocab_size: int, device: torch.device) -> None:
-        """Cuts the class map to `vocab_size` ids, or gives new ids the class of missing history."""
+        """Cuts the class map to `vocab_size` ids, or extends it: new ids take the class of missing history."""
         self.num_ids = min(self.num_ids, vocab_size)
         kept_V, resized_V = self.class_of_id, self.first_classes(vocab_size)
         if resized_V is not None and kept_V is not None:
@@ -146,9 +149,9 @@ class Memory(nn.Module):
         self.class_of_id = None if resized_V is None else resized_V.to(device)
 
     def require_classes(self) -> None:
-        """Raises a ValueError if the class map was never filled, on any device: every n-gram would read the same rows.
+        """Raises a ValueError if the class map was never filled: every n-gram would then read the same rows.
 
-        Under torch.compile it cannot look; run one pass, or call this, before compiling.
+        It works on any device, but cannot look under torch.compile: call it, or run one pass, before compiling.
         """
         if self._classes_seen or self.class_of_id is None or self.class_of_id.is_meta:
             return
@@ -170,23 +173,24 @@ class Memory(nn.Module):
 
         Args:
             input_ids: [B, T], raw token ids; negative ones are masked.
-            attention_mask: [B, T], zero where these positions are padding.
-            position_ids: [B or 1, T]. Without a mask and a history, positions that restart at 0 tell packed documents.
-            history: the N-1 ids before each row, [B, N-1], -1 where there are none; or before each token, [B, T, N-1],
-                for flat tokens in the middle of many sequences. None: the rows begin here.
+            attention_mask: [B, T], zero at padding.
+            position_ids: [B or 1, T]. If there is neither a mask nor a history, positions that restart at 0 mark packed
+                documents.
+            history: the N-1 ids before each row, [B, N-1], -1 where there are none; or those before each token,
+                [B, T, N-1], for flat tokens in the middle of many sequences. None: the rows begin here.
 
         Raises:
-            ValueError: the class map was never set, a mask or history of another shape, or positions that say that the
-                rows go on from earlier tokens when no history is given.
+            ValueError: the class map was never set; the mask or the history has another shape; or positions continue
+                earlier tokens, but no history is given.
         """
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         return self.retrieve_step([{**batch, "history": history}])[0]
 
     def retrieve_step(self, passes: Sequence[Mapping[str, Tensor | None]]) -> list[Retrieved]:
-        """As `retrieve`, for several forward passes at once: a source outside the model reads each distinct row once.
+        """As `retrieve`, for several forward passes at once. A source outside the model reads each distinct row once.
 
         Args:
-            passes: for each, the arguments of `retrieve` by name.
+            passes: for each pass, the arguments of `retrieve` by name.
         """
         self.require_classes()
         looked_up = [self._look_up(**one) for one in passes]  # type: ignore[arg-type]
@@ -194,7 +198,7 @@ class Memory(nn.Module):
         return [replace(retrieved, waits=own) for (retrieved, _), own in zip(looked_up, waits)]
 
     def _read(self, passes: list[dict[int, Tensor]]) -> list[dict[int, Callable[[], Rows]]]:
-        """Starts every table's reads; a source outside the model gets those of all tables and passes at once."""
+        """Starts the reads of every table. A source outside the model gets those of all tables and passes at once."""
         tables = {layer: self.table(layer) for layer in self.config.layers}
         if self.source is None:
             return [{layer: partial(Rows, tables[layer](rows)) for layer, rows in one.items()} for one in passes]
@@ -208,7 +212,7 @@ class Memory(nn.Module):
         position_ids: Tensor | None = None,
         history: Tensor | None = None,
     ) -> dict[int, Tensor]:
-        """Per memory layer the rows [B, T, H] of its table that `retrieve` would read; arguments and errors alike."""
+        """For each memory layer, the rows_BTH that `retrieve` would read. Arguments and errors are the same."""
         self.require_classes()
         return self._look_up(input_ids, attention_mask, position_ids, history)[1]
 
@@ -219,7 +223,7 @@ class Memory(nn.Module):
         position_ids: Tensor | None = None,
         history: Tensor | None = None,
     ) -> tuple[Retrieved, dict[int, Tensor]]:
-        """What is known of a pass before its rows are there, and per memory layer their numbers rows_BTH."""
+        """Returns what is known of a pass before its rows arrive, and for each memory layer the numbers rows_BTH."""
         ids_BT, mask_BT, starts_BT = masked_ids(input_ids, attention_mask, position_ids, continued=history is not None)
         own_history = history is not None and history.ndim == 3
         ids, past = ids_BT, history
@@ -247,13 +251,13 @@ class Memory(nn.Module):
 def masked_ids(
     input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, *, continued: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Ids with -1 where masked, the mask, and where packed documents start.
+    """Returns the ids with -1 where they are masked, the mask, and where packed documents start.
 
-    As in transformers' attention mask, position ids that restart tell packed documents, where there is neither a mask
-    nor a history (`continued`).
+    As in transformers' attention mask, position ids that restart mark packed documents if there is neither a mask nor a
+    history (`continued`).
 
     Raises:
-        ValueError: a mask that is not [B, T], or positions that do not begin at 0 although nothing comes before.
+        ValueError: the mask is not [B, T], or positions do not begin at 0 although nothing comes before.
     """
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
         raise ValueError(

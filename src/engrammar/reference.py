@@ -1,6 +1,6 @@
-"""The paper in plain code, the page to read first: hash (section 2.2), look up (equation 2), fuse (equations 3 to 5).
+"""The paper in plain code, to be read first: hash (section 2.2), look up (equation 2), fuse (equations 3 to 5).
 
-Nothing here is fast; each function is the twin that tests compare the fast code with. The whole of Engram is
+Nothing here is fast. Tests compare the fast code with these functions. All of Engram is
 `hidden + fuse(hidden, look_up(table, hash(ids)))`, once for each memory layer.
 Letters: T tokens, H columns (heads over all orders), R rows, C row width, E = H*C, B batch, M branches, D hidden width.
 """
@@ -17,8 +17,12 @@ def hash_ngrams_reference(
 ) -> list[list[int]]:
     """Section 2.2, one token at a time in Python integers: the plain twin of `look_back` and `hash_ngrams`.
 
-    `ids_T` are classes of one sequence (end and dead ids are judged on them too, so use it without compression or
-    with ids whose classes are themselves). Returns rows_TH, counted over the layer's whole table.
+    Args:
+        ids_T: the classes of one sequence. End and dead ids are recognized among them, so use this without compression,
+            or with ids whose classes are the ids themselves.
+
+    Returns:
+        rows_TH, row numbers over the layer's whole table.
     """
     stops = set(config.dead_ids)
     rows_TH = []
@@ -30,7 +34,7 @@ def hash_ngrams_reference(
             previous = ids_T[t - k] if t >= k else -1
             alive = alive and previous >= 0 and previous not in stops and previous not in config.end_ids
             looked_back[k] = previous if alive else geometry.fill_class
-        row_H, offset = [], 0  # the tables of all heads are end to end in one
+        row_H, offset = [], 0  # in the one table, the heads follow each other
         for order, sizes_K in zip(config.orders, geometry.table_sizes[layer_index]):
             mix = 0
             for k in range(order):
@@ -43,7 +47,7 @@ def hash_ngrams_reference(
 
 
 def lookup_reference(weight_RC: Tensor, rows_BTH: Tensor) -> Tensor:
-    """Equation 2, a dense gather with a dense gradient: the plain twin of `MemoryTable`. Returns embedding_BTE."""
+    """Equation 2 as a dense gather with a dense gradient: the plain twin of `MemoryTable`. Returns embedding_BTE."""
     return weight_RC[rows_BTH].flatten(-2)
 
 

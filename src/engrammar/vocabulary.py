@@ -20,13 +20,16 @@ from engrammar.tables.sealed import written_beside
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LONE_SPACE = "\ue000"  # stands for a text that is one space while Strip runs
-REPLACEMENT = "\ufffd"  # what an incomplete UTF-8 sequence decodes to
+LONE_SPACE = "\ue000"  # replaces a text that is one space, which Strip would empty
+REPLACEMENT = "\ufffd"  # an incomplete UTF-8 sequence decodes to it
 CLASSES_FILE = "vocabulary_classes.safetensors"
 
 
 def _normalizer() -> Any:
-    """Normalizes a text as the reference does, in its order; in Rust, since a Python rewrite finds other classes."""
+    """The normalization that defines a class, in the reference's order.
+
+    It uses Rust normalizers only: a Python rewrite finds another number of classes.
+    """
     return normalizers.Sequence(
         [
             normalizers.NFKC(),
@@ -42,11 +45,11 @@ def _normalizer() -> Any:
 
 
 def compress_vocabulary(tokenizer: "PreTrainedTokenizerBase") -> NDArray[np.int64]:
-    """Maps every id of `tokenizer` to its class. (Paper section 2.2.)
+    """Maps every id of `tokenizer` to its class (paper section 2.2).
 
-    An id's key is its decoded text, normalized (NFKC, NFD, no accents, lower case, runs of white space as one space,
-    stripped); its text as it is where that leaves nothing; its raw token where the text is not whole UTF-8.
-    Classes are numbered in order of first appearance.
+    Ids with the same key share a class. The key is the decoded text after normalization (NFKC, NFD, no accents, lower
+    case, runs of white space as one space, stripped). If that leaves nothing, it is the text itself; if the text is not
+    complete UTF-8, it is the raw token. Classes are numbered in order of first appearance.
 
     Args:
         tokenizer: any tokenizer that transformers loads, fast or slow, with added tokens.
@@ -81,7 +84,7 @@ def require_tokenizer(tokenizer: object) -> None:
 
 
 def _decode_each(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
-    """The text of every single id, special tokens kept and spaces left as they are."""
+    """The text of each id by itself, special tokens included and spaces unchanged."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     single = [[token_id] for token_id in range(len(tokenizer))]
     if backend is not None:
@@ -90,7 +93,7 @@ def _decode_each(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
 
 
 def fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """A sha256 that tells one vocabulary from another: of every token with its id, added ones included."""
+    """The SHA-256 of a vocabulary: of every token with its id, added tokens included."""
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
 
@@ -98,8 +101,8 @@ def fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
 def cached_classes(tokenizer: "PreTrainedTokenizerBase", directory: Path) -> NDArray[np.int64]:
     """`compress_vocabulary(tokenizer)`, kept in `directory` (beside the model or the tokenizer) for the next call.
 
-    The file names the tokenizer it was made from, with its decoder, and carries a checksum; one made from another
-    tokenizer, or a damaged one, is made again: nothing is lost, since the classes follow from the tokenizer.
+    The file has a fingerprint of the tokenizer and its decoder, and a checksum. If the file is damaged or was made from
+    another tokenizer, it is made again: nothing is lost, since the classes follow from the tokenizer.
     """
     path = directory / CLASSES_FILE
     decoder = repr(getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None))

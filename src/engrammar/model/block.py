@@ -64,7 +64,7 @@ class EngrammarBlock(GradientCheckpointingLayer):
         def attend(x_BTD: Tensor) -> Tensor:
             return self.self_attn(x_BTD, past_key_values=past_key_values, **attention)[0]
 
-        def feed(x_BTD: Tensor) -> Tensor:  # not the module itself: accelerate moves what has `.to` among arguments
+        def feed(x_BTD: Tensor) -> Tensor:  # not the module itself: accelerate would move an argument that has `.to`
             return self.mlp(x_BTD)
 
         return self.mlp_residual(self.attn_residual(streams_BTMD, attend), feed)

@@ -1,8 +1,8 @@
 """Counting parameters, and trading experts for memory at equal total and active parameters (paper section 3).
 
-"Active" are the parameters that multiply a token: all but the tables, the routed experts a
-token does not visit, and the input embedding (which is a lookup). "Inactive" are those experts and the tables; rho is
-the experts' share of them. With these definitions the paper's 27B pair comes out at its rho of 74.3 %.
+"Active" parameters multiply a token: all but the tables, the routed experts that a token does not visit, and the input
+embedding (which is a lookup). "Inactive" ones are those experts and the tables; rho is the experts' share of them. With
+these definitions the paper's 27B pair has its rho of 74.3 %.
 """
 
 import bisect
@@ -39,7 +39,7 @@ class Counts:
 
     @property
     def rho(self) -> float:
-        """Share of the inactive parameters that experts have; 1.0 without memory, and without any inactive."""
+        """The experts' share of the inactive parameters; 1.0 without memory or without inactive parameters."""
         return 1 - self.memory_parameters / self.inactive_parameters if self.inactive_parameters else 1.0
 
     def to_json(self) -> dict[str, Any]:
@@ -47,7 +47,7 @@ class Counts:
 
 
 def count_parameters(config: EngrammarConfig) -> Counts:
-    """Builds the model on the meta device (no memory is touched) and counts it."""
+    """Counts the parameters of the model that `config` describes, built on the meta device (it takes no memory)."""
     with torch.device("meta"):
         model = model_class(config)(config)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
@@ -72,28 +72,28 @@ def count_parameters(config: EngrammarConfig) -> Counts:
 
 
 class Share(ABC):
-    """What the share 1 - rho of the idle parameters goes to: tables whose size is solved for."""
+    """Tables that get the share 1 - rho of the inactive parameters; their size is solved for."""
 
     @abstractmethod
     def sized(self, size: int) -> "Share":
-        """The same with tables of that size."""
+        """The same share with tables of that size."""
 
     @abstractmethod
     def check(self, size: int, rho: float) -> None:
-        """Raises a ValueError if tables of that size are too small to be any."""
+        """Raises a ValueError if tables of that size are too small."""
 
     @abstractmethod
     def table_parameters(self, plain: EngrammarConfig) -> int:
-        """Parameters of its tables beside the backbone of `plain`."""
+        """Parameters of the tables in a model with the backbone of `plain`."""
 
     @abstractmethod
     def configure(self, settings: dict[str, Any]) -> EngrammarConfig:
-        """The config of a model with these other settings."""
+        """The config of a model with these tables and the given settings."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryShare(Share):
-    """A memory whose `rows_per_head` is solved for; `classes_V` is the class map, where it is compressed."""
+    """A memory whose `rows_per_head` is solved for; `classes_V` is the class map of a compressed vocabulary."""
 
     memory: MemoryConfig
     classes_V: NDArray[np.int64] | None = None
@@ -117,22 +117,22 @@ class MemoryShare(Share):
 
 
 def solve_budget(plain: EngrammarConfig, share: Share | MemoryConfig, *, rho: float) -> EngrammarConfig:
-    """Moves a share 1 - rho of a plain MoE's inactive parameters from experts into tables, those of a memory say.
+    """Moves a share 1 - rho of a plain MoE's inactive parameters from experts into tables (section 3).
 
-    Total and active parameters stay as they are: whole experts leave, the tables' size fills what they leave, and the
-    leading dense layers narrow by what the projections add. Each is met to within one unit (one more row per head, one
-    column of the dense layers).
+    Total and active parameters stay the same: whole experts are removed, the tables fill their place, and the leading
+    dense layers are narrowed by what the projections add. Both totals are met to within one unit (one more row per
+    head, one column of the dense layers).
 
     Args:
         plain: a model without memory that has routed experts and at least one leading dense layer.
-        share: what the parameters go to, its size being solved for; a memory alone is a `MemoryShare` of it.
-        rho: the experts' share of inactive parameters, in (0, 1].
+        share: the tables, whose size is solved for. A `MemoryConfig` stands for its `MemoryShare`.
+        rho: the experts' share of the inactive parameters, in (0, 1].
 
     Returns:
-        A config with that size; `plain` itself at rho = 1.
+        A config with tables of that size; `plain` itself at rho = 1.
 
     Raises:
-        ValueError: rho is out of range, or the budget leaves no room for it.
+        ValueError: rho is out of range, or the budget leaves too little room for the tables or the experts.
     """
     if plain.memory is not None or type(plain) is not EngrammarConfig or not 0 < rho <= 1:
         raise ValueError(f"solve_budget takes a model without memory and a rho in (0, 1]; got rho={rho}.")
@@ -142,7 +142,7 @@ def solve_budget(plain: EngrammarConfig, share: Share | MemoryConfig, *, rho: fl
     target = count_parameters(plain)
     idle, expert = _idle_experts(plain, target.inactive_parameters, rho)
     settings = plain.to_dict() | {"n_routed_experts": idle + plain.num_experts_per_tok}
-    del settings["model_type"]  # a class says its own
+    del settings["model_type"]  # each class sets its own
 
     def build(width: int, size: int) -> EngrammarConfig:
         return share.sized(size).configure(settings | {"intermediate_size": width})
@@ -164,7 +164,7 @@ def solve_budget(plain: EngrammarConfig, share: Share | MemoryConfig, *, rho: fl
 
 
 def _idle_experts(plain: EngrammarConfig, inactive_parameters: int, rho: float) -> tuple[int, int]:
-    """How many idle experts keep the share rho of the inactive parameters, and the size of one over all layers."""
+    """The number of idle experts that have the share rho of the inactive parameters, and one's size over all layers."""
     dense_layers = plain.first_k_dense_replace
     expert = 3 * plain.hidden_size * plain.moe_intermediate_size * (plain.num_hidden_layers - dense_layers)
     idle = round(rho * inactive_parameters / expert) if expert else 0
@@ -177,7 +177,7 @@ def _idle_experts(plain: EngrammarConfig, inactive_parameters: int, rho: float) 
 
 
 def _size_that_fits(parameters: Callable[[int], int], room: int) -> int:
-    """The size whose tables come nearest to `room` parameters (they may grow in jumps: some sizes are primes)."""
+    """The size whose tables are nearest to `room` parameters (they may grow in jumps: some sizes are primes)."""
     most = 2
     while parameters(most) < room:
         most *= 2

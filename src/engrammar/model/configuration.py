@@ -27,9 +27,10 @@ class EngrammarConfig(DeepseekV3Config):
         hc_sinkhorn_iters, hc_eps: mHC's Sinkhorn iterations and epsilon.
         memory: a `MemoryConfig`, its `to_json()`, or a dict of settings over a dialect ({"dialect": NAME, ...}); kept
             as the dict. None is a model without memory.
-        num_ids: ids that the class map covers (`len(tokenizer)`); defaults to `vocab_size`.
-        num_classes, fill_class: of the compressed vocabulary; needed once, to derive `geometry`.
-        geometry: `Geometry.to_json()`; derived when absent, then saved and never derived again.
+        num_ids: the number of ids that the class map covers (`len(tokenizer)`); defaults to `vocab_size`.
+        num_classes, fill_class: the number of classes of the compressed vocabulary, and the class of missing history.
+            They are needed once, to derive `geometry`.
+        geometry: `Geometry.to_json()`; derived if absent, then saved and never derived again.
         tokenizer_sha256: `vocabulary.fingerprint` of the tokenizer that the addresses belong to.
     """
 
@@ -90,14 +91,14 @@ class EngrammarConfig(DeepseekV3Config):
             self.geometry = derive_geometry(memory, num_classes=num_classes, fill_class=fill_class).to_json()
         else:
             self._check_geometry(memory)
-        # A memory layer keeps the last ids, and the convolution's window if it has one, beside its keys and values.
+        # Beside its keys and values, a memory layer caches the last ids and, if it has one, the convolution's window.
         self.layer_types = [
             "hybrid" if layer in memory.layers else "full_attention" for layer in range(self.num_hidden_layers)
         ]
         self.number_of_conv_states = 2 if memory.conv_kernel else 1
 
     def _check_geometry(self, memory: MemoryConfig) -> None:
-        """A saved geometry is believed, so that addresses stay what they were, but it must fit the settings."""
+        """Checks that a saved geometry fits the settings. It is not derived again, so that addresses stay the same."""
         try:
             self.memory_geometry.check(memory)
         except (ValueError, KeyError, TypeError) as error:
@@ -117,7 +118,7 @@ class EngrammarConfig(DeepseekV3Config):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """transformers' `from_dict`; a `memory` that is a place ("disk", a function) is the model's, not a setting."""
+        """transformers' `from_dict`. A `memory` that is a place ("disk", a function) is left for the model."""
         where = (
             kwargs.pop("memory") if isinstance(kwargs.get("memory"), str) or callable(kwargs.get("memory")) else None
         )
@@ -137,10 +138,10 @@ class EngrammarConfig(DeepseekV3Config):
         """A config whose vocabulary, special ids and memory addresses belong to `tokenizer`.
 
         Args:
-            classes_V: `compress_vocabulary(tokenizer)`; needed where the memory is compressed.
+            classes_V: `compress_vocabulary(tokenizer)`; needed if the memory compresses the vocabulary.
 
         Raises:
-            ValueError: `classes_V` is missing or of another tokenizer, or a setting is not allowed.
+            ValueError: `classes_V` is missing or belongs to another tokenizer, or a setting is not allowed.
         """
         if classes_V is not None and len(classes_V) != len(tokenizer):
             raise ValueError(
@@ -166,7 +167,7 @@ class EngrammarConfig(DeepseekV3Config):
         return cls(**settings)
 
     def check_tokenizer(self, tokenizer: "PreTrainedTokenizerBase") -> None:
-        """Raises a ValueError where `tokenizer` is not the one that this model's addresses belong to."""
+        """Raises a ValueError if this model's addresses belong to another tokenizer."""
         if self.tokenizer_sha256 is not None and fingerprint(tokenizer) != self.tokenizer_sha256:
             raise ValueError(
                 f"This tokenizer ({len(tokenizer)} tokens) is not the one the model was built with: its memory "
@@ -180,10 +181,10 @@ def _memory_config(memory: MemoryConfig | dict[str, Any]) -> MemoryConfig:
 
 
 def load_config(directory: Path, kind: type[EngrammarConfig] = EngrammarConfig) -> EngrammarConfig:
-    """The config of a checkpoint folder.
+    """Reads the config of a checkpoint folder.
 
     Raises:
-        ValueError: the folder has no config.json, or one that is not a `kind`.
+        ValueError: the folder has no config.json, or it does not describe a `kind`.
     """
     path = directory / "config.json"
     if not path.exists():

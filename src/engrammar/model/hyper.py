@@ -12,7 +12,7 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Hyper
 
 
 class Residual(nn.Module):
-    """Wraps one sub-layer f of a block: the streams in, the streams with f's output added out.
+    """Wraps one sub-layer f of a block: takes the streams and returns them with f's output added.
 
     With one branch it is h + f(norm(h)). With more, f reads a learned mix of the branches, its output is added to each
     with a learned weight, and the branches are mixed by a doubly stochastic matrix.
@@ -33,7 +33,7 @@ class Residual(nn.Module):
 
 
 class Collapse(nn.Module):
-    """The branches at the end of the model -> one stream [B, T, D]."""
+    """Merges the branches at the end of the model into one stream [B, T, D]."""
 
     def __init__(self, config) -> None:  # type: ignore[no-untyped-def]
         super().__init__()
@@ -46,10 +46,10 @@ class Collapse(nn.Module):
 class BranchMean(nn.Module):
     """The hidden state [B, T, D] that transformers records after a block (`output_hidden_states`).
 
-    Doubly stochastic mixing leaves the mean of the branches as it is, so sub-layers alone add to the mean: it is what
-    the one residual stream is in a model without branches. Its first value is the embedding.
+    Doubly stochastic mixing leaves the mean of the branches unchanged, so only sub-layers add to it. The mean is thus
+    the counterpart of the one residual stream of a model without branches. Its first value is the embedding.
     """
 
     def forward(self, embedded_BTD: Tensor, streams_BTMD: Tensor) -> Tensor:
-        """`embedded_BTD` is here for transformers' hook, which records the first input of the first call too."""
+        """Takes `embedded_BTD` only for transformers' hook, which also records the first input of the first call."""
         return streams_BTMD.mean(2)

@@ -35,7 +35,7 @@ class EngrammarModel(EngrammarPreTrainedModel):
     """Embedding, blocks and final norm. Without `config.memory` it is the plain MoE (or dense) model.
 
     With tables="external" the tables have no rows until `train.placement.place_tables` or `stores.serving.serve_tables`
-    gives them some. A subclass that looks up ids in another way overrides `looks_up`, `retrieve`, `embed` and
+    gives them a source. A subclass that looks ids up in another way overrides `looks_up`, `retrieve`, `embed` and
     `before_block`.
     """
 
@@ -79,14 +79,14 @@ class EngrammarModel(EngrammarPreTrainedModel):
     ) -> MoeModelOutputWithPast:
         """Hidden states [B, T, D] of `input_ids` [B, T].
 
-        With `output_hidden_states` also the embedding, and the mean of the branches after each block but the last.
+        `output_hidden_states` adds the embedding, and the mean of the branches after each block but the last.
 
         Args:
-            retrieved: what `retrieve` returned for these very arguments, when it was called ahead.
+            retrieved: what `retrieve` returned for the same arguments, if it was called ahead.
 
         Raises:
-            ValueError: a model with memory without `input_ids`, or with `retrieved` of others; an id outside the
-                vocabulary; a mask that is not [B, positions]; positions without the tokens before them.
+            ValueError: a model with memory got no `input_ids`, or `retrieved` is for other ids; an id is outside the
+                vocabulary; the mask is not [B, positions]; or positions continue tokens that are not there.
         """
         self._check_inputs(input_ids, inputs_embeds)
         if use_cache and past_key_values is None:
@@ -133,7 +133,7 @@ class EngrammarModel(EngrammarPreTrainedModel):
     ) -> Retrieved:
         """Starts reading the rows that `forward` needs for these arguments, to be passed to it as `retrieved`.
 
-        With a cache, the ids become part of it here; call this once for each pass.
+        With a cache, this call appends the ids to it, so call it once for each pass.
         """
         assert self.memory is not None
         mask_BT = new_positions(attention_mask, input_ids, past_key_values)
@@ -142,7 +142,7 @@ class EngrammarModel(EngrammarPreTrainedModel):
             seen = past_key_values.get_seq_length()
             if attention_mask is None and position_ids is not None:
                 check_follow(position_ids, seen)
-                position_ids = None  # they tell no documents apart
+                position_ids = None  # they do not mark documents
             masked = input_ids if mask_BT is None else input_ids.masked_fill(~mask_BT, -1)
             history_BS = self._update_history(masked, past_key_values)
             history_BS = history_BS if seen else None
@@ -183,12 +183,12 @@ class EngrammarModel(EngrammarPreTrainedModel):
     def _update_history(self, input_ids: Tensor, cache: Cache) -> Tensor:
         """Appends `input_ids` to the ids kept in the cache and returns the N-1 before them, -1 where there are none.
 
-        The cache keeps id + 1, so that its zeros are "none".
+        The cache keeps id + 1, so that its initial zeros mean "none".
         """
         assert self.memory is not None
         num_back = self.memory.config.max_ngram_size - 1
         stored = None
-        for layer in self.memory.config.layers:  # every memory layer carries it: a layer's states are cropped together
+        for layer in self.memory.config.layers:  # in every memory layer, since a layer's states are cropped together
             if len(cache.layers) <= layer or not hasattr(cache.layers[layer], "conv_states"):
                 raise ValueError("This cache cannot hold the memory's state: use DynamicCache(config=model.config).")
             stored = cache.update_conv_state(input_ids[:, None] + 1, layer, IDS_STATE, conv_kernel_size=num_back)
@@ -208,10 +208,10 @@ def check_follow(position_ids: Tensor, seen: int) -> None:
 
 
 def new_positions(attention_mask: Tensor | None, input_ids: Tensor, cache: Cache | None) -> Tensor | None:
-    """The mask [B, T] of these positions, out of one [B, positions] that counts the cached ones too.
+    """The mask [B, T] of the new positions, cut out of a mask [B, positions] that includes the cached ones.
 
     Raises:
-        ValueError: a mask of another shape.
+        ValueError: the mask has another shape.
     """
     if attention_mask is None:
         return None
@@ -258,9 +258,9 @@ class EngrammarForCausalLM(EngrammarPreTrainedModel, GenerationMixin):
         retrieved: Retrieved | None = None,
         **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]  # mypy does not follow transformers
     ) -> MoeCausalLMOutputWithPast:
-        """Logits [B, T, vocabulary] and, with `labels` [B, T] (-100 ignored), the mean cross entropy in nats.
+        """Logits [B, T, vocabulary] and, with `labels` [B, T] (-100 is ignored), the mean cross entropy in nats.
 
-        `retrieved` and errors as in `EngrammarModel.forward`.
+        `retrieved` and errors are as in `EngrammarModel.forward`.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -292,5 +292,5 @@ AutoModelForCausalLM.register(EngrammarConfig, EngrammarForCausalLM)
 
 
 def model_class(config: EngrammarConfig) -> type[EngrammarForCausalLM]:
-    """The class of causal models that is registered with transformers for this kind of config."""
+    """The causal model class that is registered with transformers for this kind of config."""
     return AutoModelForCausalLM._model_mapping[type(config)]

@@ -1,7 +1,7 @@
 """Models by name, from seconds on a laptop to the paper's (appendix A, table 5).
 
 Where the paper gives no number (MLA ranks, widths of dense layers), ours are chosen so that total and active
-parameters come out as printed: 26.7B, 39.5B, 4.1B in all, 3.8B active.
+parameters are as printed: 26.7B, 39.5B and 4.1B in total, 3.8B active.
 """
 
 from dataclasses import fields
@@ -126,13 +126,13 @@ def preset(
     """The config of a named model, for `tokenizer` where one is given.
 
     Args:
-        tokenizer: gives vocabulary size, special ids and, with `classes_V`, the memory's addresses.
+        tokenizer: gives the vocabulary size, special ids and, with `classes_V`, the memory's addresses.
         classes_V: `compress_vocabulary(tokenizer)`.
         overrides: any setting of `EngrammarConfig`. `memory` is a whole `MemoryConfig`, a dict of settings over the
             preset's own, or None to leave the memory out.
 
     Raises:
-        ValueError: no such preset or setting, or a tokenizer that does not fit the memory.
+        ValueError: there is no such preset or setting, or the tokenizer does not fit the memory.
     """
     if tokenizer is not None:
         require_tokenizer(tokenizer)
@@ -160,7 +160,7 @@ def preset(
 def _memory_settings(
     own: dict[str, Any], given: dict[str, Any], tokenizer: "PreTrainedTokenizerBase | None"
 ) -> dict[str, Any]:
-    """A preset's own settings of its memory, with the tokenizer's special ids where `given` sets none, then `given`."""
+    """A preset's memory settings, overridden first by the tokenizer's special ids, then by `given`."""
     memory = {**own, **given}
     if own.get("boundary") != "end":
         return memory

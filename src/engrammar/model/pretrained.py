@@ -1,4 +1,4 @@
-"""What transformers asks of our models: how they begin, what can be recorded, how the vocabulary is resized."""
+"""What transformers asks of our models: initial values, what can be recorded, how the vocabulary is resized."""
 
 from typing import Any, ClassVar, Self
 
@@ -49,7 +49,7 @@ class EngrammarPreTrainedModel(SavedModel):
             name, tokenizer, overrides: see `engrammar.preset`, which makes the config.
 
         Raises:
-            ValueError: no such preset or setting, or a tokenizer that does not fit the memory.
+            ValueError: there is no such preset or setting, or the tokenizer does not fit the memory.
         """
         classes_V = compress_vocabulary(tokenizer)
         model = cls(preset(name, tokenizer=tokenizer, classes_V=classes_V, **overrides))
@@ -60,16 +60,19 @@ class EngrammarPreTrainedModel(SavedModel):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """False: transformers then leaves no module out of `_init_weights`, which itself spares what was loaded."""
+        """Must be False: for custom code, transformers skips `_init_weights` on modules without missing weights.
+
+        Our `_init_weights` itself skips parameters that were loaded.
+        """
         return False
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        """True: the experts are DeepSeek-V3's. (transformers would look for them in the source of our module.)"""
+        """True, since the experts are DeepSeek-V3's; transformers would look for them in the source of our module."""
         return True
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        """Plain experts where no other way is asked for: transformers' own default adds in another order."""
+        """Plain ("eager") experts by default: transformers' own default adds in another order."""
         return super().get_correct_experts_implementation(requested_experts or "eager")
 
     def resize_token_embeddings(
@@ -77,8 +80,8 @@ class EngrammarPreTrainedModel(SavedModel):
     ) -> nn.Embedding:
         """transformers' `resize_token_embeddings`; every id that stays keeps its address in the memory.
 
-        The number of classes is part of the hash, so a new id cannot have a class of its own: it takes the class of
-        missing history, as ids do that only pad the vocabulary. Where the ids are a tokenizer's new tokens, set
+        The number of classes is part of the hash, so a new id cannot have its own class. It takes the class of missing
+        history, as padding ids of the vocabulary do. If the new ids are a tokenizer's new tokens, also set
         `config.tokenizer_sha256 = vocabulary.fingerprint(tokenizer)`.
 
         Raises:

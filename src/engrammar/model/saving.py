@@ -26,16 +26,16 @@ SERVING = {field.name for field in fields(ServingSettings)} - {"where"}
 SAVING = ("max_shard_size", "token", "save_peft_format", "save_original_format")  # other settings are the Hub's
 DOWNLOAD = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 
-# What building a model from other settings, or reading other weights, than were saved raises.
+# What transformers raises if the settings or the weights are not those that were saved.
 DAMAGE = (SafetensorError, RuntimeError, TypeError, LookupError, AttributeError, ArithmeticError)
 
 
 class WithoutTables(dict[str, Tensor]):
-    """A `state_dict` for `save_pretrained` whose tables the caller adds, as the Trainer does."""
+    """A `state_dict` for `save_pretrained` without tables; the caller saves them, as the Trainer does."""
 
 
 class SavedModel(PreTrainedModel):
-    """A model that `save_pretrained` writes and `from_pretrained` reads, tables included. Abstract."""
+    """A model that `save_pretrained` writes and `from_pretrained` reads, tables included (abstract)."""
 
     def save_pretrained(
         self,
@@ -47,14 +47,14 @@ class SavedModel(PreTrainedModel):
     ) -> None:
         """transformers' `save_pretrained`, with each memory table in a shard of its own, and checksums of every file.
 
-        Tables that are placed or served are written too, whether `state_dict` is given or not. With `push_to_hub` the
-        upload comes last, tables included.
+        Placed or served tables are written too, whether `state_dict` is given or not. With `push_to_hub` the upload is
+        the last step, tables included.
 
         Raises:
-            ValueError: a `variant` or a distributed checkpoint, which do not go with tables; or a model whose tables
-                are served from the very folder.
+            ValueError: a `variant` or a distributed checkpoint is asked for, which tables do not support; or the
+                model's tables are served from this very folder.
         """
-        if getattr(self, "_hf_peft_config_loaded", False):  # adapters alone are saved
+        if getattr(self, "_hf_peft_config_loaded", False):  # only the adapters are saved
             super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
             return
         for name in ("variant", "distributed_checkpoint"):
@@ -79,7 +79,7 @@ class SavedModel(PreTrainedModel):
         if isinstance(state_dict, WithoutTables):
             return
         for source in sources:
-            if is_main_process or not isinstance(source, StoredTables):  # of placed tables each rank has a part
+            if is_main_process or not isinstance(source, StoredTables):  # each rank writes its part of placed tables
                 source.save(folder)
         if is_main_process:
             finish_checkpoint(folder)
@@ -87,7 +87,7 @@ class SavedModel(PreTrainedModel):
             upload()
 
     def _start_upload(self, folder: Path, token: Any, hub: dict[str, Any]) -> Callable[[], None]:
-        """Makes the repository; the function uploads what was written since. As transformers' own `save_pretrained`."""
+        """Makes the repository, as transformers does; the function returned uploads what was written since."""
         message, create_pr = hub.pop("commit_message", None), hub.pop("create_pr", False)
         folder.mkdir(parents=True, exist_ok=True)
         name = hub.pop("repo_id", folder.name)
@@ -108,19 +108,19 @@ class SavedModel(PreTrainedModel):
     ) -> Any:
         """transformers' `from_pretrained`, which refuses damaged files, missing shards and missing weights.
 
-        JSON files and headers are always compared with the checksums in `manifest.json`, where the folder has one;
-        without `verify` no headers for callers who ask for `output_loading_info`: they may want other weights.
+        If the folder has a `manifest.json`, JSON files and headers are always compared with its checksums. Headers are
+        left out if `output_loading_info` is given without `verify`: the caller may want other weights.
 
         Args:
             verify: whether all bytes of the weights and tables are compared as well.
-            memory: where the memory's tables stay: "ram" or "disk", or a function that opens the store of a table.
-                Without it they are weights of the model. `cache_rows`, `on_missing`, `deadline` and `sharing`
-                go with it: see `ServingSettings`.
+            memory: where the memory's tables stay: "ram", "disk", or a function that opens the store of a table.
+                Without it they are weights of the model. `cache_rows`, `on_missing`, `deadline` and `sharing` belong to
+                it: see `ServingSettings`.
 
         Raises:
-            ValueError: a file is missing, cut short or damaged; another setting than those above; or the checkpoint
-                lacks weights of this model and the caller does not ask for their names (`output_loading_info=True`;
-                they are new weights then).
+            ValueError: a file is missing, cut short or damaged; a setting is not one of those above; or the checkpoint
+                lacks weights of this model. With `output_loading_info=True` missing weights are allowed: they are newly
+                initialized, and the info names them.
         """
         serving, wants_info = _take_serving(kwargs), kwargs.pop("output_loading_info", False)
         name, folder = pretrained_model_name_or_path, Path()
@@ -140,7 +140,7 @@ class SavedModel(PreTrainedModel):
                 wrong = "the weights have other shapes than its config.json says"
             elif isinstance(error, SafetensorError) or not (folder / MANIFEST).is_file():
                 wrong = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            else:  # the files are as they were saved
+            else:  # the files are those that were saved
                 raise
             raise ValueError(f"{folder} does not load ({wrong}): copy the checkpoint again.") from error
         _check_loaded(folder, info, external=serving is not None, complete=name is not None and not wants_info)
@@ -155,7 +155,7 @@ class SavedModel(PreTrainedModel):
 
 
 def _take_serving(kwargs: dict[str, Any]) -> ServingSettings | None:
-    """Takes the settings of serving out of `kwargs`, checked before anything is loaded; None where there are none."""
+    """Takes the settings of serving out of `kwargs` and checks them; None if there are none."""
     given = {key: kwargs.pop(key) for key in [*kwargs] if key in SERVING}
     if isinstance(kwargs.get("memory"), str) or callable(kwargs.get("memory")):
         kwargs["tables"] = "external"
@@ -166,7 +166,7 @@ def _take_serving(kwargs: dict[str, Any]) -> ServingSettings | None:
 
 
 def _local_folder(name: str, kwargs: dict[str, Any]) -> Path:
-    """The folder that `name` is, or into which the Hub's model of that name was downloaded."""
+    """The folder called `name`, or the folder that the Hub's model of that name was downloaded to."""
     if Path(name).is_dir():
         return Path(name)
     inner = f"{kwargs['subfolder']}/" if kwargs.get("subfolder") else ""
@@ -183,20 +183,20 @@ def _local_folder(name: str, kwargs: dict[str, Any]) -> Path:
 
 
 def _check_settings(folder: Path, kind: Any) -> None:
-    """Checks a checkpoint's settings of `generate`, and its config where the `kind` of that is given."""
+    """Checks a checkpoint's settings of `generate`, and its config if its `kind` is given."""
     if kind is not None:
         load_config(folder, kind)
     path = folder / "generation_config.json"
     if path.is_file():
         try:
             GenerationConfig.from_pretrained(folder)
-        except Exception as error:  # whatever transformers makes of other JSON
+        except Exception as error:  # transformers raises many kinds for other JSON
             wrong = " ".join(str(error).split())[:300]
             raise ValueError(f"{path} does not hold settings of `generate` ({wrong}): copy it again.") from error
 
 
 def _check_loaded(folder: Path, info: dict[str, Any], *, external: bool, complete: bool) -> None:
-    """Raises a ValueError where memory was left over or, where all must be there (`complete`), weights are missing."""
+    """Raises a ValueError if weights of a memory were left over or, with `complete`, if weights are missing."""
     left_over = sorted(
         key
         for key in info["unexpected_keys"]

@@ -1,7 +1,7 @@
 """What a memory's tables will cost where they are served: hit rates, bytes, tokens/s by tier, the smallest cache.
 
-Reads a sample of the text to be served and a description of the machine (docs/planning-tables.md).
-Letters: S rows that a cache holds, of each table.
+It needs a sample of the text to be served and a description of the machine (docs/planning-tables.md).
+Letters: S rows of each table that a cache holds.
 """
 
 from dataclasses import asdict, dataclass
@@ -25,12 +25,12 @@ from engrammar.vocabulary import compress_vocabulary, fingerprint
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SHARES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # of a table's rows, that a cache holds
+SHARES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # parts of a table's rows that a cache holds
 FEWEST = 8  # rows of a cache
 
 
 def find_tokenizer(model: str, corpus: str, tokenizer: Path | None) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a folder if one is named, else the model's own, else that of a corpus of tokens.
+    """The tokenizer in the folder `tokenizer` if given, else the model's own, else that of a corpus of tokens.
 
     Raises:
         ValueError: there is none, or it cannot be loaded.
@@ -54,7 +54,7 @@ class Addresses:
     """What turns ids into rows.
 
     Attributes:
-        classes_V: None where raw ids are hashed.
+        classes_V: the class of each raw id; None if raw ids are hashed.
     """
 
     memory: MemoryConfig
@@ -63,10 +63,10 @@ class Addresses:
 
     @classmethod
     def of_model(cls, model: str, tokenizer: "PreTrainedTokenizerBase") -> Self:
-        """Of a checkpoint, a folder of tables, or a preset built for `tokenizer`.
+        """The addresses of a checkpoint, a folder of tables, or a preset built for `tokenizer`.
 
         Raises:
-            ValueError: there is no such model, it has no memory, or another tokenizer.
+            ValueError: there is no such model, it has no memory, or it belongs to another tokenizer.
         """
         classes_V, folder = compress_vocabulary(tokenizer), Path(model)
         if not (folder / "config.json").exists() and (folder / "memory.json").exists():
@@ -92,11 +92,11 @@ class Study:
     """What a sample does to the tables.
 
     Attributes:
-        pinned_S, afterwards_S: hit rate of S pinned rows, at place S: chosen by the first half, and in hindsight.
+        pinned_S, afterwards_S: at index S, the hit rate of S pinned rows, chosen by the first half or in hindsight.
         sizes, dynamic: some cache sizes, and the dynamic cache's hit rate at each, in the first memory layer.
-        pages: by encoding, of a token in one layer; see `pages_per_token`.
+        pages: for each encoding, the pages of a token in one layer; see `pages_per_token`.
         facts: the sample in numbers.
-        hot: by layer, `hot_rows` of the whole sample.
+        hot: for each layer, `hot_rows` of the whole sample.
     """
 
     pinned_S: NDArray[np.float64]
@@ -109,7 +109,7 @@ class Study:
 
 
 def study(addresses: Addresses, sample: Sample) -> Study:
-    """Addresses the sample and counts, a layer at a time."""
+    """Looks up the sample's rows and counts them, one layer at a time."""
     memory, geometry = addresses.memory, addresses.geometry
     num_rows = [geometry.num_stored_rows(index) for index in range(len(memory.layers))]
     sizes = sorted({max(FEWEST, round(max(num_rows) * share)) for share in SHARES})
@@ -123,7 +123,7 @@ def study(addresses: Addresses, sample: Sample) -> Study:
         afterwards.append(touches.pinned_hits(asked, asked) / asked.size)
         seen.append(touches.seen_share(known, asked))
         repeated.append(touches.repeated_share(rows_TH, sample, num_rows[index]))
-        if index == 0:  # the layers' rows differ; how often they come and how they spread over pages does not
+        if index == 0:  # layers differ in their rows, but not in how often rows repeat or spread over pages
             dynamic = [touches.cached_share(rows_TH, num_rows[0], size) for size in sizes]
             for encoding in get_args(Encoding):
                 size = row_bytes(encoding, memory.head_dim)
@@ -148,7 +148,7 @@ def study(addresses: Addresses, sample: Sample) -> Study:
 
 
 def _mean(curves: list[NDArray[np.float64]]) -> NDArray[np.float64]:
-    """Over layers, each with a cache of S rows; one that pins all it knows stays as it is."""
+    """The mean over layers, each with a cache of S rows. A curve that ends early keeps its last value."""
     longest = max(map(len, curves))
     return np.mean([np.pad(curve_S, (0, longest - len(curve_S)), mode="edge") for curve_S in curves], axis=0)
 
@@ -161,7 +161,7 @@ def make_plan(
     wanted_hit_rate: float | None = None,
     wanted_tokens_per_s: float | None = None,
 ) -> dict[str, Any]:
-    """The figures as JSON: the `sample`, `caches` and `tiers` by cache size, `encodings`, and what was `wanted`."""
+    """The plan as JSON: the `sample`, `caches` and `tiers` by cache size, `encodings`, and what was `wanted`."""
     pages_per_row = studied.pages[memory.row_encoding][0] / memory.num_columns
     costs = Costs(memory=memory, speeds=speeds, pages_per_row=pages_per_row)
     caches = [
@@ -211,6 +211,6 @@ def _describe_encodings(memory: MemoryConfig, pages: dict[Encoding, tuple[float,
 
 
 def smallest_cache(curve_S: NDArray[np.float64], hit_rate: float) -> int | None:
-    """Rows of the smallest pinned set that hits as often; None where the sample's whole first half does not."""
+    """Rows of the smallest pinned set with this hit rate; None if all rows of the first half do not reach it."""
     size = int(np.searchsorted(curve_S, hit_rate - 1e-12))
     return size if size < len(curve_S) else None

@@ -1,4 +1,4 @@
-"""A plan of `plan.py` in words, and as a picture."""
+"""Describes a plan of `plan.py` in words, and draws it."""
 
 import json
 import logging
@@ -34,7 +34,7 @@ def write_plan(plan: dict[str, Any], studied: Study, out: Path, beside: Path) ->
     """Writes the figures, a picture of them if matplotlib is installed, and into `beside` the rows to pin.
 
     Returns:
-        the files that were written.
+        The files that were written.
     """
     paths = [out / "plan.json", beside / HOT_ROWS]
     out.mkdir(parents=True, exist_ok=True)
@@ -48,7 +48,7 @@ def write_plan(plan: dict[str, Any], studied: Study, out: Path, beside: Path) ->
 
 
 def describe(plan: dict[str, Any]) -> str:
-    """The plan as text as wide as the terminal."""
+    """The plan as text, wrapped to the width of the terminal."""
     sample, rows = plan["sample"], plan["sample"]["rows"]
     facts = (
         f"{sample['tokens']:,} tokens in {sample['prompts']:,} prompts touch {sum(sample['rows_touched']):,} of "
@@ -75,7 +75,7 @@ def describe(plan: dict[str, Any]) -> str:
 
 
 def _speeds(tiers: list[dict[str, Any]]) -> list[list[str]]:
-    """Tokens/s by where rows are read from; "?" is a speed that is not known."""
+    """Tokens/s by tier; "?" marks a speed that is not known."""
     return [
         [
             *cells(TIER, tier),
@@ -88,7 +88,7 @@ def _speeds(tiers: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def draw(plan: dict[str, Any], path: Path) -> None:
-    """Hit rate against cache size as a picture."""
+    """Draws the hit rate against the cache size."""
     import matplotlib
 
     matplotlib.use("agg")

@@ -1,4 +1,4 @@
-"""What a token's rows cost on a machine, by the tier that they are on."""
+"""What a token's rows cost on a machine, for each tier."""
 
 import json
 import time
@@ -21,13 +21,13 @@ TIERS = ("ram", "disk", "remote")
 
 @dataclass(frozen=True, kw_only=True)
 class Speeds:
-    """What a machine can do in a second; None is not known.
+    """What a machine can do in a second; None: not known.
 
     Attributes:
         ram_rows_per_s: rows gathered from RAM, in large calls.
-        disk_reads_per_s: 4 KiB reads from its disk, at the depth that it likes best.
-        remote_rows_per_s: rows from a pool of other machines.
-        compute_tokens_per_s: tokens of the model alone, with its tables at no cost.
+        disk_reads_per_s: 4 KiB reads from its disk, at the queue depth where it is fastest.
+        remote_rows_per_s: rows read from a pool on other machines.
+        compute_tokens_per_s: tokens of the model alone, as if its tables cost nothing.
     """
 
     ram_rows_per_s: float | None = None
@@ -37,10 +37,10 @@ class Speeds:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """From a JSON file of these names.
+        """Reads a JSON file with any of these names.
 
         Raises:
-            ValueError: it is no such file.
+            ValueError: the file cannot be read, or holds another name or a value that is not above 0.
         """
         known = ", ".join(field.name for field in fields(cls))
         try:
@@ -57,7 +57,7 @@ class Speeds:
 
 
 def measure_speeds(row_size: int, folder: Path) -> Speeds:
-    """RAM and the disk of `folder`, by some ten thousand rows from each; what else there is is not known."""
+    """Measures RAM and the disk of `folder` with some ten thousand rows of each; the other speeds stay None."""
     random = np.random.default_rng(0)
     rows_RS = random.integers(0, 256, (PROBE_ROWS, row_size), dtype=np.uint8)
     rows_U = random.integers(0, PROBE_ROWS, PROBE_READS)
@@ -85,10 +85,10 @@ def _time(run: Callable[[], object]) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """Seconds that a token's rows take.
+    """How long a token's rows take.
 
     Attributes:
-        pages_per_row: pages that a row that is not in the cache costs.
+        pages_per_row: pages that are read for a row that is not in the cache.
     """
 
     memory: MemoryConfig
@@ -96,7 +96,7 @@ class Costs:
     pages_per_row: float
 
     def seconds_per_row(self, tier: str) -> tuple[float, float] | None:
-        """Of a row in the cache, and of one that is not; None where a speed is not known."""
+        """Seconds for a row in the cache, and for one that is not; None if a speed is not known."""
         speeds = self.speeds
         if speeds.ram_rows_per_s is None:
             return None
@@ -110,7 +110,7 @@ class Costs:
         return None if speeds.remote_rows_per_s is None else (ram, ram + 1 / speeds.remote_rows_per_s)
 
     def tokens_per_s(self, tier: str, hit_rate: float) -> dict[str, float] | None:
-        """Tokens/s of the rows alone; where the model's own are known also with prefetch (both at once) and without."""
+        """Tokens/s of the rows alone and, if the model's speed is known, with prefetch (both at once) and without."""
         if (seconds := self.seconds_per_row(tier)) is None:
             return None
         hit, miss = seconds
@@ -120,7 +120,7 @@ class Costs:
         return {"rows_alone": rows} | both
 
     def hit_rate_for(self, tier: str, tokens_per_s: float) -> float | None:
-        """The smallest hit rate that gives so many tokens/s with prefetch; above 1 where none does."""
+        """The smallest hit rate that gives `tokens_per_s` with prefetch; above 1 if none does."""
         if (seconds := self.seconds_per_row(tier)) is None:
             return None
         hit, miss = seconds

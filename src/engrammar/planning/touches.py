@@ -1,7 +1,8 @@
 """Which stored rows a text touches, and what a cache of them would hit.
 
 Hit rates are those of the sample's second half; what a cache knows beforehand comes from its first half.
-Letters: T tokens of the sample, H columns (rows that a token touches in one layer), R rows of a table, D distinct rows.
+Letters: T tokens of the sample, H columns (rows that a token touches in one layer), D distinct rows, F rows asked for,
+G rows that hit.
 """
 
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from engrammar.train.documents import read_documents
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CALL_TOKENS = 32  # tokens whose rows the simulated cache is asked for at once
+CALL_TOKENS = 32  # tokens whose rows are asked of the simulated cache at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,7 @@ class Sample:
 
     Attributes:
         ids_T: token ids.
-        prompt_T: the number of the prompt that each belongs to, ascending from 0.
+        prompt_T: the number of the prompt that each token belongs to, ascending from 0.
     """
 
     ids_T: NDArray[np.int64]
@@ -47,28 +48,28 @@ class Sample:
 
     @classmethod
     def of_documents(cls, documents: list[NDArray[np.int64]], prompt_tokens: int) -> "Sample":
-        """Documents cut into prompts of at most `prompt_tokens`."""
+        """Cuts documents into prompts of at most `prompt_tokens` tokens."""
         ids_T = np.concatenate([np.zeros(0, np.int64), *documents])
         starts = [np.arange(len(document)) % prompt_tokens == 0 for document in documents]
         return cls(ids_T=ids_T, prompt_T=np.cumsum(np.concatenate([np.zeros(0, bool), *starts])) - 1)
 
 
 def is_prepared(corpus: str) -> bool:
-    """Whether a corpus is a folder of tokens."""
+    """Whether a corpus is a folder of tokens that `engrammar data` wrote."""
     return (Path(corpus) / "tokens.json").exists()
 
 
 def read_sample(
     corpus: str, tokenizer: "PreTrainedTokenizerBase", *, num_tokens: int, prompt_tokens: int, cache: Path
 ) -> Sample:
-    """The first tokens of a corpus.
+    """Reads the first tokens of a corpus.
 
     Args:
         corpus: a folder that `engrammar data` wrote with this tokenizer, or any source of `read_documents`.
-        cache: folder of fetched corpora.
+        cache: the folder of downloaded corpora.
 
     Raises:
-        ValueError: it cannot be read, or has under 2 tokens.
+        ValueError: the corpus cannot be read, or has fewer than 2 tokens.
     """
     documents = list[NDArray[np.int64]]()
     if is_prepared(corpus):
@@ -94,7 +95,7 @@ def read_sample(
 def touched_rows(
     sample: Sample, memory: MemoryConfig, geometry: Geometry, classes_V: NDArray[np.int64] | None, index: int
 ) -> NDArray[np.int64]:
-    """rows_TH: the stored rows that each token touches in the index-th memory layer, as `Memory` addresses them."""
+    """Returns rows_TH, the stored rows that each token touches in the index-th memory layer, as in `Memory`."""
     seen = look_back(
         torch.from_numpy(sample.ids_T)[None],
         config=memory,
@@ -107,18 +108,18 @@ def touched_rows(
 
 
 def hot_rows(rows_TH: NDArray[np.int64]) -> NDArray[np.int64]:
-    """rows_D, the one touched most often first; of equals the smaller number first."""
+    """Returns rows_D, the most touched row first; of rows touched equally often, the smaller number first."""
     rows_D, count_D = np.unique(rows_TH, return_counts=True)
     return rows_D[np.argsort(-count_D, kind="stable")]
 
 
 def save_hot_rows(rows: dict[int, NDArray[np.int64]], path: Path) -> None:
-    """Writes the rows to pin of each layer, for `stored.load_hot_rows`."""
+    """Writes the rows to pin of each layer, for `stores.serving.load_hot_rows`."""
     save_file({str(layer): np.ascontiguousarray(rows_D) for layer, rows_D in rows.items()}, path)
 
 
 def pinned_hits(known: NDArray[np.int64], asked: NDArray[np.int64]) -> NDArray[np.int64]:
-    """How many of the rows `asked` for hit when the first s of `hot_rows(known)` are pinned, at place s from 0 to D."""
+    """At index s from 0 to D, how many of the rows `asked` hit if the first s of `hot_rows(known)` are pinned."""
     pinned_D = hot_rows(known)
     order_D = np.argsort(pinned_D)
     ascending_D, asked_F = pinned_D[order_D], asked.ravel()
@@ -128,13 +129,13 @@ def pinned_hits(known: NDArray[np.int64], asked: NDArray[np.int64]) -> NDArray[n
 
 
 def seen_share(known: NDArray[np.int64], asked: NDArray[np.int64]) -> float:
-    """Share of the rows asked for that came before, in `known` or in `asked`: no cache of any size hits more."""
+    """Share of the rows `asked` that were touched before, in `known` or in `asked`. No cache of any size hits more."""
     return (asked.size - len(np.setdiff1d(asked, known))) / asked.size
 
 
 @final
 class _Counted(RowStore):
-    """Rows without content, for a cache that is only counted."""
+    """Rows without content, for a cache whose hits alone are counted."""
 
     def __init__(self, num_rows: int) -> None:
         self.name = self.identity = "a simulated table"
@@ -148,7 +149,7 @@ class _Counted(RowStore):
 
 
 def cached_share(rows_TH: NDArray[np.int64], num_rows: int, cache_rows: int) -> float:
-    """Hit rate of `CachedStore` over the second half, with nothing pinned, after it has read the first."""
+    """Hit rate of a `CachedStore` over the second half, after it has read the first; nothing is pinned."""
     cache = CachedStore(_Counted(num_rows), cache_rows)
     half = len(rows_TH) // 2
     for part_TH in (rows_TH[:half], rows_TH[half:]):
@@ -161,12 +162,12 @@ def cached_share(rows_TH: NDArray[np.int64], num_rows: int, cache_rows: int) -> 
 
 
 def repeated_share(rows_TH: NDArray[np.int64], sample: Sample, num_rows: int) -> float:
-    """Share of the rows touched that the same prompt touched before: what one deduplicated fetch of it saves."""
+    """Share of touches whose row the same prompt touched before: what one deduplicated fetch of the prompt saves."""
     return 1 - _num_distinct(sample.prompt_T[:, None] * num_rows + rows_TH) / rows_TH.size
 
 
 def pages_per_token(rows_TH: NDArray[np.int64], sample: Sample, row_bytes: int) -> tuple[float, float]:
-    """Distinct 4 KiB pages that a token's rows lie on: read token by token, and where a prompt is one fetch."""
+    """Distinct 4 KiB pages per token: if tokens are read one by one, and if each prompt is one fetch."""
     first_TH = rows_TH * row_bytes // PAGE
     pages_TH = np.concatenate([first_TH, (rows_TH * row_bytes + row_bytes - 1) // PAGE], axis=1)
     pages_TH.sort(axis=1)
@@ -176,5 +177,5 @@ def pages_per_token(rows_TH: NDArray[np.int64], sample: Sample, row_bytes: int) 
 
 
 def _num_distinct(values: NDArray[np.int64]) -> int:
-    """`len(np.unique(values))`, which hashes, and so takes ten times as long."""
+    """`len(np.unique(values))`, ten times as fast: np.unique hashes, this sorts."""
     return 1 + int(np.count_nonzero(np.diff(np.sort(values, axis=None))))
