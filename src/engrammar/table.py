@@ -1,4 +1,4 @@
-"""The trainable table: one parameter per memory layer, looked up by row, whose gradient is the touched rows only.
+"""The trainable table: one parameter per memory layer, looked up by row, with a gradient of the touched rows only.
 
 Letters: B batch, T tokens, H columns (heads over all orders), C row width, E = H*C, R rows, U distinct rows touched.
 """
@@ -18,7 +18,7 @@ Tables = Literal["parameters", "external"]  # whether a model holds its tables' 
 
 
 class Rows(NamedTuple):
-    """The rows of each token side by side, [..., E], and True where one could not be had (None: all are there)."""
+    """The rows of each token side by side, [..., E], and [...], True where one is missing (None: no row is missing)."""
 
     embedding: Tensor
     missing: Tensor | None = None
@@ -28,7 +28,7 @@ class RowSource(ABC):
     """Holds the rows of tables outside their model: in other memory, in a file, spread over processes.
 
     Attributes:
-        tables: per table name, the rows that this process holds, a parameter [rows, C].
+        tables: by the table's name, the rows that this process holds, a parameter [rows, C].
     """
 
     tables: dict[str, nn.Parameter]
@@ -38,14 +38,14 @@ class RowSource(ABC):
         """Starts reading the rows of one or more forward passes.
 
         Args:
-            passes: for each pass, the row numbers [..., H] of each table.
+            passes: for each pass, the row numbers [..., H] by the table's name.
 
         Returns:
-            for each pass and table, a function that waits for its rows.
+            For each pass and table, a function that waits for its rows.
         """
 
     def check_save(self, directory: Path) -> None:  # noqa: B027 (most sources can save anywhere)
-        """Raises ValueError if saving into `directory` would fail; called before anything there is touched."""
+        """Raises a ValueError if saving into `directory` would fail; called before anything there is changed."""
 
     @abstractmethod
     def save(self, directory: Path) -> None:
@@ -53,7 +53,7 @@ class RowSource(ABC):
 
 
 class _TouchedRows(torch.autograd.Function):
-    """Gathers distinct rows; hands their gradient back as a sparse tensor (rows, summed gradients)."""
+    """Gathers distinct rows; their gradient is a sparse tensor (rows, summed gradients)."""
 
     @staticmethod
     def forward(ctx, weight_RC: Tensor, rows_U: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
@@ -64,7 +64,7 @@ class _TouchedRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient_UC: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
         (rows_U,) = ctx.saved_tensors
-        # rows_U is sorted and distinct, so the tensor is coalesced as it stands.
+        # rows_U is sorted and distinct, so the tensor is already coalesced.
         gradient = torch.sparse_coo_tensor(
             rows_U[None], gradient_UC, ctx.shape, is_coalesced=True, check_invariants=False
         )
@@ -72,20 +72,20 @@ class _TouchedRows(torch.autograd.Function):
 
 
 class SparseTable(nn.Module):
-    """A module whose `weight` [R, C] is a table of which a step touches few rows: optimizers train those alone.
+    """A module whose `weight` [R, C] is a table; optimizers train only the few rows that a step touches.
 
-    `weight` is None where the rows are held outside the module.
+    `weight` is None if the rows are held outside the module.
     """
 
     weight: nn.Parameter | None
 
 
 class MemoryTable(SparseTable):
-    """The rows of one memory layer, all heads end to end in one parameter [R, C].
+    """The rows of one memory layer in one parameter [R, C], in which the heads follow each other.
 
-    After backward `weight.grad` is a sparse COO tensor: each touched row once, its gradients summed. No dense gradient
-    is ever made, so cost follows the touched rows. With tables="external" there is no parameter: `weight` is None, and
-    rows are read from `source`, where this table is called `name`.
+    After backward, `weight.grad` is a sparse COO tensor: each touched row once, with its gradients summed. No dense
+    gradient is ever made, so the cost follows the touched rows. With tables="external" there is no parameter: `weight`
+    is None, and rows are read from `source`, where this table is called `name`.
     """
 
     source: RowSource | None = None
@@ -97,12 +97,12 @@ class MemoryTable(SparseTable):
         super().__init__()
         self.num_heads = config.num_columns
         self.shape = (geometry.num_stored_rows(layer_index), config.head_dim)
-        self.init_seed: int | None = None  # of `draw_rows_`; None where the rows are in a checkpoint
+        self.init_seed: int | None = None  # the seed of `draw_rows_`; None if the rows are in a checkpoint
         weight = nn.Parameter(torch.empty(self.shape)) if tables == "parameters" else None
         self.register_parameter("weight", weight)
 
     def forward(self, rows_BTH: Tensor) -> Tensor:
-        """Looks up rows.
+        """Looks up rows (equation 2).
 
         Args:
             rows_BTH: row numbers over the whole table, from `addressing.hash_ngrams`.
@@ -111,7 +111,7 @@ class MemoryTable(SparseTable):
             embedding_BTE, the rows of each token side by side, in the table's dtype.
 
         Raises:
-            ValueError: not one column per head, or no rows to look up.
+            ValueError: there is not one column per head, or the table has neither rows nor a source.
             IndexError: a row is not in the table (checked on the CPU only).
         """
         if rows_BTH.shape[-1] != self.num_heads:
@@ -127,16 +127,16 @@ class MemoryTable(SparseTable):
         return gather_rows(self.weight, rows_BTH).flatten(-2)
 
     def move_to(self, source: RowSource, name: str) -> None:
-        """From now on the rows are read from `source`, where this table is called `name`."""
+        """Drops the parameter: the rows are now read from `source`, where this table is called `name`."""
         self.weight, self.source, self.name = None, source, name
 
     def take_back(self, weight: nn.Parameter) -> None:
-        """From now on the rows are this module's own parameter."""
+        """Makes `weight` this module's own parameter again."""
         self.weight, self.source, self.name = weight, None, ""
 
 
 def gather_rows(weight_RC: Tensor, rows: Tensor) -> Tensor:
-    """Rows [..., C] of a table for row numbers [...]; the table's gradient is sparse, each touched row once."""
+    """Rows [..., C] of a table for row numbers [...]. The table's gradient is sparse, with each touched row once."""
     if not (weight_RC.requires_grad and torch.is_grad_enabled()):
         return nn.functional.embedding(rows, weight_RC)
     rows_U, inverse = torch.unique(rows, return_inverse=True)
@@ -145,9 +145,9 @@ def gather_rows(weight_RC: Tensor, rows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def draw_rows_(out_UC: Tensor, *, seed: int, first_row: int, std: float) -> None:
-    """Fills `out_UC` with the initial values of rows first_row, first_row + 1, ... of a table: normal, deviation `std`.
+    """Fills `out_UC` with the initial values of a table's rows from `first_row` on: normal, with deviation `std`.
 
-    A row's values depend on the seed and its number alone, so parts of a table can be drawn anywhere, in any order.
+    A row's values depend only on the seed and its number, so parts of a table can be drawn anywhere, in any order.
     """
     num_rows, width = out_UC.shape
     for block in range(first_row // INIT_BLOCK, -(-(first_row + num_rows) // INIT_BLOCK)):

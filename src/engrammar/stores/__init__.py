@@ -1,6 +1,6 @@
-"""Where rows are read from: RAM, disk, a cache in front of either, other machines (`stores.mooncake`).
+"""Where rows are read from: RAM, disk, a cache in front of either, or other machines (`stores.mooncake`).
 
-Public: what `__all__` names; and of `stores.serving`, `serve_tables` and `look_ahead`, which give a model a store's
+Public: what `__all__` names, and `serve_tables` and `look_ahead` of `stores.serving`, which give a model a store's
 rows.
 """
 

@@ -45,7 +45,7 @@ class ReadQueue(ABC):
 
     Attributes:
         memory: the bytes of all slots; it starts at a page boundary.
-        in_flight: how many reads were started and not collected; their slots must not be touched.
+        in_flight: how many reads were started but not collected yet; their slots must not be touched.
     """
 
     memory: NDArray[np.uint8]
@@ -53,13 +53,15 @@ class ReadQueue(ABC):
 
     @abstractmethod
     def start(self, descriptor_N: Ints, byte_N: Ints, slot_N: Ints, pages_N: Ints) -> None:
-        """Starts reading `pages` pages of a file from `byte` on into the slots from `slot` on."""
+        """Starts N reads: each reads `pages` pages of a file from `byte` on into the slots from `slot` on."""
 
     @abstractmethod
     def collect(self, at_least: int, seconds: float | None = None) -> tuple[Ints, Ints]:
-        """slot_D and result_D of finished reads; waits for `at_least` of them, for `seconds`, or for a refused read.
+        """Waits until `at_least` reads have finished, one was refused, or `seconds` have passed.
 
-        A result is the number of bytes read (fewer at the end of the file), or minus an errno.
+        Returns:
+            slot_D and result_D of the finished reads. A result is the number of bytes read (fewer at the end of the
+            file), or minus an errno.
         """
 
     @abstractmethod
@@ -112,7 +114,7 @@ class AioQueue(ReadQueue):
                 taken = self._call(self._submit, self._context, ctypes.c_long(count - done), pointers)
                 done += taken
                 self.in_flight += taken
-            except OSError as error:  # of the first read left: a closed file, no memory
+            except OSError as error:  # about the first read that is left: a closed file, no memory
                 self._refused.append((int(slot_N[done]), -(error.errno or errno.EIO)))
                 done += 1
                 self.in_flight += 1
@@ -149,7 +151,7 @@ class AioQueue(ReadQueue):
 
 @final
 class ThreadQueue(ReadQueue):
-    """The plain twin: threads, each reading one piece after another; for any file on any system."""
+    """The plain twin, for any file on any system: threads, each of which reads one piece after another."""
 
     def __init__(self, threads: ThreadPoolExecutor, num_slots: int) -> None:
         self.memory, self.in_flight = _stage(num_slots), 0
@@ -190,5 +192,5 @@ def _read(reads: list[tuple[int, int, int, int]], memory: memoryview, done: "Sim
 
 
 def thread_queues() -> Callable[[int], ReadQueue]:
-    """Returns a function that makes queues of so many slots; the queues share their threads."""
+    """Returns a function that makes a queue with the given number of slots; its queues share their threads."""
     return partial(ThreadQueue, ThreadPoolExecutor(NUM_THREADS, "engrammar-read"))

@@ -1,4 +1,4 @@
-"""The one seam between a memory and where its rows are: `fetch` starts reading, `wait` hands over.
+"""The one interface between a memory and the place of its rows: `fetch` starts reading, `wait` returns the rows.
 
 To a store a row is bytes; `tables.encodings` knows what they mean. The store to read first is `ram.RamStore`.
 Letters: R rows of the table, U rows asked for (in any order, repeats allowed), S bytes of a stored row.
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 
 class RowsMissing(OSError):
-    """Some rows could not be read. The message names the place and the first such row, and says what to do.
+    """Some rows could not be read. The message names the place, the first such row, and what to do.
 
     Attributes:
         missing_U: True where a row is missing.
@@ -62,7 +62,7 @@ class RowStore(ABC):
         Raises:
             IndexError: a row is not in the table.
         """
-        # As unsigned integers negative rows are huge, so one comparison finds rows off either end.
+        # As unsigned integers, negative rows are huge, so one comparison finds rows beyond either end.
         if rows_U.size and rows_U.view(np.uint64).max() >= self.num_rows:
             outside = rows_U[(rows_U < 0) | (rows_U >= self.num_rows)]
             raise IndexError(f"Row {outside[0]} is outside {self.name}, which has rows 0 to {self.num_rows - 1}.")

@@ -3,10 +3,10 @@
 The memory is fixed: sets of eight places, and the hash of a row gives its set. Two places of a set are for young rows,
 first in, first out: every row that is read goes there first. A row pushed out of the young places replaces the
 least-read older row of its set if it was read more often; otherwise it is dropped (W-TinyLFU, arXiv:1512.00727).
-So a scan, however long, passes through the young places only, and a text that repeats its own rows finds them there.
-A sketch counts the rows that are not in the cache; all counts are halved over time, a part with each admission.
-Letters: U rows asked for, M distinct rows that are not in the cache, A sets, W = 8 ways, P = A W places, S bytes of a
-row, K counts of the sketch.
+So even a long scan passes through the young places only, and a text that repeats its own rows finds them there.
+A sketch counts the rows that are not in the cache. All counts are halved over time, some with each admission.
+Letters: U rows asked for (u: of one slice), V positions of them that missed, M distinct rows that are not in the cache,
+A sets, W = 8 ways, P = A W places, S bytes of a row, K counts of the sketch.
 """
 
 from typing import final
@@ -18,10 +18,10 @@ from engrammar.stores.base import Arrived, Fetch, RowsMissing, RowStore
 from engrammar.stores.shared import Segment, SharedLock, private_bytes
 
 WAYS = 8
-YOUNG = 2  # young rows of a set; with fewer, text hits less; with more, rows drawn at random hit less
+YOUNG = 2  # young rows of a set: fewer lower the hit rate of text, more that of rows drawn at random
 HALVING = 20  # all counts are halved once per this many reads per row of the cache
 SKETCH = 8  # at least this many counts in the sketch per row of the cache
-SLICE = 4096  # rows looked up or admitted under one lock: bounds how long others wait for it
+SLICE = 4096  # rows looked up or admitted under one lock, which bounds how long others wait for it
 PIN_BYTES = 2**24  # bytes of rows that `pin` reads at once
 MOST = 255  # counts stop here
 EMPTY = -1  # the tag of a place without a row
@@ -41,7 +41,7 @@ class CachedStore(RowStore):
     """A store with its most-read rows in memory.
 
     Attributes:
-        hits, misses: rows asked for that were, and were not, in the cache since the start or `reset_counts`.
+        hits, misses: since the start or `reset_counts`, rows asked for that were in the cache, and that were not.
     """
 
     def __init__(self, store: RowStore, cache_rows: int, *, shared: bool = False) -> None:
@@ -49,11 +49,11 @@ class CachedStore(RowStore):
         Args:
             store: the store to read all other rows from; it is closed with the cache.
             cache_rows: how many rows to keep, rounded down to a multiple of 8.
-            shared: all processes of this user with a cache of this size and table use one; the last to close gives it
-                back.
+            shared: all processes of this user with a cache of this size for this table use one; the last to close it
+                frees it.
 
         Raises:
-            ValueError: too few rows, or no room for them.
+            ValueError: `cache_rows` is too small, or there is no room for them.
         """
         if cache_rows < WAYS:
             raise ValueError(f"cache_rows is {cache_rows}; allowed: {WAYS} or more.")
@@ -69,19 +69,19 @@ class CachedStore(RowStore):
         self._segment = None
         if shared:
             content = f"{num_sets * WAYS} cached rows, {self.row_bytes} bytes each, of {store.name}, {store.identity}"
-            # Killed processes may have left a row half written.
+            # keep=False: killed processes may have left a row half written.
             self._segment = Segment(content, num_bytes, clear, keep=False)
             memory, self._lock = self._segment.bytes, self._segment.lock
         else:
             memory, self._lock = private_bytes(num_bytes), SharedLock()
             clear(memory)
         self._sets: _Sets | None = _Sets(memory, num_sets, self.row_bytes)
-        self._num_asked = 0  # rows, since counts were halved last
+        self._num_asked = 0  # rows asked for since counts were last halved
         self.hits = self.misses = 0
 
     @property
     def hit_rate(self) -> float:
-        """The share of the rows asked for that were in the cache; 0 before the first."""
+        """The share of the rows asked for that were in the cache; 0 before the first row."""
         return self.hits / max(self.hits + self.misses, 1)
 
     def reset_counts(self) -> None:
@@ -89,10 +89,10 @@ class CachedStore(RowStore):
             self.hits = self.misses = 0
 
     def pin(self, rows: Ints) -> int:
-        """Keeps rows for good, the first ones first, as long as there is room (7 of the 8 places of a set).
+        """Pins rows in the order given, as long as there is room (7 of the 8 places of a set).
 
         Returns:
-            how many of the distinct rows are pinned now.
+            How many of the distinct rows are pinned now.
 
         Raises:
             IndexError: a row is not in the table.
@@ -114,7 +114,7 @@ class CachedStore(RowStore):
             try:
                 rows_MS = self._store.fetch(rows_M).wait()
             except RowsMissing as error:
-                raise OSError(str(error)) from error  # not RowsMissing: the mask is not about the caller's rows
+                raise OSError(str(error)) from error  # not RowsMissing: its mask is not one of the caller's rows
             for at in range(0, len(rows_M), SLICE):
                 with self._lock.writing:
                     num_pinned += self._open().pin(rows_M[at : at + SLICE], rows_MS[at : at + SLICE])
@@ -127,7 +127,7 @@ class CachedStore(RowStore):
         for at in range(0, len(rows_U), SLICE):
             rows_u, end = rows_U[at : at + SLICE], at + SLICE
             with self._lock.reading:
-                # Copied now, not in `wait`: by then another row may be in the place.
+                # Copied now and not in `wait`, when another row may be in the place.
                 found_u = self._open().gather(rows_u, rows_US[at:end])
                 found_U[at:end] = found_u
                 num_here = int(np.count_nonzero(found_u))
@@ -165,7 +165,7 @@ class CachedStore(RowStore):
 
 @final
 class _Filling(Fetch):
-    """Rows of which those at V positions, M distinct ones, are being read from the store behind."""
+    """Rows of which those at V positions, M of them distinct, are being read from the cached store."""
 
     def __init__(self, cache: CachedStore, rows_M: Ints, rows_US: Bytes, missed_V: Ints, which_V: Ints) -> None:
         self._cache, self._rows_M, self._rows_US = cache, rows_M, rows_US
@@ -193,10 +193,10 @@ class _Filling(Fetch):
 
 @final
 class _Sets:
-    """The cache's memory and the operations on it, which are called under its lock.
+    """The cache's memory, and the operations on it, which are called under its lock.
 
-    A process may be killed on any line. So a place is marked empty before its bytes change and tagged after, and
-    operations without the exclusive lock change only counts.
+    A process may be killed on any line. So a place is marked empty before its bytes change and is tagged afterwards,
+    and operations without the exclusive lock change only counts.
     """
 
     def __init__(self, memory: Bytes, num_sets: int, row_bytes: int) -> None:
@@ -235,7 +235,7 @@ class _Sets:
     def gather(self, rows_U: Ints, rows_US: Bytes) -> NDArray[np.bool_]:
         """Copies the rows that are in the cache into `rows_US` and counts them; returns which ones they are."""
         place_U, found_U = self._find(rows_U)
-        self.rows_PS.take(place_U, 0, rows_US, "clip")  # copies some other row where the row is not in the cache
+        self.rows_PS.take(place_U, 0, rows_US, "clip")  # rows that are not in the cache get the bytes of some other row
         if not found_U.all():
             place_U = place_U[found_U]
         counts = self.counts_P.take(place_U, None, None, "clip")
@@ -244,8 +244,8 @@ class _Sets:
         return found_U
 
     def admit(self, rows_M: Ints, rows_MS: Bytes) -> None:
-        """Counts distinct rows that were not in the cache, and admits the two of each set that were read most often."""
-        (new,) = np.nonzero(~self._find(rows_M)[1])  # the others were admitted since
+        """Counts distinct rows that were not in the cache, and admits the two most-read ones of each set."""
+        (new,) = np.nonzero(~self._find(rows_M)[1])  # the others were admitted in the meantime
         count_M = self._estimate(rows_M[new])
         count_M += count_M != MOST
         self._remember(rows_M[new], count_M)
@@ -266,9 +266,9 @@ class _Sets:
         return found_M & self.pinned_P[place_M]
 
     def pin(self, rows_M: Ints, rows_MS: Bytes) -> int:
-        """Pins distinct rows, as far as there is room; returns how many of them are pinned now."""
+        """Pins distinct rows as long as there is room; returns how many of them are pinned now."""
         place_M, found_M = self._find(rows_M)
-        pinned_M = found_M & self.pinned_P[place_M]  # by another process, since
+        pinned_M = found_M & self.pinned_P[place_M]  # by another process, in the meantime
         (new,) = np.nonzero(~pinned_M)
         set_M = self._set(rows_M[new])
         fits = _rank(set_M) < WAYS - 1 - np.count_nonzero(self.pinned_AW[set_M], 1)
@@ -288,7 +288,7 @@ class _Sets:
         return int(np.count_nonzero(pinned_M)) + len(new)
 
     def halve(self, num_asked: int) -> int:
-        """Halves the counts that are due after `num_asked` rows; returns for how many of these rows that was."""
+        """Halves the counts that are due after `num_asked` rows; returns how many of these rows are settled by that."""
         num_places, num_counts = len(self.counts_P), len(self.sketch_K)
         due = min(num_asked // HALVING, num_places)
         start = int(self.halved_to[0])
@@ -301,7 +301,7 @@ class _Sets:
         return num_asked - (due - (end - start)) * HALVING  # at most one round is ever due
 
     def _find(self, rows_U: Ints) -> tuple[Ints, NDArray[np.bool_]]:
-        """The place of each row and whether the row is in it; if not, the place is any of its set."""
+        """The place of each row, and whether the row is in it; if not, the place is some place of its set."""
         set_U = self._set(rows_U)
         same_UW = self.tags_AW.take(set_U, 0, None, "clip") == rows_U[:, None]
         way_U = same_UW.view("<u8").reshape(-1)
@@ -344,7 +344,7 @@ class _Sets:
         return np.where(full_M & ~stays_M, oldest_M, least_M)
 
     def _least(self, set_M: Ints, kept_MW: NDArray[np.bool_]) -> tuple[Ints, Ints]:
-        """The place with the smallest count in each set, and that count: -1 if empty, over MOST if all are kept."""
+        """The place with the smallest count in each set, and the count: -1 if empty, over MOST if all are kept."""
         count_MW = self.counts_AW[set_M].astype(np.int64)
         count_MW[self.tags_AW[set_M] == EMPTY] = -1
         count_MW[kept_MW] = MOST + 1

@@ -1,7 +1,7 @@
-"""Rows from files: each page of the rows is read once, all at the same time, bypassing the page cache, and checked.
+"""Rows from files. Each page of a fetch is read once and checked; reads run at the same time and bypass the page cache.
 
 Hashing scatters rows, so a page cache would keep sixteen cold rows for each hot one; a `CachedStore` in front keeps the
-rows that are read often. Small fetches are read in the caller's thread, large ones by a thread of the store, in slices.
+rows that are read often. Small fetches are read in the caller's thread, large ones in slices by a thread of the store.
 Letters: U rows asked for, V rows of a slice, S bytes of a row, D finished reads.
 """
 
@@ -24,18 +24,18 @@ from engrammar.stores.paged import NOT_READ, PagedFiles, PageReads
 from engrammar.tables.folder import TableFile
 from engrammar.tables.headers import PAGE
 
-DEPTH = 512  # pages of large fetches in flight, and so 2 MiB of memory
-NUM_PARTS = 8  # parts of them: one is gathered while the others are read
+DEPTH = 512  # pages of large fetches in flight, which take 2 MiB of memory
+NUM_PARTS = 8  # parts of these pages: one is gathered while the others are read
 BATCH = 32  # reads of a large fetch that are collected together
-SMALL = 128  # pages of a small fetch, at most
-NUM_LANES = 8  # small fetches in flight, 512 KiB each; more than these queue up with the large ones
+SMALL = 128  # the most pages of a small fetch
+NUM_LANES = 8  # small fetches in flight, 512 KiB each; further ones wait in line with the large ones
 
 logger = logging.getLogger(__name__)
 
 
 @final
 class _Source:
-    """What a store shares with its thread and its fetches, which may outlive it."""
+    """What a store shares with its thread and its fetches, which may outlive the store."""
 
     def __init__(self, files: PagedFiles, depth: int, queues: Callable[[int], ReadQueue] | None) -> None:
         self.files = files
@@ -52,7 +52,7 @@ class _Source:
         self.lock, self.closed = threading.Lock(), False
 
     def take_lane(self) -> ReadQueue | None:
-        """A queue for one small fetch, with nothing in flight; None if there is none left."""
+        """Returns a queue for one small fetch, with nothing in flight; None if none is left."""
         try:
             queue = self.lanes.get_nowait()
         except Empty:
@@ -63,13 +63,13 @@ class _Source:
             if not taken:
                 try:
                     return self.queues(SMALL)
-                except OSError as error:  # no more contexts in this system: the thread has one
+                except OSError as error:  # the system has no more contexts; the thread has its own
                     why = f"the system gives no more queues: {error.strerror}"
             if not self.told_of_lanes:
                 logger.info("%s: small reads wait behind large ones at times (%s).", self.files.name, why)
             self.told_of_lanes = True
             return None
-        # It may have reads of a fetch that was never waited for.
+        # The queue may still have reads of a fetch that was never waited for.
         while queue.in_flight and len(queue.collect(0, 0)[0]):
             pass
         if queue.in_flight:
@@ -78,7 +78,7 @@ class _Source:
         return queue
 
     def ask(self, fetch: "_LargeFetch") -> None:
-        """Has the thread read rows, after those of earlier fetches."""
+        """Has the thread read a fetch's rows, after those of earlier fetches."""
         with self.lock:
             if self.closed:  # just now, by another thread: the fetch is lost
                 fetch.finish()
@@ -96,7 +96,7 @@ class _Source:
 
 @final
 class _SmallFetch(Fetch):
-    """All pages are in flight; `wait` collects them in the caller's thread."""
+    """A fetch whose pages are all in flight; `wait` collects them in the caller's thread."""
 
     def __init__(self, source: _Source, queue: ReadQueue, rows_U: Ints) -> None:
         self._source, self._rows_U, self._lock = source, rows_U, threading.Lock()
@@ -111,7 +111,7 @@ class _SmallFetch(Fetch):
     def wait(self, seconds: float | None = None) -> NDArray[np.uint8]:
         with self._lock:
             if self._queue is not None:
-                # Taken out for good: after an interruption it is not known what is in flight in it.
+                # Removed for good: after an interruption, what is in flight in the queue is not known.
                 queue, self._queue = self._queue, None
                 if not self._source.closed:
                     self._collect(queue, seconds)
@@ -148,7 +148,7 @@ class _SmallFetch(Fetch):
 
 @final
 class _LargeFetch(Fetch):
-    """Rows that the store's thread brings, slice by slice.
+    """Rows that the store's thread reads, slice by slice.
 
     Attributes:
         given_up: whether rows that have not arrived are no longer wanted.
@@ -163,7 +163,7 @@ class _LargeFetch(Fetch):
         self._error: BaseException | None = None
 
     def put(self, place_V: Ints, reads: PageReads, begin_V: Ints) -> None:
-        """Copies rows that were read to these places."""
+        """Copies rows that were read to their places in the result."""
         missing_V = reads.missing(begin_V)
         with self._lock:
             if self.given_up:  # the caller owns the memory now
@@ -175,7 +175,7 @@ class _LargeFetch(Fetch):
                 self._first_bad, self._message = place, reads.explain(int(self.rows_U[place]), begin)
 
     def finish(self, error: BaseException | None = None) -> None:
-        """Says that nothing more will arrive: all rows did, or there was this error."""
+        """Marks the fetch as finished: all rows have arrived, or `error` stopped it."""
         self._error = error
         self._done.set()
 
@@ -209,7 +209,7 @@ def _lost(source: _Source, rows_U: Ints) -> RowsMissing:
 
 
 def _best_queues(files: PagedFiles, num_slots: int) -> tuple[Callable[[int], ReadQueue], ReadQueue]:
-    """A function that makes the best kind of queue for these files, and one such queue."""
+    """Returns a function that makes the best kind of queue for these files, and one such queue."""
     if files.direct:
         try:
             return AioQueue, AioQueue(num_slots)
@@ -274,7 +274,7 @@ def _bring(source: _Source, queue: ReadQueue, fetch: _LargeFetch) -> None:
 
 
 def _slices(address_U: Ints, row_bytes: int, most_pages: int) -> Iterator[tuple[int, int]]:
-    """Cuts sorted rows into runs on at most so many pages each: the first row, and one past the last.
+    """Cuts sorted rows into runs on at most `most_pages` pages each; yields the first row and one past the last.
 
     A page that two runs share is read twice.
     """
@@ -295,11 +295,11 @@ class DiskStore(RowStore):
 
     Args:
         table: where its rows are.
-        depth: how many pages of large fetches are in flight together.
-        queues: makes queues of reads; None takes the best kind that this system and the files allow.
+        depth: how many pages of large fetches are in flight at once.
+        queues: makes queues of reads. None takes the best kind that this system and the files allow.
 
     Raises:
-        ValueError: a file cannot be opened, or does not belong to its checksums.
+        ValueError: a file cannot be opened, or its checksums are those of another file.
     """
 
     def __init__(
@@ -335,7 +335,7 @@ class DiskStore(RowStore):
         return fetch
 
     def close(self) -> None:
-        source, self._source = self._source, None  # the files close with the last fetch that holds them
+        source, self._source = self._source, None  # the files are closed with the last fetch that uses them
         if source is not None:
             self._end()
             if source.thread is not None:

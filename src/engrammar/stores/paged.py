@@ -1,6 +1,6 @@
 """The file pages of a table's rows: which pages they are, how they are read, and whether they are undamaged.
 
-Letters: H shards, F files, V rows, S bytes of a row, P distinct pages, sorted.
+Letters: H shards, F files, U or V rows, S bytes of a row, P distinct pages (sorted), N reads.
 """
 
 import errno
@@ -24,14 +24,14 @@ from engrammar.tables.headers import PAGE
 
 TRIES = 3
 LONGEST_READ = 16  # neighboring pages in one read
-NOT_READ, SHORT, DAMAGED = -1, -2, -3  # what is wrong with a page; over 0 it is an errno, 0 is a good page
+NOT_READ, SHORT, DAMAGED = -1, -2, -3  # what is wrong with a page; above 0 it is an errno, 0 is a good page
 
 logger = logging.getLogger(__name__)
 
 
 @final
 class PagedFiles:
-    """The open shards of a table. Pages are numbered through all files, with a gap between two files.
+    """The open shards of a table. Pages are numbered across all files, with a gap between two files.
 
     Attributes:
         direct: whether reads bypass the page cache.
@@ -39,7 +39,7 @@ class PagedFiles:
         pages_per_row: the most pages that one row can be on.
 
     Raises:
-        ValueError: a file cannot be opened, or is shorter than its rows, or its checksums are those of another one.
+        ValueError: a file cannot be opened or is shorter than its rows, or its checksums are those of another file.
     """
 
     def __init__(self, table: TableFile) -> None:
@@ -50,7 +50,7 @@ class PagedFiles:
         self._open: list[int] = []
         while len(self._open) < len(self.paths):
             handle = _open(self.paths[len(self._open)], self.direct)
-            if handle is None:  # tmpfs and the like: all files through the page cache
+            if handle is None:  # tmpfs and the like: all files are then read through the page cache
                 folder = self.paths[len(self._open)].parent
                 logger.info("%s: reads go through the page cache, since %s allows no others.", self.name, folder)
                 self._close()
@@ -77,14 +77,14 @@ class PagedFiles:
                 self.crc32_P[first : first + pages_F[file]] = read_page_sums(shard.crc32, shard.path)
 
     def addresses(self, rows_U: Ints) -> Ints:
-        """The byte where each row begins, counted through all files, each padded to whole pages."""
+        """The byte where each row begins, counted across all files, each padded to whole pages."""
         if len(self.first_row_H) == 1:
             return rows_U * self.row_bytes + self.shift_H[0]
         shard_U = np.searchsorted(self.first_row_H, rows_U, "right") - 1
         return rows_U * self.row_bytes + self.shift_H[shard_U]
 
     def pages(self, address_V: Ints) -> tuple[Ints, Ints]:
-        """The pages of the rows, page_P, and for each row the byte where it begins in these pages, end to end."""
+        """Returns page_P, the pages of the rows, and begin_V, the byte where each row begins in these pages joined."""
         first_V, last_V = address_V // PAGE, (address_V + self.row_bytes - 1) // PAGE
         page_P = np.concatenate([np.minimum(first_V + step, last_V) for step in range(self.pages_per_row)])
         page_P.sort()
@@ -117,12 +117,12 @@ class PagedFiles:
         while self._open:
             os.close(self._open.pop())
 
-    def __del__(self) -> None:  # not in the store's `close`: a fetch may outlive it
+    def __del__(self) -> None:  # not in the store's `close`, since a fetch may outlive the store
         self._close()
 
 
 def _open(path: Path, direct: bool) -> int | None:
-    """A descriptor; None if `direct` is wanted and the file cannot be read so."""
+    """Opens a file and returns its descriptor; None if `direct` is asked for and the file cannot be read that way."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if direct else 0))
     except OSError as error:
@@ -157,7 +157,7 @@ class PageReads:
 
     Attributes:
         left: how many reads are in flight.
-        why: for each page what is wrong with it; 0 once it was read and its checksum fits.
+        why: for each page, what is wrong with it; 0 once the page was read and its checksum fits.
     """
 
     def __init__(self, files: PagedFiles, queue: ReadQueue, base: int, page_P: Ints) -> None:
@@ -178,14 +178,14 @@ class PageReads:
         self._start(index_N, pages_N)
 
     def _start(self, index_N: Ints, pages_N: Ints) -> None:
-        """Starts reads that begin at these pages, of so many pages each."""
+        """Starts N reads, each of `pages` pages from the page at `index` on."""
         self._failed: list[int] = []
         self._pages = dict(zip(index_N.tolist(), pages_N.tolist()))
         self.left, self._tries = len(index_N), self._tries - 1
         self.queue.start(self._descriptor_P[index_N], self._byte_P[index_N], self.base + index_N, pages_N)
 
     def take(self, slot: int, result: int) -> None:
-        """Checks the pages of a finished read; after the last read, starts the failed pages again."""
+        """Checks the pages of a finished read; after the last read, starts reading the failed pages again."""
         first = slot - self.base
         for index in range(first, first + self._pages[first]):
             size, begin = self._size[index], index * PAGE
@@ -202,9 +202,9 @@ class PageReads:
             self._start(np.array(self._failed), np.ones(len(self._failed), np.int64))
 
     def gather(self, begin_V: Ints) -> NDArray[np.void]:
-        """rows_V, one item of S bytes each, that begin at these bytes of the pages; undefined on bad pages."""
+        """Returns rows_V, one item of S bytes for each byte in `begin_V`; rows on bad pages are undefined."""
         size = self.files.row_bytes
-        # A view with a row at every byte: NumPy copies items of any size fast.
+        # A view with a row at every byte, since NumPy copies items of any size fast.
         rows = np.ndarray((self._memory.nbytes - size + 1,), f"V{size}", self._memory, 0, (1,))
         return rows[begin_V]
 
@@ -216,6 +216,6 @@ class PageReads:
         return bad_P[(begin_V + self.files.row_bytes - 1) // PAGE + 1] > bad_P[begin_V // PAGE]
 
     def explain(self, row: int, begin: int, seconds: float | None = None) -> str:
-        """The error message about a missing row that begins at this byte of the pages."""
+        """The error message about a missing row that begins at the byte `begin` of the pages."""
         index = next(index for index in range(begin // PAGE, len(self.why)) if self.why[index])
         return self.files.explain(row, int(self.page_P[index]), self.why[index], seconds)

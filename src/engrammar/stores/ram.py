@@ -1,4 +1,4 @@
-"""Rows in memory: this process's own, or one copy for all processes of the machine.
+"""Rows in memory: a copy of this process alone, or one for all processes of a user on the machine.
 
 Letters: R rows of the table, U rows asked for, S bytes of a row, P pages of a piece of a file.
 """
@@ -20,7 +20,7 @@ from engrammar.tables.checksums import first_damaged, read_page_sums
 from engrammar.tables.folder import Shard, TableFile
 from engrammar.tables.headers import PAGE
 
-PIECE = 2**20  # bytes read at once: small enough to be summed and copied while the processor's cache holds them
+PIECE = 2**20  # bytes read at once: few enough to stay in the processor's cache while they are summed and copied
 
 
 @final
@@ -31,11 +31,12 @@ class RamStore(RowStore):
     """
 
     def __init__(self, table: TableFile, *, shared: bool = False, verify: bool = True) -> None:
-        """Reads the table; shows a progress bar where that takes more than two seconds.
+        """Reads the table; shows a progress bar if that takes more than two seconds.
 
         Args:
-            shared: all processes of this user that open the table use one copy; the last to close gives it back.
-            verify: checks each page against its CRC-32, where the table has them.
+            table: where the rows are.
+            shared: all processes of this user that open the table use one copy; the last to close it frees it.
+            verify: checks each page against its CRC-32, if the table has checksums.
 
         Raises:
             ValueError: a file cannot be read, is damaged or too short, or there is no room.
@@ -48,8 +49,8 @@ class RamStore(RowStore):
     def _fetch(self, rows_U: NDArray[np.int64]) -> Fetch:
         if self._rows_RS.shape[0] != self.num_rows:
             raise ValueError(f"{self.name} is closed.")
-        # rows_RS[rows_U], in the way that is fastest for rows of 64 to 1,024 bytes. `fetch` has checked the range, and
-        # "clip" is the mode that does not check it again.
+        # The fastest form of rows_RS[rows_U] for rows of 64 to 1,024 bytes. `fetch` has checked the range, and the
+        # mode "clip" does not check it again.
         return Arrived(self._rows_RS.take(rows_U, 0, None, "clip"))
 
     def close(self) -> None:
@@ -59,7 +60,7 @@ class RamStore(RowStore):
 
 
 def _load(table: TableFile, name: str, shared: bool, verify: bool) -> tuple[NDArray[np.uint8], str, Segment | None]:
-    """The bytes of all rows, a fingerprint of the files, and the segment of the bytes if they are shared."""
+    """Returns the bytes of all rows, a fingerprint of the files, and the segment of the bytes if they are shared."""
     num_bytes, segment = table.num_rows * table.row_bytes, None
     with contextlib.ExitStack() as files:
         handles = [_open(shard.path) for shard in table.shards]
@@ -103,7 +104,7 @@ def _read(table: TableFile, handles: list[int], memory: NDArray[np.uint8], verif
 def _read_shard(
     shard: Shard, handle: int, rows: NDArray[np.uint8], verify: bool, advance: Callable[[int], object]
 ) -> None:
-    """Copies a shard's rows into `rows` [num_rows * S], whole pages at a time, and checks these."""
+    """Copies a shard's rows into `rows` [num_rows * S], whole pages at a time, and checks the pages."""
     size, end = os.fstat(handle).st_size, shard.start + len(rows)
     if size < end:
         raise ValueError(f"{shard.path} has {size} bytes, its rows end at {end}: copy it again.")
@@ -136,5 +137,5 @@ def _read_piece(shard: Shard, handle: int, piece: NDArray[np.uint8], at: int) ->
         if not count:
             raise ValueError(f"{shard.path} ends at byte {at + num_read}, amid its rows: copy it again.")
         num_read += count
-    if hasattr(os, "posix_fadvise"):  # the memory holds them now; the page cache may keep what others need
+    if hasattr(os, "posix_fadvise"):  # the rows are in memory now: leave the page cache to others
         os.posix_fadvise(handle, at, len(piece), os.POSIX_FADV_DONTNEED)

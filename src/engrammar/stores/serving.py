@@ -1,6 +1,6 @@
 """Serves a model's rows from table files on any tier, read-only (`train.placement` is for training).
 
-All layers' reads of a forward pass start before its first block; each is waited for by the block that needs it.
+All layers' reads of a forward pass start before its first block. Each block with memory waits for its own rows.
 Letters: B batch, T tokens, H columns, C row width, E = H*C, U = B*T*H rows, S bytes of a stored row.
 """
 
@@ -38,16 +38,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class ServingSettings:
-    """How a model's tables are served; `from_pretrained` takes each by its name, `where` as `memory`.
+    """How a model's tables are served. `from_pretrained` takes each setting by its name, and `where` as `memory`.
 
     Attributes:
-        where: "ram", "disk", or a function that opens the store of a table (say, a remote one).
+        where: "ram", "disk", or a function that opens the store of a table (for instance a remote one).
         cache_rows: rows of each table kept in RAM in front of its store; 0 is no cache. Half of them are pinned to the
-            hottest rows where the folder names those (`engrammar table plan` writes `memory.hot.safetensors`).
-        on_missing: what happens where a row cannot be had within `deadline` seconds: "error"; "skip", the position
-            takes nothing from that layer's memory; "zeros", that row alone is zero. The last two count and warn.
-        sharing: "processes": those of one user that serve the same tables use one copy of the tables in RAM, and one
-            cache; the last one to close gives them back.
+            hottest rows if the folder lists those (`engrammar table plan` writes `memory.hot.safetensors`).
+        on_missing: what happens if a row is not read within `deadline` seconds. "error": RowsMissing is raised; "skip":
+            the position takes nothing from that layer's memory; "zeros": only that row is zero. The last two count the
+            rows and warn.
+        deadline: how long to wait for a layer's rows, in seconds; None waits as long as the store allows.
+        sharing: "processes": all processes of one user that serve the same tables use one copy of the tables in RAM and
+            one cache; the last one to close them frees them. "none": each process has its own.
     """
 
     where: Tier | Callable[[TableFile], RowStore]
@@ -75,12 +77,12 @@ class ServingSettings:
 
 @dataclass(kw_only=True)
 class Counts:
-    """What was read so far.
+    """What has been read so far.
 
     Attributes:
         rows: rows asked for.
-        missing_rows: rows that could not be had.
-        closed: (layer, position) pairs whose gate was closed for want of a row.
+        missing_rows: rows that could not be read.
+        closed: (layer, position) pairs whose gate was closed because a row was missing.
     """
 
     rows: int = 0
@@ -100,7 +102,7 @@ class StoredTables(RowSource):
     def __init__(
         self, folder: TableFolder, stores: Mapping[str, RowStore], settings: ServingSettings, dtype: torch.dtype
     ) -> None:
-        self.tables: dict[str, nn.Parameter] = {}  # no parameters: nothing here is trained
+        self.tables: dict[str, nn.Parameter] = {}  # empty, since nothing here is trained
         self.folder, self.stores, self.dtype = folder, dict(stores), dtype
         self.files = {file.name: file for file in folder.tables.values()}
         self.on_missing, self.deadline = settings.on_missing, settings.deadline
@@ -115,7 +117,7 @@ class StoredTables(RowSource):
         return partial(self._embed, name, rows_BTH, fetch)
 
     def _embed(self, name: str, rows_BTH: Tensor, fetch: Fetch) -> Rows:
-        """Waits, decodes, and says which positions lack a row."""
+        """Waits for rows, decodes them, and returns them with the positions that lack a row."""
         file = self.files[name]
         self.counts.rows += rows_BTH.numel()
         missing_BT = None
@@ -133,7 +135,7 @@ class StoredTables(RowSource):
         return Rows(values_UC.view(*rows_BTH.shape[:-1], -1).to(rows_BTH.device), missing_BT)
 
     def _count(self, error: RowsMissing, closed: int) -> None:
-        """Counts; warns at the first row and whenever their number has doubled."""
+        """Counts missing rows; warns at the first one and whenever their number has doubled."""
         before, now = self.counts.missing_rows, self.counts.missing_rows + int(error.missing_U.sum())
         self.counts.missing_rows, self.counts.closed = now, self.counts.closed + closed
         if now.bit_length() > before.bit_length():
@@ -141,12 +143,12 @@ class StoredTables(RowSource):
             logger.warning("%d of %d rows were missing so far, %s: %s", now, self.counts.rows, done, error)
 
     def check_save(self, directory: Path) -> None:
-        """As `RowSource.check_save`: not over the files that the rows are read from."""
+        """As `RowSource.check_save`: the files that the rows are read from cannot be overwritten."""
         if directory.resolve() == self.folder.path.resolve():
             raise ValueError(f"The model's rows are read from {directory}: save it to another folder.")
 
     def save(self, directory: Path) -> None:
-        """As `RowSource.save`: the files that the rows are read from are copied."""
+        """As `RowSource.save`: copies the files that the rows are read from."""
         shards = [shard for file in self.files.values() for shard in file.shards]
         paths = {path for shard in shards for path in (shard.path, shard.crc32) if path is not None}
         for path in (*sorted(paths), self.folder.path / MEMORY):
@@ -156,13 +158,18 @@ class StoredTables(RowSource):
             write_index(directory, whole)
 
     def close(self) -> None:
-        """Gives back files, memory and connections."""
+        """Releases files, memory and connections."""
         for store in self.stores.values():
             store.close()
 
 
 def serve_tables(model: nn.Module, folder: Path, settings: ServingSettings) -> StoredTables:
     """Gives a model that was built with tables="external" the rows of a table folder.
+
+    Args:
+        model: the model, whose tables are then read from stores.
+        folder: a checkpoint or a folder of tables.
+        settings: the stores and caches to open.
 
     Raises:
         ValueError: the folder's tables are not this model's.
@@ -201,16 +208,16 @@ def _open_store(file: TableFile, settings: ServingSettings) -> RowStore:
 
 
 def stored_tables_of(model: nn.Module) -> StoredTables | None:
-    """What serves a model's tables from files, or None."""
+    """The stores that a model's rows are read from; None if its tables are not served."""
     memory = memory_of(model)
     return memory.source if memory is not None and isinstance(memory.source, StoredTables) else None
 
 
 def look_ahead(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
-    """Yields batches for `model(**batch)`, each with `retrieved`; the rows of the one after are then on their way.
+    """Yields batches for `model(**batch)`, each with `retrieved`; the next batch's rows are then being read already.
 
-    For evaluation: the next batch's rows come from their tier while this one is computed. Where the model's tables are
-    not served from stores, it yields the batches as they are.
+    This is for evaluation: the next batch's rows are read while this batch is computed. If the model's tables are not
+    served from stores, the batches are yielded unchanged.
     """
     memory = memory_of(model)
     if memory is None or not isinstance(memory.source, StoredTables):
@@ -228,7 +235,11 @@ def look_ahead(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Iterat
 
 
 def load_hot_rows(folder: Path) -> dict[int, NDArray[np.int64]]:
-    """Per layer the rows that were read most in some corpus, the hottest first; none where nobody counted."""
+    """For each layer, the most-read rows of some corpus, the hottest first; empty if the folder lists none.
+
+    Raises:
+        ValueError: the file with these rows is damaged.
+    """
     path = folder / HOT_ROWS
     if not path.exists():
         return {}

@@ -1,12 +1,12 @@
-"""Bytes that unrelated processes of one machine share (`Segment`), and the lock around what they change (`SharedLock`).
+"""Bytes that unrelated processes of one machine share (`Segment`), and a lock for changes to them (`SharedLock`).
 
-The protocol, on a file (by default in /dev/shm) that is never truncated, so that no mapping can break:
+The protocol uses a file (by default in /dev/shm) that is never truncated, so that no mapping can break:
 1. The process that gets the exclusive flock is the only user: it keeps a complete segment left by an earlier one or
    removes it, reserves the space of a new file, fills it, and last writes the mark that says it is complete. All other
-   processes wait for a shared flock and hold it while they use the bytes. If the file is then incomplete, or no longer
+   processes wait for a shared flock and hold it while they use the bytes. If the file is then incomplete or no longer
    has its name, they start over.
 2. A process that gets the exclusive flock after closing was the last user, and removes the name.
-3. A killed process loses its flocks, so the next user is the only one again and decides by the mark.
+3. A killed process loses its flocks, so the next process can get the exclusive one and decide by the mark.
 """
 
 import contextlib
@@ -31,15 +31,15 @@ from typing import final
 import numpy as np
 from numpy.typing import NDArray
 
-HEADER = 4096  # bytes before the shared ones, with the mark
+HEADER = 4096  # bytes before the shared ones; they hold the mark
 Fill = Callable[[NDArray[np.uint8]], None]
 
 
 def private_bytes(num_bytes: int) -> NDArray[np.uint8]:
-    """Zeros of this process alone; a page takes memory once it is written to."""
+    """Zeros for this process alone; a page takes memory once it is written to."""
     memory = mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        # Rows are read at random: with small pages every row misses the TLB, which costs 20 % of a gather.
+        # Rows are read at random: with small pages every row misses the TLB, which takes 20 % of a gather.
         with contextlib.suppress(OSError):  # a kernel without huge pages
             memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, np.uint8, num_bytes)
@@ -47,10 +47,10 @@ def private_bytes(num_bytes: int) -> NDArray[np.uint8]:
 
 @final
 class SharedLock:
-    """One writing process or many reading ones; in each process one thread at a time.
+    """A lock for one writing process or many reading ones, and in each process for one thread at a time.
 
-    Used as `with lock.reading:` and `with lock.writing:`. Without a path it is a lock between threads only. The file at
-    `path` is empty: it carries the flock.
+    Use it as `with lock.reading:` or `with lock.writing:`. Without a path it is a lock between threads only. The file
+    at `path` is empty; the flock is taken on it.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -77,14 +77,17 @@ class SharedLock:
         self._mutex.release()
 
     def _separate(self) -> None:
-        """In a forked child: with its parent's open file both would be one holder, and a thread may hold the mutex."""
+        """Gives a forked child its own file and mutex.
+
+        The flock of its parent's open file would belong to both, and a thread of the parent may hold the mutex.
+        """
         self._mutex, self._process = threading.Lock(), os.getpid()
         if self._file is not None:
             inherited, self._file = self._file, os.open(f"/proc/self/fd/{self._file}", os.O_RDWR)
             os.close(inherited)
 
     def close(self) -> None:
-        """From now on it is a lock between threads only."""
+        """Makes this a lock between threads only."""
         if self._process != os.getpid():
             self._separate()
         with self._mutex:
@@ -109,12 +112,12 @@ class _Held:
 
 @final
 class Segment:
-    """`num_bytes` bytes that all processes of this user share which ask for the same content.
+    """Bytes that are shared by all processes of this user that ask for the same content.
 
     Attributes:
-        path: its file.
+        path: the segment's file.
         bytes: the shared bytes, as writable uint8 [num_bytes].
-        lock: to be held while they are changed after they were filled.
+        lock: must be held to change the bytes once they are filled.
     """
 
     def __init__(
@@ -123,13 +126,14 @@ class Segment:
         """Joins the segment, or makes it; waits while another process fills it.
 
         Args:
-            content: what the bytes are, in any words; the same text and number of bytes are the same segment.
-            fill: writes the content into the bytes, which are zeros; called in the one process that makes the segment.
-            keep: whether a segment that killed processes left whole is used, or made anew.
-            folder: the folder of its file; None is /dev/shm, or where there is none the folder for temporary files.
+            content: describes the bytes, in any words; the same text and number of bytes give the same segment.
+            num_bytes: the number of bytes.
+            fill: writes the content into the bytes, which are zeros. Only the process that makes the segment calls it.
+            keep: whether a complete segment that killed processes left is used; otherwise it is made anew.
+            folder: the folder of the file; None is /dev/shm or, on a system without it, the one for temporary files.
 
         Raises:
-            ValueError: there is no room, or this system lacks shared segments.
+            ValueError: there is no room, the file cannot be opened, or this system lacks shared segments.
         """
         if not hasattr(os, "posix_fallocate"):
             raise ValueError("Memory shared between processes needs Linux; leave `shared` out.")
@@ -141,19 +145,19 @@ class Segment:
             )
         self._num_bytes = num_bytes
         while (file := self._open(fill, keep)) is None:
-            time.sleep(random.uniform(0, 0.01))  # so that processes that start over do so at different times
+            time.sleep(random.uniform(0, 0.01))  # processes that start over should do so at different times
         self._file = file
         self.lock = SharedLock(_lock_path(self.path))
         self.bytes = self._map(file)
         self._finalizer = weakref.finalize(self, _leave, file, self.path, self.lock, os.getpid())
 
     def close(self) -> None:
-        """Releases the bytes; the last user's call removes the name. Arrays that still show them stay readable."""
+        """Releases the bytes; the last user's call removes the name. Arrays that view the bytes stay readable."""
         self.bytes = np.empty(0, np.uint8)
         self._finalizer()
 
     def _open(self, fill: Fill, keep: bool) -> int | None:
-        """The file, complete and under a shared flock; None if another process was faster or died: start over."""
+        """Opens the file, complete and under a shared flock; None if another process was faster or died: start over."""
         try:
             file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
             if os.fstat(file).st_uid != os.geteuid():
@@ -166,13 +170,13 @@ class Segment:
             settled = self._settle(file, fill, keep)
         finally:
             if not settled:
-                # Closing is not enough: a mapping in a traceback would keep the file open, and others waiting.
+                # Closing is not enough: a mapping in a traceback would keep the file open, and others would wait.
                 fcntl.flock(file, fcntl.LOCK_UN)
                 os.close(file)
         return file if settled else None
 
     def _settle(self, file: int, fill: Fill, keep: bool) -> bool:
-        """Gets a shared flock on the file; returns whether it is complete and still has its name."""
+        """Gets a shared flock on the file; returns whether the file is complete and still has its name."""
         if _try_alone(file):
             if not _is_named(file, self.path):
                 return False
@@ -200,12 +204,12 @@ class Segment:
         return np.frombuffer(mmap.mmap(file, HEADER + self._num_bytes), np.uint8, self._num_bytes, HEADER)
 
     def _is_whole(self, file: int) -> bool:
-        """Whether the file is complete and of our content. A file from before a restart of the machine is not."""
+        """Whether the file is complete, has our content, and is not from before a restart of the machine."""
         return os.fstat(file).st_size == HEADER + self._num_bytes and os.pread(file, HEADER, 0) == self._mark
 
 
 def segment_path(name: str, folder: Path | None = None) -> Path:
-    """The file of a segment: its name can be read, and differs for each `name` and user."""
+    """The file of a segment; its name is readable, and differs for each `name` and user."""
     shm = Path("/dev/shm")
     readable = re.sub(r"[^A-Za-z0-9]+", "-", name)[-40:].strip("-")
     digest = hashlib.sha256(name.encode()).hexdigest()[:16]
@@ -218,7 +222,7 @@ def _lock_path(path: Path) -> Path:
 
 
 def _boot() -> str:
-    """The id of this start of the machine: a file on a disk may outlive a crash, half written."""
+    """An id of this start of the machine, since a half-written file on a disk may outlive a crash."""
     path = Path("/proc/sys/kernel/random/boot_id")
     return path.read_text().strip() if path.exists() else ""
 

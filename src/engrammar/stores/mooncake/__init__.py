@@ -1,6 +1,7 @@
 """Rows on other machines, in a pool of Mooncake (`pip install 'engrammar[remote]'`, docs/tiers.md).
 
-Public: what `__all__` names, and `upload.upload`, which sends a table to a pool. A pool is in a process of its own.
+Public: what `__all__` names, and `upload.upload`, which sends a table to a pool. A connection to a pool runs in its own
+process.
 """
 
 from engrammar.stores.mooncake.pool import PoolServer

@@ -1,4 +1,4 @@
-"""A connection to a Mooncake Store pool, in a process of its own that can be given up on (`process.py`)."""
+"""A connection to a Mooncake Store pool, in its own process, which can be killed if it hangs (`process.py`)."""
 
 import contextlib
 import json
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-BUFFER_BYTES = 2**24  # of the library's own, for small texts
+BUFFER_BYTES = 2**24  # the library's own buffer, for small texts
 IN_FLIGHT = 4  # messages that are served at the same time
 
 
@@ -24,11 +24,11 @@ class PoolServer:
     """Where a pool is, and how long to wait for it.
 
     Attributes:
-        address: of `mooncake_master`.
-        metadata: where transfers find each other; `P2PHANDSHAKE` needs no server for that.
+        address: the address of `mooncake_master`.
+        metadata: where the two ends of a transfer find each other; `P2PHANDSHAKE` needs no server for that.
         protocol: `tcp`, or `rdma` with `devices`.
         devices: RDMA devices, separated by commas.
-        host: this machine, as the pool names it.
+        host: the name of this machine in the pool.
         seconds: how long to wait for an answer, a second try over a new connection included, before rows are missing.
     """
 
@@ -41,14 +41,14 @@ class PoolServer:
 
 
 class PoolLost(OSError):
-    """The pool, or the process that talks to it, did not answer in time, refused, or died; the message says which."""
+    """The pool or the process connected to it did not answer in time, refused, or died; the message says which."""
 
 
 class Pool:
-    """One connection. After a `PoolLost` it is useless: close it and open another.
+    """One connection. After a `PoolLost` it cannot be used again: close it and open another.
 
     Attributes:
-        memory: uint8, bytes shared with the process: `read` writes there, `put` reads there.
+        memory: the bytes shared with the process, uint8: the request `read` writes to them, `put` reads them.
     """
 
     def __init__(self, server: PoolServer, num_bytes: int, seconds: float) -> None:
@@ -56,7 +56,7 @@ class Pool:
 
         Raises:
             PoolLost: there was no answer within `seconds`.
-            ValueError: the package is not installed, or lacks a library of the system.
+            ValueError: the package is not installed, or a system library that it needs is missing.
         """
         _check_port(server.address, seconds)
         handle = os.memfd_create("engrammar-pool")
@@ -87,9 +87,10 @@ class Pool:
             raise
 
     def send(self, name: str, *, alone: bool = False, **arguments: Any) -> int:
-        """Sends a request, a method of `process.Served`; returns the number of its answer.
+        """Sends a request and returns the number of its answer.
 
         Args:
+            name: the method of `process.Served` to call, with `arguments`.
             alone: the process takes no other request before it has answered this one.
         """
         self._last += 1
@@ -101,7 +102,7 @@ class Pool:
         return self._last
 
     def receive(self, number: int, seconds: float) -> Any:
-        """Waits for the answer with that number, no longer than `seconds`."""
+        """Waits for the answer with that number, at most `seconds`."""
         until = time.monotonic() + seconds
         while number not in self._answers:
             try:
@@ -126,7 +127,7 @@ class Pool:
         return self.receive(self.send(name, alone=True, **arguments), seconds)
 
     def close(self) -> None:
-        """Kills the process, wherever it is. A fork only closes its pipe: the process is its parent's."""
+        """Kills the process, whatever it is doing. A fork only closes its pipe: the process belongs to its parent."""
         if self._owner == os.getpid():
             self._process.kill()
             self._process.wait()
@@ -139,7 +140,7 @@ class Pool:
 
 
 def _check_port(address: str, seconds: float) -> None:
-    """Raises at once if nothing listens on the port; the library would ask for ever."""
+    """Raises at once if nothing listens on the port; the library would try forever."""
     host, _, port = address.rpartition(":")
     if "://" in address or not host or not port.isdecimal():
         if "://" not in address:

@@ -1,6 +1,7 @@
-"""The process that talks to Mooncake Store for `store.py`: the library may block for a minute, or abort the process.
+"""The process that uses Mooncake Store's library for `store.py`: the library may block for a minute, or abort.
 
-Run by path, so it imports nothing of this package. Reads JSON messages from a pipe; bytes go through shared memory.
+It is run by path, so it imports nothing of this package. It reads JSON messages from a pipe; rows go through shared
+memory.
 """
 
 import ctypes
@@ -14,7 +15,7 @@ from typing import Any
 
 
 class Served:
-    """One connection to a pool. Methods are the messages; each returns what the answer carries."""
+    """One connection to a pool. Each method serves one kind of message and returns what the answer carries."""
 
     def __init__(self, memory: mmap.mmap, settings: dict[str, Any]) -> None:
         from mooncake.store import MooncakeDistributedStore, ReplicateConfig
@@ -22,7 +23,7 @@ class Served:
         self.looking_up = threading.Lock()
         self.base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         self.pinned = ReplicateConfig()
-        self.pinned.with_hard_pin = True  # a pool of caches drops what it likes; a table must stay whole
+        self.pinned.with_hard_pin = True  # otherwise the pool may drop values, but a table must stay whole
         self.store = MooncakeDistributedStore()
         code = self.store.setup(
             settings["host"],
@@ -39,10 +40,10 @@ class Served:
             raise RuntimeError(f"setup answered {code}")
 
     def read(self, keys: list[str], to: list[list[int]], start: list[list[int]], size: list[list[int]]) -> Any:
-        """Reads ranges of values into the shared memory; the bytes read of each value, or an error number below 0.
+        """Reads ranges of values into the shared memory; returns the bytes read of each value, or an error below 0.
 
-        While the lease of a value lasts the library knows where it is, and does not ask the master in each call. The
-        others it is told to look up.
+        While the lease of a value lasts, the library knows where the value is and does not ask the master. Values that
+        it does not know are looked up here, and all are then read again.
         """
         addresses = [[self.base + place for place in places] for places in to]
         got = self.store.batch_get_into_multi_buffer_ranges(keys, addresses, size, start)
@@ -54,20 +55,20 @@ class Served:
         return got
 
     def put(self, key: str, start: int, size: int) -> int:
-        """Writes a value from the shared memory; 0, or an error number."""
+        """Writes a value from the shared memory; returns 0 or an error number."""
         return self.store.batch_put_from([key], [self.base + start], [size], self.pinned)[0]
 
     def note(self, key: str, text: str) -> int:
-        """Writes a small text over an earlier one; 0, or an error number."""
+        """Writes a small text in place of an earlier one; returns 0 or an error number."""
         self.store.remove(key, True)
         return self.store.put(key, text.encode(), self.pinned)
 
     def text(self, key: str) -> str:
-        """A small text; empty if there is none."""
+        """Reads a small text; it is empty if there is none."""
         return self.store.get(key).decode()
 
     def exist(self, keys: list[str]) -> list[int]:
-        """For each key 1 if it has a value, 0 if not, below 0 if that is not known."""
+        """Returns for each key 1 if it has a value, 0 if not, and a number below 0 if that is not known."""
         return self.store.batch_is_exist(keys)
 
     def remove(self, keys: list[str]) -> list[int]:
@@ -97,7 +98,7 @@ def main() -> None:
                 answer(number=message["number"], result=getattr(served, message["name"])(**message["arguments"]))
             except Exception as error:
                 answer(number=message["number"], error=str(error))
-            if message["alone"]:  # not before: the next request may be sent only after this answer
+            if message["alone"]:  # only now, since no request may be taken before this answer
                 reading.release()
 
     try:

@@ -2,8 +2,9 @@
 
 A table is stored as pieces of consecutive rows, one key each, and a note that describes them. In its piece a row is S
 bytes followed by their CRC-32, which starts from the row's number and the id of the upload. So a flipped bit is
-noticed, and so is a row of another number or table in its place.
-Letters: U rows asked for, D distinct ones in ascending order, S bytes of a row.
+noticed, and also another row, or a row of another table, in its place.
+Letters: U rows asked for, D distinct ones in ascending order, L of them that are still missing, G ranges, S bytes of a
+row, W = S + 4 with the checksum.
 """
 
 import hashlib
@@ -23,22 +24,22 @@ from engrammar.stores.base import Arrived, Fetch, RowsMissing, RowStore
 from engrammar.stores.mooncake.pool import IN_FLIGHT, Pool, PoolLost, PoolServer
 
 CRC_BYTES = 4
-GAP_BYTES = 2**14  # two rows this near are read as one range: a range costs about as much as so many bytes
+GAP_BYTES = 2**14  # nearer rows are read as one range: a range costs about as much as this many bytes
 RANGE_BYTES = 2**17
-SLICE_RANGES = 256  # ranges of one message; the library loses ranges when some thousands are in flight
+SLICE_RANGES = 256  # ranges of one message; the library loses ranges if some thousands are in flight
 SLICE_BYTES = 2**21
 ADVICE = "see that mooncake_master and mooncake_client run there and that the table is uploaded"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Note:
-    """Describes a table in the pool; kept beside its pieces.
+    """Describes a table in the pool; it is kept beside the table's pieces.
 
     Attributes:
-        num_rows, row_bytes, encoding: R, S, and how a row is stored.
-        geometry: `hash_geometry` of the geometry of its addresses; empty if it was not known.
-        piece_rows: rows of a piece; the last may have fewer.
-        upload: the id in the pieces' keys; another table uploaded under the same name has another one.
+        num_rows, row_bytes, encoding: the table's rows, S, and how a row is stored.
+        geometry: `hash_geometry` of the geometry of its addresses; empty if that is not known.
+        piece_rows: rows of a piece; the last piece may have fewer.
+        upload: the id in the pieces' keys; another table uploaded under the same name has another id.
     """
 
     num_rows: int
@@ -49,7 +50,7 @@ class Note:
     upload: str
 
     def keys(self, table: str) -> list[str]:
-        """Keys of the pieces, in order."""
+        """The keys of the pieces, in order."""
         return [f"{table}/{self.upload}/{piece}" for piece in range(-(-self.num_rows // self.piece_rows))]
 
 
@@ -71,7 +72,7 @@ def row_sums(rows_US: NDArray[np.uint8], rows_U: NDArray[np.int64], upload: str)
 
 
 def read_note(pool: Pool, table: str, seconds: float) -> Note | None:
-    """The note of the table with that name; None if there is none.
+    """Reads the note of a table; None if there is none.
 
     Raises:
         ValueError: the value there is not a note.
@@ -94,10 +95,10 @@ class Slice:
     """The rows of one message to the pool, as ranges of pieces that are read into shared memory end to end.
 
     Attributes:
-        first, last: which of the distinct rows these are, `last` not included.
-        piece_G, start_G, size_G: each range's piece, and its bytes there.
-        range_D: the range that each row is in.
-        place_D: the row's place among the rows that arrive.
+        first, last: the message's rows are `first` to `last` - 1 of the distinct rows.
+        piece_G, start_G, size_G: the piece of each range, its first byte there, and its number of bytes.
+        range_D: the range of each row.
+        place_D: the place of each row among the rows that arrive.
     """
 
     first: int
@@ -110,7 +111,7 @@ class Slice:
 
 
 def cut_slices(rows_D: NDArray[np.int64], note: Note) -> Iterator[Slice]:
-    """Cuts distinct ascending rows into messages; neighbors are read together, and each row is in one message."""
+    """Cuts distinct ascending rows into messages, each row in one of them; neighboring rows are read together."""
     width = note.row_bytes + CRC_BYTES
     piece_D, start_D = rows_D // note.piece_rows, rows_D % note.piece_rows * width
     opens_D = np.ones(len(rows_D), dtype=bool)
@@ -143,7 +144,7 @@ def cut_slices(rows_D: NDArray[np.int64], note: Note) -> Iterator[Slice]:
 
 @final
 class RemoteStore(RowStore):
-    """A table in a pool. Each row is checked; rows that fail are asked for once more, over a new connection."""
+    """A table in a pool. Each row is checked; failed rows are asked for once more, over a new connection."""
 
     def __init__(
         self,
@@ -155,11 +156,13 @@ class RemoteStore(RowStore):
         encoding: Encoding,
         geometry: Geometry | None = None,
     ) -> None:
-        """Connects, and checks that the pool holds the table that the model wants.
+        """Connects, and checks that the pool holds the table that the model needs.
 
         Args:
-            table: the name it was uploaded under.
-            geometry: of the model; None does not compare it.
+            table: the name that the table was uploaded under.
+            server: the pool.
+            num_rows, row_bytes, encoding: what the table must have.
+            geometry: the model's geometry, which the table must have too; None does not compare it.
 
         Raises:
             ValueError: the pool has no such table, only part of it, or another one; or the client is not installed.
@@ -238,7 +241,7 @@ class RemoteStore(RowStore):
             self._pool = None
 
     def _read(self, rows_U: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Rows in the order asked for; rows that do not arrive are asked for once more over a second connection."""
+        """Reads rows in the order asked for; rows that do not arrive are asked for once more, over a new connection."""
         rows_D, place_U = np.unique(rows_U, return_inverse=True)
         rows_DS = np.empty((len(rows_D), self.row_bytes), np.uint8)
         missing_D, reason = np.ones(len(rows_D), dtype=bool), ""
@@ -255,7 +258,7 @@ class RemoteStore(RowStore):
         )
 
     def _read_missing(self, rows_D: NDArray[np.int64], rows_DS: NDArray[np.uint8], missing_D: NDArray[np.bool_]) -> str:
-        """Asks once for the missing rows, some slices at a time; marks what arrived, returns why others did not."""
+        """Asks once for the missing rows, some slices at a time; marks what arrived and returns why others did not."""
         wanted_L = np.flatnonzero(missing_D)
         reason = ""
         try:
@@ -278,7 +281,7 @@ class RemoteStore(RowStore):
             return str(error)
 
     def _ask(self, pool: Pool, num_wanted: int, index: int, cut: Slice) -> tuple[int, NDArray[np.uint8], Slice]:
-        """Asks for a slice; returns the number of the answer and the memory that its bytes will be in."""
+        """Asks for a slice; returns the number of the answer, the memory for its bytes, and the slice."""
         base = index % IN_FLIGHT * self._slot_bytes
         begins = [0, *(np.flatnonzero(np.diff(cut.piece_G)) + 1).tolist()]
         parts = [slice(begin, end) for begin, end in zip(begins, [*begins[1:], len(cut.piece_G)])]
@@ -297,7 +300,7 @@ class RemoteStore(RowStore):
     def _check(
         self, slot: NDArray[np.uint8], cut: Slice, got: list[int], rows_D: NDArray[np.int64]
     ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-        """The slice's rows, and which of them arrived undamaged."""
+        """Returns the slice's rows, and which of them arrived undamaged."""
         stored_DW = slot.reshape(-1, self.row_bytes + CRC_BYTES)[cut.place_D]
         values_DS = np.ascontiguousarray(stored_DW[:, : self.row_bytes])
         sums_D = np.ascontiguousarray(stored_DW[:, self.row_bytes :]).view("<u4")[:, 0]
@@ -323,7 +326,7 @@ class RemoteFetch(Fetch):
         try:
             return self.reading.result(seconds)
         except TimeoutError:
-            self.reading.cancel()  # if it has not started, it never does: a dead pool must not gather a queue
+            self.reading.cancel()  # a read that has not started never will: reads must not pile up for a dead pool
             raise self._missing(f"did not arrive within {seconds:.3g} s: {ADVICE}, or wait longer") from None
         except CancelledError:
             raise self._missing(

@@ -1,4 +1,4 @@
-"""Sends a table from its files into a Mooncake Store pool, for `remote.py` to read (docs/remote-tables.md)."""
+"""Sends a table from its files into a Mooncake Store pool, for `store.py` to read (docs/remote-tables.md)."""
 
 import hashlib
 import json
@@ -16,24 +16,24 @@ from engrammar.stores.mooncake.store import CRC_BYTES, Note, hash_geometry, note
 from engrammar.tables.folder import TableFile
 
 PIECE_BYTES = 2**24
-NO_ROOM = -200  # the pool's answer
+NO_ROOM = -200  # the pool's answer if it is full
 
 
 def upload(table: TableFile, name: str, server: PoolServer, *, geometry: Geometry | None = None) -> int:
-    """Sends a table in pieces, then the note that makes it readable; pieces that are there already are not sent again.
+    """Sends a table in pieces, then the note that makes it readable. Pieces that are there already are not sent again.
 
-    Memory stays at three pieces whatever the table's size. What stood under `name` before is removed at the end.
+    It takes the memory of three pieces, whatever the table's size. A table that had this name before is removed last.
 
     Args:
         name: the table's name in the pool.
-        geometry: of the model; stores compare it at opening.
+        geometry: the model's geometry, which stores compare when they open the table.
 
     Returns:
-        pieces sent.
+        The number of pieces sent.
 
     Raises:
-        ValueError: a shard is shorter than its header says; or the client is not installed.
-        OSError: a row is damaged; the pool does not answer or has no room, and how many pieces are there.
+        ValueError: a shard is shorter than its header says, or the client is not installed.
+        OSError: a row is damaged, or the pool does not answer or has no room; says how many pieces are there.
     """
     note = Note(
         num_rows=table.num_rows,
@@ -44,7 +44,7 @@ def upload(table: TableFile, name: str, server: PoolServer, *, geometry: Geometr
         upload=_identify(table),
     )
     keys = note.keys(name)
-    pool, there, rows = None, 0, DiskStore(table)  # which checks every page that it reads
+    pool, there, rows = None, 0, DiskStore(table)  # checks every page that it reads
     try:
         pool = Pool(server, min(note.piece_rows, note.num_rows) * (note.row_bytes + CRC_BYTES), server.seconds)
         before = read_note(pool, name, server.seconds)
@@ -79,7 +79,7 @@ def _require(code: int, what: str) -> None:
 
 
 def _identify(table: TableFile) -> str:
-    """Tells tables apart that go by one name: by their checksums; without those, by size and date."""
+    """An id that differs between tables of the same name: from their checksums or, without any, from size and date."""
     hashed = hashlib.sha256(f"{table.num_rows} {table.row_bytes} {table.encoding} {table.scale}".encode())
     for shard in table.shards:
         status = shard.path.stat()
@@ -89,7 +89,7 @@ def _identify(table: TableFile) -> str:
 
 
 def _lay_out(rows: RowStore, note: Note, piece: int, memory: NDArray[np.uint8]) -> int:
-    """Writes a piece's rows and their checksums to the start of `memory`; its bytes."""
+    """Writes a piece's rows and their checksums to the start of `memory`; returns how many bytes they take."""
     first = piece * note.piece_rows
     rows_U = np.arange(first, min(first + note.piece_rows, note.num_rows))
     values_US = rows.fetch(rows_U).wait()
