@@ -7,10 +7,10 @@ MODULES = {"lab": ("matplotlib", "scipy", "fpdf", "PIL"), "eval": ("lm_eval",)}
 
 
 def require(extra: Literal["lab", "eval"]) -> None:
-    """Checks that an extra is installed, before a command works for minutes and only then misses it.
+    """Checks that an extra is installed, so that a command does not fail for want of it after minutes of work.
 
     Raises:
-        ValueError: a module is missing; the sentence names the command that installs it.
+        ValueError: a module is missing; the message names the command that installs it.
     """
     missing = [module for module in MODULES[extra] if find_spec(module) is None]
     if missing:

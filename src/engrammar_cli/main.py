@@ -255,7 +255,7 @@ A mistake is one sentence; ENGRAMMAR_TRACEBACK=1 shows the traceback too."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Runs the command that `args` name, by default those of the process."""
+    """Runs the command that `args` name; by default `args` are the process's own."""
     args = sys.argv[1:] if args is None else args
     try:
         check_commands(args)
@@ -270,7 +270,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def build_app(commands: Mapping[str, Any]) -> tyro.extras.SubcommandApp:
-    """The commands, and groups of commands, as an app of tyro."""
+    """The commands, and groups of commands, as a tyro app."""
     app = tyro.extras.SubcommandApp()
     for name, command in commands.items():
         if isinstance(command, Mapping):
@@ -284,7 +284,7 @@ def check_commands(args: Sequence[str]) -> None:
     """Checks the command's name, because tyro answers an unknown one before `--help` with help and exit code 0.
 
     Raises:
-        ValueError: `args` begin with a command that does not exist, or end before one.
+        ValueError: `args` begin with a command that does not exist, or end before a command is named.
     """
     commands: Any = COMMANDS
     before = "engrammar"

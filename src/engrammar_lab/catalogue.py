@@ -1,4 +1,4 @@
-"""The lab's questions, each a handful of settings over a recipe, at the size of a laptop or of one GPU."""
+"""The lab's questions. Each is a handful of settings over a recipe, at the size of a laptop or of one GPU."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,14 +10,14 @@ class Study:
     """One question.
 
     Attributes:
-        question: what the report says it asks.
+        question: the question as the report words it.
         axis: what changes from point to point.
-        points: per point, settings over the recipe `lab` (`section.setting=value`); the first is what the others are
-            compared with.
+        points: settings of each point over the scale's recipe (`section.setting=value`). The other points are compared
+            with the first.
         equal: whether all points must have the same total and active parameters.
         paper: what the paper found.
-        common: settings of all points.
-        exempt: points that have fewer parameters by intent.
+        common: settings that all points share.
+        exempt: points that have fewer parameters on purpose.
     """
 
     question: str
@@ -31,16 +31,16 @@ class Study:
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """What the studies' points are at one size of model.
+    """The points of the studies at one model size.
 
     Attributes:
         recipe: the recipe that every point changes.
-        rows: rows per head, of `scaling`.
-        row_width: of all heads of an order side by side, where one head has it alone.
+        rows: rows per head of the points of `scaling`.
+        row_width: width of the rows of an order's heads side by side; a single head gets all of it.
         depth: settings of the backbone of `placement`.
-        blocks: those that read the memory there, a second one early and late last; the first is what the others are
-            compared with.
-        dense: settings of the dense model with the active parameters of the MoE.
+        blocks: for each point of `placement`, the blocks that read the memory; the last point reads it twice, early and
+            late. The other points are compared with the first.
+        dense: settings of the dense model that has the active parameters of the MoE.
         pair: settings of both models of `pair`.
     """
 
@@ -108,7 +108,7 @@ def _memory(**settings: Any) -> tuple[str, ...]:
 
 
 def _budgets(scale: Scale) -> dict[str, Study]:
-    """What a share of the parameters is worth as memory, and as other things."""
+    """Studies of what a share of the parameters is worth as memory, and as other things."""
     return {
         "allocation": Study(
             question="Which share of the idle parameters should be memory?",
@@ -157,7 +157,7 @@ def _budgets(scale: Scale) -> dict[str, Study]:
 
 
 def _parts(scale: Scale) -> dict[str, Study]:
-    """What the parts of a memory are worth."""
+    """Studies of what each part of a memory is worth."""
     return {
         "ablation": Study(
             question="What does each part of the memory contribute?",
@@ -203,7 +203,7 @@ def _parts(scale: Scale) -> dict[str, Study]:
 
 
 def _choices() -> dict[str, Study]:
-    """How to train it, and after which model."""
+    """Studies of how to train a memory, and of which model's dialect to follow."""
     return {
         "optimizer": Study(
             question="Which optimizer trains the rows best?",

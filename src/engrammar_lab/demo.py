@@ -27,12 +27,12 @@ PROMPTS = ("The United States is", "Paris is the capital", "A computer is", "The
 
 
 def run_demo(recipe: Recipe, out: Path, seeds: int) -> dict[str, Any]:
-    """Trains, compares, draws. A run that was killed goes on where it stopped.
+    """Trains the models, compares them and draws pictures. A run that was killed continues where it stopped.
 
     Writes into `out`: demo.json (everything measured), demo.md (made from it), curves.png, gates.png.
 
     Returns:
-        What demo.json holds.
+        The content of demo.json.
     """
     from engrammar.train.sample import Sampling, complete, load
     from engrammar_lab.gates import gates_over_text, plot_gates
@@ -69,7 +69,7 @@ def _folder(out: Path, variant: str, seed: int) -> Path:
 
 
 def _run(recipe: Recipe, out: Path, variant: str, seed: int) -> dict[str, Any]:
-    """Trains one variant with one seed, or finds it trained."""
+    """Trains one variant with one seed, unless that is done already."""
     model = replace(recipe.model, memory=VARIANTS[variant])
     return train(replace(recipe, out=str(_folder(out, variant, seed)), seed=seed, model=model))
 

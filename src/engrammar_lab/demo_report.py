@@ -23,7 +23,7 @@ def _by_variant(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 
 def verdict(result: dict[str, Any]) -> str:
-    """One sentence: which was better on validation text, and by how much, against the spread of the seeds."""
+    """One sentence: which was better on validation text, and by how much compared with the spread of the seeds."""
     bits = {name: [r["validation_bits_per_byte"] for r in runs] for name, runs in _by_variant(result).items()}
     plain, memory = bits["moe"], bits["moe + memory"]
     gains = [p - m for p, m in zip(plain, memory)]
@@ -48,7 +48,7 @@ def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def render(result: dict[str, Any]) -> str:
-    """The report as Markdown; a function of demo.json and nothing else."""
+    """The report as Markdown, a function of demo.json alone."""
     machine = result["machine"]
     lines = [
         "# Plain experts against experts with memory",
@@ -74,7 +74,7 @@ def render(result: dict[str, Any]) -> str:
 
 
 def plot_curves(result: dict[str, Any], path: Path) -> None:
-    """Training loss and validation loss of every run against steps."""
+    """Draws training loss and validation loss of every run against steps."""
     import matplotlib
 
     matplotlib.use("Agg")

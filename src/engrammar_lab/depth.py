@@ -15,20 +15,20 @@ if TYPE_CHECKING:
     from engrammar.model.modeling import EngrammarForCausalLM
     from engrammar.train.data import TokenSet
 
-PAPER_K = 5  # layers that the paper's soft alignment index averages over
+PAPER_K = 5  # number of layers that the paper's soft alignment index averages over
 
 
 def validation_batches(
     tokens: "TokenSet", *, length: int, batch_size: int, num_tokens: int | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The validation text in order, as evaluation reads it: ids_BT, and real_BT, False at padding.
+    """The validation text in order, as evaluation reads it: ids_BT, and real_BT, which is False at padding.
 
     Args:
-        length: tokens of a block; each begins with the last token of the one before (`train.data.Blocks`).
+        length: tokens of a block; each block begins with the last token of the one before (`train.data.Blocks`).
         num_tokens: about how many tokens to read, in whole blocks; None for all.
 
     Raises:
-        ValueError: the validation text is shorter than a block, or a number is below its least.
+        ValueError: the validation text is shorter than a block, or a number is below its minimum.
     """
     from torch.utils.data import DataLoader, Subset
 
@@ -70,7 +70,7 @@ def logit_lens(
     batch_size: int = 8,
     num_tokens: int | None = None,
 ) -> list[float]:
-    """How far the prediction read off each layer is from the final one (paper figure 4a).
+    """How far the prediction read from each layer is from the final one (paper figure 4a).
 
     The lens on layer l is lm_head(norm(collapse(streams after block l))), the end of the model itself.
 
@@ -96,13 +96,13 @@ def logit_lens(
 
 
 def centred_gram(hidden_nD: Tensor) -> Tensor:
-    """The linear-kernel Gram matrix, its diagonal left out, U-centred: [n, n], float64.
+    """The linear-kernel Gram matrix with a zero diagonal, U-centred: [n, n], float64.
 
-    HSIC_1 of Song et al. (2012, equation 5) is the inner product of two of these over n (n - 3): each row sums to 0
-    with the diagonal 0, which is what makes the estimate unbiased.
+    HSIC_1 of Song et al. (2012, equation 5) is the inner product of two of these over n (n - 3). Each row sums to 0
+    with the diagonal 0, which makes the estimate unbiased.
 
     Raises:
-        ValueError: under 4 examples.
+        ValueError: there are under 4 examples.
     """
     n = len(hidden_nD)
     if n < 4:
@@ -137,7 +137,8 @@ def cka(
     of its branches; the examples of a minibatch are its real tokens.
 
     Returns:
-        cka_LP: rows are the layers 0..L of `model`, columns those of `other`; up to 1, about 0 where unrelated.
+        cka_LP: rows are the layers 0..L of `model`, columns those of `other`. Values are up to 1, and about 0 for
+        unrelated layers.
 
     Raises:
         ValueError: the models have vocabularies of different sizes, or a batch has under 4 tokens.
@@ -152,7 +153,7 @@ def cka(
     hsic_SS = torch.zeros(num_both, num_both, dtype=torch.float64)  # the layers of one model, then of the other
     for ids_BT, real_BT in validation_batches(tokens, length=length, batch_size=batch_size, num_tokens=num_tokens):
         left, right = (_branch_means(each.eval(), ids_BT, real_BT) for each in (model, other))
-        hsic_SS += hsic(left + right)  # a sum serves as well as a mean: the ratio is the same
+        hsic_SS += hsic(left + right)  # a sum does as well as a mean: the ratio is the same
     own_S = hsic_SS.diagonal().sqrt()
     return (hsic_SS / own_S / own_S[:, None])[:num_layers, num_layers:].tolist()
 
@@ -163,20 +164,20 @@ def _branch_means(model: "EngrammarForCausalLM", ids_BT: Tensor, real_BT: Tensor
 
 
 def soft_alignment(cka_LP: list[list[float]], k: int | None = None) -> list[float]:
-    """Which layer of the other model each layer resembles, as a number between its layers (paper section 6.1).
+    """Which layer of the other model each layer resembles, as a fractional layer number (paper section 6.1).
 
-    Of layer i it is sum_j j s_ij / sum_j s_ij over the k layers j of the other model that are most similar to it. The
-    paper's k is 5 of 30 layers; by default k is 5, or all layers where there are fewer, and then the index leans to
-    the middle: a smaller k says more. A similarity below 0, which the unbiased estimate allows, weighs nothing.
+    For layer i it is sum_j j s_ij / sum_j s_ij over the k layers j of the other model that are most similar to it. The
+    paper's k is 5 of 30 layers. By default k is 5, or all layers if there are fewer; the index then leans to the
+    middle, and a smaller k says more. A similarity below 0, which the unbiased estimate allows, has no weight.
 
     Args:
-        cka_LP: from `cka`.
+        cka_LP: what `cka` returns.
 
     Returns:
         per row of `cka_LP` an index in 0..P-1.
 
     Raises:
-        ValueError: k is out of range, or a layer resembles none.
+        ValueError: k is out of range, or a layer resembles no layer.
     """
     similarity_LP = torch.tensor(cka_LP, dtype=torch.float64).clamp_min(0)
     num_layers = similarity_LP.shape[1]
@@ -202,9 +203,8 @@ def compare_depth(
     """All of section 6.1 for one pair of models.
 
     Returns:
-        `logit_lens` (`memory` and `plain`: nats per layer), `cka` (rows: layers of `memory`; columns: of `plain`),
-        `alignment` (`k`; `index` of each layer; `nearest`, the one layer most like it), layers counted from the
-        embedding, 0.
+        `logit_lens` (`memory` and `plain`: nats per layer), `cka` (rows: layers of `memory`; columns: of `plain`), and
+        `alignment` (`k`; `index` of each layer; `nearest`, the one layer most like it). Layer 0 is the embedding.
     """
     how: dict[str, Any] = {"length": length, "batch_size": batch_size, "num_tokens": num_tokens}
     cka_LP = cka(memory, plain, tokens, **how)

@@ -1,7 +1,7 @@
 """Where memory opens and helps, by how often an n-gram occurs in the training text.
 
 N-grams are those that the model reads: classes of ids, looked back to within a block and its boundary, missing history
-included. Letters: B batch, T tokens, N highest order, F tokens of a text end to end.
+included. Letters: B batch, T tokens, N highest order, F tokens of a whole text.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from engrammar.model.modeling import EngrammarForCausalLM
     from engrammar.train.data import TokenSet
 
-CHUNK_TOKENS = 2**20  # tokens looked back over at once
+CHUNK_TOKENS = 2**20  # tokens whose history is looked up at once
 
 
 def ngram_keys(looked_back: list[NDArray[np.int64]]) -> NDArray[np.uint64]:
     """A 64-bit number for the n-gram of each token, n = len(looked_back).
 
-    Each step is one to one in the class it adds, so n-grams that differ in one token never meet; others do with a
-    chance of 2^-64 a pair.
+    Each step is one to one in the class it adds, so n-grams that differ in one token never get the same number; other
+    pairs do with a chance of 2^-64.
 
     Args:
         looked_back: the class of the token itself, of the one before, ... (`addressing.look_back`).
@@ -42,7 +42,7 @@ def ngram_keys(looked_back: list[NDArray[np.int64]]) -> NDArray[np.uint64]:
 
 
 def text_keys(memory: "Memory", tokens: "TokenSet", *, length: int, order: int) -> NDArray[np.uint64]:
-    """key_F of the n-gram that ends at each token of the training text, cut into blocks as training cuts it."""
+    """key_F of the n-gram that ends at each token of the training text, which is cut into blocks as in training."""
     num_tokens = len(tokens.blocks("train", length)) * length
     step = max(1, CHUNK_TOKENS // length) * length
     parts = []
@@ -64,10 +64,10 @@ def occurrences(sorted_keys: NDArray[np.uint64], keys: NDArray[np.uint64]) -> ND
 
 
 def frequency_bins(counts: NDArray[np.int64], columns: dict[str, NDArray[np.float64]]) -> list[dict[str, Any]]:
-    """Means of values by the power of two that their count falls between: 0, 1, 2-3, 4-7, 8-15, ...
+    """Means of values in bins of their counts, bounded by powers of two: 0, 1, 2-3, 4-7, 8-15, ...
 
     Returns:
-        per bin that holds any: `count_from`, `count_to`, `tokens`, and the mean of each column.
+        per bin that is not empty: `count_from`, `count_to`, `tokens`, and the mean of each column.
     """
     _, bit_length = np.frexp(counts.astype(np.float64))  # 0 for 0, else floor(log2(count)) + 1
     return [
@@ -90,20 +90,21 @@ def gate_by_frequency(
     batch_size: int = 32,
     num_tokens: int | None = None,
 ) -> dict[str, Any]:
-    """Gates of validation tokens, and the loss on the token after each, by how often its n-gram was in training text.
+    """Gates of validation tokens, and the loss on the token after each, by how often its n-gram is in training text.
 
-    The count is of the whole training text; a run that trains on a share of it has seen about that share.
+    N-grams are counted in the whole training text; a run that trains on a share of it has seen about that share.
 
     Args:
         length: tokens of a block, as the model was trained.
         plain: a model without memory to compare with.
 
     Returns:
-        `tokens` scored and, under `orders`, per order from 2 to N the bins of `frequency_bins`: `gate` (0..1, mean over
-        branches and memory layers), `loss_on`, `loss_off` (memory switched off) and `loss_plain`, in nats.
+        the number of `tokens` scored and, under `orders`, per order from 2 to N the bins of `frequency_bins`: `gate`
+        (0..1, mean over branches and memory layers), `loss_on`, `loss_off` (memory switched off) and `loss_plain`, in
+        nats.
 
     Raises:
-        ValueError: the model has no memory, or `plain` another vocabulary.
+        ValueError: the model has no memory, or `plain` has another vocabulary.
     """
     memory = model.model.memory
     if memory is None:
@@ -115,7 +116,7 @@ def gate_by_frequency(
     orders = memory.config.orders
     found: dict[str, list[Any]] = {f"keys_{order}": [] for order in orders}
     for ids_BT, real_BT in validation_batches(tokens, length=length, batch_size=batch_size, num_tokens=num_tokens):
-        scored_BT = real_BT[:, 1:]  # tokens that have one after them
+        scored_BT = real_BT[:, 1:]  # tokens that another one follows
         for name, values_BT in _losses_and_gates(model.eval(), plain, ids_BT).items():
             found.setdefault(name, []).append(values_BT[scored_BT].double().numpy())
         for order in orders:
@@ -134,7 +135,7 @@ def gate_by_frequency(
 def _losses_and_gates(
     model: "EngrammarForCausalLM", plain: "EngrammarForCausalLM | None", ids_BT: Tensor
 ) -> dict[str, Tensor]:
-    """Per token but a row's last: its gate, and each model's loss on the token after it, in nats; all [B, T-1]."""
+    """For each token except a row's last: its gate, and each model's loss on the next token, in nats; all [B, T-1]."""
     with recorded_gates(model) as gates:
         found = {"loss_on": _loss(model, ids_BT)}
     found["gate"] = torch.stack(list(gates.values())).mean(0)[:, :-1].cpu()

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class GatedText:
-    """The tokens of one text and the gate of each, in 0..1, per memory layer (mean over branches)."""
+    """The tokens of one text and the gate of each token, in 0..1, per memory layer (mean over branches)."""
 
     tokens: tuple[str, ...]
     gates: dict[int, tuple[float, ...]]
@@ -34,7 +34,7 @@ class GatedText:
 
 @contextmanager
 def recorded_gates(model: "EngrammarForCausalLM") -> Iterator[dict[int, Tensor]]:
-    """Within it, each forward pass leaves its gates in the dict: {layer: gate_BT, the mean over branches}."""
+    """In this context, each forward pass puts its gates into the dict: {layer: gate_BT, the mean over branches}."""
     seen: dict[int, Tensor] = {}
 
     def record(layer: int) -> Any:
@@ -61,7 +61,7 @@ def recorded_gates(model: "EngrammarForCausalLM") -> Iterator[dict[int, Tensor]]
 def gates_over_text(
     model: "EngrammarForCausalLM", tokenizer: "PreTrainedTokenizerBase", texts: list[str]
 ) -> list[GatedText]:
-    """Runs each text alone and reads the gates of every memory layer."""
+    """Runs each text alone and records the gates of every memory layer."""
     gated = []
     with recorded_gates(model) as seen:
         for text in texts:
@@ -74,7 +74,7 @@ def gates_over_text(
 
 
 def plot_gates(texts: list[GatedText], path: Path) -> None:
-    """Each text as a line of tokens, shaded by the gate (mean over memory layers)."""
+    """Draws each text as a line of tokens, shaded by the gate (mean over memory layers)."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,7 +1,7 @@
 """lm-evaluation-harness tasks, and question files of our own, on any transformers causal LM (`engrammar eval`).
 
-lm-eval (0.4) asks a model for log likelihoods and continuations; its wrapper of transformers models pads on the right
-without a mask for the former and on the left with one for the latter, which our models answer exactly.
+lm-eval (0.4) asks a model for log likelihoods and continuations. Its wrapper of transformers models pads on the right
+without a mask for the former, and on the left with a mask for the latter; padding changes no answer of our models.
 """
 
 import difflib
@@ -24,7 +24,7 @@ from engrammar_lab.tasks.off import memory_off
 from engrammar_lab.tasks.questions import Question, read_questions
 
 Where = Literal["weights", "ram", "disk", "off"]
-PREFIX = "local/"  # of the tasks that are question sets of ours
+PREFIX = "local/"  # begins the names of tasks that are our own question sets
 NUM_ANSWER_TOKENS = 32
 SCORES = (Column("score", "value", ".3f"), Column("stderr", "stderr", ".3f"), Column("chance", "chance", ".3f"))
 
@@ -32,11 +32,11 @@ SCORES = (Column("score", "value", ".3f"), Column("stderr", "stderr", ".3f"), Co
 def evaluate(
     folder: Path, tasks: Sequence[str], *, memory: Where = "weights", cache: Path = Path("data/pocket"), **how: Any
 ) -> dict[str, Any]:
-    """Scores the model in a folder, and says with what versions.
+    """Scores the model in a folder, and records the versions used.
 
     Args:
-        tasks: and `how` as for `score_tasks`.
-        memory: where the tables stay, or "off": the model without what its memory adds.
+        tasks: as for `score_tasks`; so are `cache` and `how`.
+        memory: where the tables are, or "off" for the model without what its memory adds.
 
     Returns:
         versions, model, memory, the settings, and `tasks` as `score_tasks` returns them.
@@ -68,20 +68,20 @@ def score_tasks(
         how: limit (the most questions of a task, None for all), batch_size, num_fewshot (None: as each task says).
 
     Returns:
-        Per task: num_questions, num_fewshot, num_cut (questions too long for the model, which lost their beginning),
-        chance (None where unknown), and scores: per metric its value and stderr (None where lm-eval gives none).
+        per task: num_questions, num_fewshot, num_cut (questions too long for the model, which lost their beginning),
+        chance (None if unknown), and scores: per metric its value and stderr (None if lm-eval gives none).
 
     Raises:
-        ValueError: lm-eval is not installed, an unknown task, a setting that is not allowed.
+        ValueError: lm-eval is not installed, a task is unknown, or a setting is not allowed.
     """
     return _score(model, tokenizer, *_find_tasks(tasks, cache), **how)
 
 
 def load_model(folder: Path, memory: Where = "weights") -> tuple[Any, Any]:
-    """The model, on the accelerator where there is one, and the tokenizer of a folder.
+    """The model in a folder, on the accelerator if there is one, and its tokenizer.
 
     Raises:
-        ValueError: the folder is no model, its tokenizer is of another, or `memory` is not for it.
+        ValueError: the folder holds no model, its tokenizer belongs to another model, or `memory` does not fit it.
     """
     if memory not in get_args(Where):
         raise ValueError(f"memory is {memory!r}; allowed: {', '.join(get_args(Where))}.")
@@ -119,7 +119,7 @@ def _load_other(folder: Path) -> tuple[Any, Any]:
 
 
 def _find_tasks(tasks: Sequence[str], cache: Path) -> tuple[list[Any], dict[str, float]]:
-    """What lm-eval takes for each task, and the score of chance where it is known."""
+    """What lm-eval takes for each task, and the score of chance for tasks where it is known."""
     if find_spec("lm_eval") is None:
         raise ValueError("engrammar eval needs lm-eval: pip install 'engrammar[eval]'.")
     if not tasks:
@@ -166,8 +166,8 @@ def _check_names(names: Sequence[str]) -> None:
 def _task(name: str, asked: Sequence[Question], measure: Literal["choice", "answer"]) -> dict[str, Any]:
     """The settings of a question file as an lm-eval task.
 
-    acc takes the choice of the highest log likelihood, acc_norm the highest per character of the choice; exact_match is
-    as lm-eval's own nq_open has it: the first line up to a stop, less case, punctuation and articles.
+    acc takes the choice of the highest log likelihood, acc_norm the highest per character of the choice. exact_match is
+    that of lm-eval's own nq_open: the first line up to a stop, without case, punctuation and articles.
     """
     settings = {
         "task": name,
@@ -232,7 +232,7 @@ def _score(
             if "maximum sequence length" not in str(error):
                 raise
             raise ValueError(f"A task writes longer answers than the model takes: {error}") from error
-    assert found is not None  # None only on ranks over 0
+    assert found is not None  # None only on ranks other than 0
     return {
         name: {
             "num_questions": found["n-samples"][name]["effective"] if name in found["n-samples"] else None,
@@ -246,7 +246,7 @@ def _score(
 
 
 def _scores(metrics: dict[str, Any]) -> dict[str, dict[str, float | None]]:
-    """lm-eval's "acc,none": 0.5 and "acc_stderr,none": 0.1 as {"acc": {"value": 0.5, "stderr": 0.1}}."""
+    """Turns lm-eval's "acc,none": 0.5 and "acc_stderr,none": 0.1 into {"acc": {"value": 0.5, "stderr": 0.1}}."""
     scores = {}
     for key, value in metrics.items():
         metric, comma, pipeline = key.partition(",")
@@ -258,7 +258,7 @@ def _scores(metrics: dict[str, Any]) -> dict[str, dict[str, float | None]]:
 
 
 def _is_cut(wrapped: Any, sample: dict[str, Any]) -> bool:
-    """Whether a request of this question is longer than the model takes, so that its beginning was left out."""
+    """Whether a request of this question was too long for the model, so that its beginning was left out."""
     for context, *rest in sample["arguments"]:
         if not rest:
             continue  # a text whose every token is scored, in windows
@@ -273,7 +273,7 @@ def _is_cut(wrapped: Any, sample: dict[str, Any]) -> bool:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """lm-eval warns of each thing that is meant here (a model that is there already, documents that are)."""
+    """Silences lm-eval, which warns of what is intended here: a model, and documents, that exist already."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""What machine a figure was measured on."""
+"""The machine that a figure was measured on."""
 
 import os
 import platform
@@ -23,7 +23,7 @@ def describe_machine() -> dict[str, Any]:
 
     return {
         "cpu": _cpu(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),  # of torch: others round sums in another order
+        "instructions": torch.backends.cpu.get_cpu_capability(),  # others round sums in another order
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "accelerator": None if (device := accelerator()).type == "cpu" else _name(device),
@@ -35,7 +35,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def accelerator() -> "torch.device":
-    """The device that torch computes on fastest here, or else the CPU."""
+    """The accelerator that torch can use here, or else the CPU."""
     import torch
 
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -43,7 +43,7 @@ def accelerator() -> "torch.device":
 
 
 def _name(device: "torch.device") -> str:
-    """As its maker calls it, where torch can tell; else the kind of device."""
+    """The maker's name of the device if torch knows it, else the kind of device."""
     import torch
 
     module = torch.get_device_module(device)

@@ -1,4 +1,4 @@
-"""What the pair of the lab (MoE, MoE + memory) is measured by beside its loss: tasks, depth, gates, traffic.
+"""Measures of the lab's pair (MoE, MoE + memory) beside its loss: tasks, depth, gates, traffic.
 
 Each seed's two models are compared with each other, on questions and text that all seeds share.
 """
@@ -28,19 +28,19 @@ if TYPE_CHECKING:
 PAIR = ("MoE", "MoE + memory")
 OFF = f"{PAIR[1]}, memory off"
 MEASURES = ("tasks", "depth", "gates", "traffic")
-FORMATS = ("needle", "tracking")  # groups that no text of the corpora shows how to answer
+FORMATS = ("needle", "tracking")  # groups of questions in a format that no text of the corpora has
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How much is measured. What was measured with other settings is measured again.
+    """How much is measured. Results that were measured with other settings are measured again.
 
     Attributes:
-        num_tuning_sentences: of the text that needles are hidden in.
-        num_questions: of each task.
-        depth_tokens: that CKA and LogitLens read.
-        nearest: layers that the soft alignment index is over: two of seven, about the paper's five of thirty.
-        num_texts, text_bytes: what is shown with its gates.
+        num_tuning_sentences: sentences of the text that tuning hides needles in.
+        num_questions: questions of each task.
+        depth_tokens: tokens that CKA and LogitLens read.
+        nearest: layers that the soft alignment index averages over: two of seven, about the paper's five of thirty.
+        num_texts, text_bytes: number and size of the texts that are shown with their gates.
     """
 
     num_tuning_steps: int = 300
@@ -68,7 +68,10 @@ def split_of(data: DataRecipe, text: str) -> "Split":
 def tuning_rows(
     tokenizer: "PreTrainedTokenizerBase", data: DataRecipe, *, seed: int, num_steps: int
 ) -> list[dict[str, "Tensor"]]:
-    """Answered needles and tracking in random order, `tuning_batch` a step; the test has other keys and values."""
+    """Answered needle and tracking questions in random order, `tuning_batch` per step.
+
+    The test has other keys and values.
+    """
     from engrammar.train import corpora
     from engrammar_lab.tasks.needle import Haystack, needle_questions, tracking_questions, training_row
 
@@ -88,7 +91,7 @@ def tuning_rows(
 
 
 def tune(model: "EngrammarForCausalLM", rows: Sequence[dict[str, "Tensor"]]) -> None:
-    """Trains `model` for a few steps on `tuning_rows`; what it learns is the format."""
+    """Trains `model` for a few steps on `tuning_rows`, which teaches it the format."""
     import torch
 
     from engrammar.train.optimizer import OptimizerSettings, build_optimizer
@@ -100,7 +103,7 @@ def tune(model: "EngrammarForCausalLM", rows: Sequence[dict[str, "Tensor"]]) -> 
     for step in range(num_steps):
         batch = rows[step * SETTINGS.tuning_batch : (step + 1) * SETTINGS.tuning_batch]
         for group in optimizer.param_groups:
-            group["lr"] *= 1 - 1 / (num_steps - step + 1)  # to nothing, in a straight line
+            group["lr"] *= 1 - 1 / (num_steps - step + 1)  # linearly to zero
         model(**{name: torch.stack([row[name] for row in batch]) for name in batch[0]}, use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -111,7 +114,7 @@ def measure_pair(memory: Recipe, plain: Recipe) -> dict[str, Any]:
     """All measures of one seed's two trained models, on one thread.
 
     Returns:
-        `tasks` (per point and task what `score_suite` returns), `depth`, `gates`, `traffic`, `texts`.
+        `tasks` (per point and task, what `score_suite` returns), `depth`, `gates`, `traffic`, `texts`.
     """
     import torch
     from transformers import AutoTokenizer
@@ -148,7 +151,7 @@ def _held_out(data: DataRecipe) -> list[str]:
 def _score(
     own: "EngrammarForCausalLM", other: "EngrammarForCausalLM", tokenizer: "PreTrainedTokenizerBase", recipe: Recipe
 ) -> dict[str, Any]:
-    """Every task, then needles and tracking again once both models have been tuned to their format."""
+    """Scores every task, then needles and tracking again after both models have been tuned to their format."""
     from engrammar_lab.tasks.off import memory_off
     from engrammar_lab.tasks.suite import build_suite, score_suite
 
@@ -188,7 +191,7 @@ def run_measures(
 ) -> None:
     """Measures the pair of every seed and writes tasks.json, depth.json, gates.json and traffic.json.
 
-    A seed's measures are kept beside its run, so that a killed call goes on with the seeds that are left.
+    A seed's measures are kept beside its run, so a killed call continues with the seeds that are left.
 
     Raises:
         ValueError: a model of the pair is not trained yet, or was trained with other settings.
@@ -218,7 +221,7 @@ def _measured(memory: Recipe, plain: Recipe) -> dict[str, Any]:
 
 
 def _tasks(each: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Scores of every seed side by side, for the report."""
+    """The scores of every seed side by side, for the report."""
     points = [*PAIR, OFF]
     first = each[0][points[0]]
     return {

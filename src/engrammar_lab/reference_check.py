@@ -1,7 +1,7 @@
-"""Proof against somebody else's code: our integers equal a reference file to the bit, our outputs within `TOLERANCE`.
+"""Proof against independent code: our integers equal a reference file to the bit, our outputs within `TOLERANCE`.
 
-A reference file is JSON: settings, multipliers, table sizes, hashes of a text or of seeded ids. With `hc_mult` in it, a
-safetensors file of the same name lies beside it: ids, hashes, weights, hidden states and outputs.
+A reference file is JSON: settings, multipliers, table sizes, hashes of a text or of seeded ids. If it has `hc_mult`, a
+safetensors file of the same name is beside it, with ids, hashes, weights, hidden states and outputs.
 Letters: B batch, T tokens, V ids, H columns, M residual branches, D hidden width.
 """
 
@@ -33,9 +33,9 @@ from engrammar.reference import fuse_reference, hash_ngrams_reference, lookup_re
 from engrammar.table import MemoryTable
 from engrammar.vocabulary import compress_vocabulary
 
-TOLERANCE = 1e-5  # on outputs in fp32; integers allow none
+TOLERANCE = 1e-5  # on outputs in fp32; integers must be equal
 SEEDED_IDS = re.compile(r"default_rng\((\d+)\)\.integers\(0, *(\d+), *size=\(([\d, ]+)\)\)")
-# Our setting for each of the reference's, where it is read as it stands.
+# The reference's settings that are read unchanged, and our names of them.
 SETTINGS = {
     "layers": "layers",
     "seed": "seed",
@@ -60,8 +60,8 @@ class Report:
 
     Attributes:
         path: the reference file.
-        checks: what ran, in order.
-        skipped: what did not run, and why.
+        checks: the checks that ran, in order.
+        skipped: the checks that did not run, and why.
         errors: largest absolute output difference of each layer and path (fast, plain), if the file has outputs.
     """
 
@@ -76,7 +76,7 @@ class Report:
 
     @property
     def largest_error(self) -> float | None:
-        """Over all layers and both paths; NaN if any output is; None where the file has no outputs."""
+        """The largest of `errors`: NaN if any output is NaN, None if the file has no outputs."""
         return float(np.max(self.errors)) if self.errors else None
 
 
@@ -84,12 +84,12 @@ def check_reference(path: Path, tokenizer: Path | None = None) -> Report:
     """Compares this package with one reference file.
 
     Args:
-        path: JSON of the shared reference format.
-        tokenizer: folder of the `tokenizer.json` that the file was made with; without it the class map is taken from
-            the file where it is there, and not derived again.
+        path: JSON in the shared reference format.
+        tokenizer: folder of the `tokenizer.json` that the file was made with. Without it, the class map is not derived
+            again but taken from the file, if the file has one.
 
     Raises:
-        ValueError: a file is missing or malformed, or the tokenizer is another one than the file names.
+        ValueError: a file is missing or malformed, or the tokenizer is not the one that the file names.
     """
     reference = _read(path)
     tensors = _read_tensors(path.with_suffix(".safetensors")) if "hc_mult" in reference else {}
@@ -150,7 +150,7 @@ def _compare(
     checks = [] if derived_V is None else [*_check_classes(reference, tensors, derived_V)]
     num_classes = reference.get("compressed_size", None if classes_V is None else int(classes_V.max()) + 1)
     fill_class = reference.get("compressed_pad_id", 0 if classes_V is None else int(classes_V[config.fill_id]))
-    # Table sizes do not depend on the classes; multipliers do, and are compared only where their number is known.
+    # Table sizes do not depend on the classes. Multipliers do, and are compared only if the number of classes is known.
     geometry = derive_geometry(config, num_classes=num_classes or 1, fill_class=fill_class)
     checks += _check_geometry(reference, config, geometry, with_multipliers=num_classes is not None)
     if num_classes is None:
@@ -172,11 +172,11 @@ def _compare(
 
 
 def _config(reference: Mapping[str, Any]) -> tuple[MemoryConfig, list[str]]:
-    """The demo's settings with the file's in place of them, and the names of those that the file leaves out."""
+    """The demo's settings, replaced by those of the file, and the names of those that the file leaves out."""
     given = {ours: reference[theirs] for theirs, ours in SETTINGS.items() if theirs in reference}
     if "embed_per_ngram" in reference:
         given["head_dim"] = reference["embed_per_ngram"] // reference["heads_per_ngram"]
-    # Of the settings, these alone decide integers; the rest are the fusion's, which only files with weights have.
+    # Only these settings decide integers; the others belong to the fusion, and only files with weights have them.
     absent = [name for name in ("seed", "rows_per_head", "fill_id") if name not in given]
     given.setdefault("layers", sorted(int(layer) for layer in reference["multipliers"]))
     return replace(DIALECTS["demo"], **given), absent
@@ -219,7 +219,7 @@ def _check_hashes(
     geometry: Geometry,
     classes_V: Tensor,
 ) -> Iterator[Check]:
-    """Hashes of the text, of seeded ids, of stored ids: whatever the file has."""
+    """Checks the hashes of the text, of seeded ids and of stored ids, as far as the file has them."""
 
     def rows_of(ids: Any) -> dict[int, NDArray[np.int64]]:
         return _addresses(torch.as_tensor(ids), config, geometry, classes_V)
@@ -255,7 +255,7 @@ def _at(reference: Mapping[str, Any], key: str, layer: int) -> NDArray[np.int64]
 def _addresses(
     ids_BT: Tensor, config: MemoryConfig, geometry: Geometry, classes_V: Tensor
 ) -> dict[int, NDArray[np.int64]]:
-    """Rows of every layer, from torch; ours in NumPy and in plain Python must be the same integers."""
+    """Rows of every layer, from torch; NumPy and plain Python must give the same integers."""
     looked_back = look_back(ids_BT, config=config, geometry=geometry, classes_V=classes_V)
     rows = {}
     for index, layer in enumerate(config.layers):
@@ -267,7 +267,7 @@ def _addresses(
             for ids_T in classes_V[ids_BT].tolist()
         ]
         assert np.array_equal(rows_BTH, vectorised) and np.array_equal(rows_BTH, plain)
-        rows[layer] = rows_BTH - np.array(geometry.head_offsets(index))  # the reference counts from each head's first
+        rows[layer] = rows_BTH - np.array(geometry.head_offsets(index))  # the reference counts within each head
     return rows
 
 
@@ -296,7 +296,7 @@ def _output_errors(
 
 
 def fusion_state_from_demo(weights: Mapping[str, Tensor], num_branches: int) -> dict[str, Tensor]:
-    """`Fusion`'s state dict from the weights of one layer under the names of the authors' demo."""
+    """`Fusion`'s state dict, from the weights of one layer under the names of the authors' demo."""
     linears = ["value_proj", *(f"key_projs.{m}" for m in range(num_branches))]
 
     def stacked(name: str) -> Tensor:

@@ -1,7 +1,8 @@
-"""What serving costs in quality: rows stored in fewer bits, and rows that cannot be had.
+"""What serving costs in quality: rows stored in fewer bits, and rows that cannot be read.
 
-The models are the demo's with memory, one per seed; their tables are quantized by `engrammar table quantize`, and read
-from disk as a server would. Nothing is trained here. Remake: engrammar demo --seeds 3; python -m engrammar_lab.serving
+The models are the demo's with memory, one per seed. `engrammar table quantize` quantizes their tables, which are then
+read from disk as by a server. Nothing is trained here.
+Remake: engrammar demo --seeds 3; python -m engrammar_lab.serving
 """
 
 import json
@@ -45,7 +46,7 @@ MEASURES = ("bits_per_byte", "next_token", "continuations")
 class LossyStore(RowStore):
     """A store that lacks a fixed random share of its rows.
 
-    A row is there or not by its number and the seed, so that it is missing wherever it is asked for.
+    The row's number and the seed decide whether it is missing, so a missing row is missing in every call.
     """
 
     def __init__(self, store: RowStore, share: float, seed: int = 0) -> None:
@@ -73,7 +74,9 @@ class _Lost(Fetch):
 
 
 def make_questions(tokens: TokenSet, end_id: int, seed: int = 0) -> Tensor:
-    """Which continuation belongs to this beginning? Of entries that were not trained on, each beside three others'.
+    """Questions: which continuation belongs to this beginning of an entry? The wrong ones are from three other entries.
+
+    No model was trained on the entries.
 
     Returns:
         ids [questions, CHOICES, 2 * PART]: the beginning with each continuation, its own first.
@@ -92,7 +95,7 @@ def make_questions(tokens: TokenSet, end_id: int, seed: int = 0) -> Tensor:
 
 @torch.no_grad()
 def score(model: Any, tokens: TokenSet, questions: Tensor) -> dict[str, float]:
-    """Bits per byte and next-token accuracy on the validation text, and the share of questions answered rightly."""
+    """Bits per byte and next-token accuracy on the validation text, and the share of right answers to the questions."""
     blocks = tokens.blocks("validation", LENGTH)
     batches = (
         default_collate([blocks[index] for index in range(first, min(first + BATCH, len(blocks)))])
@@ -114,7 +117,7 @@ def score(model: Any, tokens: TokenSet, questions: Tensor) -> dict[str, float]:
 
 
 def _answered(model: Any, questions: Tensor) -> float:
-    """The share of questions whose own continuation is the likeliest."""
+    """The share of questions in which the beginning's own continuation is the likeliest."""
     right = 0
     for few in questions.split(4):
         logits = model(input_ids=few.flatten(0, 1), use_cache=False).logits[:, PART - 1 : -1]
@@ -124,10 +127,10 @@ def _answered(model: Any, questions: Tensor) -> float:
 
 
 def run_serving(models: Sequence[Path], tokens: TokenSet) -> dict[str, Any]:
-    """Scores every encoding, and every share of missing rows, on every model.
+    """Scores every model with every encoding and with every share of missing rows.
 
     Returns:
-        `encodings` and `missing`: per kind, `scores` of each model; bytes a row, and how many gates were closed.
+        `encodings` and `missing`: per kind, the `scores` of each model, bytes per row, and how many gates were closed.
     """
     questions = make_questions(tokens, load_config(models[0]).eos_token_id)
     encodings: dict[str, Any] = {name: {"scores": []} for name in get_args(Encoding)}
@@ -171,7 +174,7 @@ def _lossy(share: float, table: TableFile) -> RowStore:
 
 
 def differences(found: dict[str, Any], base: dict[str, Any], measure: str) -> list[float]:
-    """Seed by seed, how far a measure is from the base's."""
+    """Seed by seed, a measure minus that of the base."""
     return [one[measure] - other[measure] for one, other in zip(found["scores"], base["scores"])]
 
 

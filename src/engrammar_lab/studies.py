@@ -1,8 +1,8 @@
-"""Questions to memory as small recipes over one runner: `engrammar lab run NAME`.
+"""Studies of memory as small recipes over one runner: `engrammar lab run NAME`.
 
-A study changes one thing in a recipe; every point of it sees the same text in the same order for a seed, with equal
-total and active parameters where its question needs that (the report proves it). Runs are a queue that a kill leaves
-where it was; results are written as they come.
+A study changes one thing in a recipe. With one seed, all of its points see the same text in the same order, and have
+equal total and active parameters if its question needs that (the report proves it). A killed study continues with the
+runs that are left; results are written after each run.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from engrammar.train.recipe import Recipe, flat, load_recipe, to_yaml
 from engrammar_lab.catalogue import SCALES, Study, studies_at
 from engrammar_lab.machine import describe_machine, describe_run
 
-RESULTS = Path("results/lab")  # of the current directory
+RESULTS = Path("results/lab")  # in the current directory
 PLANNED = (
     Column("point", "point"),
     Column("total", "total_parameters", ","),
@@ -39,7 +39,7 @@ def find_study(name: str, scale: str = "lab") -> Study:
     """A study at one scale, by name.
 
     Raises:
-        ValueError: there is none of that name, or no such scale.
+        ValueError: there is no study of that name, or no such scale.
     """
     if scale not in SCALES:
         raise ValueError(f"There is no scale {scale!r}; known: {', '.join(SCALES)}.")
@@ -54,7 +54,7 @@ def recipes(
 ) -> dict[tuple[str, int], Recipe]:
     """The recipe of each point and seed, in the order of the queue: all points of a seed before the next seed.
 
-    A run's folder is named by its settings, so that studies share the runs they have in common.
+    A run's folder is named after its settings, so that studies share the runs they have in common.
     """
     study, queue = find_study(name, scale), {}
     for seed in seeds:
@@ -65,9 +65,9 @@ def recipes(
 
 
 def _digest(recipe: Recipe) -> str:
-    """Names a run by the settings that are not default, so that settings added later leave old runs found.
+    """Names a run by the settings that differ from the defaults, so that old runs are found after settings are added.
 
-    A run that was made with other defaults has the same name: `finished` compares all settings.
+    A run that was made with other defaults has the same name, so `finished` compares all settings.
     """
     plain = flat(asdict(Recipe()))
     own = {name: value for name, value in flat(asdict(recipe)).items() if plain.get(name) != value}
@@ -75,7 +75,7 @@ def _digest(recipe: Recipe) -> str:
 
 
 def run_one(recipe: Recipe) -> dict[str, Any]:
-    """Trains one point on one thread, or finds it trained; what is kept of it, with measured FLOPs per token."""
+    """Trains one point on one thread, unless it is trained; returns what is kept of it, with measured FLOPs a token."""
     import torch
 
     from engrammar.train.run import train
@@ -89,7 +89,7 @@ def run_one(recipe: Recipe) -> dict[str, Any]:
 
 
 def measure_flops(recipe: Recipe) -> float:
-    """FLOPs of a forward pass per token, as torch counts them, of the trained model in `recipe.out`."""
+    """FLOPs per token of a forward pass of the trained model in `recipe.out`, as torch counts them."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import AutoModelForCausalLM
@@ -112,17 +112,18 @@ def run_study(
     scale: str = "lab",
     overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Runs a study, or goes on with it; writes `results/NAME.json` after each run.
+    """Runs a study, or continues it; writes `results/NAME.json` after each run.
 
     Args:
-        jobs: runs at the same time, each a process with one thread.
+        jobs: number of runs at the same time, each in a process with one thread.
         overrides: settings for all points (trainer.max_steps=20 for a rehearsal).
 
     Returns:
-        the study's `runs`: per point and seed bits per byte, the loss curve, parameters, FLOPs per token.
+        the study's `runs`: per point and seed, bits per byte, the loss curve, parameters, FLOPs per token.
 
     Raises:
-        ValueError: no such study or scale, a wrong setting, or a run in `runs` that was made with other settings.
+        ValueError: there is no such study or scale, a setting is wrong, or a run in `runs` was made with other
+            settings.
     """
     from engrammar.train.run import prepare_tokens
 
@@ -150,11 +151,11 @@ def run_study(
 
 
 def plan(name: str, *, scale: str = "lab", seeds: int = 3, overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """What `run_study` would train, without training: the text is prepared, every model's parameters are counted.
+    """What `run_study` would train, without training: prepares the text and counts every model's parameters.
 
     Returns:
-        per point `total_parameters`, `active_parameters`, `memory_rows`, `tokens` of a run and `training_flops` of it
-        (6 a token and active parameter: forward and backward, attention's products not counted).
+        per point, `total_parameters`, `active_parameters` and `memory_rows`, and the `tokens` and `training_flops` of a
+        run (6 per token and active parameter: forward and backward, without attention's products).
     """
     from transformers import AutoTokenizer
 
@@ -184,7 +185,7 @@ def plan(name: str, *, scale: str = "lab", seeds: int = 3, overrides: Sequence[s
 
 
 def finished(recipe: Recipe) -> dict[str, Any] | None:
-    """What `run_one` kept of the run in `recipe.out`; None where it is not finished.
+    """What `run_one` kept of the run in `recipe.out`; None if the run is not finished.
 
     Raises:
         ValueError: the run there was made with other settings.
@@ -199,7 +200,7 @@ def finished(recipe: Recipe) -> dict[str, Any] | None:
 
 
 def command_line(verb: str, scale: str, seeds: int, overrides: Sequence[str]) -> str:
-    """The `engrammar lab` command that makes a result, defaults left out."""
+    """The `engrammar lab` command that makes a result, without options that have their default."""
     options = [*([] if scale == "lab" else [f"--scale {scale}"]), *([] if seeds == 3 else [f"--seeds {seeds}"])]
     return " ".join(["engrammar lab", verb, *overrides, *options])
 
@@ -232,9 +233,9 @@ class Rerun:
     """A committed run and the same run here, in bits per byte.
 
     Attributes:
-        most_apart: two runs of a point stay within it 99 times in 100, by the study's deviation over seeds.
-        committed_on: the instruction set that the committed run used; "" where it is not recorded. On another one the
-            same run rounds otherwise.
+        most_apart: two runs of a point differ by less than this 99 times in 100, by the study's deviation over seeds.
+        committed_on: the instruction set that the committed run used; "" if it is not recorded. On another one the
+            same run rounds differently.
     """
 
     committed: float
@@ -252,7 +253,7 @@ class Rerun:
         return abs(self.difference) <= self.most_apart
 
     def words(self) -> str:
-        """Both figures, and what their difference means."""
+        """Both figures and the meaning of their difference, in words."""
         words = f"{self.committed:.6f} bits per byte committed, {self.here:.6f} here.\n"
         if self.difference == 0:
             return words + "Equal to the last bit."
@@ -265,13 +266,13 @@ class Rerun:
 
 
 def rerun(name: str, point: str, seed: int, *, out: Path, results: Path = RESULTS) -> Rerun:
-    """Trains one point of a committed study again, from nothing, and compares.
+    """Trains one point of a committed study again from scratch, and compares.
 
     Args:
-        out: folder for the run; one that holds it already is not trained again.
+        out: folder for the run; a run that it already holds is not trained again.
 
     Raises:
-        ValueError: the study's JSON is not in `results`, has no such point and seed, or no point with two seeds.
+        ValueError: the study's JSON is not in `results`, has no such point and seed, or has no point with two seeds.
     """
     path = results / f"{name}.json"
     if not path.exists():
@@ -296,7 +297,7 @@ def rerun(name: str, point: str, seed: int, *, out: Path, results: Path = RESULT
 
 
 def _most_apart(runs: Sequence[Mapping[str, Any]]) -> float:
-    """How far two runs of a point are apart at most, 99 times in 100: by the deviation over seeds, pooled over points.
+    """The most by which two runs of a point differ, 99 times in 100: by the deviation over seeds, pooled over points.
 
     Raises:
         ValueError: no point has two seeds.

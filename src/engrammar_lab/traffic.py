@@ -1,7 +1,7 @@
 """How n-grams share rows and how often rows are read: collisions, hot rows, Zipf's law, rows that no text touches.
 
-N-grams are those that the model reads from blocks of a text (`lab.frequency.text_keys`).
-Letters: F tokens of a text end to end, D distinct n-grams of an order, K heads of an order, R rows.
+N-grams are those that the model reads from blocks of a text (`frequency.text_keys`).
+Letters: F tokens of a whole text, D distinct n-grams of an order, K heads of an order, R rows.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from engrammar.memory import Memory
 
 WINDOW = 1_000  # tokens over which distinct rows are counted
-FIT_POINTS = 50  # ranks that a Zipf fit looks at, evenly spaced in their logarithm
+FIT_POINTS = 50  # number of ranks in a Zipf fit, evenly spaced in their logarithm
 
 
 def distinct(keys_F: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Where each distinct key comes first, place_D, and how often it comes, count_D."""
+    """The first place of each distinct key, place_D, and how often the key occurs, count_D."""
     order_F = np.argsort(keys_F, kind="stable")
     ascending_F = keys_F[order_F]
     starts_D = np.flatnonzero(np.append(True, ascending_F[1:] != ascending_F[:-1]))
@@ -33,11 +33,11 @@ def distinct(keys_F: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.
 def collisions(
     rows_DK: NDArray[np.int64], count_D: NDArray[np.int64], sizes_K: tuple[int, ...]
 ) -> dict[str, int | float]:
-    """How many n-grams of one order share rows, beside what a random hash would do.
+    """How many n-grams of one order share rows, compared with a random hash.
 
-    A random hash leaves an n-gram alone in a head of R rows with chance (1 - 1/R)^(D-1), heads independent of each
-    other, so it shares in a head with 1 less that, in all heads with the product over heads; and it has all its rows
-    in common with one other n-gram with chance 1 - (1 - 1/(R_1 ... R_K))^(D-1). The same holds for tokens.
+    With a random hash, an n-gram is alone in its row of a head of R rows with chance (1 - 1/R)^(D-1), independently in
+    each head. So it shares its row in a head with 1 minus that chance, and in all heads with the product of these. It
+    shares all its rows with one other n-gram with chance 1 - (1 - 1/(R_1 ... R_K))^(D-1). The same holds for tokens.
 
     Args:
         rows_DK: head-local row of each distinct n-gram.
@@ -45,10 +45,11 @@ def collisions(
         sizes_K: rows of each head.
 
     Returns:
-        `distinct` n-grams and `ngrams_per_row`; shares, each with `_expected`: `in_a_head` (its row is another's too,
-        mean over heads), `in_all_heads` (so in each, with whichever other), `same_rows` (all rows are one other's);
-        `tokens_in_a_head` and `tokens_in_all_heads`, the same over token positions; and `own_lookups`, of a token's
-        rows the share of lookups that come from its own n-gram, mean over heads and tokens.
+        the number of `distinct` n-grams, and `ngrams_per_row`. Shares of n-grams, each with the `_expected` share for a
+        random hash: `in_a_head` (share their row, mean over heads), `in_all_heads` (share it in every head, with any
+        others), `same_rows` (share all rows with one other n-gram). `tokens_in_a_head` and `tokens_in_all_heads` are
+        the same over token positions. `own_lookups`: of the lookups of a token's rows, the share that is by its own
+        n-gram, mean over heads and tokens.
     """
     num, sizes = len(rows_DK), np.array(sizes_K, dtype=np.float64)
     shared_DK = np.stack([np.bincount(rows_D)[rows_D] > 1 for rows_D in rows_DK.T], axis=1)
@@ -71,12 +72,13 @@ def collisions(
 
 
 def zipf_exponent(counts: NDArray[np.int64], first: int, last: int) -> float:
-    """The s of count ~ rank^-s: least squares on log count against log rank, ranks `first` to `last`, 1 the highest.
+    """The s of count ~ rank^-s, by least squares on log count against log rank, over ranks `first` to `last`.
 
-    Up to `FIT_POINTS` ranks evenly spaced in their logarithm are fitted, so that each decade of ranks weighs the same.
+    Rank 1 has the highest count. Up to `FIT_POINTS` ranks, evenly spaced in their logarithm, are fitted, so that each
+    decade of ranks weighs the same.
 
     Raises:
-        ValueError: the range holds under two ranks with a count above 0.
+        ValueError: the range has under two ranks with a count above 0.
     """
     descending = np.sort(counts[counts > 0])[::-1]
     if not 1 <= first < last <= len(descending):
@@ -86,15 +88,15 @@ def zipf_exponent(counts: NDArray[np.int64], first: int, last: int) -> float:
 
 
 def row_traffic(count_R: NDArray[np.int64]) -> dict[str, Any]:
-    """How lookups fall on the rows of a layer, all its heads together.
+    """How lookups are distributed over the rows of a layer, all its heads together.
 
     Args:
         count_R: how often each row is read.
 
     Returns:
-        `rows`; `untouched`, the share never read; `hottest_1_percent` and `hottest_10_percent`, the share of lookups
-        that these rows get; `zipf`: exponent and the ranks it was fitted on, 10 to a tenth of the rows touched (None
-        where those are under 1,000).
+        `rows`, their number; `untouched`, the share never read; `hottest_1_percent` and `hottest_10_percent`, the share
+        of lookups that these rows get; `zipf`, the exponent and the ranks it was fitted on, from 10 to a tenth of the
+        rows touched (None if under 1,000 are).
     """
     rising = np.cumsum(np.sort(count_R)[::-1]) / count_R.sum()
     return {
@@ -116,13 +118,13 @@ def memory_traffic(memory: "Memory", tokens: TokenSet, *, length: int, window_to
     """Collisions and row traffic of a memory over the training text. Reads addresses only, never a row.
 
     Args:
-        memory: of a model; `Memory(..., tables="external")` with its classes set serves for a geometry alone.
+        memory: a model's memory; for a geometry without a model, `Memory(..., tables="external")` with its classes set.
         length: tokens of a block, as the model was trained.
-        window_tokens: how many tokens, from the start of the text, the distinct rows of a window are counted over.
+        window_tokens: number of tokens, from the start of the text, in whose windows distinct rows are counted.
 
     Returns:
-        `tokens`, and per layer: under `orders` per order `collisions` and `zipf` of its n-grams; `row_traffic`; and
-        `untouched_expected` of a random hash; `distinct_rows_per_1000_tokens` of `lookups_per_1000_tokens`.
+        `tokens`, and per layer: under `orders`, per order the `collisions` and `zipf` of its n-grams; `row_traffic`;
+        `untouched_expected` of a random hash; and `distinct_rows_per_1000_tokens` of `lookups_per_1000_tokens`.
     """
     layers = memory.config.layers
     num_tokens = len(tokens.blocks("train", length)) * length
@@ -158,7 +160,7 @@ def _rows_at(
 ) -> NDArray[np.int64]:
     """rows_DK: head-local rows of one order for the n-grams that end at these places of the training text.
 
-    An n-gram reads no further back than its block, so each is looked back to from a short row of its own.
+    An n-gram reads no further back than its block, so each one is hashed in a short row of its own.
     """
     num_back, num_heads = memory.config.max_ngram_size - 1, memory.config.num_heads
     back_N = np.arange(-num_back, 1)

@@ -1,4 +1,4 @@
-"""The lab's report: one HTML page and one PDF, made from the JSON under results/lab and nothing else.
+"""The lab's report: one HTML page and one PDF, made from the JSON under results/lab alone.
 
 Remake: engrammar lab report
 """
@@ -41,7 +41,7 @@ def load_results(folder: Path) -> dict[str, dict[str, Any]]:
     """The results in `folder` that have a section, in the report's order.
 
     Raises:
-        ValueError: there are none, or one is not JSON.
+        ValueError: there are no results, or a file is not JSON.
     """
     results = {}
     for name in SECTIONS:
@@ -57,7 +57,7 @@ def load_results(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def make_report(results: Mapping[str, Mapping[str, Any]]) -> Report:
-    """All sections, a function of the results (and of the libraries that draw)."""
+    """The report, a function of the results (and of the libraries that draw)."""
     content = json.dumps(results, sort_keys=True).encode()
     return Report(
         sections=tuple(SECTIONS[name](result) for name, result in results.items()),
@@ -71,10 +71,10 @@ def make_report(results: Mapping[str, Mapping[str, Any]]) -> Report:
 def write_report(folder: Path, *, check: bool = False) -> None:
     """Writes report.html and report.pdf, or checks that those in `folder` follow from the JSON there.
 
-    The page's text must be equal. Where the libraries that drew its figures have the versions of those here, the
-    figures must look the same (processors round lines apart by parts of a pixel) and the PDF must be equal, to the
-    byte, to one with the page's figures; else the PDF must name the digest of the JSON, and what was not compared is
-    said.
+    The page's text must be equal. If the page's figures were drawn by the library versions installed here, they must
+    look the same (processors differ in rounding by parts of a pixel), and the PDF must equal one with the page's
+    figures to the byte. Otherwise the PDF must name the digest of the JSON, and a printed line says what was not
+    compared.
 
     Raises:
         ValueError: there is no result, or the committed report is not what the JSON says.
@@ -96,7 +96,7 @@ def write_report(folder: Path, *, check: bool = False) -> None:
             raise ValueError(f"{folder / PDF} is of other JSON than that beside it: engrammar lab report.")
         print(f"Figures were not compared: they were drawn by other versions than {report.versions}.")
         return
-    pngs = figures_of(found_page)  # as many as there are here: the text is equal
+    pngs = figures_of(found_page)  # as many as in `report`, because the text is equal
     if not all(alike(figure.png, png) for figure, png in zip(report.figures, pngs, strict=True)):
         raise ValueError(f"A figure of {folder / PAGE} does not follow from the JSON beside it: engrammar lab report.")
     if render_pdf(report.with_figures(pngs)) != found_pdf:
@@ -104,7 +104,7 @@ def write_report(folder: Path, *, check: bool = False) -> None:
 
 
 def _versions() -> str:
-    """What may change a figure's or the PDF's bytes though the results are the same."""
+    """The versions that may change the bytes of a figure or of the PDF even if the results are the same."""
     from importlib.metadata import version
 
     named = ("matplotlib", "pillow", "fpdf2", "fonttools", "numpy")

@@ -1,4 +1,4 @@
-"""Sections on depth and gates, from what `lab.depth`, `lab.gates` and `lab.frequency` return.
+"""Sections on depth and gates, made from what `depth`, `gates` and `frequency` return.
 
 Letters: S seeds, L layers of the model with memory, K layers of the plain one.
 """
@@ -32,7 +32,7 @@ GATES = "Where does the memory open, and where does it help?"
 
 # ---- depth: {"runs": [{"seed", "logit_lens": {"memory", "plain"}, "cka", "alignment"}]} ----
 def depth_section(result: Mapping[str, Any]) -> Section:
-    """The section of depth.json: one `lab.depth.compare_depth` a seed."""
+    """The section on depth.json, which holds what `depth.compare_depth` returned for each seed."""
     runs = result["runs"]
     memory, plain = ([run["logit_lens"][kind] for run in runs] for kind in ("memory", "plain"))
     layers = range(len(memory[0]) - 1)  # the last layer is the prediction itself
@@ -114,24 +114,24 @@ def _layers(names: Sequence[str]) -> str:
 
 # ---- gates: {"texts": [{"tokens", "gates"}], "runs": [{"seed", "tokens", "orders": {order: bins}}]} ----
 def shared_bins(runs: Sequence[Mapping[str, Any]], order: str) -> list[list[Mapping[str, Any]]]:
-    """Bins of an order that every seed has: per bin a list over seeds."""
+    """The bins of an order that every seed has; per bin, a list over seeds."""
     by_seed = [{bin_["count_from"]: bin_ for bin_ in run["orders"][order]} for run in runs]
     common = sorted(set.intersection(*(set(bins) for bins in by_seed)))
     return [[bins[first] for bins in by_seed] for first in common]
 
 
 def gains(bins: Sequence[Sequence[Mapping[str, Any]]], against: str = "loss_off") -> list[list[float]]:
-    """Per bin and seed: what memory takes off the loss, in nats, against itself switched off (or `loss_plain`)."""
+    """Per bin and seed, by how many nats memory lowers the loss, compared with memory off (or with `loss_plain`)."""
     return [[own[against] - own["loss_on"] for own in each] for each in bins]
 
 
 def _compared(bins: Sequence[Sequence[Mapping[str, Any]]]) -> bool:
-    """Whether a plain model was read beside."""
+    """Whether a plain model read the text too."""
     return all("loss_plain" in own for each in bins for own in each)
 
 
 def slopes(bins: Sequence[Sequence[Mapping[str, Any]]], values: Sequence[Sequence[float]]) -> Difference:
-    """Per seed the rise of a value for each doubling of the count, least squares weighted by tokens."""
+    """Per seed, the rise of a value for each doubling of the count, by least squares weighted by tokens."""
     x = [float(np.log2(1 + each[0]["count_from"])) for each in bins]
     rises = []
     for seed in range(len(bins[0])):
@@ -141,7 +141,7 @@ def slopes(bins: Sequence[Sequence[Mapping[str, Any]]], values: Sequence[Sequenc
 
 
 def gates_section(result: Mapping[str, Any]) -> Section:
-    """The section of gates.json: `GatedText.to_json()` of some texts, one `gate_by_frequency` a seed."""
+    """The section on gates.json, which holds some texts (`GatedText.to_json()`) and `gate_by_frequency` per seed."""
     runs = result["runs"]
     body: list[Table | Figure | str] = []
     if result.get("texts"):

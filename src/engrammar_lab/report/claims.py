@@ -1,4 +1,4 @@
-"""The paper's own orderings (its allocation curve, ablation and placement), put to the test of runs here."""
+"""The paper's own orderings (its allocation curve, ablation and placement), tested by the lab's runs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from engrammar_lab.report.statistics import compare
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """The paper found `better` below `worse`, by so many nats per token where it says."""
+    """The paper found `better` to have a lower loss than `worse`, and may say by how many nats per token."""
 
     better: str
     worse: str
@@ -36,12 +36,12 @@ CLAIMS: Mapping[str, tuple[Claim, ...]] = {
 def claims_words(
     claims: Sequence[Claim], complete: Mapping[str, Sequence[float]], factor: float | None, *, short: bool = False
 ) -> str:
-    """How the paper's orderings fare, tested together; nothing where none can be tested.
+    """What runs say of the paper's orderings, tested together; an empty string if none can be tested.
 
     Args:
-        complete: bits per byte per point, seed by seed.
-        factor: nats per token of one bit per byte, where known.
-        short: the counts alone.
+        complete: bits per byte of each point, seed by seed.
+        factor: nats per token of one bit per byte, if known.
+        short: give only the counts.
     """
     known = [claim for claim in claims if claim.better in complete and claim.worse in complete]
     if not known:

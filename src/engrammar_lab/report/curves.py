@@ -1,4 +1,4 @@
-"""What the two studies along an axis come to: where the best share lies, and which law more rows follow.
+"""Results of the two studies along an axis: which share is best, and which law the loss follows with more rows.
 
 Letters: S seeds, P points of a study, X places where a fitted curve is read.
 """
@@ -32,7 +32,7 @@ class Optimum:
     Attributes:
         best: the best point measured.
         low, high: the ends of the range with memory.
-        minima: the parabola's minimum for each seed; None where it bends down.
+        minima: the minimum of each seed's parabola; None if the parabola has none.
     """
 
     best: float
@@ -42,7 +42,7 @@ class Optimum:
 
     @property
     def inside(self) -> list[float]:
-        """The minima, where every seed has one within the range."""
+        """The minima if every seed has one within the range, else an empty list."""
         found = [value for value in self.minima if value is not None and self.low < value < self.high]
         return found if len(found) == len(self.minima) else []
 
@@ -65,7 +65,7 @@ class Optimum:
         return "The parabolas have no minimum within the range."
 
     def agrees(self) -> str:
-        """Whether the optimum, with its uncertainty, touches where the paper is flat."""
+        """Whether the optimum, with its uncertainty, overlaps the range where the paper is flat."""
         low = high = self.best
         if self.inside:
             half = half_width(self.inside) if len(self.inside) > 1 else 0.0
@@ -82,7 +82,7 @@ def allocation_axis(complete: Mapping[str, Sequence[float]]) -> tuple[np.ndarray
 
 
 def allocation_optimum(complete: Mapping[str, Sequence[float]]) -> Optimum:
-    """The optimum over the points that have memory: the plain MoE is another model, off the curve."""
+    """The optimum over the points that have memory; the plain MoE is another model and not on the curve."""
     x_P, y_PS = allocation_axis(complete)
     with_memory = x_P < 100
     minima = tuple(parabola_minimum(x_P[with_memory], y_P) for y_P in y_PS[with_memory].T)
@@ -102,7 +102,7 @@ def scaling_axis(complete: Mapping[str, Sequence[float]]) -> tuple[np.ndarray, n
 
 
 def better_law(rows_P: np.ndarray, loss_PS: np.ndarray) -> tuple[str, float, float]:
-    """Which law predicts a left-out point better in every seed, or that neither does; both errors on the means."""
+    """Whether one law predicts left-out points better in every seed, in words, and both laws' errors on the means."""
     sides = {left_out_error(power_law, rows_P, y_P) < left_out_error(logarithm, rows_P, y_P) for y_P in loss_PS.T}
     means_P = loss_PS.mean(1)
     errors = left_out_error(logarithm, rows_P, means_P), left_out_error(power_law, rows_P, means_P)
@@ -117,7 +117,7 @@ def scaling_words(complete: Mapping[str, Sequence[float]], factor: float | None)
     """The answer, the details, and whether the paper's slope is met.
 
     Args:
-        factor: nats per token of one bit per byte, where known.
+        factor: nats per token of one bit per byte, if known.
     """
     rows_P, loss_PS = scaling_axis(complete)
     slopes = [float(slope) for slope in np.polyfit(np.log10(rows_P), loss_PS, 1)[0]]

@@ -1,4 +1,4 @@
-"""Figures of the report, as PNG: quiet axes, colours that colour-blind readers tell apart, no version inside.
+"""Figures of the report, as PNG: quiet axes, colours that colour-blind readers can distinguish, no version inside.
 
 Letters: P points of a study, S seeds, L and K layers of two models, X places where a fitted curve is read.
 """
@@ -20,7 +20,7 @@ from engrammar_lab.report.statistics import Difference, band, logarithm, power_l
 BLUE, ORANGE, GREEN, GREY = "#2a6fb0", "#d9772b", "#3a8f6a", "#8a8f98"
 COLOURS = (BLUE, ORANGE, GREEN, "#8b5ba8", "#c2457a", GREY)
 WIDTH = 7.2  # inches
-SAME = 0.005  # grey levels, of 255, that two drawings of one figure may differ by on average; seen: 0.0004
+SAME = 0.005  # by how many of 255 grey levels two drawings of one figure may differ on average; seen: 0.0004
 STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -36,7 +36,7 @@ STYLE = {
 
 @contextmanager
 def style() -> Iterator[None]:
-    """matplotlib as it comes plus `STYLE`, whatever the reader's settings are."""
+    """matplotlib's defaults plus `STYLE`, whatever the user's settings are."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)
@@ -44,25 +44,25 @@ def style() -> Iterator[None]:
 
 
 def to_png(figure: Figure) -> bytes:
-    """The figure as the report keeps it."""
+    """The figure as the PNG that the report keeps."""
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=144)
     return few_colours(drawn.getvalue())
 
 
 def alike(png: bytes, other: bytes) -> bool:
-    """Whether two pictures show the same, but for edges that processors round apart; False where one is broken."""
+    """Whether two pictures show the same, except for differently rounded edges; False if one is broken."""
     from PIL import Image
 
     try:
         shown = [np.asarray(Image.open(io.BytesIO(each)).convert("RGB"), np.int16) for each in (png, other)]
-    except (OSError, SyntaxError):  # of Pillow: not a picture, or cut off
+    except (OSError, SyntaxError):  # from Pillow: not a picture, or truncated
         return False
     return shown[0].shape == shown[1].shape and float(np.abs(shown[0] - shown[1]).mean()) < SAME
 
 
 def few_colours(png: bytes) -> bytes:
-    """The picture in at most 128 colours, which halves the file and changes nothing that one sees."""
+    """The picture in at most 128 colours, which halves the file without a visible change."""
     from PIL import Image
 
     small = io.BytesIO()
@@ -76,7 +76,7 @@ def one_axes(height: float) -> tuple[Figure, Axes]:
 
 
 def mark(axes: Axes, x: float, values: Sequence[float], colour: str, *, across: bool = False) -> None:
-    """A point: seeds as dots, mean ± deviation as a bar; `across` where values run along x."""
+    """Draws a point: seeds as dots, mean ± deviation as a bar; `across` if values run along x."""
     deviation = stdev(values) if len(values) > 1 else 0.0
     at = [x] * len(values)
     bar: dict[str, Any] = {"fmt": "o", "color": colour, "capsize": 3, "markersize": 5, "zorder": 3}
@@ -89,7 +89,7 @@ def mark(axes: Axes, x: float, values: Sequence[float], colour: str, *, across: 
 
 
 def _mark_rows(axes: Axes, named: Mapping[str, Sequence[float]], colours: Sequence[str]) -> None:
-    """A row for each name, the first on top."""
+    """Draws a row for each name, the first on top."""
     for place, (values, colour) in enumerate(zip(named.values(), colours)):
         mark(axes, place, values, colour, across=True)
     axes.set_yticks(range(len(named)), list(named))
@@ -97,7 +97,7 @@ def _mark_rows(axes: Axes, named: Mapping[str, Sequence[float]], colours: Sequen
 
 
 def draw_points(complete: Mapping[str, Sequence[float]], found: Mapping[str, Difference], axis: str) -> bytes:
-    """Points as rows, coloured by what their difference says."""
+    """Draws points as rows, coloured by what their difference says."""
     colours = [
         "#30343a" if own is None else GREY if not own.settled else BLUE if own.mean < 0 else ORANGE
         for own in map(found.get, complete)
@@ -111,7 +111,7 @@ def draw_points(complete: Mapping[str, Sequence[float]], found: Mapping[str, Dif
 
 
 def draw_allocation(complete: Mapping[str, Sequence[float]], optimum: Optimum) -> bytes:
-    """Loss along the experts' share, the paper's flat band, the mean of the seeds' parabolas and their minimum."""
+    """Draws loss along the experts' share, the paper's flat band, the seeds' mean parabola and its minimum."""
     x_P, y_PS = allocation_axis(complete)
     with style():
         figure, axes = one_axes(3.6)
@@ -131,7 +131,7 @@ def draw_allocation(complete: Mapping[str, Sequence[float]], optimum: Optimum) -
 
 
 def draw_scaling(complete: Mapping[str, Sequence[float]], axis: str) -> bytes:
-    """Loss against rows, with both laws and their bands over seeds."""
+    """Draws loss against rows, with both laws and their bands over seeds."""
     rows_P, loss_PS = scaling_axis(complete)
     read_X = np.geomspace(rows_P.min(), rows_P.max(), 120)
     with style():
@@ -149,7 +149,7 @@ def draw_scaling(complete: Mapping[str, Sequence[float]], axis: str) -> bytes:
 
 
 def draw_curves(runs: Sequence[Mapping[str, Any]], points: Sequence[str]) -> bytes:
-    """Training loss of every point in a small picture of its own, with the first point behind it."""
+    """Draws the training loss of every point in a small picture of its own, with the first point's behind it."""
     columns = min(4, len(points))
     lines = -(-len(points) // columns)
     with style():
@@ -169,7 +169,7 @@ def draw_curves(runs: Sequence[Mapping[str, Any]], points: Sequence[str]) -> byt
 
 
 def draw_differences(named: Mapping[str, Sequence[float]], settled: Sequence[str], axis: str) -> bytes:
-    """Differences as rows against 0, seed by seed; the settled ones in colour."""
+    """Draws differences as rows against 0, seed by seed; the settled ones are coloured."""
     colours = [GREY if name not in settled else BLUE if mean(own) > 0 else ORANGE for name, own in named.items()]
     with style():
         figure, axes = one_axes(0.9 + 0.26 * len(named))
@@ -186,7 +186,7 @@ def draw_lines(
     labels: tuple[str, str],
     ticks: Sequence[str] = (),
 ) -> bytes:
-    """Named lines over `x`: thin ones for seeds, a thick one for their mean."""
+    """Draws named lines over `x`: thin ones for seeds, a thick one for their mean."""
     with style():
         figure, axes = one_axes(3.4)
         for colour, (name, seeds) in zip(COLOURS, lines.items()):
@@ -201,7 +201,7 @@ def draw_lines(
 
 
 def draw_similarity(cka_LK: np.ndarray, index_L: Sequence[float], labels: tuple[str, str]) -> bytes:
-    """CKA of the memory model's layers (down) with the plain model's (across), and the soft alignment index."""
+    """Draws CKA of the memory model's layers (down) and the plain model's (across), and the soft alignment index."""
     with style():
         num_l, num_k = cka_LK.shape
         figure, axes = one_axes(1.2 + 0.42 * num_l)

@@ -1,4 +1,4 @@
-"""The report as one HTML page that needs nothing else: figures inside, no script, light and dark."""
+"""The report as one self-contained HTML page: figures inside, no script, light and dark."""
 
 import base64
 import re
@@ -38,7 +38,7 @@ VERSIONS = re.compile(r'<meta name="versions"[^>]*>')
 
 
 def without_figures(page: str) -> str:
-    """The page but for its figures and the versions that drew them."""
+    """The page without its figures and the versions that drew them."""
     return VERSIONS.sub("", IMAGE.sub("", page))
 
 
@@ -88,7 +88,7 @@ def _section(section: Section) -> str:
 
 
 def _words(text: str) -> str:
-    """Text with `code` marked."""
+    """The text as HTML, with `code` marked."""
     return re.sub(r"`([^`]*)`", r"<code>\1</code>", escape(text, quote=False))
 
 
@@ -100,7 +100,7 @@ def _figure(figure: Figure) -> str:
 
 
 def _table(table: Table, links: list[str] | None = None) -> str:
-    """A table; `links` are for the first cell of each row."""
+    """A table as HTML; `links` are for the first cell of each row."""
     head = "".join(f"<th>{escape(column)}</th>" for column in table.columns)
     lines = []
     for place, row in enumerate(table.rows):

@@ -10,7 +10,7 @@ from engrammar_lab.report.statistics import Difference
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Rows of cells already put into words; `strong` are the numbers of rows to bring out."""
+    """Rows of cells as text; `strong` are the numbers of the rows to emphasize."""
 
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -36,7 +36,7 @@ class Verdict:
     agrees: str
 
     def rows(self) -> tuple[tuple[str, str], ...]:
-        """What stands above a section."""
+        """The lines at the top of a section."""
         return ("Answer", self.answer), ("Settled", self.sure), ("The paper", self.paper), ("Agrees", self.agrees)
 
 
@@ -53,12 +53,12 @@ class Section:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """The sections in their order and the questions that were not run.
+    """The sections in their order, and the questions that were not run.
 
     Attributes:
-        date: of the newest result.
+        date: date of the newest result.
         digest: SHA-256 of all results.
-        versions: of the libraries whose versions may change figures and the PDF.
+        versions: versions of the libraries that may change figures and the PDF.
     """
 
     sections: tuple[Section, ...]
@@ -72,7 +72,7 @@ class Report:
         return [part for section in self.sections for part in section.body if isinstance(part, Figure)]
 
     def with_figures(self, pngs: Iterable[bytes]) -> "Report":
-        """The same report, its figures replaced in order by as many PNGs."""
+        """The same report, with its figures replaced in order by as many PNGs."""
         left = iter(pngs)
         sections = (
             tuple(replace(part, png=next(left)) if isinstance(part, Figure) else part for part in section.body)
@@ -92,7 +92,7 @@ SUMMARY = ("question", "answer here", "settled?", "the paper", "agrees?")
 
 
 def summary(report: Report) -> Table:
-    """The first page: all verdicts in a table."""
+    """All verdicts in a table, for the first page."""
     rows = []
     for section in report.sections:
         own = section.verdict
@@ -101,7 +101,7 @@ def summary(report: Report) -> Table:
 
 
 def spread(values: Sequence[float], digits: int = 4) -> str:
-    """Mean ± sample deviation; the value alone where there is one."""
+    """Mean ± sample deviation; a single value stays alone."""
     return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
@@ -120,18 +120,18 @@ def p_words(difference: Difference) -> str:
 
 
 def listed(names: Sequence[str], empty: str = "none") -> str:
-    """a, b and c; or the word for none."""
+    """The values as "a, b and c", or `empty` if there are none."""
     *others, last = names or [empty]
     return f"{', '.join(others)} and {last}" if others else last
 
 
 def quoted(points: Sequence[str]) -> str:
-    """Points of a study in a sentence."""
+    """Points of a study, as listed in a sentence."""
     return listed([f"“{point}”" for point in points])
 
 
 def machine_words(result: Mapping[str, Any], num_seeds: int) -> str:
-    """How a result was measured: the command, its tokens a run where it says, seeds, day and machine."""
+    """How a result was measured: the command, tokens per run if recorded, seeds, day and machine."""
     machine, tokens = result["machine"], f": {result['tokens']:,} tokens a run" if "tokens" in result else ""
     instructions = f" ({machine['instructions']})" if "instructions" in machine else ""
     return (

@@ -1,4 +1,4 @@
-"""The report as a PDF on A4: the summary first, then a section a question; the same bytes from the same results."""
+"""The report as a PDF on A4: the summary, then a section per question. The same results give the same bytes."""
 
 import io
 from datetime import UTC, datetime
@@ -16,7 +16,7 @@ PIXELS_PER_MM = 144 / 25.4 * 1.04
 
 
 def render_pdf(report: Report) -> bytes:
-    """The report as a PDF; its metadata keep the digest of the results and the versions that drew it."""
+    """The report as a PDF; its metadata hold the digest of the results and the versions that drew it."""
     pdf = FPDF(format="A4")
     fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     pdf.add_font(FONT, "", fonts / "DejaVuSans.ttf")
@@ -98,7 +98,7 @@ def _figure(pdf: FPDF, figure: Figure) -> None:
 
 
 def _table(pdf: FPDF, table: Table, links: list[int] | None = None) -> None:
-    """A table whose columns share the page by what they hold: at least their longest word, at most a paragraph."""
+    """Writes a table. Columns share the page by their content: at least the longest word, at most a paragraph."""
     size = 8.0 if len(table.columns) < 7 else 7.0
     pdf.set_font(FONT, "B", size)
     columns = list(zip(table.columns, *table.rows))

@@ -15,7 +15,7 @@ from scipy.stats import ttest_1samp
 
 LEVEL = 0.95
 Key = TypeVar("Key", bound=Hashable)
-EXPONENTS = np.geomspace(0.02, 3, 120)  # of a power law; below the first it is a logarithm to four digits
+EXPONENTS = np.geomspace(0.02, 3, 120)  # of a power law; one with a smaller exponent is a logarithm to four digits
 
 
 def half_width(values: Sequence[float]) -> float:
@@ -27,7 +27,7 @@ def half_width(values: Sequence[float]) -> float:
 
 
 def p_value(values: Sequence[float]) -> float:
-    """Two-sided p of the hypothesis that the mean is 0 (of differences: the paired t-test); 1 for a single value."""
+    """Two-sided p-value of the mean being 0 (for differences: the paired t-test); 1 for a single value."""
     if len(values) < 2 or not any(values):
         return 1.0
     return float(ttest_1samp(values, 0).pvalue) if len(set(values)) > 1 else 0.0
@@ -44,7 +44,7 @@ def holm(p: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class Difference:
-    """A paired difference: its value for each seed and the Holm-corrected p among those it was tested with."""
+    """A paired difference: its value for each seed, and its p after Holm's correction."""
 
     values: tuple[float, ...]
     p: float
@@ -59,7 +59,7 @@ class Difference:
 
     @property
     def settled(self) -> bool:
-        """Whether the corrected test rejects 0 and all seeds say the same."""
+        """Whether the corrected test rejects 0 and all seeds have the same sign."""
         one_way = all(value > 0 for value in self.values) or all(value < 0 for value in self.values)
         return one_way and self.p < 1 - LEVEL
 
@@ -75,13 +75,13 @@ def compare(pairs: Mapping[Key, tuple[Sequence[float], Sequence[float]]]) -> dic
 
 
 def above_chance(score: float, chance: float, questions: int) -> bool:
-    """Whether a share of right answers is over chance by 1.96 binomial standard errors, the larger of the two."""
+    """Whether a share of right answers exceeds chance by 1.96 binomial standard errors, the larger of the two."""
     variance = max(score * (1 - score), chance * (1 - chance)) / questions
     return score > chance + 1.96 * math.sqrt(variance)
 
 
 def p_of_questions(score: float, other: float, questions: int) -> float:
-    """Two-sided p of two shares of right answers being one, over the questions (normal approximation, not paired)."""
+    """Two-sided p-value of two shares of right answers being equal (normal approximation, questions not paired)."""
     error = math.sqrt((score * (1 - score) + other * (1 - other)) / questions)
     return math.erfc(abs(score - other) / error / math.sqrt(2)) if error else float(score == other)
 
@@ -96,7 +96,7 @@ def logarithm(rows_P: np.ndarray, loss_P: np.ndarray, read_X: np.ndarray) -> np.
 
 
 def power_law(rows_P: np.ndarray, loss_P: np.ndarray, read_X: np.ndarray) -> np.ndarray:
-    """Least squares of loss = floor + a rows^-exponent, the exponent out of `EXPONENTS`."""
+    """Least squares of loss = floor + a rows^-exponent, with an exponent out of `EXPONENTS`."""
     scale = float(np.exp(np.log(rows_P).mean()))  # keeps the powers near 1
 
     def line(exponent: float) -> tuple[np.ndarray, float]:
@@ -109,7 +109,7 @@ def power_law(rows_P: np.ndarray, loss_P: np.ndarray, read_X: np.ndarray) -> np.
 
 
 def left_out_error(law: Law, x_P: np.ndarray, y_P: np.ndarray) -> float:
-    """Root mean square error at each point of the law fitted to all others."""
+    """Root mean square, over all points, of the error at a point of the law fitted to the others."""
     errors = []
     for index in range(len(x_P)):
         kept = np.arange(len(x_P)) != index
@@ -118,7 +118,7 @@ def left_out_error(law: Law, x_P: np.ndarray, y_P: np.ndarray) -> float:
 
 
 def band(law: Law, x_P: np.ndarray, y_SP: np.ndarray, read_X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The law fitted for each seed: mean over seeds and half of its 95 % t-interval, at `read_X`."""
+    """The law fitted for each seed: the mean over seeds at `read_X`, and half of its 95 % t-interval."""
     curves_SX = np.array([law(x_P, y_P, read_X) for y_P in y_SP])
     return curves_SX.mean(0), np.array([half_width(list(column)) for column in curves_SX.T])
 

@@ -1,4 +1,4 @@
-"""Sections on studies: what each point scores, what its difference to another is worth, and what was held equal.
+"""Sections on studies: the score of each point, its difference from another one, and what was held equal.
 
 Letters: S seeds, P points of a study, X places where a fitted curve is read.
 """
@@ -30,7 +30,7 @@ COUNTS = ("total_parameters", "active_parameters", "flops_per_token")
 
 
 def scores(result: Mapping[str, Any]) -> dict[str, list[float]]:
-    """Bits per byte of the study's points, seed by seed, of points that have a run of every seed.
+    """Bits per byte, seed by seed, of the study's points that have a run of every seed.
 
     Raises:
         ValueError: a run's point is not one of the study's.
@@ -49,7 +49,7 @@ def scores(result: Mapping[str, Any]) -> dict[str, list[float]]:
 
 
 def left_out(result: Mapping[str, Any]) -> list[str]:
-    """The study's points that lack runs, with how many they have."""
+    """The study's points that lack runs, with the number of runs they have."""
     seeds = {run["seed"] for run in result["runs"]}
     complete = scores(result)
     counts = {point: sum(run["point"] == point for run in result["runs"]) for point in study_of(result).points}
@@ -57,7 +57,7 @@ def left_out(result: Mapping[str, Any]) -> list[str]:
 
 
 def bases(result: Mapping[str, Any]) -> dict[str, str]:
-    """Which complete point each other complete point is compared with: the first."""
+    """For each complete point, the point that it is compared with: the study's first, if that one is complete."""
     complete = scores(result)
     first = next(iter(study_of(result).points))
     return {point: first for point in complete if first in complete and first != point}
@@ -70,20 +70,20 @@ def differences(result: Mapping[str, Any]) -> dict[str, Difference]:
 
 
 def nats_per_bit(result: Mapping[str, Any]) -> float | None:
-    """What turns bits per byte into the paper's nats per token: ln 2 times bytes per token; None where not recorded."""
+    """Turns bits per byte into the paper's nats per token: ln 2 times bytes per token; None if not recorded."""
     known = result.get("bytes_per_token", result["runs"][0].get("bytes_per_token"))
     return None if known is None else math.log(2) * known
 
 
 def apart(result: Mapping[str, Any]) -> dict[str, float]:
-    """The largest share by which total and active parameters and FLOPs differ between complete points held equal."""
+    """The largest share by which total and active parameters, and FLOPs, differ between points that are held equal."""
     held = scores(result).keys() - set(study_of(result).exempt)
     runs = [run for run in result["runs"] if run["point"] in held]
     return {kind: max(run[kind] for run in runs) / min(run[kind] for run in runs) - 1 for kind in COUNTS}
 
 
 def study_section(result: Mapping[str, Any]) -> Section:
-    """The section of one study."""
+    """The section on one study."""
     study, complete = study_of(result), scores(result)
     missing = left_out(result)
     notes = [f"Left out, because some of their seeds are missing: {listed(missing)}."] if missing else []
@@ -107,7 +107,7 @@ def study_section(result: Mapping[str, Any]) -> Section:
 
 
 def measured(result: Mapping[str, Any]) -> str:
-    """The command, the amount, the day, the machine and the measure."""
+    """In words: the command, the amount, the day, the machine and the measure."""
     seeds = {run["seed"] for run in result["runs"]}
     return f"{machine_words(result, len(seeds))} Validation text, bits per byte; lower is better."
 
@@ -185,7 +185,7 @@ def _pictures(result: Mapping[str, Any]) -> Figure:
 
 
 def _findings(result: Mapping[str, Any]) -> list[str]:
-    """What the means, the fits and the paper's own orderings come to, in sentences."""
+    """The results of the means, the fits and the paper's own orderings, in sentences."""
     complete, factor, sentences = scores(result), nats_per_bit(result), []
     ties = as_good_as_the_best(complete)
     if len(complete) > 2:
@@ -201,7 +201,7 @@ def _findings(result: Mapping[str, Any]) -> list[str]:
 
 
 def as_good_as_the_best(complete: Mapping[str, Sequence[float]]) -> list[str]:
-    """The points whose difference to the best one is not settled."""
+    """The points whose difference from the best one is not settled."""
     best = min(complete, key=lambda point: mean(complete[point]))
     found = compare({point: (own, complete[best]) for point, own in complete.items() if point != best})
     return [point for point, own in found.items() if not own.settled]
@@ -226,7 +226,7 @@ def _verdict(result: Mapping[str, Any]) -> Verdict:
 def _answer(
     complete: Mapping[str, Sequence[float]], found: Mapping[str, Difference], against: Mapping[str, str]
 ) -> str:
-    """Which point is best and by how much; where the lowest is not settled, what is settled better and worse."""
+    """Which point is best and by how much; if the lowest is not settled, which points are settled better and worse."""
     best = min(complete, key=lambda point: mean(complete[point]))
     if best in found and found[best].settled:
         words = f"“{best}” is best: {-found[best].mean:.4f} bits per byte less than “{against[best]}”."

@@ -1,4 +1,4 @@
-"""The section on tasks: what memory moves beyond the loss, and what is left when it is switched off."""
+"""The section on tasks: what memory changes beyond the loss, and what is left when it is switched off."""
 
 from collections.abc import Mapping
 from statistics import mean
@@ -25,7 +25,7 @@ Tasks = Mapping[str, Mapping[str, Any]]
 
 
 def groups(tasks: Tasks) -> dict[str, list[str]]:
-    """Names of tasks by the first part of their name."""
+    """Names of tasks, by their first part."""
     found: dict[str, list[str]] = {}
     for name in tasks:
         found.setdefault(name.split("/")[0], []).append(name)
@@ -37,9 +37,9 @@ def is_above_chance(task: Mapping[str, Any], point: str) -> bool:
 
 
 def kept(result: Mapping[str, Any], names: list[str]) -> list[float]:
-    """Per seed the share of the score above chance that is left with memory off, over tasks that are above chance.
+    """Per seed, the share of the score above chance that is left with memory off, over tasks that are above chance.
 
-    Empty where the model with memory is above chance in none of them.
+    Empty if the model with memory is above chance in none of them.
     """
     _, on, off = result["points"]
     told = [result["tasks"][name] for name in names if is_above_chance(result["tasks"][name], on)]
@@ -52,9 +52,9 @@ def kept(result: Mapping[str, Any], names: list[str]) -> list[float]:
 
 
 def task_differences(result: Mapping[str, Any]) -> dict[str, Difference]:
-    """The model with memory less the plain one, paired by seed, all tasks tested together.
+    """The model with memory minus the plain one, paired by seed, with all tasks tested together.
 
-    Seeds share the questions, so a p is the larger of two: over seeds, and over questions (binomial).
+    Seeds share the questions, so each p-value is the larger of two: over seeds, and over questions (binomial).
     """
     plain, memory, _ = result["points"]
     values, p = {}, []
@@ -66,10 +66,10 @@ def task_differences(result: Mapping[str, Any]) -> dict[str, Difference]:
 
 
 def tasks_section(result: Mapping[str, Any]) -> Section:
-    """The section of tasks.json.
+    """The section on tasks.json.
 
     Raises:
-        ValueError: its points are not three: without memory, with it, and with it switched off.
+        ValueError: the result does not have three points: without memory, with it, and with it switched off.
     """
     if len(result["points"]) != 3:
         raise ValueError(f"tasks.json has the points {result['points']}; needed: without memory, with it, with it off.")

@@ -1,4 +1,4 @@
-"""The section on row traffic, from what `lab.traffic` returns."""
+"""The section on row traffic, made from what `traffic` returns."""
 
 from collections.abc import Mapping, Sequence
 from statistics import mean
@@ -10,7 +10,7 @@ QUESTION = "How do n-grams fall on rows?"
 
 
 def traffic_section(result: Mapping[str, Any]) -> Section:
-    """The section of traffic.json: one `lab.traffic.memory_traffic` a seed."""
+    """The section on traffic.json, which holds what `traffic.memory_traffic` returned for each seed."""
     runs = result["runs"]
     layers = list(runs[0]["layers"])
     return Section(

@@ -1,1 +1,1 @@
-"""Tasks that tell whether memory helps beyond the loss: facts, reading, needles, tracking, code; their scoring."""
+"""Tasks that show whether memory helps beyond the loss (facts, reading, needles, tracking, code), and their scoring."""

@@ -1,4 +1,4 @@
-"""Completion of Python functions: the next line, as a choice among real lines and produced exactly."""
+"""Completion of Python functions: the next line is chosen among real lines, or produced exactly."""
 
 import ast
 import random
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LINE_LENGTHS = range(12, 81)  # of the line that is asked for, in characters without indentation
-NUM_BEFORE = 3  # lines of the function, its head included, that stand before the line that is asked for
+NUM_BEFORE = 3  # lines of the function, its head included, that precede the line that is asked for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +31,10 @@ class Line:
 
 
 def function_lines(source: str, document: int = 0) -> list[Line]:
-    """The lines of a file that can be asked for; none where it is not Python of this version."""
+    """The lines of a file that can be asked for; none if the file is not valid Python of this version."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # old escapes in the sources
+            warnings.simplefilter("ignore")  # the sources have deprecated escapes
             tree = ast.parse(source)
     except (SyntaxError, ValueError):
         return []
@@ -58,10 +58,11 @@ def function_lines(source: str, document: int = 0) -> list[Line]:
 def code_questions(
     documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBase", *, length: int, num: int, seed: int
 ) -> dict[str, list[Question]]:
-    """Up to `num` questions of each of code/{choice,exact}/{seen,unseen}, one a file first, within `length` tokens.
+    """Up to `num` questions for each of code/{choice,exact}/{seen,unseen}, within `length` tokens.
 
-    Context: the lines of the file before the one asked for, as many as fit. Choices: the line and three of equal
-    indentation from other functions of the same split, which do not stand in the context.
+    The questions are on as many files as possible. Context: the lines of the file before the one asked for, as many as
+    fit. Choices: the line, and three of equal indentation from other functions of the same split that are not in the
+    context.
     """
     found: dict[str, list[Question]] = {}
     splits: tuple[Split, ...] = ("seen", "unseen")
@@ -81,7 +82,7 @@ def _choices(
     num: int,
     rng: random.Random,
 ) -> list[Question]:
-    order = rng.sample(range(len(sources)), len(sources))[: 2 * num]  # parsing is what takes the time
+    order = rng.sample(range(len(sources)), len(sources))[: 2 * num]  # parsing takes most of the time
     files = [lines for index in order if (lines := function_lines(sources[index], index))]
     pools: dict[int, list[Line]] = {}
     for lines in files:
@@ -125,7 +126,7 @@ def _question(
 
 
 def _last_lines(lines: Sequence[str], tokenizer: "PreTrainedTokenizerBase", num_tokens: int) -> str:
-    """The last lines that take at most `num_tokens` tokens, whole."""
+    """The last whole lines that take at most `num_tokens` tokens."""
     near = lines[-num_tokens:] if num_tokens > 0 else []
     kept = 0
     for num in reversed(count_tokens(tokenizer, [f"{line}\n" for line in near])):

@@ -1,4 +1,4 @@
-"""Reading from context: a word that the text held 20 words or more before, with and without that passage."""
+"""Reading from context: a word that occurred over 20 words earlier, asked with and without that passage."""
 
 import random
 import re
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 WORD = re.compile(r"\b[A-Za-z]{3,}\b")
 SENTENCE = re.compile(r".+?(?:[.!?](?=\s|$)|$)\s*", re.DOTALL)
 APART = 20  # words between the passage and the question
-NUM_COMMON = 500  # most frequent words, which are not asked for
+NUM_COMMON = 500  # the most frequent words are not asked for
 SIMILAR = 1.25  # how far a wrong word's frequency may be from the right one's, either way
 
 
 @dataclass(frozen=True)
 class Frequencies:
-    """How often each word occurs in a corpus, and the words of each frequency, by their capitals."""
+    """How often each word occurs in a corpus, and the words of each frequency and capitalization."""
 
     counts: Counter[str]
     common: frozenset[str]
@@ -41,7 +41,7 @@ class Frequencies:
         return cls(counts, frozenset(word for word, _ in folded.most_common(NUM_COMMON)), words)
 
     def similar(self, word: str, count: int) -> list[str]:
-        """Words written with the same capitals that occur about `count` times."""
+        """Words that are capitalized alike and occur about `count` times."""
         near = range(-int(-count // SIMILAR), int(count * SIMILAR) + 1)
         return [other for c in near for other in self.words.get((_capitals(word), c), ()) if other != word]
 
@@ -53,10 +53,10 @@ def _capitals(word: str) -> str:
 def context_questions(
     documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBase", *, length: int, num: int, seed: int
 ) -> dict[str, list[Question]]:
-    """Up to `num` questions of context/with and the same ones of context/without, one a document, of unseen documents.
+    """Up to `num` questions for context/with, and the same ones for context/without: one per unseen document.
 
-    Context: the text up to a word's second occurrence, within `length` tokens; in context/without the sentence of the
-    first is left out. Choices: the word and three that are as frequent in the other documents and not in the text.
+    Context: the text up to a word's second occurrence, within `length` tokens; context/without leaves out the sentence
+    of the first. Choices: the word, and three that are about as frequent in other documents and not in the text.
     """
     rng = random.Random(f"context {seed}")
     frequencies = Frequencies.of(documents)

@@ -1,10 +1,10 @@
-"""Facts from encyclopaedia, glosses and dictionary: what was read in training, and what was not.
+"""Facts from an encyclopaedia, glosses and a dictionary, seen in training or not.
 
 A fact is the first thing an entry says of its headword: `headword (noun): definition` in WordNet, `Headword, n.
 Definition` in GCIDE, `X is a ...` up to the first comma or stop in Wikipedia. Two forms of question:
 choice: the headword -> its definition among three of the same kind (corpus and part of speech, or verb) and split;
-cloze: the entry up to the last word of the definition -> that word, where it is plain and does not stand before.
-An unseen fact is left out where its sentence (Wikipedia) or definition (the others) stands in any seen document.
+cloze: the entry up to the last word of the definition -> that word, if it is plain and does not occur before.
+An unseen fact is left out if its sentence (Wikipedia) or definition (the others) occurs in any seen document.
 """
 
 import random
@@ -25,7 +25,7 @@ PATTERNS = {
     r"(?P<definition> [^;:.()\"]+)(?=[;:.])",
     "wiki": r"(?P<names>[^.;:]{2,80}?) (?P<kind>is|are|was|were)(?P<definition> (?:an?|the) [^.,;:()\"]+)",
 }
-REFERENCES = ("Same as", "See ", "Of or pertaining to", "Pertaining to")  # say little of the headword
+REFERENCES = ("Same as", "See ", "Of or pertaining to", "Pertaining to")  # definitions that say little of the headword
 DEFINITION_WORDS = range(4, 26)
 LAST_WORD = re.compile(r" [a-z]{4,}$")
 
@@ -34,7 +34,7 @@ Form = Literal["choice", "cloze"]
 
 @dataclass(frozen=True, kw_only=True)
 class Fact:
-    """What an entry says of its headword: `context` + `definition` begin the entry's text."""
+    """What an entry says of its headword; the entry's text begins with `context` + `definition`."""
 
     names: frozenset[str]
     context: str
@@ -45,12 +45,12 @@ class Fact:
 
     @property
     def sentence(self) -> str:
-        """What no seen document may say where the fact is unseen."""
+        """The words that no seen document may contain if the fact is unseen."""
         return self.context + self.definition if self.corpus == "wiki" else self.definition
 
 
 def read_fact(document: Document) -> Fact | None:
-    """The fact that a document begins with, or None where it does not begin as its corpus does."""
+    """The fact that a document begins with, or None if it does not begin as entries of its corpus do."""
     match = re.match(PATTERNS[document.corpus], document.text)
     if match is None:
         return None
@@ -70,10 +70,12 @@ def read_fact(document: Document) -> Fact | None:
 def fact_questions(
     documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBase", *, length: int, num: int, seed: int
 ) -> dict[str, list[Question]]:
-    """Up to `num` questions of each of facts/{choice,cloze}/{seen,unseen}, the corpora in turn, within `length` tokens.
+    """Up to `num` questions for each of facts/{choice,cloze}/{seen,unseen}, within `length` tokens.
+
+    The corpora take turns.
 
     Raises:
-        ValueError: a document is of a corpus whose entries have no known form.
+        ValueError: a document is from a corpus whose entries have no known form.
     """
     strange = sorted({document.corpus for document in documents} - set(PATTERNS))
     if strange:
@@ -97,7 +99,7 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 def _told(facts: Sequence[Fact], documents: Sequence[Document]) -> set[tuple[str, ...]]:
-    """The words of unseen facts' sentences that stand in seen documents, in one pass over these."""
+    """The sentences of unseen facts, as words, that occur in seen documents; found in one pass over these."""
     by_start: dict[tuple[str, ...], set[tuple[str, ...]]] = {}
     for fact in facts:
         if fact.split == "unseen":
@@ -136,7 +138,7 @@ def _take(
 
 
 def _in_turn(facts: Sequence[Fact], rng: random.Random) -> Iterator[Fact]:
-    """All facts in random order, one of each corpus in turn."""
+    """All facts in random order, one from each corpus in turn."""
     corpora: dict[str, list[Fact]] = {}
     for fact in facts:
         corpora.setdefault(fact.corpus, []).append(fact)

@@ -1,8 +1,8 @@
-"""Needles in a haystack and variables that follow each other, at a given length in tokens.
+"""Needles in a haystack and chains of variables, at a given length in tokens.
 
 After RULER's multi-query needle and variable tracking (arXiv 2404.06654), in our words and small enough for a trained
-length of 128: a few sentences that are to be remembered, scattered over prose, and a question at the end whose answer
-stands in one of them. Training (a short fine-tuning on the format) and test share no key, name or value.
+length of 128: a few sentences to remember are scattered over prose, and one of them answers the question at the end.
+Training (a short fine-tuning on the format) and test share no key, name or value.
 """
 
 import random
@@ -31,14 +31,14 @@ WHOLE = re.compile(r"[A-Z]\D+ \D+ \D+ \D+[a-z]{3}[.!?]")  # five words or more, 
 
 @dataclass(frozen=True)
 class Haystack:
-    """Sentences of prose and their lengths in tokens, wherever they stand."""
+    """Sentences of prose, and the most tokens that each takes at any place in a text."""
 
     sentences: tuple[str, ...]
     lengths: tuple[int, ...]
 
     @classmethod
     def of(cls, texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> "Haystack":
-        """The whole sentences of `texts`, without those that hold a digit or one of the needles' keys."""
+        """The whole sentences of `texts`, without those that contain a digit or one of the needles' keys."""
         keys = {key for use in KEYS.values() for key in use.split()}
         sentences = dict.fromkeys(sentence for text in texts for sentence in SENTENCE_END.split(text.strip()))
         plain = [
@@ -52,7 +52,7 @@ class Haystack:
         return cls(tuple(plain), tuple(map(max, first, later)))
 
     def scatter(self, statements: Sequence[str], num_tokens: int, rng: random.Random) -> str:
-        """The statements in their order, among random sentences of at most `num_tokens` tokens in all."""
+        """The statements in their order, mixed with random sentences of at most `num_tokens` tokens in all."""
         picked: list[str] = []
         for index in rng.sample(range(len(self.sentences)), len(self.sentences)):
             if self.lengths[index] <= num_tokens:
@@ -77,12 +77,12 @@ def needle_questions(
     num_pairs: int = 4,
     num_queries: int = 2,
 ) -> list[Question]:
-    """`num` questions: `num_pairs` codes in a text of `length` tokens, of which `num_queries` are asked one by one.
+    """`num` questions on texts of `length` tokens with `num_pairs` codes, of which `num_queries` are asked one by one.
 
-    Each question goes on after the right answers of those before it; choices: the codes of the text.
+    Each question follows the right answers to those before it. Choices: the codes of the text.
 
     Raises:
-        ValueError: the text has no room for the codes, or more are asked than there are.
+        ValueError: the text has no room for the codes, or more are asked for than there are.
     """
     keys = KEYS[use].split()
     if not 1 <= num_queries <= num_pairs <= len(keys):
@@ -117,9 +117,10 @@ def tracking_questions(
     num_chains: int = 4,
     num_copies: int = 2,
 ) -> list[Question]:
-    """`num` questions for the last variable of a chain: the first has a value, `num_copies` more the one before.
+    """`num` questions on the last variable of a chain.
 
-    Choices: the values of the text's `num_chains` chains, whose statements are mixed.
+    The first variable of a chain has a value; each of `num_copies` more is set to the one before. Choices: the values
+    of the text's `num_chains` chains, whose statements are mixed.
 
     Raises:
         ValueError: the text has no room for the chains.
@@ -147,7 +148,7 @@ def tracking_questions(
 
 
 def _values(rng: random.Random, num: int, use: Use) -> list[str]:
-    """Five digits; those of training have an even sum."""
+    """Values of five digits; those of training have an even digit sum."""
     values: dict[str, None] = {}
     while len(values) < num:
         value = str(rng.randrange(10_000, 100_000))
@@ -157,12 +158,12 @@ def _values(rng: random.Random, num: int, use: Use) -> list[str]:
 
 
 def _room(tokenizer: "PreTrainedTokenizerBase", parts: Sequence[str], values: Sequence[str], length: int) -> int:
-    """Tokens of `length` that `parts`, with any value as the last answer, and the token before the text leave."""
+    """Tokens of `length` that are left beside the token before the text and `parts`, with any value as last answer."""
     answers = count_tokens(tokenizer, [f" {value}." for value in values])
     first, later = count_tokens(tokenizer, parts), count_tokens(tokenizer, [f" {part}" for part in parts])
     opening = max(
         alone - spaced for alone, spaced in zip(first, later)
-    )  # what a part may take more as the text's first
+    )  # the most tokens that a part takes more at the start of the text
     room = length - 1 - sum(later) - max(opening, 0) - (max(answers) - min(answers))
     if room < 0:
         raise ValueError(f"length is {length}; the statements and the question alone take {length - room} tokens.")

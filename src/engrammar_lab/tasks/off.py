@@ -11,7 +11,7 @@ from engrammar.fusion import Fusion
 
 @contextmanager
 def memory_off(model: nn.Module) -> Iterator[None]:
-    """Within it no fusion adds anything, as if every gate were 0; afterwards they add what they did before.
+    """In this context no fusion adds anything, as if every gate were 0.
 
     Raises:
         ValueError: the model has no memory.

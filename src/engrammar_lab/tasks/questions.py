@@ -1,4 +1,4 @@
-"""Questions with a known answer: what every task is made of, in memory and as JSONL."""
+"""Questions with a known answer, in memory and as JSONL; every task is made of them."""
 
 import json
 import random
@@ -11,12 +11,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Split = Literal["seen", "unseen"]
-SplitOf = Callable[[str], Split | None]  # of a document's text; None leaves the document out
+SplitOf = Callable[[str], Split | None]  # from a document's text; None leaves the document out
 
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """A text of a corpus, and whether the model trained on it."""
+    """A text of a corpus, and whether the model was trained on it."""
 
     corpus: str
     text: str
@@ -25,12 +25,12 @@ class Document:
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """What to go on from, and how it may go on. With one choice it is a cloze: the model has to produce it.
+    """A context and its possible continuations. With a single choice it is a cloze: the model has to produce it.
 
     Attributes:
-        choices: each goes on right where `context` ends: it begins with its own space.
+        choices: continuations from exactly where `context` ends; each begins with its own space.
         answer: index of the right choice.
-        task: what the question belongs to; the part before the first "/" is its group.
+        task: the task that the question belongs to; the part before the first "/" is its group.
     """
 
     context: str
@@ -58,7 +58,7 @@ class Question:
 
 
 def pose(rng: random.Random, *, context: str, right: str, wrong: Iterable[str], task: str, split: Split) -> Question:
-    """A question whose choices stand in random order."""
+    """A question with its choices in random order."""
     choices = [right, *wrong]
     rng.shuffle(choices)
     return Question(context=context, choices=tuple(choices), answer=choices.index(right), task=task, split=split)
@@ -74,7 +74,7 @@ def count_tokens(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> 
 
 
 def start_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """What stands before a text: the beginning-of-text id, or the end-of-text id of a tokenizer without one, if any."""
+    """The ids before a text: the beginning-of-text id, else the end-of-text id, else none."""
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     return [] if start is None else [start]
 
@@ -91,10 +91,10 @@ def write_questions(path: Path, questions: Iterable[Question]) -> None:
 
 
 def read_questions(path: Path) -> list[Question]:
-    """The questions of a JSONL file: `context`, `choices` and `answer` in each line; `task` is else the file's name.
+    """The questions of a JSONL file: `context`, `choices`, `answer` and perhaps `task` (else the file name) in each line.
 
     Raises:
-        ValueError: the file cannot be read, holds no question, or a line is not one; it names the line.
+        ValueError: the file cannot be read, holds no question, or has a line that is not one; the message names it.
     """
     try:
         lines = path.read_text(encoding="utf-8").split("\n")

@@ -1,4 +1,4 @@
-"""How likely a model finds continuations of contexts: choices among them, and exact recall.
+"""How likely continuations of contexts are to a model: choices among them, and exact recall.
 
 Letters: B batch, T tokens, S scored tokens, V vocabulary.
 """
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Continuation:
-    """What the model makes of a continuation.
+    """A model's score of a continuation.
 
     Attributes:
-        log_likelihood: of its tokens given the context, in nats.
+        log_likelihood: log likelihood of its tokens given the context, in nats.
         greedy: whether greedy decoding from the context begins with exactly its tokens.
-        num_bytes: of its text in UTF-8.
+        num_bytes: size of its text in UTF-8.
     """
 
     log_likelihood: float
@@ -44,12 +44,12 @@ def score_continuations(
 ) -> list[Continuation]:
     """Scores (context, continuation) pairs with any causal model that has `.logits` [B, T, V].
 
-    Context and continuation are encoded apart and their ids joined, so where one ends does not depend on the other.
-    `start_ids` come first: documents begin so in training.
+    Context and continuation are encoded separately, so the boundary between them does not depend on their texts.
+    `start_ids` precede them, as they precede documents in training.
 
     Raises:
-        ValueError: the model is in training mode, a continuation has no tokens, there is nothing before it, or a row is
-            longer than the model's `max_position_embeddings`.
+        ValueError: the model is in training mode, a continuation has no tokens or nothing before it, or a row is longer
+            than the model's `max_position_embeddings`.
     """
     from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
@@ -90,7 +90,7 @@ def _encode(
 
 
 def _batches(lengths: Sequence[tuple[int, int]], batch_tokens: int) -> Iterator[list[int]]:
-    """Groups (index, length) in order of length so that each, padded, is within the budget (or is one row)."""
+    """Groups (index, length) pairs in order of length; each group, padded, is within the budget or is a single row."""
     batch: list[int] = []
     for index, length in lengths:
         if batch and (len(batch) + 1) * length > batch_tokens:
@@ -127,7 +127,7 @@ def _score_rows(model: Any, rows: Sequence[tuple[list[int], list[int]]], pad_id:
 def score_questions(
     model: Any, tokenizer: "PreTrainedTokenizerBase", questions: Sequence[Question], *, batch_tokens: int = 4096
 ) -> list[list[Continuation]]:
-    """Per question, its choices scored; see `score_continuations`."""
+    """Per question, the scores of its choices; see `score_continuations`."""
     pairs = [(question.context, choice) for question in questions for choice in question.choices]
     scores = iter(score_continuations(model, tokenizer, pairs, batch_tokens=batch_tokens))
     return [[next(scores) for _ in question.choices] for question in questions]

@@ -1,4 +1,4 @@
-"""All tasks over the pocket corpora for one tokenizer and one division into seen and unseen; scores of a model."""
+"""All tasks over the pocket corpora, for one tokenizer and one split into seen and unseen; scores of a model."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Suite = dict[str, list[Question]]
-STRETCH = 4  # the paper's tasks of long contexts go beyond the trained length too
+STRETCH = 4  # the paper's long-context tasks also exceed the trained length
 
 
 def read_corpus(name: str, split_of: SplitOf, *, cache: Path) -> list[Document]:
-    """The entries of a pocket corpus that `split_of` puts on a side."""
+    """The entries of a pocket corpus for which `split_of` returns a split."""
     texts = (entry.text for entry in corpora.entries(name, cache=cache))
     sides = ((text, split_of(text)) for text in texts if not text.isspace())
     return [Document(corpus=name, text=text, split=split) for text, split in sides if split is not None]
@@ -39,11 +39,11 @@ def build_suite(
     per_task: int = 200,
     seed: int = 0,
 ) -> Suite:
-    """The questions of every task, the same for the same arguments; a task without any is left out.
+    """The questions of every task; a task without questions is left out. Equal arguments give equal questions.
 
     Args:
-        split_of: whether the model trained on a document of the corpora in `trained_on`; of others it saw none.
-        length: the trained length in tokens: every question is within it, but needles and tracking at 4 times it.
+        split_of: whether the model was trained on a document of the corpora in `trained_on`; it saw no others.
+        length: the trained length in tokens, which no question exceeds, except needles and tracking at 4 times it.
     """
     if length < 2 or per_task < 1:
         raise ValueError(f"length is {length} and per_task {per_task}; allowed: 2 or more, 1 or more.")
@@ -74,8 +74,9 @@ def score_suite(
     Returns:
         per task: `measure` ("choice", or "recall" for questions of one choice), `chance`, `questions` (their number),
         `score` (the share that is right), `right` (0 or 1 for each) and `bits_per_byte` of the right answers (mean over
-        questions). The choice is the one whose log likelihood the context raises most over that at the start of a text,
-        so that what is likely anywhere gains nothing; `score_by_total` and `score_by_per_byte` take the likeliest.
+        questions). The model's choice is the one whose log likelihood the context raises most over that at the start of
+        a text, so a choice that is likely anywhere has no advantage. `score_by_total` and `score_by_per_byte` take the
+        likeliest.
 
     Raises:
         ValueError: a task is empty or mixes questions of one choice with others, or the model cannot be stretched.

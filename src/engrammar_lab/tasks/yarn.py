@@ -14,7 +14,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
 def yarn_parameters(rope_theta: float, *, factor: float, length: int) -> dict[str, Any]:
     """transformers' `rope_parameters` for `factor` times the trained `length`.
 
-    mscale_all_dim sets the temperature of the whole attention score, the part without positions included; equal
+    mscale_all_dim sets the temperature of the whole attention score, including the part without positions. An equal
     mscale leaves the rotary tables' amplitude at 1 (DeepSeek-V3's settings).
     """
     return {
@@ -29,7 +29,7 @@ def yarn_parameters(rope_theta: float, *, factor: float, length: int) -> dict[st
 
 @contextmanager
 def stretched(model: Any, *, factor: float, length: int) -> Iterator[None]:
-    """Within it an `EngrammarForCausalLM` reads `factor` times its trained `length`; it is as before after it.
+    """In this context an `EngrammarForCausalLM` reads `factor` times its trained `length`; then it is restored.
 
     Raises:
         ValueError: factor is below 1, or the model's positions are not DeepSeek-V3's plain ones.
