@@ -124,6 +124,6 @@ def band(law: Law, x_P: np.ndarray, y_SP: np.ndarray, read_X: np.ndarray) -> tup
 
 
 def parabola_minimum(x_P: np.ndarray, y_P: np.ndarray) -> float | None:
-    """Where the least-squares parabola is lowest; None where it has no minimum."""
+    """The x at which the least-squares parabola is lowest; None if it has no minimum."""
     bend, slope, _ = np.polyfit(x_P, y_P, 2)
     return float(-slope / (2 * bend)) if bend > 0 else None

@@ -158,7 +158,7 @@ def _values(rng: random.Random, num: int, use: Use) -> list[str]:
 
 
 def _room(tokenizer: "PreTrainedTokenizerBase", parts: Sequence[str], values: Sequence[str], length: int) -> int:
-    """Tokens of `length` that are left beside the token before the text and `parts`, with any value as last answer."""
+    """Tokens left of `length` after the token before the text and `parts`, with any of `values` as the last answer."""
     answers = count_tokens(tokenizer, [f" {value}." for value in values])
     first, later = count_tokens(tokenizer, parts), count_tokens(tokenizer, [f" {part}" for part in parts])
     opening = max(

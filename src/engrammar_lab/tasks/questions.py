@@ -91,7 +91,7 @@ def write_questions(path: Path, questions: Iterable[Question]) -> None:
 
 
 def read_questions(path: Path) -> list[Question]:
-    """The questions of a JSONL file: `context`, `choices`, `answer` and perhaps `task` (else the file name) in each line.
+    """The questions of a JSONL file: lines of `context`, `choices`, `answer` and perhaps `task` (else the file's name).
 
     Raises:
         ValueError: the file cannot be read, holds no question, or has a line that is not one; the message names it.
