@@ -1,6 +1,7 @@
 """What is on a disk: table files and their checks, row encodings, checkpoints that are whole or absent.
 
-Public: what `__all__` names, to open, write, check and convert table folders; `tables.released` reads other projects'.
+Public: what `__all__` names, to open, write, check and convert table folders. `tables.released` reads the tables of
+other projects.
 """
 
 from engrammar.tables.convert import pack, quantize

@@ -1,9 +1,11 @@
-"""CRC-32 sums of files: made, kept in a manifest and beside table shards, read, and compared.
+"""CRC-32 sums of files: how they are made, kept in a manifest and beside table shards, read, and compared.
 
 - `manifest.json`: {"version": 1, "block_bytes": b, "files": {name: {"bytes": n, "crc32": [one per block of b bytes]}},
-  "crc32": of the rest of it as JSON with sorted keys and no spaces}, names relative with `/`. Older ones lack the last.
+  "crc32": c}. Names are relative, with `/`. c is the sum of the other keys as JSON, with sorted keys and no spaces;
+  older manifests lack it.
 - `memory.tables.*.crc32.safetensors` beside a table's shard: one tensor `crc32` [pages], the CRC-32 of each page of
-  `PAGE` bytes of the shard's file, header included, for those who read single rows of it.
+  `PAGE` bytes of the shard's file, header included, for reading single rows of it.
+Letters: B blocks of a file.
 """
 
 import json
@@ -30,22 +32,23 @@ TABLE_SHARD = re.compile(r"(?:.+\.)?memory\.tables\.[0-9]+(?:-[0-9]+-of-[0-9]+)?
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a folder holds: per file its bytes and the CRC-32 of each block."""
+    """What a folder holds: for each file, its size in bytes and the CRC-32 of each block."""
 
     block_bytes: int
     files: dict[str, tuple[int, tuple[int, ...]]]
 
 
 def json_sum(content: dict[str, Any]) -> int:
-    """The CRC-32 of an object but for its own key `crc32`: what that key must be."""
+    """The CRC-32 that the key `crc32` of an object must have: the sum of all other keys."""
     rest = {key: value for key, value in content.items() if key != "crc32"}
     return zlib.crc32(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode())
 
 
 def write_manifest(folder: Path, names: Iterable[str] | None = None, *, block_bytes: int = BLOCK_BYTES) -> None:
-    """Sums files of a folder (None: all of them) and writes its manifest; sums of other files in it are kept.
+    """Writes the manifest of a folder, with new sums of the named files (None: of all files).
 
-    Table shards get their page checksums in the same reading; those are files of the folder like any other.
+    Sums of other files in the manifest are kept. The page checksums of table shards are made in the same reading, and
+    are then files of the folder like any other.
     """
     listed = read_manifest(folder).files if names is not None and (folder / MANIFEST).is_file() else {}
     sums: dict[str, list[int]] = {}
@@ -63,7 +66,7 @@ def write_manifest(folder: Path, names: Iterable[str] | None = None, *, block_by
 
 
 def file_stamps(folder: Path) -> dict[str, tuple[int, int, int]]:
-    """Per file in a folder what tells whether it was written anew: its inode, size and time."""
+    """For each file in a folder, its inode, size and time, which change if it is written again."""
     if not folder.is_dir():
         return {}
     stats = {path.name: path.stat() for path in folder.iterdir() if path.is_file()}
@@ -71,7 +74,7 @@ def file_stamps(folder: Path) -> dict[str, tuple[int, int, int]]:
 
 
 def add_to_manifest(folder: Path, *, since: dict[str, tuple[int, int, int]]) -> None:
-    """Adds the files that were written since those stamps, where the manifest does not list them yet."""
+    """Adds to the manifest the files that were written since these stamps and that it does not list yet."""
     listed = read_manifest(folder).files.keys() if (folder / MANIFEST).is_file() else ()
     written = [name for name, stamp in file_stamps(folder).items() if since.get(name) != stamp]
     write_manifest(folder, [name for name in written if name not in {MANIFEST, *listed}])
@@ -88,10 +91,10 @@ def write_page_sums(shard: Path) -> Path:
 
 
 def read_page_sums(path: Path, of: Path) -> NDArray[np.uint32]:
-    """The checksums of the pages of the file `of`.
+    """Reads the checksums of the pages of the file `of` from `path`, uint32 [pages].
 
     Raises:
-        ValueError: `path` holds none, or those of another file.
+        ValueError: `path` holds no checksums, or those of another file.
     """
     try:
         return only_tensor(path, "crc32", "U32", (-(-of.stat().st_size // PAGE),)).read().view("<u4")
@@ -100,7 +103,7 @@ def read_page_sums(path: Path, of: Path) -> NDArray[np.uint32]:
 
 
 def first_damaged(data: memoryview, sums: NDArray[np.uint32], block_bytes: int = PAGE) -> int | None:
-    """The first block of `data` whose CRC-32 is not the one in `sums`; None where all are intact."""
+    """The index of the first block of `data` whose CRC-32 is not the one in `sums`; None if all blocks are intact."""
     for index, start in enumerate(range(0, len(data), block_bytes)):
         if index >= len(sums) or zlib.crc32(data[start : start + block_bytes]) != sums[index]:
             return index
@@ -108,10 +111,10 @@ def first_damaged(data: memoryview, sums: NDArray[np.uint32], block_bytes: int =
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a folder.
+    """Reads the manifest of a folder.
 
     Raises:
-        ValueError: it has none, or one that is not a manifest.
+        ValueError: there is none, or the file is not a manifest.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -124,7 +127,7 @@ def read_manifest(folder: Path) -> Manifest:
     if "crc32" in content:
         try:
             found = json_sum(content)
-        except (ValueError, RecursionError):  # numbers too long to write, text that is no Unicode
+        except (ValueError, RecursionError):  # numbers too long to write, text that is not Unicode
             found = None
         require(content["crc32"] == found, "its crc32 is not that of its contents")
     block_bytes, entries = content["block_bytes"], content["files"]
@@ -142,10 +145,10 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def check_sizes(folder: Path) -> Manifest:
-    """The manifest of a folder in which every file is there with its size.
+    """Reads the manifest of a folder and checks that every file is there with its size.
 
     Raises:
-        ValueError: names the file and its bytes.
+        ValueError: a file is missing or has another size; names the file and its bytes.
     """
     manifest = read_manifest(folder)
     there = file_sizes(folder)
@@ -157,13 +160,13 @@ def check_sizes(folder: Path) -> Manifest:
 
 
 def check_file(folder: Path, manifest: Manifest, name: str, *, head: bool = False) -> int:
-    """Compares a file with its manifest's sums; with `head` a safetensors file up to the end of its header only.
+    """Compares a file with the sums in the manifest; with `head`, a safetensors file only to the end of its header.
 
     Returns:
-        the bytes that were read.
+        The number of bytes that were read.
 
     Raises:
-        ValueError: the manifest does not list the file, or it is damaged; names the bytes.
+        ValueError: the manifest does not list the file, or the file is missing or damaged; names the bytes.
     """
     path = folder / name
     if name not in manifest.files:
@@ -188,11 +191,11 @@ def check_file(folder: Path, manifest: Manifest, name: str, *, head: bool = Fals
 
 
 def check_files(folder: Path, names: Iterable[str], *, whole: bool) -> None:
-    """Compares files that a model is loaded from with the folder's manifest: all bytes, or JSON and headers alone.
+    """Compares files that a model is loaded from with the folder's manifest: all bytes, or only JSON and headers.
 
     Raises:
-        ValueError: a file is damaged or not the one that was saved; where `whole` is asked for, also a folder without
-            a manifest, or a file that it does not list.
+        ValueError: a file is damaged or not the one that was saved. With `whole`, also: the folder has no manifest, or
+            the manifest does not list a file.
     """
     if not (folder / MANIFEST).is_file():
         if whole:
@@ -216,7 +219,7 @@ def check_files(folder: Path, names: Iterable[str], *, whole: bool) -> None:
 
 
 def file_sizes(folder: Path) -> dict[str, int]:
-    """The bytes of every file under a folder but its manifest, by relative name."""
+    """The size in bytes of every file under a folder except its manifest, by relative name."""
     sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
     sizes.pop(MANIFEST, None)
     return sizes
@@ -234,9 +237,9 @@ def _block_sums(path: Path, block_bytes: int) -> Iterator[int]:
 
 
 def _sums_and_page_sums(path: Path, block_bytes: int) -> tuple[list[int], NDArray[np.uint32]]:
-    """The sums of a file's blocks and of its pages, read once.
+    """The sums of a file's blocks and of its pages; the file is read once.
 
-    zlib lets other threads run while it sums a block, but not for as little as a page: hence the short reads.
+    zlib releases the GIL while it sums a block, but not for data as short as a page: hence the short reads.
     """
     assert block_bytes % PAGE == 0
     sums, page_sums = [], [np.empty(0, dtype=np.uint32)]

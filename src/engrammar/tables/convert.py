@@ -1,4 +1,4 @@
-"""Copies tables into new folders, in other shards or another encoding, some MiB in memory at once.
+"""Copies tables into new folders, in other shards or another encoding, with a few MiB in memory at once.
 
 Letters: U rows of a block, C row width, S bytes of a stored row.
 """
@@ -23,42 +23,42 @@ from engrammar.tables.memory_json import describe_checkpoint
 from engrammar.tables.shards import INDEX, MEMORY, table_shard, weight_map
 from engrammar.tables.verify import read_table
 
-# What goes on with a training: of no use to those who are served, and larger than the tables.
+# Files that only training reads: serving does not need them, and they are larger than the tables.
 TRAINING = ("*memory.tables.*", "optimizer.pt", "scheduler.pt", "rng_state*.pth", "trainer_state.json", "*_args.bin")
 
 
 @dataclass(kw_only=True)
 class Error:
-    """What an encoding changes in a table, summed over its values."""
+    """How much an encoding changes the values of a table, in sums over all values."""
 
     squares: float = 0.0
     squared_errors: float = 0.0
 
     @property
     def relative(self) -> float:
-        """Root mean square of the errors over that of the values."""
+        """The root mean square of the errors, divided by that of the values."""
         return math.sqrt(self.squared_errors / self.squares) if self.squares else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Converted:
-    """A folder that was made, and per layer what its encoding changed."""
+    """A folder that was made, and for each layer how much the encoding changed."""
 
     tables: TableFolder
     errors: dict[int, Error] = field(default_factory=dict)
 
 
 def pack(source: Path, out: Path, *, shard_bytes: int | None = None, tables_only: bool = False) -> Converted:
-    """Copies tables as they are, with the other files of their folder but those that only training reads.
+    """Copies tables unchanged, with the other files of their folder, except those that only training reads.
 
     Args:
-        source: a checkpoint, of any version, or a folder of tables.
+        source: a checkpoint of any version, or a folder of tables.
         out: the new folder.
-        shard_bytes: the most bytes of rows in one file; None is one file for each table.
-        tables_only: leave the other files out.
+        shard_bytes: the most bytes of rows in one file; None writes one file for each table.
+        tables_only: leaves the other files out.
 
     Raises:
-        ValueError: damaged files, values that are no numbers, a folder that is there already.
+        ValueError: a file is damaged, a value is not finite, or `out` exists already.
         OSError: the disk is full or fails; nothing of `out` is left.
     """
     tables = open_any(source)
@@ -73,7 +73,7 @@ def quantize(
     shard_bytes: int | None = None,
     tables_only: bool = False,
 ) -> Converted:
-    """As `pack`, with rows in another encoding, which the config of `out` then names as `row_encoding`."""
+    """As `pack`, but with rows in another encoding; the `row_encoding` in the config of `out` is set to it."""
     tables = open_any(source)
     tables = replace(tables, memory=replace(tables.memory, row_encoding=encoding))
     return _convert(tables, out, encoding, shard_bytes, tables_only)
@@ -83,7 +83,7 @@ def open_any(folder: Path) -> TableFolder:
     """`open_tables`, also for checkpoints of versions that wrote no memory.json.
 
     Raises:
-        ValueError: it is neither, or damaged.
+        ValueError: the folder is neither a checkpoint nor one of tables, or it is damaged.
     """
     if (folder / MEMORY).exists():
         return open_tables(folder)
@@ -106,7 +106,7 @@ def _convert(
     source: TableFolder, out: Path, encoding: Encoding, shard_bytes: int | None, tables_only: bool
 ) -> Converted:
     errors = {layer: Error() for layer in source.tables}
-    scaled = encoding == "fp8" != source.encoding  # its scale is known after a first reading
+    scaled = encoding == "fp8" != source.encoding  # the scale is known only after a first reading
     num_bytes = (1 + scaled) * sum(table.num_rows * table.row_bytes for table in source.tables.values())
     writer = TableWriter(
         out,
@@ -139,7 +139,7 @@ def _convert(
 def _encoded(
     table: TableFile, blocks: Iterator[Tensor], encoding: Encoding, scale: float | None, error: Error
 ) -> Iterator[Tensor]:
-    """Rows in `encoding`; those that have it already stay as they are."""
+    """Yields rows in `encoding`; rows that have it already are not changed."""
     for values_UC, rows_US in _values(table, blocks, encoding != table.encoding or encoding in FLOATS):
         if encoding == table.encoding:
             yield rows_US
@@ -152,7 +152,7 @@ def _encoded(
 
 
 def _values(table: TableFile, blocks: Iterator[Tensor], decoded: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
-    """Values [U, C] of blocks of rows, which must be finite, and the blocks; none where they are not wanted."""
+    """Yields the values [U, C] of blocks of rows, which must be finite, and the blocks; no values unless `decoded`."""
     first = 0
     for rows_US in blocks:
         values_UC = torch.empty(0)
@@ -170,13 +170,13 @@ def _values(table: TableFile, blocks: Iterator[Tensor], decoded: bool = True) ->
 
 
 def _fp8_scale(table: TableFile, blocks: Iterator[Tensor]) -> float:
-    """The scale of a table that brings its largest value to fp8's largest."""
+    """The scale that brings a table's largest value to fp8's largest."""
     largest = max((float(values_UC.abs().max()) for values_UC, _ in _values(table, blocks)), default=0.0)
     return float(torch.tensor(largest / FP8_MAX)) or 1.0
 
 
 def _copy_others(source: TableFolder, out: Path) -> None:
-    """Copies what lies beside the tables. What a quantized model's config says of its rows is brought up to date."""
+    """Copies the files beside the tables, and updates the row encoding in a model's config."""
     own = {path for table in source.tables.values() for s in table.shards for path in (s.path, s.crc32)}
     for path in sorted(source.path.iterdir()):
         skipped = path in own or path.name in (MANIFEST, MEMORY, INDEX) or any(map(path.match, TRAINING))
@@ -192,7 +192,7 @@ def _copy_others(source: TableFolder, out: Path) -> None:
 
 
 def _write_index(source: TableFolder, out: Path, encoding: Encoding) -> None:
-    """The index of the weights: tables are in it where transformers can read them as such, whole and in floats."""
+    """Writes the index of the weights. It lists the tables that transformers can read as weights: whole, in floats."""
     weights = weight_map(source.path)
     for table in source.tables.values():
         weights.pop(table.name, None)

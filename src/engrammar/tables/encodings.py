@@ -1,4 +1,4 @@
-"""What the bytes of a stored row mean: seven encodings, each with its scales behind the values in the row.
+"""What the bytes of a stored row mean: seven encodings, in which a row's scales follow its values.
 
 | encoding | values of a row, then its scales | largest error of a value |
 |---|---|---|
@@ -9,9 +9,9 @@
 | int8 | C int8 from -127 to 127, then one fp32 | half a step; a step is 1/127 of the row's largest |
 | int4 | -8 to 7, even columns in a byte's low half, then one bf16 for each 32 | a step, 1/8 of the group's largest |
 
-A value is its number times its scale, rounded once, to the dtype asked for. Zeros stay zeros, and a row of zero bytes
-is a row of zeros. Scales have so few bits that numbers times scales are exact in fp32; rows that were decoded to fp32
-therefore encode to the same values again.
+A value is its number times its scale, rounded once to the dtype asked for. Zeros stay zeros, and a row of zero bytes
+is a row of zeros. Scales have so few bits that the products are exact in fp32, so rows that were decoded to fp32 encode
+to the same values again.
 Letters: U rows, C row width, S bytes of a stored row, G groups of 32 values.
 """
 
@@ -20,12 +20,12 @@ from torch import Tensor
 
 from engrammar.config import GROUP, Encoding, row_bytes
 
-PLAIN: tuple[Encoding, ...] = ("fp32", "bf16")  # whose rows transformers reads as weights
+PLAIN: tuple[Encoding, ...] = ("fp32", "bf16")  # encodings whose rows transformers reads as weights
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
-SMALLEST_SCALE = 2.0**-126  # fp32's smallest with all its bits
-LARGEST = 2.0**127  # with a scale of its own; rounding that up must not leave fp32
-# torch's dtype by the name that safetensors has for it.
+SMALLEST_SCALE = 2.0**-126  # the smallest fp32 number with all its bits
+LARGEST = 2.0**127  # the largest value with its own scale: rounding the scale up must not leave fp32
+# torch's dtype by its name in safetensors.
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F8_E4M3": FP8, "I32": torch.int32}
 DTYPES |= {"U8": torch.uint8}
 NAME_OF = {dtype: name for name, dtype in DTYPES.items()}
@@ -36,11 +36,11 @@ FLOATS = {encoding: DTYPES[DTYPE_OF[encoding]] for encoding in PLAIN}
 
 
 def encode(values_UC: Tensor, encoding: Encoding, scale: float | None = None) -> Tensor:
-    """Rows as bytes, rounded to nearest; what is too large for the encoding becomes its largest value.
+    """Encodes rows as bytes, rounded to nearest. Values too large for the encoding become its largest value.
 
     Args:
-        values_UC: finite values (NaN and infinity have no place in most encodings: check first, as `convert` does).
-        scale: of the table, for fp8 alone: its largest absolute value / 448 uses the whole range.
+        values_UC: finite values. Most encodings have no NaN or infinity: check first, as `convert` does.
+        scale: the table's scale, only for fp8; its largest absolute value / 448 uses the whole range.
 
     Returns:
         rows_US, uint8.
@@ -72,7 +72,7 @@ def encode(values_UC: Tensor, encoding: Encoding, scale: float | None = None) ->
         exponent_UG = _exponents(values_UGC)
         inverse_UG = ((127 - exponent_UG) << 23).view(torch.float32)  # 2**-exponent
         numbers_UC = _to_fp8((values_UGC * inverse_UG[..., None]).view_as(padded)[:, :width])
-        # A group of zeros has the scale 0x00, so that rows of zeros are zero bytes.
+        # A group of zeros gets the scale 0x00, so that rows of zeros are zero bytes.
         byte_UG = torch.where(values_UGC.any(-1), exponent_UG + 127, 0).to(torch.uint8)
         return torch.cat([numbers_UC, byte_UG], 1)
     scale_UG = _signed_scales(values_UGC)
@@ -86,7 +86,7 @@ def decode(rows_US: Tensor, width: int, encoding: Encoding, dtype: torch.dtype, 
     """The values [U, C] of stored rows [U, S] (uint8), on their device, in `dtype`.
 
     Raises:
-        ValueError: rows of another length, a scale too few or too many, or an E8M0 scale that is not a number.
+        ValueError: the rows have another length, the scale is missing or not needed, or an E8M0 scale is not a number.
     """
     _check_scale(encoding, scale)
     if rows_US.shape[-1] != row_bytes(encoding, width):
@@ -118,14 +118,14 @@ def _check_scale(encoding: Encoding, scale: float | None) -> None:
 
 
 def _divide(values: Tensor, scale: Tensor) -> Tensor:
-    """values / scale, where a scale of zero is that of zeros."""
+    """values / scale. A scale of zero belongs to zeros, which stay zeros."""
     return values / torch.where(scale == 0, 1.0, scale)
 
 
 def _row_scale(values_UC: Tensor, most: float, num_bits: int) -> Tensor:
-    """One fp32 scale a row [U, 1] that brings its largest value to `most`, rounded up to `num_bits` bits.
+    """One fp32 scale per row [U, 1] that brings its largest value to `most`, rounded up to `num_bits` bits.
 
-    `most` and scale then multiply without rounding, which leads back to the same scale.
+    The product of `most` and the scale is then exact, and leads back to the same scale.
     """
     dropped = 24 - num_bits
     bits_U1 = (values_UC.abs().amax(1, keepdim=True) / most).view(torch.int32)
@@ -135,19 +135,19 @@ def _row_scale(values_UC: Tensor, most: float, num_bits: int) -> Tensor:
 
 def _exponents(values_UGC: Tensor) -> Tensor:
     """The smallest powers of two [U, G] that bring each group within 448 = 1.75 * 2**8."""
-    mantissa_UG, exponent_UG = torch.frexp(values_UGC.abs().amax(-1))  # mantissa from 0.5
+    mantissa_UG, exponent_UG = torch.frexp(values_UGC.abs().amax(-1))  # the mantissa is at least 0.5
     return (exponent_UG - 9 + (mantissa_UG > 0.875)).clamp(-127, 127)
 
 
 def _signed_scales(values_UGC: Tensor) -> Tensor:
-    """bf16 scales [U, G] that bring the value furthest from zero to -8, so that all 16 numbers of int4 serve.
+    """bf16 scales [U, G] that bring the value furthest from zero to -8, so that all 16 numbers of int4 are used.
 
-    bf16, not fp16: errors are the same to the fourth digit, since numbers are rounded against the rounded scale, and
-    bf16 has fp32's range, where fp16 loses groups below 1e-7 and above 5e5.
+    bf16 is better than fp16: errors are the same to the fourth digit, since numbers are rounded against the rounded
+    scale, and bf16 has fp32's range, while fp16 loses groups below 1e-7 and above 5e5.
     """
     furthest_UG = values_UGC.gather(-1, values_UGC.abs().argmax(-1, keepdim=True))[..., 0]
     scale_UG = furthest_UG / -8
-    small_UG = scale_UG.sign() * SMALLEST_SCALE  # 0, not -0, for a group of zeros: its bytes are zeros
+    small_UG = scale_UG.sign() * SMALLEST_SCALE  # 0, not -0, for a group of zeros, so that its bytes are zeros
     return torch.where(scale_UG.abs() < SMALLEST_SCALE, small_UG, scale_UG).to(torch.bfloat16)
 
 
@@ -156,9 +156,9 @@ def _to_fp8(values_UC: Tensor) -> Tensor:
 
 
 def from_fp8(byte_UC: Tensor) -> Tensor:
-    """E4M3 as fp32 of its own. Sign, exponent and mantissa are moved to where fp16 has them, 2**8 too small.
+    """Converts E4M3 to fp32: sign, exponent and mantissa are moved to their places in fp16, which is 2**8 too small.
 
-    That is twice as fast as torch's conversion, which serves where a byte is not a number.
+    This is twice as fast as torch's conversion, which is used only if a byte is not a number.
     """
     if byte_UC.numel() and int((byte_UC & 0x7F).max()) == 0x7F:
         return byte_UC.contiguous().view(FP8).float()
@@ -169,7 +169,7 @@ def from_fp8(byte_UC: Tensor) -> Tensor:
 
 
 def from_e8m0(byte_UG: Tensor) -> Tensor:
-    """E8M0 as fp32: 2**(byte-127)."""
+    """Converts E8M0 to fp32: 2**(byte-127)."""
     if byte_UG.numel() and int(byte_UG.max()) == 255:
         row = int((byte_UG == 255).nonzero()[0, 0])
         raise ValueError(f"Row {row} of those read has an E8M0 scale of 255, which is not a number: it is damaged.")
@@ -178,12 +178,12 @@ def from_e8m0(byte_UG: Tensor) -> Tensor:
 
 
 def _behind(rows_US: Tensor, start: int, dtype: torch.dtype) -> Tensor:
-    """The scales behind the values of each row."""
+    """The scales that follow the values of each row."""
     return rows_US[:, start:].clone(memory_format=torch.contiguous_format).view(dtype)
 
 
 def _times(numbers_UC: Tensor, scale_UG: Tensor) -> Tensor:
-    """Each group of 32 columns times its scale, in place where groups are whole."""
+    """Multiplies each group of 32 columns by its scale, in place if all groups are whole."""
     num_rows, width = numbers_UC.shape
     if width % GROUP == 0:
         return numbers_UC.view(num_rows, width // GROUP, GROUP).mul_(scale_UG[..., None]).view(num_rows, width)

@@ -1,4 +1,4 @@
-"""Table files: safetensors shards, and a `memory.json` that says what their rows are (docs/table-files.md).
+"""Table files: safetensors shards, and a `memory.json` that describes their rows (docs/table-files.md).
 
 Letters: R rows of a table, C their width, S bytes of a stored row, U rows of a block.
 """
@@ -35,7 +35,7 @@ class Shard:
         start: the byte of the file where its first row begins.
         first_row: that row's number in the table.
         num_rows: rows in this shard.
-        crc32: the file with the CRC-32 of each page of `path`; None where there is none.
+        crc32: the file with the CRC-32 of each page of `path`; None if there is none.
     """
 
     path: Path
@@ -52,10 +52,10 @@ class TableFile:
 
     Attributes:
         layer: index of the layer in its model.
-        name: the table's weight, as a model calls it.
+        name: the name of the table's weight in a model.
         num_rows, width: R and C.
         encoding: how a row is stored.
-        scale: of all rows, where the encoding has one for the whole table.
+        scale: the scale of all rows, if the encoding has one for the whole table.
         shards: consecutive runs of rows.
     """
 
@@ -69,13 +69,13 @@ class TableFile:
 
     @property
     def row_bytes(self) -> int:
-        """S, bytes of a stored row."""
+        """S, the bytes of a stored row."""
         return row_bytes(self.encoding, self.width)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TableFolder:
-    """A folder that holds tables: a checkpoint, or tables alone. Attributes as in `memory.json`."""
+    """A folder that holds tables: a checkpoint, or tables alone. Its attributes are those of `memory.json`."""
 
     path: Path
     memory: MemoryConfig
@@ -88,17 +88,20 @@ class TableFolder:
 
 
 def open_tables(folder: Path) -> TableFolder:
-    """What a folder's tables are and where their rows lie. Headers and sizes are checked, rows are not read.
+    """Describes a folder's tables and the places of their rows. Headers and sizes are checked; rows are not read.
+
+    Args:
+        folder: a checkpoint, or a folder of tables.
 
     Raises:
-        ValueError: names the file, what is wrong with it, and what to do.
+        ValueError: a file is missing or damaged; names the file, what is wrong with it, and what to do.
     """
     folder = Path(folder)
     return tables_of(folder, read_memory(folder))
 
 
 def tables_of(folder: Path, content: Mapping[str, Any]) -> TableFolder:
-    """`open_tables`, for the content of a memory.json that may not be written yet, checked but for `tables`."""
+    """`open_tables` for the content of a memory.json that may not be written yet; checks only its `tables`."""
     require = Requirement(folder / MEMORY)
     memory, geometry = memory_of(content["memory"], require), geometry_of(content["geometry"], require)
     encoding: Encoding = content["encoding"]
@@ -156,7 +159,7 @@ def _shards_of(folder: Path, entries: Any, table: TableFile, require: Requiremen
 
 
 def _inside(folder: Path, name: Any, require: Requirement) -> Path:
-    """The regular file of that name in `folder`; in a hub's cache, which is made of links, among its blobs."""
+    """The regular file of that name in `folder`. In the Hub's cache, which consists of links, it is a blob."""
     plain = isinstance(name, str) and name.isprintable() and name not in ("", ".", "..") and not set(name) & set("/\\")
     require(plain, f"{name!r} is not the name of a file in this folder")
     path = folder / name
@@ -174,18 +177,20 @@ def _inside(folder: Path, name: Any, require: Requirement) -> Path:
 
 @final
 class TableWriter:
-    """Writes a folder of table files, some rows at a time. `with` it; the folder appears at the end, sealed, or never.
+    """Writes a folder of table files, some rows at a time. Use it in a `with` statement.
+
+    The folder appears, sealed, at the end of the statement, or not at all.
 
     Args:
         folder: the new folder.
         memory, geometry, encoding, num_ids, tokenizer_sha256, source: as in `TableFolder`.
-        shard_bytes: the most bytes of rows in one file; None is one file for each table.
+        shard_bytes: the most bytes of rows in one file; None writes one file for each table.
 
     Attributes:
-        partial: where the folder is while it is written; other files that belong into it may be put there.
+        partial: the folder while it is being written; other files of the new folder may be put there.
 
     Raises:
-        ValueError: the folder is there already, or rows do not fit the geometry.
+        ValueError: the folder exists already, or rows do not fit the geometry.
         OSError: the disk is full or fails; nothing is left.
     """
 
@@ -202,7 +207,7 @@ class TableWriter:
         shard_bytes: int | None = None,
     ) -> None:
         self.folder = Path(folder).absolute()
-        self.partial = self.folder  # until `with` gives it a place beside
+        self.partial = self.folder  # until `with` replaces it by a path beside the folder
         self.writing = contextlib.ExitStack()
         self.memory, self.geometry, self.encoding = memory, geometry, encoding
         self.about = {"num_ids": num_ids, "tokenizer_sha256": tokenizer_sha256, "source": source}
@@ -246,9 +251,10 @@ class TableWriter:
         """Writes all rows of a layer's table.
 
         Args:
-            scale: of the table, for fp8.
+            layer: the layer's index in the model.
+            scale: the table's scale, for fp8.
             blocks: consecutive rows, uint8 [U, S].
-            name: the table's weight, as the model calls it; None is what our own model calls it.
+            name: the name of the table's weight in the model; None is its name in our own model.
         """
         self.scales[layer] = scale
         if name is not None:
@@ -257,7 +263,7 @@ class TableWriter:
             self.write(layer, rows_US)
 
     def write(self, layer: int, rows_US: Tensor | NDArray[np.uint8]) -> None:
-        """Writes the rows of a layer's table that follow on those before, uint8 [U, S]."""
+        """Writes the next rows of a layer's table, uint8 [U, S]."""
         rows_US = torch.as_tensor(rows_US)
         if rows_US.dtype != torch.uint8 or rows_US.shape[1:] != (self.row_bytes,):
             raise ValueError(f"Rows are {rows_US.dtype} {list(rows_US.shape)}; allowed: uint8 [U, {self.row_bytes}].")
@@ -282,7 +288,7 @@ class TableWriter:
         return self.names.get(layer, f"model.memory.tables.{layer}.weight")
 
     def _shards(self, layer: int) -> list[tuple[Path, str, int, int]]:
-        """File, tensor, first row and rows of each shard of a table."""
+        """The file, tensor name, first row and number of rows of each shard of a table."""
         num_rows, name = self._num_rows(layer), self._name(layer)
         each = self.shard_rows or num_rows
         firsts = range(0, num_rows, each)

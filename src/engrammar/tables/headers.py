@@ -1,4 +1,6 @@
-"""Safetensors files and JSON that are not trusted: checked, bounded, and named in errors; tensors are read by blocks.
+"""Reads safetensors files and JSON without trusting them: both are checked and bounded, and errors name the file.
+
+Tensors are read in blocks.
 
 Letters: U rows of a block, S bytes of a row.
 """
@@ -16,11 +18,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-PAGE = 4096  # bytes that a disk reads at once; the data of our files begin at a multiple of it
+PAGE = 4096  # bytes that a disk reads at once; the data in our files begin at a multiple of this
 BLOCK_BYTES = 8 * 2**20  # read or written at once
 MOST_HEADER = 100_000_000  # bytes, the limit of safetensors itself
-MOST_REASON = 300  # characters of what is wrong: a sentence, however long the values in it
-# Bytes of a value, by the name that safetensors has for its dtype.
+MOST_REASON = 300  # characters of a problem in an error: a sentence, however long the values in it are
+# Bytes of a value, by the name of its dtype in safetensors.
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "BOOL": 1}
 ITEM_BYTES |= {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1}
 AGAIN = "copy it again from where it came from."
@@ -40,12 +42,12 @@ class Requirement:
 
 
 def is_count(value: object, largest: int = 2**63) -> bool:
-    """Whether a value out of a JSON file is an integer from 0 to `largest`."""
+    """Whether a value of a JSON file is an integer from 0 to `largest`."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= largest
 
 
 def load_json(data: bytes, require: Requirement) -> Any:
-    """JSON in UTF-8 without NaN, infinity, or keys that occur twice."""
+    """Parses JSON in UTF-8; NaN, infinity and keys that occur twice are refused."""
 
     def no_number(name: str) -> None:
         raise ValueError(f"{name} is no number")
@@ -62,10 +64,10 @@ def load_json(data: bytes, require: Requirement) -> Any:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Reads the object in a JSON file.
 
     Raises:
-        ValueError: the file is missing, cannot be read, or holds something else.
+        ValueError: the file is missing, cannot be read, or does not hold a JSON object.
     """
     require = Requirement(path)
     try:
@@ -83,10 +85,10 @@ class Part:
 
     Attributes:
         path: the file.
-        name: the tensor's name in it.
-        dtype: as safetensors writes it.
-        shape: of the tensor.
-        start, num_bytes: where its values are in the file.
+        name: the tensor's name in the file.
+        dtype: the name of its dtype in safetensors.
+        shape: the tensor's shape.
+        start, num_bytes: the first byte of its values in the file, and how many bytes they take.
     """
 
     path: Path
@@ -105,7 +107,7 @@ class Part:
         return self.num_bytes // max(1, self.num_rows)
 
     def blocks(self, first_row: int = 0, num_rows: int | None = None) -> Iterator[NDArray[np.uint8]]:
-        """The bytes of its rows from `first_row` on, as blocks [U, S] of about BLOCK_BYTES.
+        """Yields the bytes of its rows from `first_row` on, in blocks [U, S] of about BLOCK_BYTES.
 
         Raises:
             ValueError: the file ends before the tensor does.
@@ -120,12 +122,12 @@ class Part:
                 row += len(block_US)
 
     def read(self) -> NDArray[np.uint8]:
-        """All its bytes, for small tensors."""
+        """Reads all its bytes; for small tensors."""
         return np.concatenate([block.reshape(-1) for block in self.blocks()] or [np.empty(0, np.uint8)])
 
 
 def read_exactly(file: RawIOBase, out: memoryview, start: int, path: Path) -> None:
-    """Fills `out` with the bytes of an open file from `start` on, or raises a ValueError."""
+    """Fills `out` with the bytes of an open file from `start` on; raises a ValueError if the file ends before."""
     file.seek(start)
     done = 0
     while done < len(out):
@@ -133,15 +135,15 @@ def read_exactly(file: RawIOBase, out: memoryview, start: int, path: Path) -> No
         if not count:
             raise ValueError(f"{path} is cut off at byte {start + done}: {AGAIN}")
         done += count
-    if hasattr(os, "posix_fadvise") and len(out) > BLOCK_BYTES // 2:  # it is read once: keep what others cached
+    if hasattr(os, "posix_fadvise") and len(out) > BLOCK_BYTES // 2:  # read once: leave the cache to others
         os.posix_fadvise(file.fileno(), start, len(out), os.POSIX_FADV_DONTNEED)
 
 
 def read_header(path: Path) -> dict[str, Part]:
-    """The tensors of a safetensors file, by name; they fill the file behind its header, without gaps.
+    """Reads the tensors of a safetensors file, by name. They fill the file after its header, without gaps.
 
     Raises:
-        ValueError: the file is missing, cut off, or not safetensors; names it and what is wrong.
+        ValueError: the file is missing, cut off, or not safetensors; names the file and what is wrong.
     """
     require = Requirement(path)
     try:
@@ -165,7 +167,7 @@ def read_header(path: Path) -> dict[str, Part]:
 
 
 def header_bytes(head: bytes, size: int, require: Requirement) -> int:
-    """The bytes of a header, by the first 8 of a file of `size` bytes."""
+    """The length of a header in bytes, from the first 8 bytes of a file of `size` bytes."""
     require(len(head) == 8, f"{size} bytes are too few for a safetensors file")
     (length,) = struct.unpack("<Q", head)
     require(length <= min(MOST_HEADER, size - 8), f"its header should have {length} bytes; it has {size} in all")
@@ -186,7 +188,7 @@ def _part(path: Path, name: str, entry: Any, start: int, require: Requirement) -
 
 
 def only_tensor(path: Path, name: str, dtype: str, shape: tuple[int, ...]) -> Part:
-    """The one tensor of a file, which must be the expected one; errors as `read_header`."""
+    """The only tensor of a file, which must have this name, dtype and shape; errors are as in `read_header`."""
     require, header = Requirement(path), read_header(path)
     require([*header] == [name], f"it should hold {name} alone, but holds {', '.join(header) or 'nothing'}")
     part = header[name]
@@ -196,9 +198,9 @@ def only_tensor(path: Path, name: str, dtype: str, shape: tuple[int, ...]) -> Pa
 
 
 def write_header(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
-    """Makes a safetensors file of tensors (dtype, shape), all zeros, which takes no disk space before it is filled.
+    """Makes a safetensors file with tensors of the given dtypes and shapes.
 
-    The data begin at a multiple of `PAGE`.
+    The tensors are zeros, which take no disk space until they are written. The data begin at a multiple of `PAGE`.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0

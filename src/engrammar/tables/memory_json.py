@@ -1,4 +1,4 @@
-"""Reads and writes `memory.json`, which says what a folder's rows are; nothing in it is believed unchecked."""
+"""Reads and writes `memory.json`, which describes a folder's rows. Everything in it is checked before it is used."""
 
 import json
 import re
@@ -20,10 +20,10 @@ MOST_BYTES = 16 * 2**20
 
 
 def read_memory(folder: Path) -> dict[str, Any]:
-    """The content of a folder's memory.json, everything in it but `tables` checked.
+    """Reads a folder's memory.json and checks everything in it except `tables`.
 
     Raises:
-        ValueError: names the file, what is wrong with it, and what to do.
+        ValueError: the file is missing or damaged; names the file, what is wrong with it, and what to do.
     """
     path = folder / MEMORY
     if not folder.is_dir():
@@ -52,9 +52,9 @@ def read_memory(folder: Path) -> dict[str, Any]:
 
 
 def write_memory(folder: Path, content: Mapping[str, Any]) -> None:
-    """Writes `content`, all KEYS but version and crc32, as the memory.json of a folder.
+    """Writes `content`, which has all KEYS except version and crc32, as the memory.json of a folder.
 
-    The sum in it keeps a flipped digit of a multiplier from being another, valid, memory.
+    Its checksum detects, for instance, a flipped digit of a multiplier, which would be another valid memory.
     """
     content = {"version": VERSION, **content}
     content["crc32"] = json_sum(content)
@@ -63,13 +63,13 @@ def write_memory(folder: Path, content: Mapping[str, Any]) -> None:
 
 
 def check_content(content: Any, require: Requirement) -> None:
-    """Checks all fields but those of `tables`."""
+    """Checks all fields except `tables`."""
     require(isinstance(content, dict), "it is not an object")
     require(content.get("version") == VERSION, f"its version is {content.get('version')!r}, not {VERSION}")
     require(content.keys() == set(KEYS), f"its keys are {', '.join(content)}, not {', '.join(KEYS)}")
     try:
         found = json_sum(content)
-    except (ValueError, RecursionError):  # numbers too long to write, text that is no Unicode
+    except (ValueError, RecursionError):  # numbers too long to write, text that is not Unicode
         found = None
     require(content["crc32"] == found, "its crc32 is not that of its contents")
     memory, geometry = memory_of(content["memory"], require), geometry_of(content["geometry"], require)
@@ -88,7 +88,7 @@ def check_content(content: Any, require: Requirement) -> None:
 
 
 def memory_of(data: Any, require: Requirement) -> MemoryConfig:
-    """The settings that `data` holds; all of them must be there."""
+    """The memory settings in `data`; all of them must be there."""
     names = {field.name for field in fields(MemoryConfig)}
     require(isinstance(data, dict) and data.keys() == names, f"memory does not have the settings {sorted(names)}")
     try:
@@ -99,7 +99,7 @@ def memory_of(data: Any, require: Requirement) -> MemoryConfig:
 
 
 def geometry_of(data: Any, require: Requirement) -> Geometry:
-    """The integers that `data` holds."""
+    """The geometry in `data`."""
     names = {field.name for field in fields(Geometry)}
     require(isinstance(data, dict) and data.keys() == names, f"geometry does not have the settings {sorted(names)}")
 
@@ -118,9 +118,10 @@ def geometry_of(data: Any, require: Requirement) -> Geometry:
 
 
 def describe_checkpoint(folder: Path, *, source: str = "a checkpoint of engrammar") -> dict[str, Any] | None:
-    """The content of the memory.json of a checkpoint, by its config.json, index and shards.
+    """Makes the content of a checkpoint's memory.json from its config.json, index and shards.
 
-    None where it has no memory tables, or tables of a dtype that no encoding has (fp16).
+    Returns:
+        The content; None if the checkpoint has no memory tables, or tables of a dtype that no encoding has (fp16).
     """
     config, index = (folder / name for name in ("config.json", INDEX))
     if not config.is_file() or not index.is_file():
@@ -157,8 +158,8 @@ def describe_checkpoint(folder: Path, *, source: str = "a checkpoint of engramma
 def finish_checkpoint(folder: Path) -> None:
     """Gives the checkpoint that was just written into `folder` its memory.json, page checksums and manifest.
 
-    A memory.json that was copied with served tables stays. In a partial folder the checksums are left to `sealed.seal`,
-    which reads every file anyway, beside the training.
+    A memory.json that was copied with served tables is kept. In a partial folder the checksums are left to
+    `sealed.seal`, which reads every file anyway while training goes on.
     """
     content = None if (folder / MEMORY).exists() else describe_checkpoint(folder)
     if content is not None:

@@ -1,7 +1,7 @@
-"""Files and folders that are whole or absent: written beside their place, flushed to the disk, then renamed into it.
+"""Files and folders that are whole or absent: they are written under another name, flushed to the disk, then renamed.
 
 - `checkpoint-N` with a `manifest.json` (`checksums`) is sealed.
-- `.partial-*` is a save (or a deletion) of a checkpoint that did not finish; nothing reads it.
+- `.partial-*` is a checkpoint whose saving (or deletion) has not finished; nothing reads it.
 - `.replaced-checkpoint-N` is an earlier sealed checkpoint N, kept until its successor is in its place.
 - `.NAME.*.partial` is a file or folder NAME that is being written, or that a killed process left.
 """
@@ -27,10 +27,10 @@ logger = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def written_beside(final: Path) -> Iterator[Path]:
-    """A path at which to write a file or a folder, which is then flushed and renamed to `final`, or removed.
+    """Yields a path for a new file or folder, which is then flushed and renamed to `final`, or removed after an error.
 
-    Each call has a path of its own, so that several processes may write one `final`: the last one's file is left, but
-    the first one's folder.
+    Each call has its own path, so that several processes may write the same `final`. Of files, the last one written
+    replaces the others; of folders, the first one is kept.
 
     Raises:
         FileExistsError: `final` is a folder that is not empty.
@@ -67,8 +67,8 @@ def check_writable(directory: Path) -> None:
 def seal(partial: Path, final: Path, *, block_bytes: int = BLOCK_BYTES) -> None:
     """Adds the manifest to a folder `partial`, flushes every file in it, and renames it to `final`.
 
-    After a kill at any moment `final` is absent or whole. A `final` that is there already is set aside first and
-    deleted last, so that one of the two is whole all along (`last_good` finds either).
+    Whenever the process is killed, `final` is absent or whole. A `final` that exists already is renamed first and
+    deleted last, so that one of the two is whole at any moment (`last_good` finds either).
 
     Raises:
         OSError: the disk is full or fails.
@@ -87,10 +87,13 @@ def seal(partial: Path, final: Path, *, block_bytes: int = BLOCK_BYTES) -> None:
 
 
 def verify(folder: Path, *, only: Collection[str] | None = None) -> None:
-    """Checks a sealed folder: every file is there with its size, and the contents (of `only`, where given) are intact.
+    """Checks that every file of a sealed folder is there with its size, and that the contents are intact.
+
+    Args:
+        only: the files whose contents are checked; None checks all.
 
     Raises:
-        ValueError: names the file, the bytes, and what to do.
+        ValueError: a file is missing or damaged; names the file, the bytes, and what to do.
     """
     try:
         manifest = check_sizes(folder)
@@ -104,9 +107,9 @@ def verify(folder: Path, *, only: Collection[str] | None = None) -> None:
 
 
 def last_good(out: Path) -> Path | None:
-    """The newest sealed checkpoint in `out` whose files all have their sizes; contents are not read (see `verify`).
+    """The newest sealed checkpoint in `out` whose files all have their sizes; None if there is none.
 
-    Newer ones that are not whole are skipped with a warning.
+    Contents are not read (see `verify`). Newer checkpoints that are not whole are skipped with a warning.
     """
     good, skipped = None, []
     for folder in reversed(_checkpoints(out)):
@@ -122,7 +125,7 @@ def last_good(out: Path) -> Path | None:
 
 
 def clear_partials(out: Path) -> None:
-    """Removes what killed saves left in `out`. Only while nothing is being saved there."""
+    """Removes what killed saves left in `out`. Call it only while nothing is being saved there."""
     for path in out.glob(f"{PARTIAL}*"):
         shutil.rmtree(path)
     for aside in out.glob(f"{REPLACED}*"):
@@ -134,7 +137,7 @@ def clear_partials(out: Path) -> None:
 def rotate(out: Path, keep: int | None, protect: Collection[Path]) -> None:
     """Deletes the oldest sealed checkpoints in `out` beyond `keep` (None or 0: keep all).
 
-    Never the newest sealed one, nor any of `protect`.
+    The newest sealed one and those in `protect` are never deleted.
     """
     if not keep:
         return
@@ -146,7 +149,7 @@ def rotate(out: Path, keep: int | None, protect: Collection[Path]) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Deletes a folder such that a kill halfway leaves nothing that looks whole."""
+    """Deletes a folder so that a kill halfway leaves nothing that looks whole."""
     doomed = folder.with_name(f"{PARTIAL}deleted-{folder.name}")
     if doomed.exists():
         shutil.rmtree(doomed)
@@ -155,9 +158,9 @@ def discard(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file that is its old self or its new self at any moment, kills and full disks included.
+    """Writes a file that at any moment has its old or its new content, whatever is killed and even on a full disk.
 
-    One that holds `text` already is left alone: a full disk is then no reason to fail.
+    A file that holds `text` already is not written: a full disk is then no reason to fail.
     """
     if not path.is_file() or path.read_bytes() != text.encode():
         with written_beside(path) as partial:
@@ -166,10 +169,10 @@ def write_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def writing(what: str, out: Path, scratch: Path | None = None) -> Iterator[None]:
-    """Turns a failed write into one sentence: what, where, why, what is left, what to do. `scratch` is removed.
+    """Turns a failed write into one sentence: what, where, why, what is left, what to do; then removes `scratch`.
 
     Raises:
-        OSError: in place of an OSError, and of what safetensors, tokenizers and torch.save raise where a write fails.
+        OSError: replaces an OSError, and what safetensors, tokenizers and torch.save raise if a write fails.
     """
     try:
         yield
@@ -188,10 +191,10 @@ def writing(what: str, out: Path, scratch: Path | None = None) -> Iterator[None]
 
 
 def reason_of(error: BaseException, out: Path) -> str | None:
-    """Why a write to `out` failed; None where `error` is about something else.
+    """Why a write to `out` failed; None if `error` is about something else.
 
-    safetensors and tokenizers put the errno into their text; torch.save drops it, and dies in its zip writer or, where
-    only the last bytes do not fit, in the stream below it.
+    safetensors and tokenizers put the errno into their message. torch.save drops it, and fails in its zip writer or, if
+    only the last bytes do not fit, in the stream below that.
     """
     if isinstance(error, OSError):
         return error.strerror or str(error)
@@ -204,18 +207,18 @@ def reason_of(error: BaseException, out: Path) -> str | None:
 
 
 def _checkpoints(out: Path) -> list[Path]:
-    """The checkpoints of `out`, sealed or not, oldest first; one that was set aside only where it has no successor."""
+    """The checkpoints of `out`, sealed or not, oldest first; a replaced one counts only if its successor is missing."""
     if not out.is_dir():
         return []
     by_step = {}
-    for folder in sorted(out.iterdir()):  # `.replaced-checkpoint-4` comes before `checkpoint-4`, which then counts
+    for folder in sorted(out.iterdir()):  # `checkpoint-4` sorts after `.replaced-checkpoint-4`, so it wins
         if (match := CHECKPOINT.fullmatch(folder.name)) and folder.is_dir():
             by_step[int(match[1])] = folder
     return [folder for _, folder in sorted(by_step.items())]
 
 
 def _damage(folder: Path) -> str | None:
-    """Why a folder is not a sealed one, by its manifest and file sizes; None where it is."""
+    """Why a folder is not sealed, judged by its manifest and file sizes; None if it is."""
     try:
         check_sizes(folder)
     except ValueError as error:

@@ -1,8 +1,9 @@
-"""Checkpoint files: each memory table in a safetensors shard of its own, and shards checked before they are read.
+"""Checkpoint files: each memory table has its own safetensors shard, and shards are checked before they are read.
 
-Rows begin at a multiple of `PAGE`, so that whole pages of a disk serve them (docs/table-files.md).
-A table's shard is laid out first and filled by rows, so that it never has to be in memory at once, and several
-processes fill one file. Letters: R rows of a table, U rows written or read.
+Rows begin at a multiple of `PAGE`, so that they can be read as whole pages of a disk (docs/table-files.md).
+A table's shard is laid out first and then filled with rows. So it never has to be whole in memory, and several
+processes can fill one file.
+Letters: R rows of a table, U rows written or read.
 """
 
 import json
@@ -24,21 +25,21 @@ INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"
 BACKBONE = "backbone.safetensors"
 MEMORY = "memory.json"
-HOT_ROWS = "memory.hot.safetensors"  # by layer, the rows that are read most, hottest first
+HOT_ROWS = "memory.hot.safetensors"  # for each layer, the rows that are read most, hottest first
 
 
 def is_table(name: str) -> bool:
-    """Whether a weight's name is that of a memory table."""
+    """Whether a weight with this name is a memory table."""
     return "memory.tables." in name
 
 
 def table_shard(name: str) -> str:
-    """The file of a table, by its weight's name."""
+    """The name of the file of a table whose weight has this name."""
     return f"{name.removeprefix('model.').removesuffix('.weight')}.safetensors"
 
 
 def write_tables(directory: Path, tables: Mapping[str, Tensor]) -> None:
-    """Adds whole tables to the checkpoint that transformers just wrote into `directory`: shards and index."""
+    """Adds whole tables, and their index, to the checkpoint that transformers just wrote into `directory`."""
     for name, table_RC in tables.items():
         path = directory / table_shard(name)
         lay_out(path, {name: (table_RC.dtype, tuple(table_RC.shape))})
@@ -47,9 +48,10 @@ def write_tables(directory: Path, tables: Mapping[str, Tensor]) -> None:
 
 
 def write_index(directory: Path, tables: Sequence[str]) -> None:
-    """The index of a checkpoint whose tables' shards stand beside what transformers wrote.
+    """Writes the index of a checkpoint in which the tables' shards have been added to what transformers wrote.
 
-    transformers' own single file becomes `backbone.safetensors`, since its loader would read that name alone.
+    transformers' single file `model.safetensors` is renamed to `backbone.safetensors`, since transformers' loader would
+    read no other file beside it.
     """
     weights = weight_map(directory)
     if (directory / WHOLE).exists():
@@ -62,27 +64,27 @@ def write_index(directory: Path, tables: Sequence[str]) -> None:
 
 
 def lay_out(path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
-    """`headers.write_header`, for torch's dtypes."""
+    """`headers.write_header` for torch's dtypes."""
     write_header(path, {name: (NAME_OF[dtype], shape) for name, (dtype, shape) in tensors.items()})
 
 
 def write_rows(path: Path, name: str, first_row: int, rows: Tensor) -> None:
-    """Writes `rows` [U, ...] into tensor `name` of a laid-out file, from `first_row` on; zeros stay holes."""
+    """Writes `rows` [U, ...] into the tensor `name` of a laid-out file, from `first_row` on; zeros are not written."""
     start = read_header(path)[name].start
     with path.open("rb+") as file:
         row_bytes = rows[:1].nbytes
         for first in range(0, len(rows), per_chunk(rows)):
             chunk = rows[first : first + per_chunk(rows)].detach().cpu().contiguous().view(torch.uint8)
-            if chunk.any():  # of the bytes: -0.0 is written
+            if chunk.any():  # `chunk` is bytes, so -0.0 is written
                 file.seek(start + (first_row + first) * row_bytes)
                 file.write(chunk.numpy().data)
 
 
 def read_rows(path: Path, name: str, first_row: int, out: Tensor) -> None:
-    """Fills `out` [U, ...] with rows of tensor `name`, from `first_row` on; zeros over zeros are not written.
+    """Fills `out` [U, ...] with rows of the tensor `name`, from `first_row` on; zeros over zeros are not written.
 
     Raises:
-        ValueError: the file has no such tensor, or one of another shape or dtype.
+        ValueError: the file has no such tensor, or it has another shape or dtype.
     """
     with safe_open(path, framework="pt") as file:
         part = file.get_slice(name) if name in file.keys() else None  # noqa: SIM118 (not a dict)
@@ -99,7 +101,7 @@ def read_rows(path: Path, name: str, first_row: int, out: Tensor) -> None:
 
 
 def load_backbone(directory: Path, model: nn.Module) -> None:
-    """Loads everything but the tables of a checkpoint into a model whose tables are elsewhere.
+    """Loads a checkpoint, except its tables, into a model whose tables are elsewhere.
 
     Raises:
         ValueError: a shard is missing or damaged, or the checkpoint lacks weights of the model.
@@ -115,15 +117,15 @@ def load_backbone(directory: Path, model: nn.Module) -> None:
 
 
 def per_chunk(rows: Tensor) -> int:
-    """Rows that are read or written at once."""
+    """How many rows are read or written at once."""
     return max(1, BLOCK_BYTES // max(1, rows[:1].nbytes))
 
 
 def remove_checkpoint(directory: Path) -> None:
-    """Removes the weights of an earlier checkpoint, so that none is left beside (or read instead of) the next one's.
+    """Removes the weights of an earlier checkpoint, so that none is left beside, or read instead of, the next one's.
 
     transformers keeps a whole `model.safetensors` beside new shards, and its loader prefers it. The manifest is deleted
-    first, so that a crash halfway never leaves a folder that looks complete.
+    first, so a crash halfway never leaves a folder that looks complete.
     """
     for path in (
         *(directory / name for name in (MANIFEST, MEMORY, HOT_ROWS, WHOLE, INDEX, BACKBONE)),
@@ -136,7 +138,7 @@ def weight_map(directory: Path) -> dict[str, str]:
     """The file of each weight of a checkpoint.
 
     Raises:
-        ValueError: it has no weights, or an index that is none.
+        ValueError: the checkpoint has no weights, or its index is not one.
     """
     if (directory / WHOLE).exists():
         return dict.fromkeys(read_header(directory / WHOLE), WHOLE)
@@ -150,10 +152,10 @@ def weight_map(directory: Path) -> dict[str, str]:
 
 
 def check_shards(directory: Path) -> None:
-    """Checks that every shard of a checkpoint is there, whole by its header, and holds the weights that the index says.
+    """Checks that every shard of a checkpoint is there, as long as its header says, with the weights of the index.
 
     Raises:
-        ValueError: names the file and what is wrong with it.
+        ValueError: a shard is missing or damaged; names the file and what is wrong with it.
     """
     weights = weight_map(directory)
     for shard in sorted(set(weights.values())):
@@ -166,7 +168,7 @@ def check_shards(directory: Path) -> None:
 
 
 def model_files(directory: Path) -> list[str]:
-    """The names of the files that a model is loaded from, tables and their checksums included."""
+    """The names of the files that a model is loaded from, its tables and their checksums included."""
     tables = [path.name for path in directory.iterdir() if TABLE_SHARD.fullmatch(path.name)]
     sums = [page_sums_path(Path(shard)).name for shard in tables]
     names = ("config.json", "generation_config.json", INDEX, WHOLE, MEMORY, *tables, *sums)

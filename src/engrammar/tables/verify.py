@@ -1,4 +1,4 @@
-"""Reads whole tables, every byte checked against the checksums beside it.
+"""Reads whole tables and checks every byte against the checksums beside them.
 
 Letters: U rows of a block, S bytes of a stored row.
 """
@@ -30,7 +30,7 @@ READ_BYTES = 2**20  # a multiple of PAGE
 
 @dataclass(frozen=True, kw_only=True)
 class Sums:
-    """Checksums of a shard's file: where they are from, and one CRC-32 per `block_bytes`."""
+    """Checksums of a shard's file, one CRC-32 per `block_bytes`, and the file that they were read from."""
 
     path: Path
     block_bytes: int
@@ -39,17 +39,17 @@ class Sums:
 
 @dataclass(frozen=True, kw_only=True)
 class Verified:
-    """What was compared: bytes that are as they were written, and the names of files that have no checksum."""
+    """What was compared: the number of intact bytes, and the names of files that have no checksum."""
 
     num_bytes: int
     without_sums: tuple[str, ...]
 
 
 def verify_folder(folder: Path) -> Verified:
-    """Checks every byte of a checkpoint, or of a folder of tables, that has a checksum.
+    """Checks every byte of a checkpoint or a folder of tables that has a checksum.
 
     Raises:
-        ValueError: names the file and the bytes that are damaged, or a folder that has no checksums.
+        ValueError: a file is damaged, and is named with its bytes; or the folder has no checksums.
     """
     has_manifest, has_tables = (folder / MANIFEST).is_file(), (folder / MEMORY).is_file()
     if not has_manifest and not has_tables:
@@ -71,13 +71,13 @@ def verify_folder(folder: Path) -> Verified:
 
 
 def verify_tables(folder: Path) -> int:
-    """Checks every byte of a folder's tables; a bar on stderr shows how far it is.
+    """Checks every byte of a folder's tables; a bar on stderr shows the progress.
 
     Returns:
-        The bytes that were read.
+        The number of bytes that were read.
 
     Raises:
-        ValueError: names the file, the bytes and the rows that are damaged, or a shard that has no checksums.
+        ValueError: a file is damaged, and is named with its bytes and rows; or a shard has no checksums.
     """
     tables = open_tables(folder)
     found = {shard.path: sums_of(tables, shard) for table in tables.tables.values() for shard in table.shards}
@@ -97,7 +97,7 @@ def verify_tables(folder: Path) -> int:
 
 
 def sums_of(folder: TableFolder, shard: Shard) -> Sums | None:
-    """The checksums of a shard's file: of its pages, else of its blocks in the manifest, else None."""
+    """The checksums of a shard's pages; without those, of its blocks in the manifest; without either, None."""
     if shard.crc32 is not None:
         return Sums(path=shard.crc32, block_bytes=PAGE, values=read_page_sums(shard.crc32, shard.path))
     if (folder.path / MANIFEST).is_file():
@@ -109,10 +109,10 @@ def sums_of(folder: TableFolder, shard: Shard) -> Sums | None:
 
 
 def read_table(folder: TableFolder, table: TableFile) -> Iterator[NDArray[np.uint8]]:
-    """A table's stored rows in order, as blocks [U, S], checked where the folder has checksums.
+    """Yields a table's stored rows in order, in blocks [U, S], checked if the folder has checksums.
 
     Raises:
-        ValueError: names the file, the bytes and the rows that are damaged.
+        ValueError: a file is damaged; names the file, the bytes and the rows.
     """
     for shard in table.shards:
         skip, left = shard.start, shard.num_rows * table.row_bytes
@@ -128,7 +128,7 @@ def read_table(folder: TableFolder, table: TableFile) -> Iterator[NDArray[np.uin
 
 
 def _checked_blocks(table: TableFile, shard: Shard, sums: Sums | None) -> Iterator[bytes]:
-    """The bytes of a shard's file."""
+    """Yields the bytes of a shard's file, checked against `sums` if there are any."""
     block_bytes = READ_BYTES if sums is None else sums.block_bytes
     step = max(READ_BYTES // block_bytes, 1) * block_bytes
     first = 0

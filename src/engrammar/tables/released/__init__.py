@@ -1,6 +1,7 @@
-"""Tables of models that others released: taken out of their checkpoints, and put back.
+"""Tables of models that others released: imports them from their checkpoints, and exports them back.
 
-Public: `import_tables` and `export_tables` (docs/released-tables.md); `qwen` and `deepseek` know one model family each.
+Public: `import_tables` and `export_tables` (docs/released-tables.md). `qwen` and `deepseek` are for one model family
+each.
 """
 
 from engrammar.tables.released.convert import export_tables, import_tables

@@ -1,6 +1,7 @@
-"""Tables of the two released models to our table files and back, in constant memory, rows bit for bit.
+"""Converts tables of the two released models to our table files and back, in constant memory, rows bit for bit.
 
-docs/released-tables.md has both layouts and where their names come from. Letters: U rows of a block, S bytes of a row.
+docs/released-tables.md describes both layouts and the sources of their names.
+Letters: U rows of a block, S bytes of a row.
 """
 
 import json
@@ -24,7 +25,7 @@ from engrammar.tables.sealed import verify
 
 FUSION = "fusion.safetensors"
 Layout = Literal["qwen", "deepseek"]
-# What the released files call each tensor, after any prefix that ends in a dot. {layer} counts from 0.
+# The name of each tensor in the released files, after any prefix that ends in a dot. {layer} counts from 0.
 NAMES: dict[Layout, dict[str, str]] = {
     "qwen": {
         "shard": "layers.{layer}.ple.ple_embedding.ngram_embedding.shard_{shard}.weight",
@@ -47,18 +48,21 @@ NAMES: dict[Layout, dict[str, str]] = {
 
 
 def import_tables(model: Path, out: Path, names: Mapping[str, str] | None = None) -> TableFolder:
-    """Makes a folder of our table files from a released model's folder, at most a few blocks in memory at once.
+    """Makes a folder of our table files from a released model's folder, with a few blocks in memory at once.
 
-    Only config.json, the files that hold the tables (and for DeepSeek-V4.1 their fusion), the index, and for
-    DeepSeek-V4.1 tokenizer.json need be there. DeepSeek-V4.1's fusion weights go to `fusion.safetensors`, as fp32 under
-    our model's names.
+    It needs only config.json, the index, and the files that hold the tables; for DeepSeek-V4.1 also tokenizer.json and
+    the files with the fusion weights, which are written to `fusion.safetensors` as fp32, under our model's names.
 
     Args:
+        model: the released model's folder.
         out: the new folder.
-        names: other names for some of `NAMES`' tensors of this layout.
+        names: replaces names of tensors in this layout's `NAMES`.
+
+    Returns:
+        The new folder, opened.
 
     Raises:
-        ValueError: a file is missing or damaged, or they do not belong together; names it and says what to do.
+        ValueError: a file is missing or damaged, or files do not belong together; names the file and says what to do.
         OSError: the disk is full or fails.
     """
     released = ReleasedModel(model)
@@ -72,7 +76,7 @@ def import_tables(model: Path, out: Path, names: Mapping[str, str] | None = None
         memory, geometry, num_ids, sha256 = deepseek.read_memory(released)
     tables: dict[int, tuple[float | None, Iterator[NDArray[np.uint8]]]] = {}
     fusion: dict[str, tuple[tuple[int, ...], Iterator[Tensor]]] = {}
-    for layer in memory.layers:  # every check of a file comes before the first byte is written
+    for layer in memory.layers:  # all files are checked before the first byte is written
         if layout == "qwen":
             tables[layer] = qwen.read_table(released, known, memory, geometry, layer)
         else:
@@ -105,19 +109,19 @@ def _write_fusion(path: Path, fusion: Mapping[str, tuple[tuple[int, ...], Iterat
 
 
 def export_tables(tables: Path, model: Path, out: Path, names: Mapping[str, str] | None = None) -> None:
-    """Writes a copy of a released model's folder with the rows of our table folder in it.
+    """Writes a copy of a released model's folder that has the rows of our table folder.
 
-    The folder given back is `model` byte for byte but for the tables, their scale, and (DeepSeek-V4.1, where `tables`
-    holds `fusion.safetensors`) the fusion weights; what `import_tables` made of `model` gives `model` again.
+    Only the tables, their scale and, for DeepSeek-V4.1, the fusion weights (if `tables` has `fusion.safetensors`)
+    change; every other byte is that of `model`. Exporting what `import_tables` made of `model` gives `model` again.
 
     Args:
-        tables: a folder of table files, in the encoding that the model's files have.
+        tables: a folder of table files, in the encoding of the model's files.
         model: the released model, or the part of it that holds the tables.
         out: the new folder.
         names: as for `import_tables`.
 
     Raises:
-        ValueError: the tables are damaged, or not of this model's geometry and encoding.
+        ValueError: the tables are damaged, or have another geometry or encoding than the model.
         OSError: the disk is full or fails.
     """
     released, folder = ReleasedModel(model), open_tables(tables)
@@ -143,7 +147,7 @@ def export_tables(tables: Path, model: Path, out: Path, names: Mapping[str, str]
 
 
 def _rows(table: TableFile, first: int, last: int) -> Iterator[NDArray[np.uint8]]:
-    """Stored rows first..last-1 of a table as blocks [U, S]."""
+    """Yields the stored rows first..last-1 of a table in blocks [U, S]."""
     for shard in table.shards:
         start, end = max(first, shard.first_row), min(last, shard.first_row + shard.num_rows)
         if start < end:
@@ -200,10 +204,10 @@ def _require_same(folder: TableFolder, memory: MemoryConfig, geometry: Geometry,
 
 
 def read_names(path: Path) -> dict[str, str]:
-    """The names in a JSON file, an object of strings.
+    """Reads the names of tensors in a JSON file, an object of strings.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: the file holds something else.
     """
     try:
         names = json.loads(path.read_bytes())

@@ -24,13 +24,13 @@ VALUES, SCALES, FLOATS = ("F8_E4M3",), ("F8_E8M0", "U8"), ("F32", "BF16")
 
 
 def read_memory(model: ReleasedModel) -> tuple[MemoryConfig, Geometry, int, str]:
-    """The memory that config.json and tokenizer.json describe.
+    """Reads the memory that config.json and tokenizer.json describe.
 
     Returns:
-        memory, geometry, the tokenizer's ids, and its fingerprint.
+        The memory, its geometry, the number of the tokenizer's ids, and the tokenizer's fingerprint.
 
     Raises:
-        ValueError: a setting or the tokenizer is missing, or they are not those of one model.
+        ValueError: a setting or the tokenizer is missing, or they belong to different models.
     """
     dialect, setting = DIALECTS["deepseek_v41"], model.setting
     where, image = model.folder / "config.json", model.settings().get("image_token_id")
@@ -93,7 +93,7 @@ def table_parts(
 
 
 def read_table(values: Part, scales: Part) -> Iterator[NDArray[np.uint8]]:
-    """Rows as blocks [U, S]: a row's fp8 values, then its scales, as the encoding `fp8_scale32` has them."""
+    """Yields rows in blocks [U, S]: a row's fp8 values, then its scales, as in the encoding `fp8_scale32`."""
     width, size = values.row_bytes, values.row_bytes + scales.row_bytes
     per_block = BLOCK_BYTES // size
     for first in range(0, values.num_rows, per_block):
@@ -108,7 +108,7 @@ def read_table(values: Part, scales: Part) -> Iterator[NDArray[np.uint8]]:
 
 
 def fusion_parts(model: ReleasedModel, names: Mapping[str, str], memory: MemoryConfig, layer: int) -> dict[str, Part]:
-    """The tensors of a layer's fusion by our keys: wkv, wkv_scale (where wkv is fp8), query_norm, key_norm.
+    """The tensors of a layer's fusion by our keys: wkv, wkv_scale (only if wkv is fp8), query_norm, key_norm.
 
     Raises:
         ValueError: one is missing, or of another shape or dtype.
@@ -129,7 +129,7 @@ def fusion_parts(model: ReleasedModel, names: Mapping[str, str], memory: MemoryC
 
 
 def read_fusion(parts: Mapping[str, Part], layer: int) -> dict[str, tuple[tuple[int, ...], Iterator[Tensor]]]:
-    """A layer's fusion under our model's names: per weight its shape and its rows in blocks, as fp32, none rounded."""
+    """A layer's fusion under our model's names: the shape of each weight, and its rows in blocks, as exact fp32."""
     branches, hidden = parts["query_norm"].shape
     rows, name = (branches + 1) * hidden, f"model.layers.{layer}.fusion"
 
@@ -147,12 +147,12 @@ def read_fusion(parts: Mapping[str, Part], layer: int) -> dict[str, tuple[tuple[
 
 
 def norm_bytes(part: Part, norm: Part) -> Iterator[NDArray[np.uint8]]:
-    """Our norm (fp32) in the dtype that `part` has."""
+    """The bytes of our norm (fp32) in the dtype of `part`."""
     return (_floats(block, norm).to(DTYPES[part.dtype]).view(torch.uint8).numpy() for block in norm.blocks())
 
 
 def _product_rows(parts: Mapping[str, Part], first: int, last: int) -> Iterator[Tensor]:
-    """Rows first..last-1 of `wkv` as fp32, a band of a scale's squares at a time."""
+    """Yields rows first..last-1 of `wkv` as fp32, one band of rows that share scales at a time."""
     wkv, width = parts["wkv"], parts["wkv"].shape[1]
     while first < last:
         until = min(last, (first // GROUP + 1) * GROUP)
@@ -165,15 +165,15 @@ def _product_rows(parts: Mapping[str, Part], first: int, last: int) -> Iterator[
 
 
 def _scales_of(part: Part, band: int, width: int) -> Tensor:
-    """The scale of each column in a band of `wkv`, fp32."""
+    """The scale of each column in a band of `wkv`, as fp32."""
     exponents = np.concatenate(list(part.blocks(band, 1))).reshape(-1)
     return from_e8m0(torch.from_numpy(exponents)).repeat_interleave(GROUP)[:width]
 
 
 def product_bytes(parts: Mapping[str, Part], projection: Part) -> dict[str, Iterator[NDArray[np.uint8]]]:
-    """The bytes of `wkv`, and of its scales where it has some, for our projection (fp32, value first), in bands.
+    """The bytes of `wkv`, and of its scales if it has any, for our projection (fp32, value first), in bands.
 
-    A square whose values fit its old scale keeps it, so that weights nobody changed give the bytes they came from.
+    A square of 32 x 32 values keeps its old scale if they fit it, so that unchanged weights give their old bytes.
 
     Raises:
         ValueError: a weight is not finite.
@@ -199,7 +199,7 @@ def product_bytes(parts: Mapping[str, Part], projection: Part) -> dict[str, Iter
 
 
 def _bands(parts: Mapping[str, Part], projection: Part) -> Iterator[Tensor]:
-    """Rows of our projection in wkv's order, keys first, as many at a time as share a scale."""
+    """Yields rows of our projection in wkv's order, keys first, in bands of rows that share scales."""
     branches, hidden = parts["query_norm"].shape
     rows, keys = projection.num_rows, branches * hidden
     for first in range(0, rows, GROUP):
@@ -214,7 +214,7 @@ def _bands(parts: Mapping[str, Part], projection: Part) -> Iterator[Tensor]:
 
 
 def _quantize_band(band: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
-    """fp8 values and E8M0 scales of up to 32 rows; the smallest power of two that fits, where the old one does not."""
+    """fp8 values and E8M0 scales of up to 32 rows; a scale that does not fit becomes the smallest one that does."""
     width = band.shape[1]
     padded = torch.nn.functional.pad(band, (0, len(old) * GROUP - width)).unflatten(1, (-1, GROUP))
 

@@ -1,4 +1,4 @@
-"""The safetensors files of a released model, read and written by blocks: no tensor is ever whole in memory.
+"""The safetensors files of a released model, read and written in blocks: no tensor is ever whole in memory.
 
 Letters: U rows of a block, S bytes of a row.
 """
@@ -19,7 +19,7 @@ from engrammar.tables.shards import INDEX, weight_map
 
 
 def require(part: Part, dtypes: tuple[str, ...], shape: tuple[int | None, ...], meaning: str) -> None:
-    """ValueError unless the tensor has one of `dtypes` and this shape (None: any length)."""
+    """Raises a ValueError unless the tensor has one of `dtypes` and this shape (None: any length)."""
     fits = len(part.shape) == len(shape) and all(b in (None, a) for a, b in zip(part.shape, shape))
     if part.dtype not in dtypes or not fits:
         wanted = [length if length is not None else "any" for length in shape]
@@ -31,12 +31,12 @@ def require(part: Part, dtypes: tuple[str, ...], shape: tuple[int | None, ...], 
 
 @final
 class ReleasedModel:
-    """A released model's folder: its settings, and which file holds which tensor. Reads headers only when asked.
+    """A released model's folder: its settings, and which file holds which tensor. Headers are read only when needed.
 
     Attributes:
-        folder: where it is.
-        config: its config.json.
-        file_of: per tensor, the name of its file.
+        folder: the path of the folder.
+        config: the content of its config.json.
+        file_of: for each tensor, the name of its file.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -53,14 +53,14 @@ class ReleasedModel:
             self.file_of = {name: file for file, parts in self._headers.items() for name in parts}
 
     def settings(self) -> dict[str, Any]:
-        """Settings of the language model: those of `text_config` where there is one."""
+        """The settings of the language model; those of `text_config` win, if there is one."""
         return {**self.config, **(self.config.get("text_config") or {})}
 
     def setting(self, name: str, kind: type, default: Any = None) -> Any:
         """A setting of the language model: an int, a number (kind float), or a list of ints.
 
         Raises:
-            ValueError: it is missing without a default, or something else.
+            ValueError: it has another type, or it is missing and has no default.
         """
         value = self.settings().get(name, default)
         whole = kind is not list or (type(value) is list and all(type(v) is int for v in value))
@@ -73,10 +73,10 @@ class ReleasedModel:
         return value
 
     def find(self, ending: str) -> Part | None:
-        """The tensor called `ending`, with any prefix before a dot; None where there is none.
+        """The tensor called `ending`, with or without a prefix that ends in a dot; None if there is none.
 
         Raises:
-            ValueError: there are several, or its file is missing or damaged.
+            ValueError: there are several, or the file is missing or damaged.
         """
         names = [name for name in self.file_of if name == ending or name.endswith("." + ending)]
         if len(names) > 1:
@@ -84,7 +84,7 @@ class ReleasedModel:
         return self.part(names[0]) if names else None
 
     def need(self, ending: str) -> Part:
-        """`find`, or a ValueError that says which tensor is missing."""
+        """As `find`, but raises a ValueError if the tensor is missing."""
         part = self.find(ending)
         if part is None:
             raise ValueError(
@@ -93,14 +93,14 @@ class ReleasedModel:
         return part
 
     def numbered(self, ending: str, **known: int) -> dict[int, Part]:
-        """Tensors whose name is `ending` with a number for `{shard}`, by that number."""
+        """The tensors whose name is `ending` with a number in place of `{shard}`, by that number."""
         pattern = re.escape(ending.format(shard="#", **known)).replace(re.escape("#"), "([0-9]+)")
         numbers = (re.search(rf"(?:^|\.){pattern}$", name) for name in self.file_of)
         found = sorted({int(match[1]) for match in numbers if match})
         return {number: self.need(ending.format(shard=number, **known)) for number in found}
 
     def part(self, name: str) -> Part:
-        """A tensor by its full name; errors as `find`."""
+        """The tensor with this full name; errors are as in `find`."""
         file = self.file_of[name]
         if file not in self._headers:
             path = self.folder / file
@@ -113,15 +113,17 @@ class ReleasedModel:
 
 
 def copy_model(model: ReleasedModel, out: Path, replaced: Mapping[str, Iterator[NDArray[np.uint8]]]) -> None:
-    """Copies a model's folder with the bytes of some tensors replaced; every other byte stays as it is.
+    """Copies a model's folder and replaces the bytes of some tensors; every other byte stays the same.
 
-    Files that the index names but the folder lacks stay away. `out` appears once it is whole.
+    Files that the index lists but the folder lacks are skipped. `out` appears once it is whole.
 
     Args:
-        replaced: per full tensor name, its new bytes in blocks, as many as it had.
+        model: the folder to copy.
+        out: the new folder.
+        replaced: by full tensor name, the new bytes in blocks, as many bytes as the tensor had.
 
     Raises:
-        ValueError: `out` is there already, or is within the model's folder.
+        ValueError: `out` exists already, or is inside the model's folder.
         OSError: the disk is full or fails; nothing is left.
     """
     if out.exists() or out.resolve().is_relative_to(model.folder.resolve()):

@@ -1,7 +1,8 @@
-"""Qwen3.8-Flash-Next (`qwen4_exp`): its n-gram tables, a run of shards each, as bf16 or as fp8 with one scale.
+"""Qwen3.8-Flash-Next (`qwen4_exp`): its n-gram tables, each in several shards, as bf16 or as fp8 with one scale.
 
-A table's shards are `*.ngram_embedding.shard_N.weight`, rows in the order of N, padding rows at the end; fp8 adds one
-bf16 `*.ngram_embedding.weight_scale` for the table. Letters: U rows of a block, S bytes of a row.
+A table's shards are `*.ngram_embedding.shard_N.weight`, with rows in the order of N and padding rows at the end. fp8
+adds one bf16 `*.ngram_embedding.weight_scale` for the table.
+Letters: U rows of a block, S bytes of a row.
 """
 
 import math
@@ -19,10 +20,12 @@ from engrammar.tables.released.files import ReleasedModel, require
 
 
 def read_memory(model: ReleasedModel, names: Mapping[str, str]) -> tuple[MemoryConfig, Geometry]:
-    """The memory that the model's config.json describes; its hash buffers are compared, where the files hold them.
+    """Reads the memory that the model's config.json describes, and compares it with the hash buffers in the files.
+
+    Files without hash buffers are allowed.
 
     Raises:
-        ValueError: there is no table, a setting is missing, or the buffers are of another geometry.
+        ValueError: there is no table, a setting is missing, or the buffers belong to another geometry.
     """
     dialect, setting = DIALECTS["qwen_next"], model.setting
     layers = setting("ple_layer_ids", list)
@@ -72,10 +75,10 @@ def _compare_buffer(model: ReleasedModel, part: Part | None, derived: tuple[int,
 
 
 def table_parts(model: ReleasedModel, names: Mapping[str, str], layer: int) -> list[Part]:
-    """The shards of a layer's table, in order of their rows; one where the table is not sharded.
+    """The shards of a layer's table, in the order of their rows; a table that is not sharded has one.
 
     Raises:
-        ValueError: a shard is missing, or is of another width or dtype than the first.
+        ValueError: a shard is missing, or has another width or dtype than the first.
     """
     whole = model.find(names["table"].format(layer=layer))
     if whole is not None:
@@ -93,10 +96,10 @@ def table_parts(model: ReleasedModel, names: Mapping[str, str], layer: int) -> l
 def read_table(
     model: ReleasedModel, names: Mapping[str, str], memory: MemoryConfig, geometry: Geometry, layer: int
 ) -> tuple[float | None, Iterator[NDArray[np.uint8]]]:
-    """The scale of a layer's table (fp8 only) and its rows as blocks [U, S].
+    """Returns the scale of a layer's table (fp8 only), and its rows in blocks [U, S].
 
     Raises:
-        ValueError: the rows are not those of the geometry, or an fp8 table has no scale, or shards differ in it.
+        ValueError: the rows do not fit the geometry, an fp8 table has no scale, or its shards have different ones.
     """
     parts, rows = table_parts(model, names, layer), geometry.num_stored_rows(memory.layers.index(layer))
     found = sum(part.num_rows for part in parts)
@@ -114,7 +117,7 @@ def read_table(
 
 
 def scale_parts(model: ReleasedModel, names: Mapping[str, str], layer: int) -> list[Part]:
-    """The tensors with the scale of a layer's fp8 table: one for the table, or one for each shard."""
+    """The tensors that hold the scale of a layer's fp8 table: one for the table, or one for each shard."""
     whole = model.find(names["scale"].format(layer=layer))
     return [whole] if whole else list(model.numbered(names["shard_scale"], layer=layer).values())
 
@@ -148,10 +151,10 @@ def scale_value(part: Part) -> float:
 
 
 def scale_bytes(part: Part, scale: float) -> NDArray[np.uint8]:
-    """A scale as `part` holds it.
+    """The bytes of a scale in the dtype of `part`.
 
     Raises:
-        ValueError: bf16 cannot hold it exactly.
+        ValueError: the dtype is bf16, which cannot hold the scale exactly.
     """
     raw = np.array([scale], dtype="<f4").view(np.uint8)
     if part.dtype == "BF16" and raw[:2].any():
