@@ -1,7 +1,6 @@
-"""Training: text to tokens, optimizers, where the tables are meanwhile, transformers' Trainer, and recipes.
+"""Training: text to tokens, optimizers, placement of the tables, transformers' Trainer, and recipes.
 
-Public: what `__all__` names. transformers' Trainer is slow to import, so `EngrammarTrainer` is imported when it is
-first asked for.
+Public: what `__all__` names. transformers' Trainer is slow to import, so `EngrammarTrainer` is imported on first use.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""Pocket corpora: real text that installs as a package, pinned by version and sha256, and is only ever read as data."""
+"""Pocket corpora: real text from packages, pinned by version and SHA-256; a package is only read, never run."""
 
 import gzip
 import hashlib
@@ -28,7 +28,7 @@ DICT_DIGITS = {c: i for i, c in enumerate("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijk
 GCIDE_MARKS = {"'": "\u0301", "`": "\u0300", "^": "\u0302", "=": "\u0304", '"': "\u0308", "~": "\u0303", ",": "\u0327"}
 GCIDE_LETTERS = {"ae": "æ", "oe": "œ", "AE": "Æ", "OE": "Œ", "eth": "ð", "thorn": "þ", "deg": "°", "pounds": "£"}
 
-# Blocks of the Python manual that are instructions to its builder, not text.
+# Blocks of the Python manual that are instructions for building it, not text.
 RST_HIDDEN = {"index", "toctree", "testsetup", "testcleanup", "module", "moduleauthor", "sectionauthor", "highlight"}
 RST_HIDDEN |= {
     "currentmodule",
@@ -68,7 +68,7 @@ class Package:
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """One corpus: its package (None for the running interpreter's library) and how the folder becomes entries."""
+    """One corpus: its package (None: the running interpreter's library), and the parser of the unpacked folder."""
 
     summary: str
     size: str
@@ -83,7 +83,7 @@ class Corpus:
 
 
 def available() -> list[str]:
-    """One line for each corpus: name, what it is, size, licence."""
+    """One line for each corpus: its name, summary, size and license."""
     return [f"{name}: {c.summary} ({c.size}; {c.licence})" for name, c in POCKET.items()]
 
 
@@ -91,7 +91,9 @@ def entries(name: str, *, cache: Path) -> list[Entry]:
     """The entries of one corpus, or of several joined in order as "wiki+gcide".
 
     The first call fetches the pinned package and writes `<cache>/<name>-<version>-<parser>.jsonl`; later calls read it.
-    Raises ValueError for an unknown name, a download that fails, or a package whose sha256 is not the pinned one.
+
+    Raises:
+        ValueError: the name is unknown, the download fails, or the package's SHA-256 is not the pinned one.
     """
     parts = name.split("+")
     for part in parts:
@@ -125,7 +127,7 @@ def _fetch(name: str, corpus: Corpus, path: Path) -> None:
 
 
 def work_folder(cache: Path, name: str) -> tempfile.TemporaryDirectory[str]:
-    """A temporary folder in `cache`; raises a ValueError if nothing can be written there."""
+    """Makes a temporary folder in `cache`; raises a ValueError if nothing can be written there."""
     try:
         cache.mkdir(parents=True, exist_ok=True)
         return tempfile.TemporaryDirectory(dir=cache, prefix=f".{name}-")
@@ -134,7 +136,7 @@ def work_folder(cache: Path, name: str) -> tempfile.TemporaryDirectory[str]:
 
 
 def download(name: str, package: Package, folder: Path, fallback: str = FALLBACK) -> Path:
-    """The file of `package`, its sha256 checked; errors end with `fallback`, which says what else to do."""
+    """Downloads the file of `package` and checks its SHA-256; errors end with `fallback`, an alternative to offer."""
     if package.kind == "wheel":
         wanted = f"{package.name}=={package.version}"
         command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps"]
@@ -182,7 +184,7 @@ def _unpack(package: Path, folder: Path) -> None:
 
 
 def _paragraphs(text: str) -> str:
-    """Each paragraph on one line, with single spaces, and one empty line between paragraphs."""
+    """Puts each paragraph on one line, with single spaces, and one empty line between paragraphs."""
     lines = (" ".join(part.split()) for part in re.split(r"\n\s*\n", text))
     return "\n\n".join(line for line in lines if line)
 
@@ -195,7 +197,7 @@ def _parse_wiki(root: Path) -> Iterator[Entry]:
 
 
 def _read_dictd(root: Path, name: str) -> Iterator[str]:
-    """The raw definitions in file order; an index names each under many headwords, so each is read once."""
+    """The raw definitions in file order, each once, although the index lists it under many headwords."""
     folder = root / "usr/share/dictd"
     spans = set()
     for line in (folder / f"{name}.index").read_text(encoding="utf-8").splitlines():
@@ -262,7 +264,7 @@ def _parse_pydoc(root: Path) -> Iterator[Entry]:
 
 
 def _read_rst(source: str) -> str:
-    """The text of one page: no roles, underlines or builder's blocks; indentation stays, because code needs it."""
+    """The text of one page without roles, underlines and building instructions; indentation stays, for code."""
     kept: list[str] = []
     hidden_depth = -1  # lines indented deeper than this belong to a hidden block
     for line in source.splitlines():

@@ -25,7 +25,7 @@ PREPARE_AGAIN = "delete the folder and prepare it again"
 def train_tokenizer(documents: Iterable[str], *, vocab_size: int, path: Path) -> None:
     """Trains a byte-level BPE of at most `vocab_size` tokens and saves it at `path` as a transformers tokenizer.
 
-    Id 0 is <|pad|>, id 1 is <|end|> (eos and bos). The same documents give the same files, byte for byte.
+    Id 0 is <|pad|> and id 1 is <|end|> (eos and bos). The same documents give the same files, byte for byte.
     """
     if vocab_size < 258:
         raise ValueError(f"vocab_size {vocab_size} is too small: 256 bytes and 2 special tokens need at least 258")
@@ -78,7 +78,7 @@ class SplitInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenSet:
-    """A folder of tokenised text: tokens.json, the shards it lists, and the tokenizer that made them."""
+    """A folder of tokenized text: tokens.json, the shards that it lists, and the tokenizer that made them."""
 
     path: Path
     dtype: str
@@ -90,7 +90,11 @@ class TokenSet:
 
     @classmethod
     def open(cls, path: Path) -> "TokenSet":
-        """Reads tokens.json and checks that each shard is there with its whole size."""
+        """Reads tokens.json and checks that each shard is there with its full size.
+
+        Raises:
+            ValueError: tokens.json cannot be read or used, or a shard is missing or has another size.
+        """
         file = path / "tokens.json"
         try:
             fields = json.loads(file.read_text(encoding="utf-8"))
@@ -121,17 +125,17 @@ class TokenSet:
         return self.splits[split].num_tokens
 
     def num_bytes(self, split: Split) -> int:
-        """UTF-8 bytes of the raw text: the denominator of bits per byte."""
+        """The UTF-8 bytes of the raw text, the denominator of bits per byte."""
         return self.splits[split].num_bytes
 
     def verify(self) -> None:
-        """Raises ValueError unless each shard still has the sha256 that was recorded when it was written."""
+        """Raises a ValueError unless each shard still has the SHA-256 that was recorded when it was written."""
         for path, shard in self._shards():
             if (found := _file_sha256(path)) != shard.sha256:
                 raise ValueError(f"{path} has sha256 {found}, not {shard.sha256}: {PREPARE_AGAIN}")
 
     def read(self, split: Split, start: int, stop: int) -> np.ndarray:
-        """Tokens start..stop of a split as int64, across shards; only those pages are read from disk."""
+        """The tokens start..stop-1 of a split as int64, across shards; only their pages are read from the disk."""
         parts, first = [], 0
         for shard in self.splits[split].shards:
             low, high = max(start - first, 0), min(stop - first, shard.num_tokens)
@@ -154,9 +158,9 @@ class TokenSet:
 class Blocks:
     """Blocks of one split as {"input_ids", "labels"}, int64 [length]; picklable, since each read opens its own map.
 
-    Train: consecutive blocks, the last partial one dropped. Validation: each block begins with the last token of the
-    one before, so the shift inside a causal LM's loss scores every token but the very first exactly once; the last
-    block is padded with label -100, and "attention_mask" marks the real tokens.
+    For training the blocks are consecutive, and a last partial one is dropped. For validation each block begins with
+    the last token of the one before, so the shift inside a causal LM's loss scores every token except the very first
+    exactly once. The last block is padded with label -100, and "attention_mask" marks the real tokens.
     """
 
     tokens: TokenSet
@@ -187,12 +191,12 @@ class Blocks:
 
 
 def prepare(recipe: DataRecipe, *, out: Path, cache: Path) -> TokenSet:
-    """Tokenises a source into the folder `out`, or reuses the folder when it was made with the same settings.
+    """Tokenizes a source into the folder `out`, or reuses the folder if it was made with the same settings.
 
     Without a tokenizer, one is trained on the text for training. The folder appears whole or not at all.
 
     Args:
-        recipe: what to read and how to divide it; `sequence_length`, `batch_size` and `folder` play no part.
+        recipe: what to read and how to divide it; `sequence_length`, `batch_size` and `folder` are not used.
         out: a new or empty folder, or one that an earlier call made.
         cache: the folder of downloaded pocket corpora.
 
@@ -227,7 +231,7 @@ def prepare(recipe: DataRecipe, *, out: Path, cache: Path) -> TokenSet:
 
 
 def _settings(recipe: DataRecipe, tokenizer: Any) -> dict[str, Any]:
-    """What decides the tokens, as tokens.json keeps it."""
+    """The settings that decide the tokens, as they are kept in tokens.json."""
     files = [] if recipe.source.startswith(("pocket:", "hf:")) else find_files(recipe.source)
     listing = [(path.as_posix(), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return {
@@ -292,7 +296,7 @@ def _write_tokens(texts: Iterator[tuple[Split, str]], tokenizer: Any, folder: Pa
 
 
 def _append(ids: np.ndarray, folder: Path, split: str, num_before: int) -> None:
-    """Adds tokens after the `num_before` already written, opening a new shard wherever one is full."""
+    """Adds tokens after the `num_before` already written, and opens a new shard whenever one is full."""
     while len(ids):
         number, num_in_shard = divmod(num_before, SHARD_TOKENS)
         part, ids = np.split(ids, [SHARD_TOKENS - num_in_shard])

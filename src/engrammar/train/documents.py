@@ -1,4 +1,4 @@
-"""Documents: where text is read from, and which of it is for training and which for validation."""
+"""Documents: where text is read from, and which part of it is for training or for validation."""
 
 import glob
 import hashlib
@@ -27,10 +27,16 @@ logger = logging.getLogger(__name__)
 
 
 def read_documents(source: str, *, cache: Path, text_field: str = "text") -> Iterator[str]:
-    """The documents of a source in a fixed order; documents without any text are left out.
+    """Yields the documents of a source in a fixed order; documents without any text are left out.
 
-    `source` is a file, folder or glob of .txt (one document a file), .jsonl or .parquet; `pocket:wiki+gcide`; or
-    `hf:NAME[:CONFIG]`, the train split of a Hugging Face dataset. Raises ValueError for anything that cannot be read.
+    Args:
+        source: a file, folder or glob of .txt (one document per file), .jsonl or .parquet; `pocket:wiki+gcide`; or
+            `hf:NAME[:CONFIG]`, the train split of a Hugging Face dataset.
+        cache: the folder of downloaded pocket corpora.
+        text_field: the field that holds the text.
+
+    Raises:
+        ValueError: something cannot be read.
     """
     kind, _, name = source.partition(":")
     if kind == "pocket":
@@ -51,7 +57,7 @@ def read_documents(source: str, *, cache: Path, text_field: str = "text") -> Ite
 
 
 def find_files(source: str) -> list[Path]:
-    """The files that a file, folder or glob names, in order; raises a ValueError if one is not text, or none exists."""
+    """The files of a file name, folder or glob, in order; raises a ValueError if one is not text, or none exists."""
     path = Path(source)
     if path.is_dir():
         found = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES)
@@ -110,20 +116,20 @@ class Division:
     """Which text is for training and which for validation.
 
     Attributes:
-        unit: what goes to one side as a whole: a document, or, of a source with too few documents, a piece of one
+        unit: what goes to one side as a whole: a document or, if a source has too few documents, a piece of one
             (`PIECE`).
-        threshold: units whose draw (`_draw`) is below are for validation.
+        threshold: units whose draw (`_draw`) is below this are for validation.
     """
 
     unit: Literal["document", "piece"]
     threshold: float
 
     def split_of(self, unit: str) -> Split:
-        """The side of a document or piece: it depends on the text itself, with case and spacing evened out."""
+        """The side of a document or piece, which depends only on its text without differences of case and spacing."""
         return "validation" if _draw(unit, b"") < self.threshold else "train"
 
     def divide(self, documents: Iterator[str]) -> Iterator[tuple[Split, str]]:
-        """Every document with its side; or every run of neighbouring pieces of a document that are on one side."""
+        """Yields every document, or every run of neighboring pieces of a document on the same side, with its side."""
         for document in documents:
             units = [document] if self.unit == "document" else PIECE.findall(document)
             for split, run in itertools.groupby(units, self.split_of):
@@ -133,11 +139,11 @@ class Division:
 
 
 def find_division(documents: Callable[[], Iterator[str]], share: float) -> Division:
-    """Divides by documents (`is_validation`); where that leaves a side empty, by the pieces with the lowest draws.
+    """Divides by documents (`is_validation`) or, if that leaves a side empty, by the pieces with the lowest draws.
 
     Args:
-        documents: starts reading the documents anew. They are read until both sides have one.
-        share: of validation; with 0 every document is for training.
+        documents: starts reading the documents from the beginning. They are read until both sides have one.
+        share: the share for validation; with 0 every document is for training.
 
     Raises:
         ValueError: there is no document, or too little text for two pieces.
@@ -171,21 +177,21 @@ def find_division(documents: Callable[[], Iterator[str]], share: float) -> Divis
 
 
 def is_validation(text: str, share: float) -> bool:
-    """Whether a document is for validation, which its own normalized text alone decides.
+    """Whether a document is for validation, which depends only on its normalized text.
 
-    So it never changes sides when other documents are added or removed, and copies that differ only in case or spacing
+    So a document never changes sides when others are added or removed, and copies that differ only in case or spacing
     are on the same side.
     """
     return _draw(text, b"") < share * 2**64
 
 
 def is_kept(text: str, share: float) -> bool:
-    """Whether a document belongs to a share of a corpus: decided like `is_validation`, but independently of it."""
+    """Whether a document belongs to a share of a corpus; decided like `is_validation`, but independently of it."""
     return _draw(text, b"kept") < share * 2**64
 
 
 def _draw(text: str, purpose: bytes) -> int:
-    """A number of 64 bits that depends on the normalized text and the purpose alone."""
+    """A 64-bit number that depends only on the normalized text and the purpose."""
     normal = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
     digest = hashlib.blake2b(normal.encode("utf-8"), digest_size=8, person=purpose).digest()
     return int.from_bytes(digest, "big")

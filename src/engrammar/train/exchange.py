@@ -1,6 +1,7 @@
-"""Exchange of sharded tables' rows: one all-to-all brings the rows that a rank asked for, one returns gradients.
+"""Exchanges the rows of sharded tables: one all-to-all brings the rows that a rank asked for, one returns gradients.
 
-A table's rows are cut into equal runs, one per rank. Letters: P peers (ranks), L tables, U distinct rows, C row width.
+A table's rows are cut into equal runs, one per rank.
+Letters: P peers (ranks), L tables, U distinct rows, C row width.
 """
 
 import os
@@ -15,7 +16,7 @@ Group = dist.ProcessGroup
 
 
 def own_rows(num_rows: int, group: Group | None) -> tuple[int, int]:
-    """First row, and one past the last row, of a table of `num_rows` that this rank holds."""
+    """The rows that this rank holds of a table of `num_rows` rows: the first one, and one past the last."""
     if group is None:
         return 0, num_rows
     per_rank = _per_rank(num_rows, group)
@@ -29,7 +30,7 @@ def _per_rank(num_rows: int, group: Group) -> int:
 
 @dataclass(kw_only=True)
 class Traffic:
-    """What this rank looked up, in rows, and what it sent to other ranks, in bytes."""
+    """What this rank looked up, in rows (`num_*`), and what it sent to other ranks, in bytes."""
 
     num_looked_up: int = 0
     num_distinct: int = 0
@@ -40,12 +41,12 @@ class Traffic:
 
 @dataclass(frozen=True, kw_only=True)
 class Route:
-    """Which rank asked which for which rows, in one read.
+    """The rows that ranks asked of each other in one read.
 
     Attributes:
         asked_PL: how many rows of each table this rank asked of each peer.
-        served_PL: how many each peer asked of this rank.
-        served_rows: which rows these are, numbered from this rank's first row; by peer, then by table.
+        served_PL: how many rows of each table each peer asked of this rank.
+        served_rows: the rows that were asked of this rank, numbered from its first row; by peer, then by table.
     """
 
     group: Group
@@ -56,7 +57,7 @@ class Route:
 
     @classmethod
     def ask(cls, rows: Sequence[Tensor], sizes: Sequence[int], group: Group, traffic: Traffic) -> "Route":
-        """Asks every rank for its part of `rows`, ascending distinct rows of tables of these sizes."""
+        """Asks every rank for its part of `rows`: for each table, ascending distinct rows; `sizes` are the tables'."""
         num_ranks = dist.get_world_size(group)
         ends = [
             torch.searchsorted(rows_U, _per_rank(size, group) * torch.arange(1, num_ranks + 1, device=rows_U.device))
@@ -76,7 +77,7 @@ class Route:
         return route
 
     def bring(self, tables: Sequence[Tensor]) -> list[Tensor]:
-        """The rows asked for, of each table: [U, C] in the order they were asked in."""
+        """Returns the rows that were asked of each table, [U, C], in the order asked for."""
         num_tables = len(tables)
         served = [tables[i % num_tables].index_select(0, rows) for i, rows in enumerate(self.served_rows)]
         brought = _all_to_all(torch.cat(served), _totals(self.served_PL), _totals(self.asked_PL), self.group)
@@ -88,7 +89,7 @@ class Route:
         """Sends the gradients of the rows asked for to the ranks that hold them.
 
         Returns:
-            for each table, the rows of this rank (with repeats, in the order of the peers) and their gradients.
+            For each table, the rows of this rank (with repeats, in the order of the peers) and their gradients.
         """
         num_tables = len(gradients)
         asked_LP = list(zip(*self.asked_PL))
@@ -102,7 +103,7 @@ class Route:
         ]
 
     def _sent(self, counts_PL: list[list[int]]) -> int:
-        """Rows that leave this rank."""
+        """The number of rows that go to other ranks."""
         return sum(_totals(counts_PL)) - sum(counts_PL[dist.get_rank(self.group)])
 
 
@@ -125,7 +126,7 @@ def _all_to_all(sent: Tensor, send_counts: list[int], receive_counts: list[int],
 
 
 def all_sum(tensor: Tensor, group: Group | None) -> Tensor:
-    """The sum over ranks, in place."""
+    """Sums a tensor over ranks, in place."""
     if group is not None:
         dist.all_reduce(tensor, group=group)
     return tensor
@@ -134,9 +135,9 @@ def all_sum(tensor: Tensor, group: Group | None) -> Tensor:
 def rejoin_processes(backend: str) -> None:
     """Makes the process group of processes that torchrun restarted on one machine; does nothing elsewhere.
 
-    torchrun keeps one store over its restarts, where new processes would find the addresses of dead ones. Over several
-    machines, where no process knows how often the others restarted, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives torchrun
-    a new store each time.
+    torchrun keeps one store over its restarts, in which new processes would find the addresses of dead ones. On several
+    machines no process knows how often the others restarted; there, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes torchrun
+    use a new store each time.
     """
     num_restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     num_ranks = int(os.environ.get("WORLD_SIZE", 1))
@@ -149,14 +150,14 @@ def rejoin_processes(backend: str) -> None:
 
 
 def leave_processes() -> None:
-    """Ends the process group, once all ranks are here: a rank that exits earlier can take others down with it."""
+    """Ends the process group once all ranks have called this: a rank that exits earlier can make others fail."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
 
 
 def broadcast(values: Mapping[str, int | None], group: Group | None) -> dict[str, int | None]:
-    """The first rank's values."""
+    """Returns the first rank's values on every rank."""
     if group is None:
         return dict(values)
     box = [dict(values)]

@@ -30,11 +30,11 @@ from engrammar.train.row_optimizers import (
 MatrixOptimizerKind = Literal["muon", "adamw"]
 MemoryOptimizerKind = Literal[RowOptimizerKind, "dense_adam"]
 
-# The quintic of Keller Jordan's post: its slope at zero is as steep as five steps allow, so singular values end up
-# near 1 (about 0.7 to 1.2), not at it.
+# The quintic of Keller Jordan's post. Its slope at zero is as steep as five steps allow, so singular values end near 1
+# (about 0.7 to 1.2), not at 1.
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
-# Matrices that Muon leaves to AdamW: output head, router, depthwise convolution, hyper-connection mixers.
+# Matrices that AdamW trains in place of Muon: output head, router, depthwise convolution, hyper-connection mixers.
 ADAMW_MATRICES = re.compile(r"(^|\.)lm_head\.|(^|\.)mlp\.gate\.weight$|conv(\.|_weight$)|(^|\.)(hc_)?fn$")
 
 
@@ -102,9 +102,9 @@ class Muon(Optimizer):
 
 
 class DenseAdam(torch.optim.Adam):
-    """torch's Adam over every row of a table in every step: the baseline of the row optimizers.
+    """torch's Adam on every row of a table in every step: the baseline of the row optimizers.
 
-    Its time and memory grow with the whole table.
+    Its time and memory grow with the size of the table.
     """
 
     def step(self, closure: Any = None) -> Any:
@@ -116,10 +116,10 @@ class DenseAdam(torch.optim.Adam):
 
 
 class MixedOptimizer(Optimizer):
-    """Several optimizers behind the interface of one, for learning rate schedulers, accelerate and Trainer.
+    """Several optimizers behind the interface of one, for learning rate schedulers, accelerate and the Trainer.
 
-    `param_groups` lists the inner optimizers' own group dicts, so what a scheduler writes into a group reaches its
-    optimizer. The groups are fixed at construction.
+    `param_groups` lists the inner optimizers' own group dicts, so a scheduler's changes to a group reach its optimizer.
+    The groups are fixed at construction.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class MixedOptimizer(Optimizer):
         self.inner = tuple(inner)
         self.placement = placement
         self.max_grad_norm = max_grad_norm
-        self.exclude_rows = False  # True: `state_dict` leaves out the rows' state, which the placement saves
+        self.exclude_rows = False  # whether `state_dict` leaves out the rows' state, which the placement saves
         self.rows = next((optimizer for optimizer in inner if isinstance(optimizer, RowOptimizer)), None)
         if placement is not None and self.rows is not None:
             self.rows.backend = placement.backend
@@ -144,7 +144,7 @@ class MixedOptimizer(Optimizer):
         assert not state, "only Optimizer.__init__ sets it, to an empty dict: state lives in the inner optimizers"
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Raises ValueError: the groups are fixed once it is built."""
+        """Raises a ValueError: the groups are fixed at construction."""
         if hasattr(self, "inner"):
             raise ValueError("A MixedOptimizer has fixed groups: build a new one from optimizers that hold the group.")
         super().add_param_group(param_group)
@@ -165,7 +165,7 @@ class MixedOptimizer(Optimizer):
         return loss
 
     def clip_grad_norm(self, max_norm: float) -> Tensor:
-        """Clips the gradients of every parameter, those of placed tables included; see the function."""
+        """Clips the gradients of all parameters and placed tables together, as the function `clip_grad_norm` does."""
         if self.placement is not None:
             self.placement.collect()
         parameters = [param for group in self.param_groups for param in group["params"]]
@@ -186,7 +186,7 @@ class MixedOptimizer(Optimizer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what `state_dict()` returned; raises ValueError if names or sizes of the groups differ."""
+        """Loads what `state_dict()` returned; raises a ValueError if names or sizes of the groups differ."""
         saved_groups = state_dict["param_groups"]
         saved, own = ([(g.get("name"), len(g["params"])) for g in gs] for gs in (saved_groups, self.param_groups))
         if saved != own:
@@ -204,19 +204,19 @@ class MixedOptimizer(Optimizer):
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSettings:
-    """Which optimizer trains which parameters; Adam's own numbers are not among them.
+    """Which optimizer trains which parameters. Adam's own numbers are arguments of `build_optimizer`.
 
     Attributes:
         memory: the row optimizer of the tables (docs/row-optimizers.md), or "dense_adam", the baseline `DenseAdam`.
-        memory_lr_scale: the tables' lr over the lr of all else (arXiv 2601.07372, section 4: 5).
-        memory_rounding: how a bf16 table is written.
-        matrices: what trains the backbone's matrices.
-        muon_momentum: of Muon.
-        max_grad_norm: the norm to which each step first clips rows and dense gradients together, for loops that cannot,
-            like transformers' plain Trainer (whose own max_grad_norm must then be 0). None does not clip.
+        memory_lr_scale: the tables' lr divided by the lr of all other parameters (5 in the paper, section 4).
+        memory_rounding: how numbers written to a bf16 table are rounded.
+        matrices: the optimizer of the backbone's matrices.
+        muon_momentum: the momentum of Muon.
+        max_grad_norm: the norm to which each step first clips rows and dense gradients together. It is for loops that
+            cannot do so, such as transformers' plain Trainer (whose own max_grad_norm must then be 0). None: no clip.
 
     Raises:
-        ValueError: a choice that is not one of those allowed, or a number out of its range.
+        ValueError: a choice is not allowed, or a number is out of its range.
     """
 
     memory: MemoryOptimizerKind = "row_adam"
@@ -248,10 +248,10 @@ def build_optimizer(
     betas: tuple[float, float],
     eps: float,
 ) -> MixedOptimizer:
-    """Sorts the model's trainable parameters with `group_parameters`; each group gets its optimizer.
+    """Sorts the model's trainable parameters with `group_parameters` and gives each group its optimizer.
 
-    Muon takes "muon" and AdamW the other two of the backbone; the row optimizer takes "memory", at a scaled lr and
-    without weight decay. Tables that `place_tables` took out of the model are found: place them first.
+    Muon trains "muon", AdamW the other two groups of the backbone, and the row optimizer "memory", with a scaled lr and
+    without weight decay. Tables that `place_tables` took out of the model are included, so place them first.
 
     Raises:
         ValueError: the model has no trainable parameter, or its tables are placed and memory is "dense_adam".
@@ -282,14 +282,14 @@ def build_optimizer(
 def group_parameters(
     model: nn.Module, placement: TablePlacement | None, matrices: MatrixOptimizerKind
 ) -> dict[str, list[nn.Parameter]]:
-    """The trainable parameters by what they are; tied weights count once.
+    """Groups the trainable parameters by kind; tied weights count once.
 
     Returns:
-        "memory": tables, the weights of every `SparseTable`, in the model or placed.
+        "memory": tables, which are the weights of every `SparseTable`, in the model or placed.
         "adamw_no_decay": vectors, scalars and all norm weights, stacked ones too.
         "adamw_decay": embeddings, `lm_head`, routers (`mlp.gate.weight`), depthwise convolutions (`conv.`),
-            hyper-connections (`fn`, `hc_fn`), and with matrices="adamw" the matrices.
-        "muon": matrices `[O, I]` and stacks `[E, O, I]` of the backbone that are none of these.
+            hyper-connections (`fn`, `hc_fn`), and with matrices="adamw" all other matrices.
+        "muon": all other matrices `[O, I]` and stacks `[E, O, I]` of the backbone.
 
     Raises:
         ValueError: the model has no trainable parameter.
@@ -322,14 +322,17 @@ def check_norm(max_norm: float) -> None:
 
 @torch.no_grad()
 def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float, placement: TablePlacement | None = None) -> Tensor:
-    """Scales gradients in place so that their total L2 norm is at most `max_norm`; returns the norm before, a scalar.
+    """Scales gradients in place so that their total L2 norm is at most `max_norm`.
 
-    It does what `torch.nn.utils.clip_grad_norm_` does, which refuses sparse gradients: here they are replaced by their
-    coalesced form, so that a row touched twice counts as one sum. Rows that a `placement` shards over ranks count on
-    every rank. `math.inf` only measures. A norm that is not finite leaves the gradients as they are.
+    This is `torch.nn.utils.clip_grad_norm_`, but for sparse gradients too: they are replaced by their coalesced form,
+    so that a row touched twice counts as one sum. Rows that a `placement` shards over ranks count on every rank. A
+    `max_norm` of `math.inf` only measures. A norm that is not finite leaves the gradients unchanged.
+
+    Returns:
+        The norm before clipping, a scalar.
 
     Raises:
-        ValueError: `max_norm` is not over 0.
+        ValueError: `max_norm` is not above 0.
     """
     check_norm(max_norm)
     sharded = placement is not None and placement.num_ranks > 1

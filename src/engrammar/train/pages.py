@@ -1,4 +1,4 @@
-"""Memory for rows, in RAM or in a file larger than RAM, taken page by page as rows are touched."""
+"""Memory for rows, in RAM or in a file that may be larger than RAM; pages are taken as rows are touched."""
 
 import math
 import mmap
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def zeros_in_ram(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Zeros of which a page takes memory once it is written to; `torch.zeros` writes to every page at once."""
+    """Zeros whose pages take memory only once they are written to; `torch.zeros` writes to every page at once."""
     pages = mmap.mmap(-1, _num_bytes(shape, dtype), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_NOHUGEPAGE"):  # a huge page holds thousands of rows: one touched row would claim 2 MiB
         pages.madvise(mmap.MADV_NOHUGEPAGE)
@@ -20,13 +20,13 @@ def zeros_in_ram(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 def zeros_in_file(shape: Sequence[int], dtype: torch.dtype, folder: Path) -> Tensor:
-    """Zeros in a mapped file in `folder`, whose pages the system may write back and drop.
+    """Zeros in a mapped file in `folder`, whose pages the system may write back and drop from RAM.
 
-    The file has no name: its space is given back when the process ends, however it ends. All of it is reserved at
-    once, since writing to a mapping on a full disk would kill the process.
+    The file has no name, so its space is freed when the process ends, however it ends. The space is reserved at once,
+    since writing to a mapping on a full disk would kill the process.
 
     Raises:
-        OSError: the disk has not enough space, or `folder` cannot be written.
+        OSError: the disk has too little space, or `folder` cannot be written.
     """
     num_bytes = _num_bytes(shape, dtype)
     folder.mkdir(parents=True, exist_ok=True)
@@ -40,7 +40,7 @@ def zeros_in_file(shape: Sequence[int], dtype: torch.dtype, folder: Path) -> Ten
                 "choose another folder",
             ) from error
         pages = mmap.mmap(file.fileno(), num_bytes)
-    if hasattr(mmap, "MADV_RANDOM"):  # rows are scattered: reading ahead would be wasted
+    if hasattr(mmap, "MADV_RANDOM"):  # rows are scattered, so reading ahead would be wasted
         pages.madvise(mmap.MADV_RANDOM)
     return torch.frombuffer(pages, dtype=dtype)[: math.prod(shape)].view(tuple(shape))
 

@@ -1,8 +1,9 @@
 """Where a model's tables are while it trains: on the device, in RAM or in a mapped file; whole or sharded over ranks.
 
-A placed table is not a parameter of its model, so whatever moves, wraps, shards or clips the model's parameters leaves
-it alone. A read gathers the distinct rows of a batch once; their values are a leaf of the graph; after backward, the
-leaf's gradient goes back to the rank that holds the rows. Letters: U distinct rows, C row width, B, T, H as in `table`.
+A placed table is not a parameter of its model, so code that moves, wraps, shards or clips the model's parameters does
+not touch it. A read gathers the distinct rows of a batch once. Their values are a leaf of the graph, and after backward
+the leaf's gradient is sent to the rank that holds the rows.
+Letters: U distinct rows, C row width, E = H*C; H as in `table`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +29,7 @@ Overlap = Literal["auto", "none", "exact", "stale"]
 
 @dataclass(frozen=True, kw_only=True)
 class Fetched:
-    """Rows that have arrived: per table a leaf [U, C], fp32 at least, on the ids' device; and how they came."""
+    """Rows that have arrived: for each table a leaf [U, C], at least fp32, on the ids' device; and their route."""
 
     leaves: dict[str, Tensor]
     route: Route | None
@@ -36,15 +37,15 @@ class Fetched:
 
 @dataclass(eq=False, kw_only=True)
 class Read:
-    """The distinct rows of one read, ascending, and their values once they are there.
+    """The distinct rows of one read, ascending, and their values once they have arrived.
 
     Attributes:
-        rows: per table the distinct rows_U.
-        places: per table, where in rows_U each row that was asked for is, all passes one after another.
+        rows: for each table, the distinct rows_U.
+        places: for each table, the index in rows_U of each row asked for, all passes one after another.
         fetched: the values.
-        dtype: of the embeddings.
-        training: whether gradients are to come back.
-        collected: whether they were brought back already, so that the values are those of an earlier step.
+        dtype: the dtype of the embeddings.
+        training: whether gradients will be collected.
+        collected: whether they have been collected, so that the values are those of an earlier step.
     """
 
     rows: dict[str, Tensor]
@@ -60,7 +61,7 @@ class TablePlacement(RowSource):
 
     Attributes:
         tables: this rank's rows of each table, a parameter whose `.grad` is sparse after `collect`.
-        traffic: what was read and sent so far.
+        traffic: what has been read and sent so far.
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class TablePlacement(RowSource):
 
     @torch.no_grad()
     def take(self, std: float, device: torch.device, dtype: torch.dtype, checkpoint: Path | None) -> None:
-        """Takes the tables out of the model: rows of `checkpoint`, else the model's own, else newly drawn ones."""
+        """Takes the tables out of the model, with the rows of `checkpoint`, else its own, else newly drawn ones."""
         seeds = broadcast({name: table.init_seed for name, table in self.modules.items()}, self.group)
         home = device if self.where == "device" else torch.device("cpu")
         for name, table in self.modules.items():
@@ -116,7 +117,7 @@ class TablePlacement(RowSource):
 
     @torch.no_grad()
     def _take_rows(self, table: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-        """Before a table loads its state: this rank's rows of a whole table, where `state_dict` holds one."""
+        """Runs before a table loads its state: takes this rank's rows if `state_dict` holds the whole table."""
         whole_RC = state_dict.pop(prefix + "weight", None)
         if whole_RC is None:
             return
@@ -128,11 +129,11 @@ class TablePlacement(RowSource):
         self.tables[table.name].copy_(whole_RC[first:end])
 
     def _keeps(self, given: Tensor, home: torch.device) -> bool:
-        """Whether the model's own parameter is already where the rows shall be."""
+        """Whether the model's own parameter is already where the rows should be."""
         return self.num_ranks == 1 and self.where != "file" and given.device == home
 
     def release(self) -> bool:
-        """Gives whole tables back to the model as its parameters. Tables in a file or over ranks stay: False."""
+        """Gives the tables back to the model as its parameters; returns False if they are in a file or sharded."""
         self.flush()
         self.open.clear()
         if self.where == "file" or self.num_ranks > 1:
@@ -145,15 +146,15 @@ class TablePlacement(RowSource):
 
     @property
     def reads_together(self) -> bool:
-        """Whether reading the rows of all passes of a step together, before it, saves anything."""
+        """Whether it saves anything to read the rows of all passes of a step together, before the step."""
         return self.where != "device" or self.num_ranks > 1
 
     # Reading
 
     def read(self, passes: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Callable[[], Rows]]]:
-        """As `RowSource.read`; each distinct row of all passes is read once. With several ranks all must read together.
+        """As `RowSource.read`; each distinct row of all passes is read once. All ranks must call it together.
 
-        While training, the gradients of the passes come back with the next `collect` after they waited for their rows.
+        In training, `collect` brings back the gradients of passes that have waited for their rows.
         """
         rows = {name: torch.cat([one[name].flatten() for one in passes]) for name in passes[0]}
         distinct = {name: row_numbers.unique(return_inverse=True) for name, row_numbers in rows.items()}
@@ -176,7 +177,7 @@ class TablePlacement(RowSource):
         return waits
 
     def _look_up(self, read: Read, name: str, places: Tensor) -> Rows:
-        """The embedding [..., E] of rows at these places [..., H] of a read."""
+        """The embedding [..., E] of the rows at the given places [..., H] of a read."""
         if read.collected:
             raise ValueError("These rows were retrieved for an earlier step: call retrieve again.")
         leaf_UC = read.fetched.result().leaves[name]
@@ -203,7 +204,7 @@ class TablePlacement(RowSource):
 
     @torch.no_grad()
     def collect(self) -> None:
-        """Brings the gradients of this step's reads to the rows: `.grad` of every table, sparse, mean over ranks."""
+        """Sets `.grad` of every table to the sparse gradient of this step's reads, the mean over ranks."""
         reads, self.open = self.open, []
         if not reads:
             return
@@ -219,7 +220,7 @@ class TablePlacement(RowSource):
                 table_RC.grad = grad.to(table_RC.dtype) if table_RC.dtype != grad.dtype else grad
 
     def _returned(self, read: Read) -> dict[str, tuple[Tensor, Tensor]]:
-        """Rows that this rank holds, and their gradients, from one read."""
+        """For each table, the rows of one read that this rank holds, and their gradients."""
         fetched = read.fetched.result()
         if fetched.route is None:
             return {
@@ -229,12 +230,12 @@ class TablePlacement(RowSource):
             }
         home = next(iter(self.tables.values())).device
         grads = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in fetched.leaves.values()]
-        # In the worker, where there is one: ranks must not mix this exchange with a read that is under way.
+        # In the worker, if there is one: ranks must not mix this exchange with a read that is under way.
         parts = self._run(partial(fetched.route.give_back, [grad_UC.to(home) for grad_UC in grads])).result()
         return {name: (rows, grad / self.num_ranks) for name, (rows, grad) in zip(read.rows, parts)}
 
     def zero_grad(self) -> None:
-        """Forgets the gradients of this step so far."""
+        """Drops the gradients of this step so far."""
         for read in self.open:
             for leaf in read.fetched.result().leaves.values():
                 leaf.grad = None
@@ -247,7 +248,7 @@ class TablePlacement(RowSource):
         self.updates.append(self._run(update))
 
     def _run(self, job: Callable[[], Any]) -> Future[Any]:
-        """Does `job` now, or behind those before it where updates overlap with what the model computes."""
+        """Runs `job` now or, if updates overlap with the model's computation, in the worker after earlier jobs."""
         if self.worker is not None:
             return self.worker.submit(job)
         done: Future[Any] = Future()
@@ -255,7 +256,7 @@ class TablePlacement(RowSource):
         return done
 
     def flush(self) -> None:
-        """Waits for every update."""
+        """Waits until all updates are done."""
         for update in self.updates:
             update.result()
         self.updates = []
@@ -263,7 +264,7 @@ class TablePlacement(RowSource):
     # Checkpoints
 
     def save(self, directory: Path) -> None:
-        """As `RowSource.save`. With several ranks all of them must call it; each writes its own rows into one file."""
+        """As `RowSource.save`. All ranks must call it; each writes its own rows into the same file."""
         self.flush()
         layouts = {name: {f"{name}.weight": (t.dtype, self.modules[name].shape)} for name, t in self.tables.items()}
         self._lay_out(directory, "", layouts)
@@ -274,7 +275,7 @@ class TablePlacement(RowSource):
             write_index(directory, [f"{name}.weight" for name in self.tables])
 
     def save_state(self, directory: Path, optimizer: RowOptimizer) -> None:
-        """Adds the optimizer's state of every row, a shard for each table; as `save`."""
+        """Adds the optimizer's state of every row, with one shard per table. All ranks must call it."""
         self.flush()
         layouts = {
             name: {
@@ -290,13 +291,17 @@ class TablePlacement(RowSource):
         self._barrier()
 
     def load(self, directory: Path) -> None:
-        """Reads this rank's rows from a checkpoint, whatever number of ranks wrote it."""
+        """Reads this rank's rows from a checkpoint, which any number of ranks may have written."""
         self.flush()
         for name, table_RC in self.tables.items():
             read_rows(directory / table_shard(name), f"{name}.weight", self._first_row(name), table_RC.detach())
 
     def load_state(self, directory: Path, optimizer: RowOptimizer) -> None:
-        """Reads the optimizer's state of this rank's rows; as `load`."""
+        """Reads the optimizer's state of this rank's rows from a checkpoint.
+
+        Raises:
+            ValueError: the checkpoint has no such state, or it has another shape or dtype.
+        """
         for name, table_RC in self.tables.items():
             path = directory / table_shard(name + ".optimizer")
             if not path.exists():
@@ -329,20 +334,22 @@ def place_tables(
     overlap: Overlap = "auto",
     checkpoint: Path | None = None,
 ) -> TablePlacement:
-    """Takes every `MemoryTable` out of a model's parameters and holds its rows where you say.
+    """Takes every `MemoryTable` out of a model's parameters and holds its rows in the given place.
 
-    Where torch.distributed has several ranks, each holds an equal share of every table, and all must call this.
+    If torch.distributed has several ranks, each holds an equal share of every table, and all must call this.
 
     Args:
-        where: "device", that of the model; "ram", of this machine; "file", mapped in `folder`, larger than RAM.
+        where: "device": on the model's device; "ram": in this machine's RAM; "file": in a mapped file in `folder`,
+            which may be larger than RAM.
+        folder: the folder of the file.
         overlap: when rows are updated, if they are not on the device. "none": within the optimizer's step. "exact":
-            behind the next forward pass, up to its first block with memory. "stale": that pass does not wait, and reads
-            rows one update old. "auto": exact with an accelerator, none without.
-        checkpoint: a folder to read the rows from. None keeps the model's own, or draws those of a model that was built
-            with tables="external".
+            during the next forward pass, until its first block with memory. "stale": that pass does not wait, and reads
+            rows that are one update old. "auto": "exact" with an accelerator, "none" without.
+        checkpoint: a folder to read the rows from. None keeps the model's own rows, or draws new ones for a model that
+            was built with tables="external".
 
     Raises:
-        ValueError: no tables, tables that are placed or served already, or another `where` or `overlap`.
+        ValueError: there are no tables, they are placed or served already, or `where` or `overlap` is not allowed.
     """
     tables = {name: module for name, module in model.named_modules() if isinstance(module, MemoryTable)}
     sources = [table.source for table in tables.values() if table.source is not None]
@@ -368,7 +375,7 @@ def place_tables(
 
 
 def placement_of(model: nn.Module) -> TablePlacement | None:
-    """What holds a model's tables, or None where they are its own."""
+    """The placement that holds a model's tables; None if they are not placed."""
     for module in model.modules():
         if isinstance(module, MemoryTable) and isinstance(module.source, TablePlacement):
             return module.source

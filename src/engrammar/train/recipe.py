@@ -1,4 +1,4 @@
-"""A training run as plain settings: YAML in, dotted overrides. `train.run` carries it out."""
+"""A training run as plain settings, read from YAML with dotted overrides. `train.run` carries it out."""
 
 import contextlib
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from typing import Any, Literal, get_type_hints
 import yaml
 
 Settings = dict[str, Any]
-PLACES = ("out", "data.folder", "placement.where", "placement.folder")  # do not change what is trained
+PLACES = ("out", "data.folder", "placement.where", "placement.folder")  # settings that do not change what is trained
 OWN_ARGUMENTS = {
     "output_dir": "out",
     "seed": "seed",
@@ -33,14 +33,14 @@ class DataRecipe:
 
     Attributes:
         source: files, `pocket:NAME`, or `hf:NAME`.
-        text_field: the field of a row of .jsonl, .parquet or a Hugging Face set that holds the text.
+        text_field: the field of a row of .jsonl, .parquet or a Hugging Face dataset that holds the text.
         tokenizer: a folder or name; None trains one of `vocab_size` tokens.
-        validation_share: share of the text that is for validation.
-        limit_documents: reads the first so many documents; None reads all.
-        keep_share: share of the source's documents that is used.
+        validation_share: the share of the text that is for validation.
+        limit_documents: how many documents are read, from the first on; None reads all.
+        keep_share: the share of the source's documents that is used.
         sequence_length: tokens of a block.
         batch_size: sequences per optimizer step, over all processes and accumulated passes together.
-        folder: where tokens and pocket corpora are kept.
+        folder: the folder in which tokens and pocket corpora are kept.
     """
 
     source: str = "pocket:wiki"
@@ -66,11 +66,15 @@ class DataRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRecipe:
-    """The model: a preset's name, `settings` over it (any of EngrammarConfig, those of `memory` over the preset's own),
-    and how its budget is split.
+    """The model to train.
 
-    memory: `preset` keeps the preset's memory; `none` leaves it out; `budget` starts from the plain model and moves a
-    share 1 - rho of its inactive parameters into memory, total and active parameters equal.
+    Attributes:
+        preset: the name of a preset.
+        memory: `preset` keeps the preset's memory; `none` leaves it out; `budget` starts from the plain model and moves
+            a share 1 - rho of its inactive parameters into memory, at equal total and active parameters.
+        rho: the experts' share of the inactive parameters, for `budget`.
+        settings: settings of EngrammarConfig that replace the preset's; those in `memory` replace the preset's memory
+            settings one by one.
     """
 
     preset: str = "nano"
@@ -102,7 +106,7 @@ class OptimizerRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class PlacementRecipe:
-    """Where the tables are while training (docs/placement.md). `folder` holds the file; null puts it into `out`."""
+    """Where the tables are in training (docs/placement.md). `folder` is the folder of the file; null is `out`."""
 
     where: Literal["device", "ram", "file"] = "device"
     folder: str | None = None
@@ -126,7 +130,7 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads a YAML recipe (a file, or one that ships with the package by name) and applies `a.b.c=value` overrides.
 
     Raises:
-        ValueError: no such recipe, not YAML, an unknown setting, or a value of the wrong kind.
+        ValueError: there is no such recipe, it is not YAML, a setting is unknown, or a value has the wrong kind.
     """
     path = Path(name)
     if not path.is_file():
@@ -203,12 +207,12 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> Settings:
 
 
 def to_yaml(recipe: Recipe) -> str:
-    """The resolved recipe, every setting written out; `load_recipe` reads it back equal."""
+    """The resolved recipe as YAML, with every setting written out; `load_recipe` reads back an equal one."""
     return yaml.safe_dump(asdict(recipe), sort_keys=False)
 
 
 def check_trainer(recipe: Recipe) -> Settings:
-    """The recipe's TrainingArguments as transformers takes them, or a ValueError that names the wrong one."""
+    """The recipe's TrainingArguments as transformers takes them; raises a ValueError that names a wrong one."""
     from transformers import TrainingArguments
 
     # YAML reads a bare `no` as false, and "no" is what transformers calls an absent strategy.

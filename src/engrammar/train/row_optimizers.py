@@ -1,4 +1,4 @@
-"""Optimizers of tables whose cost in time and memory follows the touched rows: lazy Adam, row Adam, Sinkhorn.
+"""Optimizers for tables, with time and memory in proportion to the touched rows: lazy Adam, row Adam, Sinkhorn.
 
 Shape letters: R rows of a table, C row width, U touched rows.
 """
@@ -21,20 +21,20 @@ RowOptimizerKind = Literal["adam", "row_adam", "sinkhorn"]
 Rounding = Literal["nearest", "stochastic"]
 StateLayout = dict[str, tuple[torch.dtype, Literal["element", "row"]]]  # one number per element or per row
 
-COUNT_BITS = 8  # of a row's word in RowAdam
+COUNT_BITS = 8  # bits of a row's 32-bit word in RowAdam that hold its count
 MAX_COUNT = 2**COUNT_BITS - 1
 SINKHORN_STEPS = 11  # odd: rows, columns, ..., rows
-SINKHORN_SMALL_ROW = 1e-3  # of the mean row norm
+SINKHORN_SMALL_ROW = 1e-3  # norm of a small row, relative to the mean row norm
 
 
 def check_choice(setting: str, value: object, kind: Any) -> None:
-    """Raises a ValueError where `value` is none of the Literal `kind`."""
+    """Raises a ValueError if `value` is not one of the Literal `kind`."""
     if value not in get_args(kind):
         raise ValueError(f"{setting} is {value!r}; allowed: {', '.join(get_args(kind))}.")
 
 
 def evaluate(closure: Closure | None) -> float | None:
-    """Calls `closure` with gradients on and returns its value; None without one."""
+    """Calls `closure` with gradients enabled and returns its value; None without a closure."""
     if closure is None:
         return None
     with torch.enable_grad():
@@ -55,11 +55,11 @@ def _allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) ->
 
 @dataclass(frozen=True, kw_only=True)
 class RowBackend:
-    """How a row optimizer gets memory, runs an update and sums over ranks; the default is one process, at once.
+    """How a row optimizer gets memory, runs updates and sums over ranks; by default in one process, at once.
 
     Attributes:
         allocate: makes zeros of a shape, for state.
-        submit: runs an update, now or in order behind others.
+        submit: runs an update, now or in order after earlier ones.
         all_sum: sums a tensor in place over the ranks that share the tables.
         is_sharded: whether there are several such ranks. All of them then take part in every update.
     """
@@ -71,10 +71,10 @@ class RowBackend:
 
 
 def sum_by_row(gradient: Tensor) -> Tensor:
-    """Coalesces a table's sparse gradient: rows distinct and ascending, gradients of equal rows summed.
+    """Coalesces a table's sparse gradient: rows become distinct and ascending, and gradients of equal rows are summed.
 
-    `MemoryTable` hands over rows that are so already, but autograd drops the flag that says it. Such rows are not
-    summed again, and the result shares its values with `gradient`.
+    Gradients of a `MemoryTable` are coalesced already, but autograd drops the flag for it. Such rows are not summed
+    again, and the result shares its values with `gradient`.
     """
     rows = gradient._indices()
     if gradient.is_coalesced() or rows.shape[0] != 1 or not bool((rows[0, 1:] > rows[0, :-1]).all()):
@@ -87,7 +87,7 @@ def round_stochastically(values: Tensor, seed: int) -> Tensor:
 
     The upper half of an fp32 is a bf16, so adding a random number to the lower half carries with that probability.
     """
-    # 64 random bits serve four numbers: one draw for each would cost more than an Adam step.
+    # 64 random bits are used for four numbers: one draw for each would take longer than an Adam step.
     num_draws = math.ceil(values.numel() / 4)
     bits = torch.empty(num_draws, dtype=torch.int64, device=values.device)
     bits.random_(-(2**63), None, generator=torch.Generator(values.device).manual_seed(seed))
@@ -99,14 +99,14 @@ def balance_(update_UC: Tensor, all_sum: Callable[[Tensor], Tensor] = _same) -> 
     """Balances in place (Sinkhorn): scales rows and columns in turn to norm 1, 11 times, then every row to RMS 1.
 
     Rows whose norm is at most 1e-3 of the mean row norm become zeros and do not count. Scaling the rows and columns of
-    x in turn needs only sums of its squares: 11 products of x^2 with a vector. `all_sum` adds column sums over ranks.
+    x needs only sums of its squares, which are 11 products of x^2 with a vector. `all_sum` adds column sums over ranks.
     """
     norm_U1 = torch.linalg.vector_norm(update_UC, dim=1, keepdim=True)
     norm_and_count = all_sum(torch.stack([norm_U1.sum(), torch.tensor(float(len(norm_U1)), device=norm_U1.device)]))
     mean_norm = (norm_and_count[0] / norm_and_count[1]).clamp(min=1e-30)
     kept_UC = update_UC.div_(mean_norm).masked_fill_(norm_U1 <= SINKHORN_SMALL_ROW * mean_norm, 0)
     square_UC = kept_UC.square()
-    column_square_C = torch.ones_like(square_UC[0])  # squared factors of columns; row_square_U are those of rows
+    column_square_C = torch.ones_like(square_UC[0])  # squared factors of columns, as row_square_U are of rows
     for _ in range(SINKHORN_STEPS // 2):
         row_square_U = (square_UC @ column_square_C).clamp_(min=1e-30).reciprocal_()
         column_square_C = all_sum(row_square_U @ square_UC).clamp_(min=1e-30).reciprocal_()
@@ -119,17 +119,17 @@ class RowOptimizer(Optimizer, ABC):
     """Updates only the touched rows of tables `[R, C]`, from their sparse gradients (abstract).
 
     A row without a gradient keeps its bits, and so does its state. There is no weight decay (arXiv 2601.07372, section
-    4). Tables are fp32 or bf16; state and update are fp32, and each number written to a bf16 table is rounded once:
-    "nearest" loses updates under about 1/256 of a weight, "stochastic" keeps their mean (`round_stochastically`). On
-    the CPU a page of state (4 KiB) takes memory once one of its rows is touched.
+    4). Tables are fp32 or bf16. State and updates are fp32, and each number written to a bf16 table is rounded once:
+    "nearest" loses updates below about 1/256 of a weight, "stochastic" keeps their mean (`round_stochastically`). On
+    the CPU, a page of state (4 KiB) takes memory once one of its rows is touched.
 
     Raises:
-        ValueError: a dense gradient, stochastic rounding of a table that is not bf16, or loaded state of another
-            optimizer or another shape.
+        ValueError: a gradient is dense, a table with stochastic rounding is not bf16, or loaded state is that of
+            another optimizer or has another shape.
     """
 
     state_layout: ClassVar[StateLayout]
-    backend = RowBackend()  # `build_optimizer` sets that of the tables' placement
+    backend = RowBackend()  # for placed tables, `MixedOptimizer` sets their placement's
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], rounding: Rounding) -> None:
         check_choice("rounding", rounding, Rounding)
@@ -141,7 +141,7 @@ class RowOptimizer(Optimizer, ABC):
 
     @abstractmethod
     def _direction(self, rows_U: Tensor, grad_UC: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
-        """Updates the state of these rows; returns the fp32 `[U, C]` that is subtracted from them, times lr."""
+        """Updates the state of these rows; returns fp32 `[U, C]`, which the caller scales by lr and subtracts."""
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:
@@ -177,14 +177,14 @@ class RowOptimizer(Optimizer, ABC):
         table_RC.index_copy_(0, rows_U, rounded_UC)
 
     def layout(self, shape: Sequence[int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of each state of a table `[R, C]`."""
+        """The shape and dtype of each state of a table `[R, C]`."""
         return {
             key: (tuple(shape) if per == "element" else (shape[0],), dtype)
             for key, (dtype, per) in self.state_layout.items()
         }
 
     def state_of(self, table_RC: Tensor) -> dict[str, Tensor]:
-        """The state of a table, made of zeros when it is first asked for."""
+        """The state of a table; the first call makes it, of zeros."""
         state = self.state[table_RC]
         if not state:
             for key, (shape, dtype) in self.layout(table_RC.shape).items():
@@ -197,7 +197,7 @@ class RowOptimizer(Optimizer, ABC):
         saved_ids = [saved_id for group in state_dict["param_groups"] for saved_id in group["params"]]
         tables = [table_RC for group in self.param_groups for table_RC in group["params"]]
         for saved_id, table_RC in zip(saved_ids, tables, strict=True):
-            if saved_id not in state_dict["state"]:  # not touched before it was saved
+            if saved_id not in state_dict["state"]:  # the table was not touched before the save
                 continue
             state = {key: value.to(table_RC.device) for key, value in state_dict["state"][saved_id].items()}
             expected = self.layout(table_RC.shape)
@@ -217,10 +217,9 @@ class RowOptimizer(Optimizer, ABC):
 class LazyAdam(RowOptimizer):
     """Adam on the touched rows: two fp32 buffers and a step count per row, 8 C + 4 bytes a row.
 
-    A row with a gradient at every step follows `torch.optim.Adam`. A row without one keeps its bits, unlike in a dense
-    Adam: there, momentum goes on moving rows after their last touch, and `exp_avg` and `exp_avg_sq` decay once a step;
-    here they decay once a touch. The bias correction counts a row's own touches, so its first update is a full one,
-    however late it comes.
+    A row with a gradient at every step follows `torch.optim.Adam`. A row without one keeps its bits. In a dense Adam,
+    momentum keeps moving rows after their last touch, and `exp_avg` and `exp_avg_sq` decay once a step; here they decay
+    once a touch. The bias correction counts a row's own touches, so its first update is a full one, however late it is.
     """
 
     state_layout: ClassVar[StateLayout] = {
@@ -261,9 +260,9 @@ class RowAdam(RowOptimizer):
 
     It is `LazyAdam` with beta1 = 0 and `exp_avg_sq` averaged over the row: the moment decays once a touch, and its
     bias is corrected by the row's own count of touches. Moment and count share the row's 4 bytes: the count is in the
-    last 8 bits of the fp32 moment, which is rounded to the 15 bits of fraction that remain. The count stops at 255;
-    from then on the average forgets (1 - beta2) / (1 - beta2^255) per touch, so a beta2 over 0.98 acts as a smaller
-    one: 0.999 as 0.9955. A decay per step (beta2^n after n untouched steps) would also fit in 4 bytes, but a row that
+    last 8 bits of the fp32 moment, which is rounded to the 15 bits of fraction that remain. The count stops at 255.
+    From then on the average forgets (1 - beta2) / (1 - beta2^255) per touch, so a beta2 above 0.98 acts as a smaller
+    one: 0.999 as 0.9955. A decay per step (beta2^n after n untouched steps) would also fit into 4 bytes, but a row that
     is touched every n steps would get updates sqrt(n) times larger, up to 1/sqrt(1 - beta2).
     """
 
@@ -297,10 +296,10 @@ class RowAdam(RowOptimizer):
 class Sinkhorn(RowOptimizer):
     """Nesterov momentum in one fp32 buffer, then `balance_` over the touched rows together: 4 C bytes a row.
 
-    Every updated row moves by lr in RMS per element. That is the size of a row's first Adam step, so Adam's lr is a
-    good one to start from. Momentum decays once a touch. Rows whose update is at most 1e-3 of the mean norm do not
-    move, but their momentum is updated. Through the norms of the columns, a row's update depends on which other rows
-    were touched. Source: DeepSeek-V4.1.
+    Every updated row moves by an RMS of lr per element. A row's first Adam step has this size, so Adam's lr is a good
+    start. Momentum decays once a touch. Rows whose update is at most 1e-3 of the mean norm do not move, but their
+    momentum is updated. Because of the column norms, a row's update depends on the other rows that were touched.
+    Source: DeepSeek-V4.1.
     """
 
     state_layout: ClassVar[StateLayout] = {"momentum_buffer": (torch.float32, "element")}
@@ -330,10 +329,10 @@ def build_row_optimizer(
     eps: float,
     rounding: Rounding = "nearest",
 ) -> RowOptimizer:
-    """The row optimizer of that name; "row_adam" takes the second of `betas`, "sinkhorn" neither betas nor eps.
+    """Builds the row optimizer `kind`; "row_adam" uses only the second of `betas`, "sinkhorn" neither betas nor eps.
 
     Raises:
-        ValueError: another name, or another rounding.
+        ValueError: the kind or the rounding is not allowed.
     """
     check_choice("memory", kind, RowOptimizerKind)
     if kind == "adam":
@@ -344,6 +343,6 @@ def build_row_optimizer(
 
 
 def state_bytes_per_row(kind: RowOptimizerKind, row_width: int) -> int:
-    """The bytes of optimizer state of a touched row of `row_width` elements."""
+    """The bytes of optimizer state for a touched row of `row_width` elements."""
     layout = ROW_OPTIMIZERS[kind].state_layout.values()
     return sum(dtype.itemsize * (row_width if per == "element" else 1) for dtype, per in layout)

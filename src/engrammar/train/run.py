@@ -1,4 +1,4 @@
-"""Carries out a recipe: data, model, training, evaluation, saving; in one process or, under torchrun, in many."""
+"""Carries out a recipe: data, model, training, evaluation, saving; in one process or, under torchrun, in several."""
 
 import json
 import os
@@ -32,7 +32,7 @@ BuildConfig = Callable[[ModelRecipe, Any, Any], "EngrammarConfig"]
 
 
 def build_config(recipe: ModelRecipe, tokenizer: Any, classes_V: Any) -> "EngrammarConfig":
-    """The model's config for this tokenizer, by the recipe's way of splitting its budget."""
+    """The model's config for this tokenizer, with its budget split as the recipe says."""
     from engrammar.model.budget import MemoryShare, solve_budget
     from engrammar.model.presets import preset
 
@@ -53,7 +53,7 @@ def build_config(recipe: ModelRecipe, tokenizer: Any, classes_V: Any) -> "Engram
 def build_model(
     config: "EngrammarConfig", classes_V: Any, seed: int, tables: "Tables" = "parameters"
 ) -> "EngrammarForCausalLM":
-    """A freshly initialized model with its class map set; its tables' rows are its own, or to be placed."""
+    """A freshly initialized model with its class map set; with tables="external" its rows are still to be placed."""
     import torch
     from transformers import set_seed
 
@@ -68,7 +68,7 @@ def build_model(
 
 
 def prepare_tokens(recipe: DataRecipe) -> "TokenSet":
-    """The recipe's text as token shards, made once and found again."""
+    """The recipe's text as token shards; the first call makes them."""
     from engrammar.train.data import prepare
 
     folder = Path(recipe.folder)
@@ -79,7 +79,7 @@ def prepare_tokens(recipe: DataRecipe) -> "TokenSet":
 
 
 def _training_arguments(recipe: Recipe) -> "TrainingArguments":
-    """transformers' settings; making them joins the other processes, where there are any."""
+    """transformers' settings; making them also joins the other processes, if there are any."""
     import torch
     from transformers import TrainingArguments
 
@@ -114,21 +114,22 @@ def _training_arguments(recipe: Recipe) -> "TrainingArguments":
 def train(recipe: Recipe, build: BuildConfig | None = None) -> dict[str, Any]:
     """Carries out a recipe: data, model, training, evaluation, saving.
 
-    A killed run goes on from the last checkpoint in `out` to the same bits; a finished one is not repeated. Under
-    torchrun or `accelerate launch` every process calls it, on one file system; their number may differ from the
-    checkpoint's.
+    A killed run continues from the last checkpoint in `out` and gives the same bits; a finished one is not repeated.
+    Under torchrun or `accelerate launch` every process calls this, on one file system; there may be another number of
+    processes than when the checkpoint was written.
 
     Args:
-        build: makes the model's config of the recipe's model, its tokenizer and its class map, for models of other
-            kinds than `build_config` knows. Their classes are registered with transformers.
+        recipe: the settings of the run.
+        build: makes the model's config from the recipe's model, the tokenizer and the class map, for kinds of models
+            that `build_config` does not make. Their classes must be registered with transformers.
 
     Returns:
         What `out/result.json` holds: parameter counts, validation loss and bits per byte, the curve, and tokens per
         second of the steps this call made, evaluation and saving included (None where it made none).
 
     Raises:
-        ValueError: a wrong setting, an `out` that is not writable or holds another recipe's run, a damaged checkpoint.
-        OSError: the disk is full or failed; the same call goes on from the last good checkpoint.
+        ValueError: a setting is wrong, `out` is not writable or holds another recipe's run, or a checkpoint is damaged.
+        OSError: the disk is full or failed; the same call continues from the last good checkpoint.
     """
     from engrammar.model.budget import count_parameters
 
@@ -144,10 +145,10 @@ def train(recipe: Recipe, build: BuildConfig | None = None) -> dict[str, Any]:
         with writing("recipe.yaml", out):
             write_text(out / "recipe.yaml", to_yaml(recipe))
     tokens_per_second = None
-    if trained:  # killed after its last step; Trainer would make one more
+    if trained:  # killed after its last step; the Trainer would make one more
         trainer.state = state
         if arguments.should_save:
-            clear_partials(out)  # where there are steps left, the Trainer does it
+            clear_partials(out)  # if steps are left, the Trainer does this
     else:
         runtime = trainer.train(str(checkpoint) if checkpoint else None).metrics["train_runtime"]
         num_steps = trainer.state.global_step - state.global_step
@@ -162,7 +163,7 @@ def train(recipe: Recipe, build: BuildConfig | None = None) -> dict[str, Any]:
         "curve": [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry],
     }
     with writing("the trained model", out):
-        trainer.save_model(str(out))  # after a kill in here there is no result.json: evaluated and saved again
+        trainer.save_model(str(out))  # a kill here leaves no result.json, so the run is evaluated and saved again
         if arguments.should_save:
             write_text(out / "result.json", json.dumps(result, indent=1) + "\n")
     trainer.accelerator.wait_for_everyone()
@@ -172,7 +173,7 @@ def train(recipe: Recipe, build: BuildConfig | None = None) -> dict[str, Any]:
 def _trainer(
     recipe: Recipe, arguments: "TrainingArguments", finished: Path | None, build: BuildConfig
 ) -> "tuple[EngrammarTrainer, EngrammarConfig]":
-    """The recipe's trainer and its model's config; the model is that of the checkpoint `finished`, else a new one."""
+    """The recipe's trainer and its model's config. The model is read from the checkpoint `finished`, or else new."""
     from transformers import AutoTokenizer
 
     from engrammar.model.modeling import model_class
@@ -221,7 +222,7 @@ def _trainer(
 
 
 def check_same_recipe(recipe: Recipe) -> None:
-    """Compares the recipe with the one that the run in its `out` was made by.
+    """Compares the recipe with that of the run in its `out`.
 
     Raises:
         ValueError: the run there has no recipe.yaml, or differs in a setting, which is named.
@@ -240,7 +241,7 @@ def check_same_recipe(recipe: Recipe) -> None:
 
 
 def _last_checkpoint(recipe: Recipe) -> Path | None:
-    """The checkpoint to go on from, if the folder holds one, after checking that it is a run of this recipe."""
+    """The checkpoint to continue from, or None. Checks that the run in `out` is one of this recipe."""
     out = Path(recipe.out)
     if not any(out.glob("*checkpoint-[0-9]*")) and not (out / "result.json").exists():
         return None
@@ -249,7 +250,7 @@ def _last_checkpoint(recipe: Recipe) -> Path | None:
 
 
 def _progress(checkpoint: Path | None) -> "tuple[TrainerState, bool]":
-    """How far a checkpoint had come, verified before it is read, and whether all its steps are made."""
+    """The training state in a checkpoint, which is verified before it is read, and whether all steps are done."""
     from transformers import TrainerState
 
     if checkpoint is None:
@@ -258,5 +259,5 @@ def _progress(checkpoint: Path | None) -> "tuple[TrainerState, bool]":
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     trained = state.global_step >= state.max_steps
     if trained:
-        verify(checkpoint)  # where there are steps left, the Trainer does it
+        verify(checkpoint)  # if steps are left, the Trainer does this
     return state, trained

@@ -19,14 +19,15 @@ from engrammar.tables.folder import TableFile, open_tables
 
 
 def load(directory: Path, *, device: str | None = None, **serving: Any) -> tuple[Any, Any]:
-    """The model and tokenizer of a folder that training wrote.
+    """Loads the model and tokenizer of a folder that training wrote.
 
     Args:
-        device: where to put the model; by default on the accelerator if there is one, else on the CPU.
+        directory: the folder.
+        device: the model's device; by default the accelerator if there is one, else the CPU.
         serving: `memory`, `cache_rows`, `on_missing` and `deadline` of `EngrammarForCausalLM.from_pretrained`.
 
     Raises:
-        ValueError: the folder is no checkpoint, a shard is damaged, or the tokenizer is not the model's.
+        ValueError: the folder is not a checkpoint, a shard is damaged, or the tokenizer is not the model's.
     """
     load_config(directory)
     model = EngrammarForCausalLM.from_pretrained(directory, **serving)
@@ -49,7 +50,7 @@ def pool_store(directory: Path, name: str, address: str) -> Callable[[TableFile]
     Args:
         directory: the model's folder, whose geometry the pool's tables must have.
         name: the name that the tables were uploaded under; the table of layer L is `name`/L.
-        address: of `mooncake_master`, as HOST:PORT.
+        address: the address of `mooncake_master`, as HOST:PORT.
     """
     server, geometry = PoolServer(address=address), open_tables(directory).geometry
 
@@ -82,7 +83,7 @@ class Sampling:
 
 
 def complete(model: Any, tokenizer: Any, prompt: str, sampling: Sampling) -> str:
-    """The prompt and its continuation."""
+    """Returns the prompt and its continuation."""
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     if inputs.input_ids.numel() == 0:
         raise ValueError("The prompt is empty: give at least one token to continue.")
@@ -102,7 +103,7 @@ def complete(model: Any, tokenizer: Any, prompt: str, sampling: Sampling) -> str
 
 @final
 class _Advance(StoppingCriteria):
-    """Moves a progress bar at each step, which transformers asks whether to stop; it never stops."""
+    """A stopping criterion that never stops: it moves a progress bar, since transformers asks it at each step."""
 
     def __init__(self, bar: tqdm) -> None:
         self.bar = bar

@@ -35,9 +35,9 @@ logger = logging.getLogger(__name__)
 
 
 class LoadBalancing(TrainerCallback):
-    """Loss-free balancing (arXiv 2408.15664): after each step an expert's bias moves against its load.
+    """Loss-free balancing (arXiv 2408.15664): after each step, an expert's bias moves against its load.
 
-    The bias enters the choice of experts only, never their weights, so no auxiliary loss is needed.
+    The bias affects only the choice of experts, never their weights, so no auxiliary loss is needed.
     """
 
     def __init__(self, model: nn.Module, rate: float) -> None:
@@ -73,16 +73,16 @@ class LoadBalancing(TrainerCallback):
 class EngrammarTrainer(Trainer):
     """Trains any model with (or without) memory tables.
 
-    It overrides private methods of transformers' Trainer, for which there is no public way: tested with 5.23.0.
-    Checkpoints are whole or absent (`engrammar.tables.sealed`); they are flushed to the disk while training goes on, so
+    It overrides private methods of transformers' Trainer where there is no public way; tested with 5.23.0.
+    Checkpoints are whole or absent (`engrammar.tables.sealed`). They are flushed to the disk while training goes on, so
     `checkpoint-N` may appear after the `on_save` callbacks.
 
     Args:
         optimizer_settings: which optimizer trains what. Adam's own numbers and clipping are those of `args`.
-        balance_rate: step of loss-free balancing; 0 leaves it out.
+        balance_rate: the step of loss-free balancing; 0 turns it off.
         bytes_per_eval_token: UTF-8 bytes per token of the evaluation text; evaluation then reports bits per byte.
-        placement: keyword arguments of `place_tables`: where the tables are while it trains, sharded over ranks where
-            there are several. In one process, on the device or in RAM, they are the model's parameters again after it.
+        placement: keyword arguments of `place_tables`, for the time of training. Tables are sharded if there are
+            several ranks. In one process, tables on the device or in RAM are the model's parameters again afterwards.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class EngrammarTrainer(Trainer):
         return self.optimizer
 
     def place(self, checkpoint: Path | None = None) -> None:
-        """Takes the tables out of the model, and reads their rows from `checkpoint` where one is given."""
+        """Takes the tables out of the model, and reads their rows from `checkpoint` if one is given."""
         model = self.accelerator.unwrap_model(self.model)
         tables = [module for module in model.modules() if isinstance(module, MemoryTable)]
         if self.placement is not None and checkpoint is not None:
@@ -147,14 +147,14 @@ class EngrammarTrainer(Trainer):
         return mixed
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
-        """The norm over dense gradients and touched rows together, those of all ranks."""
+        """Clips dense gradients and the touched rows of all ranks together; returns their norm before."""
         return self.mixed_optimizer.clip_grad_norm(self.args.max_grad_norm)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | None = None) -> float:
         return float(self.mixed_optimizer.clip_grad_norm(math.inf) if grad_norm is None else grad_norm)
 
     def get_batch_samples(self, *args: Any) -> Any:
-        """A step's batches, each with `retrieved`: their rows are being read when this returns, each once."""
+        """A step's batches, each with `retrieved`. Their rows are being read when this returns, each row once."""
         if self.placement is None or not self.placement.reads_together:
             return super().get_batch_samples(*args)
         samples = self.next_batches or self._retrieve(super().get_batch_samples(*args))
@@ -164,7 +164,7 @@ class EngrammarTrainer(Trainer):
         return samples
 
     def _retrieve(self, samples: Any) -> Any:
-        """The batches that `get_batch_samples` returned (beside their number of tokens), with their rows retrieved."""
+        """Adds `retrieved` to the batches that `get_batch_samples` returned (with their number of tokens)."""
         batches, *others = samples
         model = self.accelerator.unwrap_model(self.model)
         memory = memory_of(model)
@@ -176,7 +176,11 @@ class EngrammarTrainer(Trainer):
         return [{**batch, "retrieved": retrieved} for batch, retrieved in zip(batches, reads)], *others
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Trains; True resumes from the last good checkpoint of the output folder, a path from that checkpoint.
+        """Trains the model.
+
+        Args:
+            resume_from_checkpoint: True resumes from the last good checkpoint of the output folder, a path from that
+                checkpoint.
 
         Raises:
             ValueError: the checkpoint is damaged, or there is none.
@@ -211,7 +215,7 @@ class EngrammarTrainer(Trainer):
         return super()._get_output_dir(trial) if self.partial is None else str(self.partial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Lets transformers write into a partial folder, which a thread then seals under its own name."""
+        """Lets transformers write into a partial folder, which a thread then seals under its final name."""
         self._finish_sealing()
         run_dir, step = Path(self._get_output_dir(trial)), self.state.global_step
         final = run_dir / f"checkpoint-{step}"
@@ -238,7 +242,7 @@ class EngrammarTrainer(Trainer):
             super()._push_from_checkpoint(str(final))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As transformers' own; every rank writes the rows of placed tables that it holds, and their state."""
+        """As in transformers; every rank also writes its rows of placed tables, and in a checkpoint their state."""
         folder = Path(output_dir or self.args.output_dir)
         before = file_stamps(folder)
         super().save_model(output_dir, _internal_call)
@@ -250,7 +254,7 @@ class EngrammarTrainer(Trainer):
             in_checkpoint = self.partial is not None and not self.args.save_only_model
             if in_checkpoint and self.mixed_optimizer.rows is not None:
                 self.placement.save_state(folder, self.mixed_optimizer.rows)
-        if self.partial is None and self.args.should_save:  # the tokenizer and what else was saved beside the model
+        if self.partial is None and self.args.should_save:  # the tokenizer and other files saved beside the model
             add_to_manifest(folder, since=before)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -287,7 +291,7 @@ class EngrammarTrainer(Trainer):
         rotate(final.parent, self.args.save_total_limit, protect)
 
     def _finish_sealing(self) -> None:
-        """Waits until the last save is on the disk, and raises what went wrong with it."""
+        """Waits until the last save is on the disk, and raises its error if it failed."""
         sealing, self.sealing = self.sealing, None
         if sealing is not None:
             sealing.result()
@@ -300,10 +304,10 @@ class EngrammarTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """transformers' own: metrics of `compute_metrics`, and several sets one by one where there is a dict of them.
+        """As in transformers: uses `compute_metrics`, and evaluates a dict of several sets one by one.
 
-        The loss is the mean cross entropy over every scored token, in nats, not a mean over batches. For the trainer's
-        own set (where that is one set, not a dict) bits per byte follow from it.
+        The loss is the mean cross entropy over all scored tokens, in nats, not a mean over batches. For the trainer's
+        own set (if it is one set, not a dict) bits per byte are computed from it.
         """
         own = eval_dataset is None or eval_dataset is self.eval_dataset
         self.counts_bytes = own and not isinstance(self.eval_dataset, dict)
@@ -317,7 +321,7 @@ class EngrammarTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """transformers' own, for `evaluate` and `predict`; the loss is that of `evaluate`."""
+        """As in transformers, for `evaluate` and `predict`; the loss is that of `evaluate`."""
         model = self.accelerator.unwrap_model(self.model)
         tables = [module for module in model.modules() if isinstance(module, MemoryTable)]
         if any(table.weight is None and table.source is None for table in tables):
@@ -326,7 +330,7 @@ class EngrammarTrainer(Trainer):
         started = time.perf_counter()
         loader: Any = dataloader
         if prediction_loss_only and self.accelerator.num_processes == 1:
-            # Where batches are gathered, accelerate has to see the last one at its turn: it drops repeated rows there.
+            # With several processes accelerate must see the last batch in its turn: it drops repeated rows there.
             loader = _LookingAhead(model, dataloader)
         output = super().evaluation_loop(loader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         nats, tokens = self.scored.tolist()
@@ -345,16 +349,16 @@ class EngrammarTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Any, Any]:
-        """transformers' own; adds to what `evaluation_loop` has summed, from labels that are shifted here."""
+        """As in transformers; shifts the labels itself, and adds to the sums of `evaluation_loop`."""
         labels = inputs.get("labels")
         if labels is None:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        # Without labels the model computes no loss: it would be a mean, of which no sum can be had again.
+        # Without labels the model computes no loss; it would be a mean, from which the sum cannot be recovered.
         unlabeled = {name: value for name, value in inputs.items() if name != "labels"} | {"use_cache": False}
         _, outputs, _ = super().prediction_step(model, unlabeled, False, ignore_keys)
         labels = self._prepare_input(labels)
         sums_B2 = sum_cross_entropy(outputs[0] if isinstance(outputs, tuple) else outputs, labels)
-        if self.accelerator.num_processes > 1:  # without the rows that make the last batch as long on every rank
+        if self.accelerator.num_processes > 1:  # without the rows that pad the last batch
             sums_B2 = self.accelerator.gather_for_metrics(sums_B2)
         self.scored += sums_B2.sum(0)
         loss = (sums_B2[:, 0].sum() / sums_B2[:, 1].sum()).float()
@@ -362,7 +366,7 @@ class EngrammarTrainer(Trainer):
 
 
 class _LookingAhead:
-    """A loader whose next batch has its rows on their way; see `look_ahead`."""
+    """A loader that reads the rows of the next batch ahead; see `look_ahead`."""
 
     def __init__(self, model: nn.Module, loader: DataLoader) -> None:
         self.model, self.loader, self.dataset = model, loader, loader.dataset
@@ -375,10 +379,10 @@ class _LookingAhead:
 
 
 def sum_cross_entropy(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
-    """Of each row, the sum of the next-token cross entropy in nats, and how many tokens were scored: float64 [B, 2].
+    """For each row, the sum of the next-token cross entropy in nats, and the number of scored tokens: float64 [B, 2].
 
-    Positions are scored as transformers' training loss scores them: every label but the first and those that are -100,
-    so where documents are packed, the labels of their first tokens should be -100.
+    Positions are scored as in transformers' training loss: every label except the first of a row and those that are
+    -100. So in packed rows, the labels of the documents' first tokens should be -100.
     """
     targets_BT = labels_BT[:, 1:]
     losses_BT = F.cross_entropy(logits_BTV[:, :-1].mT.float(), targets_BT, ignore_index=IGNORED, reduction="none")
