@@ -257,7 +257,7 @@ def masked_ids(
     history (`continued`).
 
     Raises:
-        ValueError: the mask is not [B, T], or positions do not begin at 0 although nothing comes before.
+        ValueError: the mask is not [B, T], or positions do not begin at 0 although there are no earlier tokens.
     """
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
         raise ValueError(

@@ -2,7 +2,8 @@
 
 Nothing here is fast. Tests compare the fast code with these functions. All of Engram is
 `hidden + fuse(hidden, look_up(table, hash(ids)))`, once for each memory layer.
-Letters: T tokens, H columns (heads over all orders), R rows, C row width, E = H*C, B batch, M branches, D hidden width.
+Letters: T tokens, K heads per order, H columns (heads over all orders), R rows, C row width, E = H*C, B batch,
+M branches, D hidden width.
 """
 
 import torch

@@ -3,6 +3,7 @@
 "Active" parameters multiply a token: all but the tables, the routed experts that a token does not visit, and the input
 embedding (which is a lookup). "Inactive" ones are those experts and the tables; rho is the experts' share of them. With
 these definitions the paper's 27B pair has its rho of 74.3 %.
+Letters: V ids of the vocabulary.
 """
 
 import bisect
@@ -26,7 +27,7 @@ from engrammar.table import SparseTable
 class Counts:
     """Parameters of a model, and what one token reads of its memory.
 
-    `total = active + inactive + input_embedding` (the last is 0 where it is tied to the head).
+    `total = active + inactive + input_embedding` (the last is 0 if it is tied to the head).
     """
 
     total_parameters: int
@@ -125,7 +126,7 @@ def solve_budget(plain: EngrammarConfig, share: Share | MemoryConfig, *, rho: fl
 
     Args:
         plain: a model without memory that has routed experts and at least one leading dense layer.
-        share: the tables, whose size is solved for. A `MemoryConfig` stands for its `MemoryShare`.
+        share: the tables, whose size is solved for. A `MemoryConfig` is used as its `MemoryShare`.
         rho: the experts' share of the inactive parameters, in (0, 1].
 
     Returns:

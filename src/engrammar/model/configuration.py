@@ -1,4 +1,7 @@
-"""The model's settings as a transformers config: DeepSeek-V3's, plus branches, memory, and the memory's geometry."""
+"""The model's settings as a transformers config: DeepSeek-V3's, plus branches, memory, and the memory's geometry.
+
+Letters: V ids of the vocabulary.
+"""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self

@@ -2,7 +2,7 @@
 
 Attention (MLA) and experts (DeepSeekMoE) are transformers' DeepSeek-V3 modules; ours are the multi-branch residual
 (`hyper.py`) and the memory. All retrieval happens before block 0; a block with memory fuses its rows before attention.
-Letters: B batch, T tokens, M branches, D hidden width, E width of a token's rows, S positions of history.
+Letters: B batch, T tokens, M branches, D hidden width, S positions of history.
 """
 
 from typing import Any, ClassVar, Unpack

@@ -2,6 +2,7 @@
 
 Where the paper gives no number (MLA ranks, widths of dense layers), ours are chosen so that total and active
 parameters are as printed: 26.7B, 39.5B and 4.1B in total, 3.8B active.
+Letters: V ids of the vocabulary.
 """
 
 from dataclasses import fields
@@ -123,9 +124,10 @@ def preset(
     classes_V: "NDArray[np.int64] | None" = None,
     **overrides: Any,
 ) -> EngrammarConfig:
-    """The config of a named model, for `tokenizer` where one is given.
+    """The config of a named model, for `tokenizer` if one is given.
 
     Args:
+        name: the name of the preset.
         tokenizer: gives the vocabulary size, special ids and, with `classes_V`, the memory's addresses.
         classes_V: `compress_vocabulary(tokenizer)`.
         overrides: any setting of `EngrammarConfig`. `memory` is a whole `MemoryConfig`, a dict of settings over the

@@ -1,4 +1,7 @@
-"""What transformers asks of our models: initial values, what can be recorded, how the vocabulary is resized."""
+"""What transformers asks of our models: initial values, what can be recorded, how the vocabulary is resized.
+
+Letters: V ids of the vocabulary.
+"""
 
 from typing import Any, ClassVar, Self
 
@@ -24,6 +27,8 @@ from engrammar.vocabulary import compress_vocabulary
 
 
 class EngrammarPreTrainedModel(SavedModel):
+    """The base of our models, with and without a head (abstract)."""
+
     config: EngrammarConfig
     config_class = EngrammarConfig
     base_model_prefix = "model"

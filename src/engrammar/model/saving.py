@@ -1,4 +1,4 @@
-"""Saves and loads a model as a transformers checkpoint with each memory table in a safetensors shard of its own."""
+"""Saves and loads a model as a transformers checkpoint in which each memory table has its own safetensors shard."""
 
 from collections.abc import Callable
 from dataclasses import fields
@@ -45,7 +45,7 @@ class SavedModel(PreTrainedModel):
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        """transformers' `save_pretrained`, with each memory table in a shard of its own, and checksums of every file.
+        """transformers' `save_pretrained`, with each memory table in its own shard, and checksums of every file.
 
         Placed or served tables are written too, whether `state_dict` is given or not. With `push_to_hub` the upload is
         the last step, tables included.

@@ -1,7 +1,7 @@
 """What a memory's tables will cost where they are served: hit rates, bytes, tokens/s by tier, the smallest cache.
 
 It needs a sample of the text to be served and a description of the machine (docs/planning-tables.md).
-Letters: S rows of each table that a cache holds.
+Letters: S rows of each table that a cache holds, V ids; T, H and D as in `touches`.
 """
 
 from dataclasses import asdict, dataclass

@@ -1,4 +1,7 @@
-"""What a token's rows cost on a machine, for each tier."""
+"""What a token's rows cost on a machine, for each tier.
+
+Letters: R rows, S bytes of a row, U rows read.
+"""
 
 import json
 import time

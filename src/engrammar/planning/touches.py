@@ -1,8 +1,8 @@
 """Which stored rows a text touches, and what a cache of them would hit.
 
-Hit rates are those of the sample's second half; what a cache knows beforehand comes from its first half.
-Letters: T tokens of the sample, H columns (rows that a token touches in one layer), D distinct rows, F rows asked for,
-G rows that hit.
+Hit rates are those of the sample's second half; a cache is prepared with the first half only.
+Letters: T tokens of the sample (B: as a batch of one), H columns (rows that a token touches in one layer), V ids,
+D distinct rows, F or U rows asked for, G rows that hit.
 """
 
 from dataclasses import dataclass

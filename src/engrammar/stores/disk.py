@@ -2,7 +2,7 @@
 
 Hashing scatters rows, so a page cache would keep sixteen cold rows for each hot one; a `CachedStore` in front keeps the
 rows that are read often. Small fetches are read in the caller's thread, large ones in slices by a thread of the store.
-Letters: U rows asked for, V rows of a slice, S bytes of a row, D finished reads.
+Letters: U rows asked for, V rows of a slice, P distinct pages, S bytes of a row, D finished reads.
 """
 
 import itertools

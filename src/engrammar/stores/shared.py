@@ -129,7 +129,7 @@ class Segment:
             content: describes the bytes, in any words; the same text and number of bytes give the same segment.
             num_bytes: the number of bytes.
             fill: writes the content into the bytes, which are zeros. Only the process that makes the segment calls it.
-            keep: whether a complete segment that killed processes left is used; otherwise it is made anew.
+            keep: whether a complete segment that killed processes left is used; otherwise it is made again.
             folder: the folder of the file; None is /dev/shm or, on a system without it, the one for temporary files.
 
         Raises:

@@ -3,7 +3,7 @@
 Rows begin at a multiple of `PAGE`, so that they can be read as whole pages of a disk (docs/table-files.md).
 A table's shard is laid out first and then filled with rows. So it never has to be whole in memory, and several
 processes can fill one file.
-Letters: R rows of a table, U rows written or read.
+Letters: R rows of a table, C row width, U rows written or read.
 """
 
 import json

@@ -52,6 +52,8 @@ RST_OPENINGS |= {
 
 @dataclass(frozen=True)
 class Entry:
+    """One document of a corpus."""
+
     title: str
     text: str
 

@@ -63,6 +63,8 @@ def _text_sha256(text: str) -> str:
 
 @dataclass(frozen=True)
 class Shard:
+    """One binary file of token ids."""
+
     file: str
     num_tokens: int
     sha256: str
@@ -70,6 +72,8 @@ class Shard:
 
 @dataclass(frozen=True)
 class SplitInfo:
+    """The size of one split, in documents, tokens and UTF-8 bytes of raw text, and its shards."""
+
     num_documents: int
     num_tokens: int
     num_bytes: int
@@ -85,7 +89,7 @@ class TokenSet:
     vocab_size: int
     pad_id: int
     tokenizer_sha256: str
-    settings: dict[str, Any]  # what `prepare` was asked for: a second call must ask for the same
+    settings: dict[str, Any]  # the settings of `prepare`: a second call must have the same
     splits: dict[str, SplitInfo]
 
     @classmethod

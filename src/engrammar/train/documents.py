@@ -19,7 +19,7 @@ import numpy as np
 from engrammar.train import corpora
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
-# Up to 1,000 characters: to the end of a line where one ends in the second half, else of a word, else anywhere.
+# Up to 1,000 characters, cut after a line that ends in the second half, else after a word, else anywhere.
 PIECE = re.compile(r".{500,1000}\n|.{1,1000}(?:\s|$)|.{1,1000}", re.DOTALL)
 
 Split = Literal["train", "validation"]

@@ -1,6 +1,6 @@
 """Optimizers: Muon for matrices, AdamW for the rest, a row optimizer for memory tables, behind the interface of one.
 
-Shape letters: O output width, I input width, E experts of a stack.
+Letters: O output width, I input width, E experts of a stack, R rows of a table, C row width.
 """
 
 import math
@@ -316,6 +316,7 @@ def group_parameters(
 
 
 def check_norm(max_norm: float) -> None:
+    """Raises a ValueError unless `max_norm` is above 0."""
     if not max_norm > 0:
         raise ValueError(f"max_grad_norm is {max_norm}; allowed: over 0 (math.inf only measures).")
 

@@ -3,7 +3,7 @@
 A placed table is not a parameter of its model, so code that moves, wraps, shards or clips the model's parameters does
 not touch it. A read gathers the distinct rows of a batch once. Their values are a leaf of the graph, and after backward
 the leaf's gradient is sent to the rank that holds the rows.
-Letters: U distinct rows, C row width, E = H*C; H as in `table`.
+Letters: R rows of a table, U distinct rows of a read, C row width, H columns, E = H*C.
 """
 
 from collections.abc import Callable, Mapping, Sequence

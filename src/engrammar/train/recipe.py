@@ -91,6 +91,8 @@ class ModelRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerRecipe:
+    """The optimizer; see `OptimizerSettings`. `lr` is that of the backbone, `balance_rate` that of `LoadBalancing`."""
+
     lr: float = 2e-3
     weight_decay: float = 0.1
     memory_lr_scale: float = 5.0

@@ -1,6 +1,6 @@
 """Optimizers for tables, with time and memory in proportion to the touched rows: lazy Adam, row Adam, Sinkhorn.
 
-Shape letters: R rows of a table, C row width, U touched rows.
+Letters: R rows of a table, C row width, U touched rows.
 """
 
 import math

@@ -1,4 +1,7 @@
-"""Carries out a recipe: data, model, training, evaluation, saving; in one process or, under torchrun, in several."""
+"""Carries out a recipe: data, model, training, evaluation, saving; in one process or, under torchrun, in several.
+
+Letters: V ids of the vocabulary.
+"""
 
 import json
 import os
@@ -125,7 +128,7 @@ def train(recipe: Recipe, build: BuildConfig | None = None) -> dict[str, Any]:
 
     Returns:
         What `out/result.json` holds: parameter counts, validation loss and bits per byte, the curve, and tokens per
-        second of the steps this call made, evaluation and saving included (None where it made none).
+        second of the steps that this call made, evaluation and saving included (None if it made none).
 
     Raises:
         ValueError: a setting is wrong, `out` is not writable or holds another recipe's run, or a checkpoint is damaged.

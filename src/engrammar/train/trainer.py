@@ -1,4 +1,7 @@
-"""transformers' Trainer with one optimizer for matrices, rows and the rest, expert balancing and sealed checkpoints."""
+"""transformers' Trainer with one optimizer for matrices, rows and the rest, expert balancing and sealed checkpoints.
+
+Letters: B rows of a batch, T tokens, V ids of the vocabulary.
+"""
 
 import inspect
 import logging

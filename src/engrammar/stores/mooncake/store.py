@@ -55,6 +55,7 @@ class Note:
 
 
 def note_key(table: str) -> str:
+    """The key of a table's note."""
     return f"{table}/table.json"
 
 
@@ -218,7 +219,7 @@ class RemoteStore(RowStore):
             return Arrived(np.empty((0, self.row_bytes), np.uint8))
         if self._closed:
             raise ValueError(f"The {self.name} is closed: open it again to read rows.")
-        if self._owner != os.getpid():  # a fork has neither the thread nor a connection of its own
+        if self._owner != os.getpid():  # a fork has neither the thread nor its own connection
             self._disconnect()
             self._start_reader()
         rows_U = rows_U.copy()  # the caller may change theirs while the thread reads

@@ -1,4 +1,7 @@
-"""Sends a table from its files into a Mooncake Store pool, for `store.py` to read (docs/remote-tables.md)."""
+"""Sends a table from its files into a Mooncake Store pool, for `store.py` to read (docs/remote-tables.md).
+
+Letters: U rows of a piece, S bytes of a row, W = S + 4 with the checksum.
+"""
 
 import hashlib
 import json

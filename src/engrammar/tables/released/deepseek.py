@@ -2,7 +2,7 @@
 
 A table is `*.engram.embed.weight` [R, C] of fp8 and `*.engram.embed.scale` [R, C/32] of E8M0, a power of two for each
 32 values. `*.engram.wkv.weight` [(M+1)*D, E] gives the keys of M branches, then the value; ours gives the value first.
-Letters: U rows of a block, S bytes of a row, C row width, M branches, D hidden width, E width of a token's rows.
+Letters: U rows of a block, S bytes of a row, C row width, M branches, D hidden width, E width of a token's rows, V ids.
 """
 
 from collections.abc import Iterator, Mapping
