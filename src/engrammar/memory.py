@@ -108,9 +108,10 @@ class Memory(nn.Module):
         """
         if self.class_of_id is None or self.config.compression == "none":
             raise ValueError("memory.compression is 'none': this model has no class map to set.")
-        num_classes, fill_id, fill_class = int(classes_V.max()) + 1, self.config.fill_id, self.geometry.fill_class
+        num_classes, fill_class = int(classes_V.max()) + 1, self.geometry.fill_class
         whole = classes_V.shape == (self.num_ids,) and not classes_V.is_floating_point() and int(classes_V.min()) >= 0
-        if not whole or num_classes != self.geometry.num_classes or int(classes_V[fill_id]) != fill_class:
+        whole = whole and self.config.fill_id < self.num_ids and int(classes_V[self.config.fill_id]) == fill_class
+        if not whole or num_classes != self.geometry.num_classes:
             raise ValueError(
                 f"The class map has {classes_V.shape[0]} ids in {num_classes} classes, but this model was built for "
                 f"{self.num_ids} ids in {self.geometry.num_classes} classes: use the tokenizer "

@@ -119,7 +119,9 @@ class MemoryTable(SparseTable):
         if self.source is not None:
             return self.source.read([{self.name: rows_BTH}])[0][self.name]().embedding
         if self.weight is None:
-            raise ValueError("This model was built without the rows of its tables: give them with place_tables.")
+            raise ValueError(
+                "This model was built without the rows of its tables: give them with place_tables, or load it with memory=."
+            )
         if rows_BTH.device.type == "cpu" and not torch.compiler.is_compiling() and rows_BTH.numel():
             for row in (int(rows_BTH.min()), int(rows_BTH.max())):
                 if not 0 <= row < self.shape[0]:

@@ -89,6 +89,9 @@ def test_half_of_a_cache_is_pinned_to_the_hottest_rows(served):
     with pytest.raises(ValueError, match=r"memory\.hot\.safetensors does not hold rows to pin"):
         open_again(memory="disk", cache_rows=64)
     open_again(memory="disk")  # needs none
+    save_hot_rows({1: np.array([10**9])}, folder / HOT_ROWS)
+    with pytest.raises(ValueError, match=r"memory\.hot\.safetensors is of other tables \(Row 1000000000"):
+        open_again(memory="disk", cache_rows=64)
 
 
 @torch.no_grad()

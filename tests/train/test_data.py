@@ -1,4 +1,4 @@
-"""Reading, splitting, tokenising and blocking, on small files made here; the test marked slow fetches a real corpus."""
+"""Reading, splitting, tokenizing and blocking, on small files made here; the test marked slow fetches a real corpus."""
 
 import json
 import os

@@ -200,7 +200,7 @@ def _check_loaded(folder: Path, info: dict[str, Any], *, external: bool, complet
     left_over = sorted(
         key
         for key in info["unexpected_keys"]
-        if ".fusion." in key or "rival." in key or ("memory." in key and not (external and is_table(key)))
+        if ".fusion." in key or ("memory." in key and not (external and is_table(key)))
     )
     if left_over:
         raise ValueError(

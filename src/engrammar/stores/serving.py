@@ -188,7 +188,7 @@ def serve_tables(model: nn.Module, folder: Path, settings: ServingSettings) -> S
                 shared = settings.sharing == "processes"
                 stores[file.name] = cache = CachedStore(stores[file.name], settings.cache_rows, shared=shared)
                 if file.layer in hot:
-                    cache.pin(hot[file.layer][: settings.cache_rows // 2])
+                    _pin(cache, hot[file.layer][: settings.cache_rows // 2], folder)
     except BaseException:
         for store in stores.values():
             store.close()
@@ -232,6 +232,13 @@ def look_ahead(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Iterat
         before = after
     if before is not None:
         yield before
+
+
+def _pin(cache: CachedStore, rows_U: NDArray[np.int64], folder: Path) -> None:
+    try:
+        cache.pin(rows_U)
+    except IndexError as error:
+        raise ValueError(f"{folder / HOT_ROWS} is of other tables ({error}): delete it, or plan again.") from error
 
 
 def load_hot_rows(folder: Path) -> dict[int, NDArray[np.int64]]:

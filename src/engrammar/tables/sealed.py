@@ -164,7 +164,7 @@ def write_text(path: Path, text: str) -> None:
     """
     if not path.is_file() or path.read_bytes() != text.encode():
         with written_beside(path) as partial:
-            partial.write_text(text)
+            partial.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager

@@ -273,7 +273,7 @@ def _write_tokens(texts: Iterator[tuple[Split, str]], tokenizer: Any, folder: Pa
     fast.encode_special_tokens = True  # a document that spells <|end|> holds those characters, not the token
     dtype = "uint16" if len(tokenizer) < 2**16 else "uint32"
     num_documents, num_tokens, num_bytes = Counter[str](), Counter[str](), Counter[str]()
-    progress = iter(tqdm(texts, desc="tokenising", unit=" documents", delay=2))
+    progress = iter(tqdm(texts, desc="tokenizing", unit=" documents", delay=2))
     while batch := list(itertools.islice(progress, 64)):
         ids: dict[str, list[int]] = {"train": [], "validation": []}
         encodings = fast.encode_batch_fast([text for _, text in batch], add_special_tokens=False)

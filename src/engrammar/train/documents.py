@@ -150,7 +150,7 @@ def find_division(documents: Callable[[], Iterator[str]], share: float) -> Divis
     """
     by_document = Division(unit="document", threshold=share * 2**64)
     if next(documents(), None) is None:
-        raise ValueError("no document of the source is kept: choose a larger keep_share")
+        raise ValueError("no document of the source is kept: choose a larger keep_share, or a source that is not empty")
     if share == 0:
         return by_document
     num_documents, sides = 0, set()

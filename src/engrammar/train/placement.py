@@ -302,6 +302,7 @@ class TablePlacement(RowSource):
         Raises:
             ValueError: the checkpoint has no such state, or it has another shape or dtype.
         """
+        self.flush()
         for name, table_RC in self.tables.items():
             path = directory / table_shard(name + ".optimizer")
             if not path.exists():

@@ -62,7 +62,8 @@ class LoadBalancing(TrainerCallback):
 
     @torch.no_grad()
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:
-        for router, load in zip(self.routers, self.loads):
+        for index, router in enumerate(self.routers):
+            load = self.loads[index] = self.loads[index].to(router.e_score_correction_bias.device)
             if dist.is_initialized():
                 dist.all_reduce(load)
             router.e_score_correction_bias += self.rate * torch.sign(load.mean() - load)
