@@ -120,7 +120,8 @@ class MemoryTable(SparseTable):
             return self.source.read([{self.name: rows_BTH}])[0][self.name]().embedding
         if self.weight is None:
             raise ValueError(
-                "This model was built without the rows of its tables: give them with place_tables, or load it with memory=."
+                "This model was built without the rows of its tables: give them with place_tables, or load the model "
+                "with memory=."
             )
         if rows_BTH.device.type == "cpu" and not torch.compiler.is_compiling() and rows_BTH.numel():
             for row in (int(rows_BTH.min()), int(rows_BTH.max())):
