@@ -348,3 +348,12 @@ def test_other_errors_pass_and_leave_no_scratch(tmp_path, error):
     with pytest.raises(type(error)) as caught, writing("checkpoint-8", tmp_path, scratch):
         raise error
     assert caught.value is error and not scratch.exists()
+
+
+def test_what_a_killed_write_left_beside_its_file_is_cleared(tmp_path):
+    with sealing.written_beside(tmp_path / "model.safetensors.index.json") as partial:
+        partial.write_text("half")
+        left = partial.with_name(partial.name.replace(".partial", "0.partial"))
+        left.write_text("what a kill leaves")
+    clear_partials(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors.index.json"]

@@ -126,8 +126,11 @@ def last_good(out: Path) -> Path | None:
 
 def clear_partials(out: Path) -> None:
     """Removes what killed saves left in `out`. Call it only while nothing is being saved there."""
-    for path in out.glob(f"{PARTIAL}*"):
-        shutil.rmtree(path)
+    for path in (*out.glob(f"{PARTIAL}*"), *out.glob(".*.partial")):  # of saves, and of `written_beside`
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
     for aside in out.glob(f"{REPLACED}*"):
         successor = aside.with_name(aside.name.removeprefix(REPLACED))
         if successor.exists() and _damage(successor) is None:
