@@ -11,7 +11,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from engrammar.train import corpora
+from engrammar.train import corpora, parsers
 from engrammar_lab.tasks.scoring import best, score_continuations, score_questions
 
 SPECIAL = ("<|pad|>", "<|bos|>", "<|end|>")
@@ -95,8 +95,8 @@ def write_corpora(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("wiki", "wordnet", "gcide", "stdlib"):
         texts = made_up(name, random.Random(name))
-        entries = [asdict(corpora.Entry(text.split()[0], text)) for text in texts]
-        path = folder / f"{name}-{corpora.POCKET[name].version}-{corpora.PARSER_VERSION}.jsonl"
+        entries = [asdict(parsers.Entry(text.split()[0], text)) for text in texts]
+        path = folder / f"{name}-{corpora.POCKET[name].version}-{parsers.VERSION}.jsonl"
         path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
 
 

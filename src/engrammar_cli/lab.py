@@ -27,8 +27,8 @@ def run(
     """Run a study, or continue one that was killed; results are written after each run.
 
     Args:
-        study: allocation, scaling, rivals, pair, ablation, branches, placement, optimizer, dialects,
-            boundary or gate.
+        study: allocation, rates, horizon, scaling, rivals, pair, ablation, branches, placement, optimizer,
+            dialects, boundary or gate.
         overrides: Settings for all of its points, as section.setting=value (trainer.max_steps=20 for a rehearsal).
         scale: The recipe that the points start from: lab (two cores) or lab-100m (one GPU; jobs 1).
         seeds: Runs of each point.

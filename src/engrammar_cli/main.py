@@ -103,6 +103,7 @@ def data(
     tokenizer: str | None = None,
     vocab_size: int = 4096,
     validation_share: float = 0.02,
+    similarity: float | None = None,
     cache: Path = Path("data/pocket"),
 ) -> None:
     """Turn text into token shards, or list the built-in pocket corpora.
@@ -113,6 +114,7 @@ def data(
         tokenizer: A Hugging Face tokenizer; without one, a BPE is trained on the text.
         vocab_size: Size of the trained BPE.
         validation_share: Share of entries kept for validation.
+        similarity: Leave out documents that share this much of their word 5-grams with an earlier one (0.8, say).
         cache: Where pocket corpora are kept.
     """
     from engrammar.train import corpora
@@ -126,7 +128,13 @@ def data(
 
     if out is None:
         raise ValueError("engrammar data needs --out, the folder for the token shards.")
-    recipe = DataRecipe(source=source, tokenizer=tokenizer, vocab_size=vocab_size, validation_share=validation_share)
+    recipe = DataRecipe(
+        source=source,
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        validation_share=validation_share,
+        similarity=similarity,
+    )
     tokens = prepare(recipe, out=out, cache=cache)
     for split in ("train", "validation"):
         print(f"{split}: {tokens.num_tokens(split):,} tokens of {tokens.num_bytes(split):,} bytes in {out}")

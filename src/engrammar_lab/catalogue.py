@@ -18,6 +18,7 @@ class Study:
         paper: what the paper found.
         common: settings that all points share.
         exempt: points that have fewer parameters on purpose.
+        recipe: the recipe that the points change, if it is not the scale's.
     """
 
     question: str
@@ -27,6 +28,7 @@ class Study:
     paper: str
     common: tuple[str, ...] = ()
     exempt: tuple[str, ...] = ()
+    recipe: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,9 +87,16 @@ SCALES = {
 }
 
 
+HORIZONS = {"2M": (500, 8e-3), "8M": (2_000, 8e-3), "32M": (8_000, 8e-3)}
+"""Steps of 4,096 tokens, and the learning rate that the study `rates` chose."""
+HORIZON_SHARES = (1.0, 0.85, 0.75, 0.55, 0.35, 0.10)
+SWEPT = (4e-3, 8e-3, 1.6e-2)
+
+
 def studies_at(scale: Scale) -> dict[str, Study]:
     """All studies at one size, by name."""
-    return _budgets(scale) | _parts(scale) | _choices()
+    horizon = _horizon(scale) if scale.recipe == "lab" else {}
+    return _budgets(scale) | horizon | _parts(scale) | _choices()
 
 
 def study_of(result: Mapping[str, Any]) -> Study:
@@ -154,6 +163,46 @@ def _budgets(scale: Scale) -> dict[str, Study]:
             paper="1.7248 to 1.7109 nats at 6e20 FLOPs",
         ),
     }
+
+
+def _horizon(scale: Scale) -> dict[str, Study]:
+    """The allocation over training length, and the sweep that its learning rates come from."""
+    return {
+        "rates": Study(
+            question="Which learning rate is best for each length of training, with experts and with memory?",
+            axis="tokens, experts' share of the idle parameters, learning rate",
+            points={
+                f"{tokens}, {share:.0%}, {rate:g}": (*_rho(share), *_trained(tokens, rate))
+                for tokens in HORIZONS
+                for share in (HORIZON_SHARES[0], HORIZON_SHARES[-1])
+                for rate in SWEPT
+            },
+            equal=True,
+            paper="a rate of 4e-4 for all",
+            recipe="horizon",
+        ),
+        "horizon": Study(
+            question="Does the best share of memory depend on how long the model is trained?",
+            axis="tokens, experts' share of the idle parameters",
+            points={
+                f"{tokens}, {name}": (*settings, *_trained(tokens, HORIZONS[tokens][1]))
+                for tokens in HORIZONS
+                for name, settings in (
+                    *((f"{share:.0%}", _rho(share)) for share in HORIZON_SHARES),
+                    ("bigram", ("model.memory=none", "model.settings.rival.kind=bigram")),
+                    ("dense", ("model.memory=none", *scale.dense)),
+                )
+            },
+            exempt=tuple(f"{tokens}, dense" for tokens in HORIZONS),
+            equal=True,
+            paper="75 to 80 % experts at 262B tokens, one length only",
+            recipe="horizon",
+        ),
+    }
+
+
+def _trained(tokens: str, rate: float) -> tuple[str, ...]:
+    return f"trainer.max_steps={HORIZONS[tokens][0]}", f"optimizer.lr={rate}"
 
 
 def _parts(scale: Scale) -> dict[str, Study]:

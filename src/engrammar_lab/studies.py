@@ -17,9 +17,11 @@ from pathlib import Path
 from statistics import variance
 from typing import Any
 
+import yaml
+
 from engrammar.cells import Column
 from engrammar.tables.sealed import write_text
-from engrammar.train.recipe import Recipe, flat, load_recipe, to_yaml
+from engrammar.train.recipe import PLACES, Recipe, flat, load_recipe, to_yaml
 from engrammar_lab.catalogue import SCALES, Study, studies_at
 from engrammar_lab.machine import describe_machine, describe_run
 
@@ -59,7 +61,9 @@ def recipes(
     study, queue = find_study(name, scale), {}
     for seed in seeds:
         for point, settings in study.points.items():
-            recipe = replace(load_recipe(scale, (*study.common, *settings, *overrides)), out="", seed=seed)
+            recipe = replace(
+                load_recipe(study.recipe or scale, (*study.common, *settings, *overrides)), out="", seed=seed
+            )
             queue[point, seed] = replace(recipe, out=str(runs / _digest(recipe)))
     return queue
 
@@ -122,8 +126,8 @@ def run_study(
         the study's `runs`: per point and seed, bits per byte, the loss curve, parameters, FLOPs per token.
 
     Raises:
-        ValueError: there is no such study or scale, a setting is wrong, or a run in `runs` was made with other
-            settings.
+        ValueError: there is no such study or scale, a setting is wrong, or a run in `runs` or `results` was made with
+            other settings.
     """
     from engrammar.train.run import prepare_tokens
 
@@ -131,23 +135,55 @@ def run_study(
         raise ValueError(f"seeds is {seeds} and jobs {jobs}; allowed: 1 or more.")
     queue = recipes(name, runs, range(seeds), overrides, scale=scale)
     base = next(iter(queue.values()))
-    found = {key: run for key, recipe in queue.items() if (run := finished(recipe)) is not None}
+    found = committed(queue, results)
+    found |= {key: _kept(recipe, run) for key, recipe in queue.items() if (run := finished(recipe)) is not None}
     tokens = prepare_tokens(base.data)
     bytes_per_token = tokens.num_bytes("validation") / tokens.num_tokens("validation")
     with ProcessPoolExecutor(jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
         waiting = {pool.submit(run_one, recipe): key for key, recipe in queue.items() if key not in found}
         for done in itertools.chain([None], as_completed(waiting)):
             if done is not None:
-                found[waiting[done]] = done.result()
+                key = waiting[done]
+                found[key] = _kept(queue[key], done.result())
             made = _head(name, scale, base, seeds, overrides) | {
                 "bytes_per_token": bytes_per_token,
-                "runs": [_kept(*key, found[key]) for key in queue if key in found],
+                "runs": [{"point": key[0], "seed": key[1], **found[key]} for key in queue if key in found],
             }
             results.mkdir(parents=True, exist_ok=True)
             write_text(results / f"{name}.json", json.dumps(made, indent=1) + "\n")
-            last = "" if done is None else f": {waiting[done][0]}, seed {waiting[done][1]}"
+            last = "" if done is None else f": {key[0]}, seed {key[1]}"
             print(f"{len(found)} of {len(queue)}{last}", flush=True)
     return made
+
+
+def committed(queue: Mapping[tuple[str, int], Recipe], results: Path) -> dict[tuple[str, int], dict[str, Any]]:
+    """The queue's runs that are in the JSON of any study in `results`, whichever machine made them.
+
+    Raises:
+        ValueError: such a run was made with other settings, or with other vector instructions, which round differently.
+    """
+    wanted = {Path(recipe.out).name: key for key, recipe in queue.items()}
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+    for path in sorted(results.glob("*.json")):
+        made = json.loads(path.read_text())
+        runs = {wanted[run["recipe"]]: run for run in made.get("runs", ()) if run.get("recipe") in wanted}
+        if not runs:
+            continue
+        there, here = flat(yaml.safe_load(made["recipe"])), flat(asdict(next(iter(queue.values()))))
+        own = {name for key in runs for name, value in flat(asdict(queue[key])).items() if here.get(name) != value}
+        for name in sorted(there.keys() & here.keys() - own - set(PLACES)):
+            if there[name] != here[name]:
+                raise ValueError(
+                    f"{path} holds runs of another recipe ({name} is {there[name]!r} there, {here[name]!r} here): "
+                    "choose another folder for the results."
+                )
+        if made["machine"]["instructions"] != (instructions := describe_machine()["instructions"]):
+            raise ValueError(
+                f"{path} holds runs made with {made['machine']['instructions']} instructions, here they are "
+                f"{instructions}: set ATEN_CPU_CAPABILITY to those, or choose another folder for the results."
+            )
+        found |= {key: {name: run[name] for name in run if name not in ("point", "seed")} for key, run in runs.items()}
+    return found
 
 
 def plan(name: str, *, scale: str = "lab", seeds: int = 3, overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -216,12 +252,12 @@ def _head(name: str, scale: str, base: Recipe, seeds: int, overrides: Sequence[s
     }
 
 
-def _kept(point: str, seed: int, run: dict[str, Any]) -> dict[str, Any]:
+def _kept(recipe: Recipe, run: dict[str, Any]) -> dict[str, Any]:
     counts = ("total_parameters", "active_parameters", "memory_parameters", "memory_rows", "flops_per_token")
     return {
-        "point": point,
-        "seed": seed,
+        "recipe": Path(recipe.out).name,
         **{key: run[key] for key in counts},
+        "tokens": recipe.trainer["max_steps"] * recipe.data.batch_size * recipe.data.sequence_length,
         "bits_per_byte": run["validation_bits_per_byte"],
         "tokens_per_second": run["tokens_per_second"],
         "curve": [[entry["step"], round(entry["loss"], 4)] for entry in run["curve"] if "loss" in entry],

@@ -5,11 +5,12 @@ import io
 import numpy as np
 from PIL import Image
 
-from engrammar_lab.catalogue import STUDIES
+from engrammar_lab.catalogue import HORIZONS, STUDIES
 from engrammar_lab.report import figures
 
 MACHINE = {"cpu": "a CPU", "cores": 2, "torch": "2"}
 SEEDS = (0, 1, 2)
+OPTIMA = {"2M": 30.0, "8M": 50.0, "32M": 70.0}  # where the made-up optimum lies, in percent of experts
 
 
 def made(study, values, **more):
@@ -29,6 +30,7 @@ def made(study, values, **more):
                 "active_parameters": 100 + (point == "40%"),
                 "memory_rows": 5,
                 "flops_per_token": 2e5,
+                "tokens": 1000,
                 "tokens_per_second": None,
                 "curve": [[1, 5.0], [2, 4.0 + value / 10]],
             }
@@ -63,6 +65,27 @@ def made_scaling(law):
 
 def made_study(name):
     return made(name, {point: noisy(2 + 0.01 * (i % 3), i) for i, point in enumerate(STUDIES[name].points)})
+
+
+def made_horizon(optima=OPTIMA, gains=(0.2, 0.1, 0.05), seeds=(3, 3, 3)):
+    """Parabolas whose minimum lies `gains` below experts alone; a third seed is 1 % off."""
+    values = {}
+    for (tokens, optimum), gain, num in zip(optima.items(), gains, seeds):
+        for point in (point for point in STUDIES["horizon"].points if point.startswith(f"{tokens}, ")):
+            name = point.partition(", ")[2]
+            at = {"100%": 0.0, "bigram": -gain / 2, "dense": gain}.get(name)
+            each = []
+            for seed in range(num):
+                move = 1.0 if seed == 2 else 0.0
+                bend = 2e-5 * (float(name.rstrip("%")) - optimum - move) ** 2 - gain if at is None else at
+                each.append(2 + 0.01 * seed + bend)
+            values[point] = each
+    result = made("horizon", values)
+    for run in result["runs"]:
+        tokens, _, name = run["point"].partition(", ")
+        run |= {"tokens": HORIZONS[tokens][0] * 4096, "tokens_per_second": 10_000}
+        run["total_parameters"] = 500_000 if name == "dense" else 1_300_000
+    return result
 
 
 def made_tasks(gain=0.0):
@@ -162,6 +185,7 @@ def everything():
     return {
         **{name: made_study(name) for name in STUDIES},
         "allocation": made_allocation(),
+        "horizon": made_horizon(),
         "scaling": made_scaling(lambda rows: 2.2 - 0.03 * np.log10(rows)),
         "tasks": made_tasks(0.05),
         "depth": made_depth(),

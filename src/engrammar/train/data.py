@@ -14,6 +14,7 @@ import numpy as np
 
 from engrammar.tables.sealed import check_writable, written_beside
 from engrammar.train.documents import Split, find_division, find_files, is_kept, read_documents
+from engrammar.train.duplicates import near_duplicates
 from engrammar.train.recipe import DataRecipe
 
 FORMAT_VERSION = 1
@@ -91,6 +92,7 @@ class TokenSet:
     tokenizer_sha256: str
     settings: dict[str, Any]  # the settings of `prepare`: a second call must have the same
     splits: dict[str, SplitInfo]
+    num_repeated: int = 0  # near-duplicates that were left out
 
     @classmethod
     def open(cls, path: Path) -> "TokenSet":
@@ -216,8 +218,12 @@ def prepare(recipe: DataRecipe, *, out: Path, cache: Path) -> TokenSet:
         texts = read_documents(recipe.source, cache=cache, text_field=recipe.text_field)
         if recipe.keep_share < 1:
             texts = (text for text in texts if is_kept(text, recipe.keep_share))
-        return itertools.islice(texts, recipe.limit_documents)
+        texts = itertools.islice(texts, recipe.limit_documents)
+        return (text for position, text in enumerate(texts) if position not in repeated)
 
+    repeated: set[int] = set()
+    if recipe.similarity is not None:
+        repeated = near_duplicates(documents(), recipe.similarity)
     check_writable(out.parent)
     with contextlib.suppress(FileExistsError), written_beside(out) as partial:
         partial.mkdir()
@@ -229,7 +235,7 @@ def prepare(recipe: DataRecipe, *, out: Path, cache: Path) -> TokenSet:
         else:
             given.save_pretrained(partial / "tokenizer")
         fields = _write_tokens(division.divide(documents()), given, partial)
-        fields |= {"format": FORMAT_VERSION, "settings": settings}
+        fields |= {"format": FORMAT_VERSION, "settings": settings, "num_repeated": len(repeated)}
         (partial / "tokens.json").write_text(json.dumps(fields, indent=1), encoding="utf-8")
     return _reuse(out, settings)
 
@@ -247,6 +253,7 @@ def _settings(recipe: DataRecipe, tokenizer: Any) -> dict[str, Any]:
         "validation_share": recipe.validation_share,
         "limit_documents": recipe.limit_documents,
         **({} if recipe.keep_share == 1 else {"keep_share": recipe.keep_share}),
+        **({} if recipe.similarity is None else {"similarity": recipe.similarity}),
     }
 
 

@@ -38,6 +38,8 @@ class DataRecipe:
         validation_share: the share of the text that is for validation.
         limit_documents: how many documents are read, from the first on; None reads all.
         keep_share: the share of the source's documents that is used.
+        similarity: a document is left out if it shares this much of its word 5-grams with an earlier one (Jaccard);
+            null keeps all.
         sequence_length: tokens of a block.
         batch_size: sequences per optimizer step, over all processes and accumulated passes together.
         folder: the folder in which tokens and pocket corpora are kept.
@@ -50,6 +52,7 @@ class DataRecipe:
     validation_share: float = 0.02
     limit_documents: int | None = None
     keep_share: float = 1.0
+    similarity: float | None = None
     sequence_length: int = 128
     batch_size: int = 16
     folder: str = "data"
@@ -60,6 +63,8 @@ class DataRecipe:
         _require("data.keep_share", self.keep_share, 0 < self.keep_share <= 1, "over 0, up to 1")
         share = self.validation_share
         _require("data.validation_share", share, 0 <= share < 1, "0 up to, not including, 1")
+        like = self.similarity
+        _require("data.similarity", like, like is None or 0 < like <= 1, "over 0, up to 1, or null to keep all")
         limit = self.limit_documents
         _require("data.limit_documents", limit, limit is None or limit >= 1, "1 or more, or null for all")
 
@@ -117,7 +122,10 @@ class PlacementRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Everything that decides a run. `trainer` holds any of transformers' TrainingArguments."""
+    """Everything that decides a run. `trainer` holds any of transformers' TrainingArguments.
+
+    `chunked_loss` is that of `EngrammarForCausalLM`.
+    """
 
     out: str = "runs/nano"
     seed: int = 0
@@ -125,6 +133,7 @@ class Recipe:
     model: ModelRecipe = field(default_factory=ModelRecipe)
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
     placement: PlacementRecipe = field(default_factory=PlacementRecipe)
+    chunked_loss: bool = False
     trainer: Settings = field(default_factory=dict)
 
 

@@ -77,6 +77,7 @@ def prepare_tokens(recipe: DataRecipe) -> "TokenSet":
     folder = Path(recipe.folder)
     name = recipe.source.replace("/", "_").replace(":", "-").replace("*", "_")
     kept = "" if recipe.keep_share == 1 else f"-{recipe.keep_share:g}"
+    kept += "" if recipe.similarity is None else f"-unlike-{recipe.similarity:g}"
     tokens = f"{name}-{Path(recipe.tokenizer).name if recipe.tokenizer else recipe.vocab_size}{kept}"
     return prepare(recipe, out=folder / tokens, cache=folder / "pocket")
 
@@ -200,6 +201,7 @@ def _trainer(
         model = model_class(config).from_pretrained(finished, tables=tables)
     else:
         model = build_model(config, classes_V, recipe.seed, tables)
+    model.chunked_loss = recipe.chunked_loss
     trainer = EngrammarTrainer(
         model,
         arguments,

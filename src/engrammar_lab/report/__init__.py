@@ -15,6 +15,7 @@ from engrammar_lab.catalogue import STUDIES
 from engrammar_lab.report import analysis, tasks, traffic
 from engrammar_lab.report.analysis import depth_section, gates_section
 from engrammar_lab.report.figures import alike
+from engrammar_lab.report.horizon import horizon_section, rates_section
 from engrammar_lab.report.page import figures_of, render_page, without_figures
 from engrammar_lab.report.parts import Report, Section
 from engrammar_lab.report.studies import study_section
@@ -24,6 +25,8 @@ from engrammar_lab.report.traffic import traffic_section
 PAGE, PDF = "report.html", "report.pdf"
 SECTIONS: Mapping[str, Callable[[Mapping[str, Any]], Section]] = {
     **dict.fromkeys(STUDIES, study_section),
+    "rates": rates_section,
+    "horizon": horizon_section,
     "tasks": tasks_section,
     "depth": depth_section,
     "gates": gates_section,

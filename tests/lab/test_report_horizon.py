@@ -1,0 +1,68 @@
+"""The section on training length says what its JSON says: optima, gains, and what is not fitted."""
+
+import pytest
+from report_results import OPTIMA, blank_pictures, made, made_horizon
+
+from engrammar_lab.report.horizon import horizon_section, lengths, rates_section
+from engrammar_lab.report.parts import Table
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    blank_pictures(monkeypatch)
+
+
+def words(section):
+    return " ".join(part for part in section.body if isinstance(part, str))
+
+
+def test_optima_are_found_for_each_length_and_a_line_is_fitted_through_them():
+    section = horizon_section(made_horizon())
+    told = words(section)
+    for tokens, optimum in OPTIMA.items():
+        assert f"{tokens} tokens" in told and f"lowest at {optimum + 1 / 3:.1f} ± 1.4 (95 %) % experts" in told
+    assert "(2.6 per idle parameter)" in told and "(41.0 per idle parameter)" in told
+    # 20 points of share for four times the tokens: 20 / log10(4) = 33.2 for ten times
+    assert "Ten times the tokens move the optimum by +33.2 [+33.2, +33.2] points" in told
+    # 11.4 tokens per idle parameter are 0.55 decades before 32M: 70.3 - 33.2 x 0.553
+    assert "At the paper's 11 tokens per idle parameter the line gives 52 ±" in told
+    assert "that is no forecast" in told
+    assert "memory at its best share from +0.1996 to +0.0496" in told
+    assert "the bigram table from +0.1000 to +0.0250" in told and "the dense model from -0.2000 to -0.0500" in told
+    assert "72 of 72 runs" in told
+    assert section.verdict.agrees == "at 32M: yes: within the band where the paper is flat"
+
+
+def test_the_best_share_of_each_length_stands_in_bold_beside_what_it_gains():
+    table = next(part for part in horizon_section(made_horizon()).body if isinstance(part, Table))
+    assert [table.rows[row][:2] for row in table.strong] == [
+        ("2M", "35% experts"), ("8M", "55% experts"), ("32M", "75% experts")
+    ]  # fmt: skip
+    assert table.rows[table.strong[2]][3].startswith("-0.04") and len(table.rows) == 24
+    assert [row[3:] for row in table.rows if row[1] == "100% experts"] == [("", "", "")] * 3
+
+
+def test_no_line_is_fitted_where_an_optimum_is_at_the_end_of_the_range():
+    told = words(horizon_section(made_horizon(optima={"2M": -20.0, "8M": 50.0, "32M": 70.0})))
+    assert "No line is fitted through the optima: 2M has none within the range for every seed." in told
+    assert "Ten times the tokens" not in told
+
+
+def test_lengths_with_fewer_seeds_are_told_with_those_they_have():
+    section = horizon_section(made_horizon(seeds=(3, 3, 1)))
+    assert "No line is fitted through the optima, since the lengths have different seeds." in words(section)
+    assert section.verdict.sure == "the gain at 2M and 8M"
+    result = made_horizon()
+    result["runs"] = [run for run in result["runs"] if (run["point"], run["seed"]) != ("8M, 55%", 1)]
+    assert "55%" not in lengths(result)[1].points and "55%" in lengths(result)[0].points
+    result["runs"] = [run for run in result["runs"] if run["point"] == "2M, dense"]
+    assert horizon_section(result).verdict.answer == "No length has experts alone and memory yet."
+
+
+def test_the_best_rate_of_each_end_is_told():
+    values = {"2M, 100%, 0.004": [2.0], "2M, 100%, 0.008": [1.9], "2M, 10%, 0.004": [1.7], "2M, 10%, 0.008": [1.8]}
+    section = rates_section(made("rates", values))
+    assert section.verdict.answer == "2M, 100% experts: 0.008; 2M, 10% experts: 0.004."
+    (table,) = section.body
+    assert table.columns == ("tokens", "idle parameters", "0.004", "0.008", "best rate")
+    assert table.rows[0] == ("2M", "100% experts", "2.0000", "1.9000", "0.008")
