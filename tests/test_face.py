@@ -8,7 +8,17 @@ import pytest
 
 import engrammar
 
-PACKAGES = ("", ".model", ".tables", ".tables.released", ".stores", ".stores.mooncake", ".train", ".planning")
+PACKAGES = (
+    "",
+    ".model",
+    ".attach",
+    ".tables",
+    ".tables.released",
+    ".stores",
+    ".stores.mooncake",
+    ".train",
+    ".planning",
+)
 
 
 @pytest.mark.parametrize("package", PACKAGES)

@@ -19,6 +19,7 @@ FLOORS = (
     ("engrammar.memory", "engrammar.reference"),
     ("engrammar.stores.serving",),
     ("engrammar.model",),
+    ("engrammar.attach",),
     ("engrammar.train",),
     ("engrammar.planning",),
     ("engrammar",),
@@ -57,6 +58,7 @@ ROOMS = {
         "serving",
     ),
     "engrammar.model": ("configuration", "presets", "hyper", "block", "saving", "pretrained", "modeling", "budget"),
+    "engrammar.attach": ("blocks", "state", "attached", "inputs", "passes", "attaching"),
 }
 FLOOR_OF = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
 FILES = sorted(path for path in SOURCE.rglob("*.py"))

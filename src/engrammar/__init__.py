@@ -1,4 +1,5 @@
-"""Conditional memory for language models (Engram, arXiv 2601.07372): build it, train it, place it, serve it.
+"""Conditional memory for language models (Engram, arXiv 2601.07372): build it, attach it, train it,
+place it, serve it.
 
 `import engrammar` registers the model with transformers' Auto classes. `__all__` is what most programs need; each
 package says in its docstring what else is public.
@@ -6,6 +7,7 @@ package says in its docstring what else is public.
 
 from typing import TYPE_CHECKING, Any
 
+from engrammar.attach import attach, detach, disabled, set_trainable
 from engrammar.config import Geometry, MemoryConfig
 from engrammar.model import (
     EngrammarConfig,
@@ -36,15 +38,19 @@ __all__ = [
     "RamStore",
     "RowStore",
     "ServingSettings",
+    "attach",
     "build_optimizer",
     "cached_classes",
     "compress_vocabulary",
     "count_parameters",
+    "detach",
+    "disabled",
     "look_ahead",
     "open_tables",
     "place_tables",
     "preset",
     "serve_tables",
+    "set_trainable",
 ]
 __version__ = "0.1.0"
 

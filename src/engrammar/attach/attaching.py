@@ -1,0 +1,234 @@
+"""Attaches memories to a model, switches them off, and takes them away again."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from torch import nn
+
+from engrammar.addressing import derive_geometry
+from engrammar.attach.attached import AttachedMemory, Place
+from engrammar.attach.blocks import Decoder, find_decoder, host_of, measure
+from engrammar.attach.passes import Attachment
+from engrammar.config import Geometry, MemoryConfig
+from engrammar.vocabulary import compress_vocabulary, require_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+HOME = "engrammar"  # the name of the submodule
+Trained = Literal["memory", "joint"]
+# Text whose residual streams are measured. Their size hardly depends on the text.
+SAMPLE = """A memory is looked up by the last few tokens of a text. What it finds is added to the residual stream of a
+language model, whose size differs from block to block: it is measured here, once, on these two sentences."""
+
+
+def attach(
+    model: nn.Module,
+    config: MemoryConfig | Mapping[str, Any],
+    tokenizer: "PreTrainedTokenizerBase",
+    name: str = "default",
+) -> nn.Module:
+    """Attaches a memory to a causal language model of transformers, in place.
+
+    Nothing changes at first, since all rows are zero. The model's own parameters are frozen (`set_trainable`).
+
+    Args:
+        model: the model, with its weights; it may be wrapped by PEFT.
+        config: the memory's settings, or a dict of settings over a dialect; `layers` are the model's decoder blocks.
+        tokenizer: the model's tokenizer.
+        name: what the memory is called in this model.
+
+    Returns:
+        The model that was given.
+
+    Raises:
+        ValueError: the model has no decoder blocks that can be found, or has a memory of that name; or the settings do
+            not fit the model or the tokenizer.
+    """
+    require_tokenizer(tokenizer)
+    memory = config if isinstance(config, MemoryConfig) else MemoryConfig.from_json(config)
+    decoder = find_decoder(model)
+    check_name(decoder.host, name)
+    _check_layers(memory, decoder)
+    vocab_size = decoder.host.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    if len(tokenizer) > vocab_size:
+        raise ValueError(
+            f"The tokenizer has {len(tokenizer)} ids, the model {vocab_size}: give the model's own tokenizer."
+        )
+    _check_ids(memory, len(tokenizer))
+    classes_V, geometry = _classes(memory, tokenizer, vocab_size)
+    sizes = measure(decoder, _sample(tokenizer, _device(decoder.module)))
+    for layer in memory.layers:
+        if not 0 < sizes[layer][1] < float("inf"):
+            raise ValueError(
+                f"The residual stream at block {layer} has size {sizes[layer][1]}: load the model's weights first."
+            )
+    place = Place(
+        num_ids=len(tokenizer),
+        vocab_size=vocab_size,
+        hidden_size=decoder.hidden_size,
+        num_branches=sizes[0][0],
+        scales=tuple(sizes[layer][1] for layer in memory.layers),
+    )
+    attached = AttachedMemory(memory, geometry, place)
+    if classes_V is not None:
+        attached.memory.set_classes(classes_V)
+    put(decoder, attached, name)
+    return model
+
+
+def put(decoder: Decoder, attached: AttachedMemory, name: str) -> None:
+    """Makes a memory part of a model, each fusion on the device of its block. The first one freezes the model."""
+    for layer in attached.config.layers:
+        attached.fusions[str(layer)].to(_device(decoder.blocks[layer]))
+    attached.memory.to(_device(decoder.module))
+    attachment = attachment_of(decoder.host)
+    is_first = attachment is None
+    if attachment is None:
+        attachment = Attachment()
+        decoder.host.add_module(HOME, attachment)
+    attachment[name] = attached
+    attachment.hook(decoder)
+    if is_first:
+        attachment.trained = [p for p in _own_parameters(decoder.host, attachment) if p.requires_grad]
+        set_trainable(decoder.host, "memory")
+
+
+def detach(model: nn.Module, name: str | None = None) -> nn.Module:
+    """Takes the memory `name` away (None: all); without any, the model is as it was, to the bit.
+
+    Its parameters can be trained if they could be before.
+
+    Raises:
+        ValueError: the model has no such memory.
+    """
+    attachment = require_attachment(model, name)
+    names = _names(attachment, name)
+    for one in names:
+        del attachment[one]
+    attachment.off -= set(names)
+    decoder = find_decoder(model)
+    attachment.hook(decoder)
+    if not len(attachment):
+        trained = {id(parameter) for parameter in attachment.trained}
+        for parameter in _own_parameters(decoder.host, attachment):
+            parameter.requires_grad_(id(parameter) in trained)
+        delattr(decoder.host, HOME)
+    return model
+
+
+@contextmanager
+def disabled(model: nn.Module, name: str | None = None) -> Iterator[None]:
+    """Switches the memory `name` (None: all) off inside a `with` block, in every thread: the model is then its base.
+
+    A cache that was filled while a memory was off cannot be continued with it on, nor the other way round.
+
+    Raises:
+        ValueError: the model has no such memory.
+    """
+    attachment = require_attachment(model, name)
+    before = attachment.off
+    attachment.off = before | set(_names(attachment, name))
+    try:
+        yield
+    finally:
+        attachment.off = before & set(attachment)
+
+
+def set_trainable(model: nn.Module, what: Trained) -> None:
+    """Says what is trained.
+
+    "memory": every attached memory, and not the model's own weights. "joint": both. Weights that PEFT added stay as
+    they are. (PEFT freezes everything else when it wraps a model: call this afterwards.)
+
+    Raises:
+        ValueError: the model has no memory; or its own weights are quantized and cannot be trained.
+    """
+    if what not in get_args(Trained):
+        raise ValueError(f"what is {what!r}; allowed: {', '.join(get_args(Trained))}.")
+    attachment = require_attachment(model, None)
+    attachment.requires_grad_(True)
+    own = _own_parameters(host_of(model), attachment)
+    if what == "joint" and not all(parameter.is_floating_point() for parameter in own):
+        raise ValueError("The model's own weights are quantized, so only the memory can be trained: set 'memory'.")
+    for parameter in own:
+        parameter.requires_grad_(what == "joint")
+
+
+def _own_parameters(host: nn.Module, attachment: Attachment) -> list[nn.Parameter]:
+    """The parameters of the base: neither a memory's, nor those that PEFT added."""
+    others = {id(parameter) for parameter in attachment.parameters()}
+    for module in host.modules():
+        for added in getattr(module, "adapter_layer_names", ()):
+            if isinstance(layers := getattr(module, added, None), nn.Module):
+                others |= {id(parameter) for parameter in layers.parameters()}
+    return [parameter for parameter in host.parameters() if id(parameter) not in others]
+
+
+def attachment_of(model: nn.Module) -> Attachment | None:
+    """All memories of a model; None if it has none."""
+    found = getattr(host_of(model), HOME, None)
+    return found if isinstance(found, Attachment) else None
+
+
+def require_attachment(model: nn.Module, name: str | None) -> Attachment:
+    """All memories of a model; raises a ValueError if there is none, or none called `name`."""
+    attachment = attachment_of(model)
+    if attachment is None:
+        raise ValueError(f"This {type(model).__name__} has no memory attached: call attach or load_attached first.")
+    if name is not None and name not in attachment:
+        raise ValueError(f"This model has no memory {name!r}; it has {', '.join(attachment)}.")
+    return attachment
+
+
+def check_name(host: nn.Module, name: str) -> None:
+    """Raises a ValueError if a memory cannot have this name in this model."""
+    attachment = attachment_of(host)
+    if attachment is None and hasattr(host, HOME):
+        raise ValueError(f"{type(host).__name__} has an attribute {HOME!r} of its own: no memory can be attached.")
+    if attachment is not None and name in attachment:
+        raise ValueError(f"This model has a memory {name!r}: detach it, or choose another name.")
+    if not name.isidentifier() or hasattr(Attachment(), name):
+        raise ValueError(f"name is {name!r}; allowed: letters, digits and _, and no attribute of a module.")
+
+
+def _names(attachment: Attachment, name: str | None) -> list[str]:
+    return list(attachment) if name is None else [name]
+
+
+def _check_layers(memory: MemoryConfig, decoder: Decoder) -> None:
+    if max(memory.layers) >= len(decoder.blocks):
+        raise ValueError(
+            f"memory.layers is {list(memory.layers)}, but the model has blocks 0 to {len(decoder.blocks) - 1}."
+        )
+
+
+def _check_ids(memory: MemoryConfig, num_ids: int) -> None:
+    for setting, ids in (("fill_id", (memory.fill_id,)), ("dead_ids", memory.dead_ids), ("end_ids", memory.end_ids)):
+        if max(ids, default=0) >= num_ids:
+            raise ValueError(f"memory.{setting} is {list(ids)}; allowed: ids of the tokenizer, 0 to {num_ids - 1}.")
+
+
+def _classes(
+    memory: MemoryConfig, tokenizer: "PreTrainedTokenizerBase", vocab_size: int
+) -> tuple[torch.Tensor | None, Geometry]:
+    """The class of each id, if the memory compresses the vocabulary, and the geometry."""
+    if memory.compression == "none":
+        return None, derive_geometry(memory, num_classes=vocab_size, fill_class=memory.fill_id)
+    classes_V = torch.from_numpy(compress_vocabulary(tokenizer))
+    chosen = {"num_classes": int(classes_V.max()) + 1, "fill_class": int(classes_V[memory.fill_id])}
+    return classes_V, derive_geometry(memory, **chosen)
+
+
+def _sample(tokenizer: "PreTrainedTokenizerBase", device: torch.device) -> torch.Tensor:
+    ids = tokenizer(SAMPLE, return_tensors="pt").input_ids
+    if ids.shape[1] < 2:
+        raise ValueError("The tokenizer makes fewer than two tokens of a text: give the model's own tokenizer.")
+    return ids.to(device)
+
+
+def _device(module: nn.Module) -> torch.device:
+    parameter = next(module.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device

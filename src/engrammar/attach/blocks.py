@@ -1,0 +1,145 @@
+"""Finds a model's decoder blocks by structure, and measures the residual stream that they read.
+
+Letters: B batch, T tokens, M residual branches, D hidden width.
+"""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+REFUSED = "memory is attached to causal language models of transformers."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoder:
+    """The part of a model that takes token ids and runs its blocks one after another.
+
+    Attributes:
+        host: the causal LM around it, without PEFT's wrapper.
+        module: the decoder, whose `forward` takes `input_ids`.
+        blocks: its blocks, in order.
+        hidden_size: D, the width of one residual stream.
+    """
+
+    host: nn.Module
+    module: nn.Module
+    blocks: nn.ModuleList
+    hidden_size: int
+
+
+def host_of(model: nn.Module) -> nn.Module:
+    """The causal LM inside PEFT's wrapper, or the model itself."""
+    unwrap = getattr(model, "get_base_model", None)
+    return unwrap() if callable(unwrap) else model
+
+
+def find_decoder(model: nn.Module) -> Decoder:
+    """Finds the decoder and its blocks.
+
+    They are the longest `ModuleList` of a module whose `forward` takes `input_ids`, all of whose members take the
+    same first argument, which is not ids.
+
+    Raises:
+        ValueError: there is none, or several are equally long.
+    """
+    host = host_of(model)
+    config = getattr(host, "config", None)
+    if config is None or getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{type(host).__name__} has no config of a decoder-only model: {REFUSED}")
+    found = [
+        (module, child)
+        for module in host.modules()
+        if "input_ids" in first_parameters(module)
+        for child in module.children()
+        if isinstance(child, nn.ModuleList) and len(child) and _are_blocks(child)
+    ]
+    longest = max((len(blocks) for _, blocks in found), default=0)
+    found = [(module, blocks) for module, blocks in found if len(blocks) == longest]
+    if len(found) != 1:
+        what = f"{len(found)} lists of {longest} blocks each" if found else "no list of decoder blocks"
+        raise ValueError(f"{type(host).__name__} has {what}: {REFUSED}")
+    module, blocks = found[0]
+    return Decoder(host=host, module=module, blocks=blocks, hidden_size=config.get_text_config().hidden_size)
+
+
+def first_parameters(module: nn.Module) -> list[str]:
+    """The names of the arguments of a module's `forward`, in order."""
+    return list(inspect.signature(module.forward).parameters)
+
+
+def _are_blocks(blocks: nn.ModuleList) -> bool:
+    firsts = {tuple(first_parameters(block)[:1]) for block in blocks}
+    return len(firsts) == 1 and firsts.isdisjoint({(), ("input_ids",), ("args",)})
+
+
+def hidden_of(args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """What a block's call gives it as hidden states: its first argument, by place or by name."""
+    return args[0] if args else next(iter(kwargs.values()), None)
+
+
+def num_branches(hidden: Tensor, hidden_size: int) -> int:
+    """M of the hidden states that a block reads: [B, T, D], [B, T, M, D] or [B, T, M*D]."""
+    return hidden[0, 0].numel() // hidden_size
+
+
+def in_branches(hidden: Tensor, hidden_size: int) -> Tensor:
+    """The hidden states that a block reads as [B, T, M, D]."""
+    return hidden.view(*hidden.shape[:2], -1, hidden_size)
+
+
+@torch.no_grad()
+def measure(decoder: Decoder, input_ids: Tensor) -> list[tuple[int, float]]:
+    """For each block, its number of residual branches M and the median root mean square of its residual streams.
+
+    The first position is left out: many models keep a hundred times the usual norm there.
+
+    Args:
+        input_ids: [1, T] ids of some text.
+
+    Raises:
+        ValueError: a block is not called once with hidden states that it returns in the same shape.
+    """
+    entered: list[Tensor] = []
+    left: list[Tensor] = []
+
+    def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        entered.append(hidden_of(args, kwargs))
+
+    def leave(_: nn.Module, __: Any, output: Any) -> None:
+        left.append(output if isinstance(output, Tensor) else output[0])
+
+    hooks = [block.register_forward_pre_hook(enter, with_kwargs=True) for block in decoder.blocks]
+    hooks += [block.register_forward_hook(leave) for block in decoder.blocks]
+    try:
+        with _evaluating(decoder.host):
+            decoder.module(input_ids=input_ids, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    shapes = {tuple(hidden.shape) if isinstance(hidden, Tensor) else None for hidden in (*entered, *left)}
+    shape = next(iter(shapes))
+    as_expected = len(entered) == len(left) == len(decoder.blocks) and len(shapes) == 1 and shape is not None
+    if not as_expected or shape[:2] != tuple(input_ids.shape) or entered[0][0, 0].numel() % decoder.hidden_size:
+        raise ValueError(
+            f"{type(decoder.module).__name__} does not pass hidden states of one shape through its "
+            f"{len(decoder.blocks)} blocks: {REFUSED}"
+        )
+    sizes = [in_branches(hidden, decoder.hidden_size).float().pow(2).mean(-1).sqrt()[:, 1:] for hidden in entered]
+    return [(num_branches(entered[0], decoder.hidden_size), float(rms.median())) for rms in sizes]
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts a model into evaluation, and each of its modules back afterwards."""
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training

@@ -1,0 +1,173 @@
+"""The hooks of an attached model: look ids up as the decoder is called, add rows as a block is called.
+
+Letters: B batch, T tokens, S positions of history.
+"""
+
+from collections.abc import Iterable
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, final
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers.cache_utils import Cache
+
+from engrammar.attach.attached import AttachedMemory, first_tokens
+from engrammar.attach.blocks import Decoder, first_parameters, hidden_of
+from engrammar.attach.inputs import CACHES, Inputs, read_inputs
+from engrammar.attach.state import MemoryState, keeps_all, positions_in, state_in
+from engrammar.memory import Retrieved
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """One pass of a decoder, from its call to its return.
+
+    Attributes:
+        attachment: whose pass it is.
+        reads: for each memory that is on, what was retrieved, and its state if the pass is cached.
+        keep_all: whether the states keep positions that may be taken back.
+        cache: the cache that was given.
+    """
+
+    attachment: "Attachment"
+    reads: dict[str, tuple[Retrieved, MemoryState | None]] = field(default_factory=dict)
+    keep_all: bool = False
+    cache: Cache | None = None
+
+
+# The passes that are under way in this thread, the innermost last. A block is called by its model's own code, which
+# hands nothing of ours on.
+_passes: ContextVar[tuple[Pass, ...]] = ContextVar("engrammar_passes", default=())
+
+
+@final
+class Attachment(nn.ModuleDict):
+    """All memories of one model by their names: the submodule `engrammar` of the model.
+
+    Attributes:
+        off: the names of the memories that are switched off.
+        handles: the hooks on the model.
+        trained: the model's own parameters that were trainable before.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.off: frozenset[str] = frozenset()
+        self.handles: list[RemovableHandle] = []
+        self.trained: list[nn.Parameter] = []
+        self.arguments: list[str] = []
+
+    def memories(self) -> dict[str, AttachedMemory]:
+        return {name: memory for name, memory in self.items() if isinstance(memory, AttachedMemory)}
+
+    def hook(self, decoder: Decoder) -> None:
+        """Places the hooks anew: on the decoder, and on each block that a memory reads at."""
+        self.unhook()
+        if not len(self):
+            return
+        self.arguments = first_parameters(decoder.module)
+        self.handles = [
+            decoder.module.register_forward_pre_hook(self.before_pass, with_kwargs=True),
+            decoder.module.register_forward_hook(self.after_pass, always_call=True),
+        ]
+        for layer in sorted({layer for memory in self.memories().values() for layer in memory.config.layers}):
+            before = partial(self.before_block, layer)
+            self.handles.append(decoder.blocks[layer].register_forward_pre_hook(before, with_kwargs=True))
+
+    def unhook(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+
+    def before_pass(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Starts reading the rows of this pass."""
+        memories = {name: memory for name, memory in self.memories().items() if name not in self.off}
+        begun = Pass(attachment=self)
+        if memories:
+            inputs = read_inputs(decoder, dict(zip(self.arguments, args)) | kwargs)
+            keep_all = keeps_all(inputs.cache)
+            reads = {name: _read(name, memory, inputs, keep_all) for name, memory in memories.items()}
+            begun = Pass(attachment=self, reads=reads, keep_all=keep_all, cache=inputs.cache)
+        _passes.set((*_passes.get(), begun))
+
+    def before_block(
+        self, layer: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Adds to the hidden states of a block what the memories hold for it."""
+        current = next((one for one in reversed(_passes.get()) if one.attachment is self), None)
+        if current is None:
+            if self.off == set(self):
+                return None
+            raise RuntimeError(
+                f"Block {layer} was called outside a pass of its model, so the memory does not know its ids: call the "
+                "model, or call the block in disabled(model). (To recompute blocks, use "
+                "model.gradient_checkpointing_enable().)"
+            )
+        hidden = hidden_of(args, kwargs)
+        for name, (retrieved, state) in current.reads.items():
+            memory = self.memories()[name]
+            if layer in memory.config.layers:
+                hidden = memory.add(layer, hidden, retrieved, state, current.keep_all)
+        if args:
+            return (hidden, *args[1:]), kwargs
+        return args, {**kwargs, next(iter(kwargs)): hidden}
+
+    def after_pass(self, decoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Ends the pass; a cache that it filled gets the memories' states."""
+        passes = _passes.get()
+        if not passes or passes[-1].attachment is not self:  # it was refused
+            return
+        ended = passes[-1]
+        _passes.set(passes[:-1])
+        if output is None:  # it failed
+            return
+        cache = ended.cache if ended.cache is not None else _cache_in(output)
+        if cache is None:
+            return
+        for name, (_, state) in ended.reads.items():
+            if state is not None and state_in(cache, name) is None and positions_in(cache) in (None, state.seen):
+                cache.layers.append(state)
+
+
+def _read(name: str, memory: AttachedMemory, inputs: Inputs, keep_all: bool) -> tuple[Retrieved, MemoryState | None]:
+    """Starts reading the rows of one memory; continues, or begins, its state."""
+    state, history_BS = None, None
+    masked_BT = inputs.input_ids
+    if inputs.mask_BT is not None:
+        masked_BT = masked_BT.masked_fill(~inputs.mask_BT, -1)
+    if inputs.caches:
+        state = _state(name, memory, inputs)
+        continued = state.seen > 0
+        history_BS = state.history(masked_BT, keep_all)
+        history_BS = history_BS if continued else None
+    retrieved = memory.memory.retrieve(inputs.input_ids, inputs.mask_BT, inputs.position_ids, history_BS)
+    first_BT = first_tokens(masked_BT, history_BS, retrieved.starts_BT)
+    dead_BT = first_BT if retrieved.dead_BT is None else retrieved.dead_BT | first_BT
+    return replace(retrieved, dead_BT=dead_BT), state
+
+
+def _state(name: str, memory: AttachedMemory, inputs: Inputs) -> MemoryState:
+    """The state of a memory in the cache that was given, or a new one for an empty cache."""
+    state = state_in(inputs.cache, name)
+    if state is None and not inputs.seen and not _has_states(inputs.cache):
+        return MemoryState(name, memory.config)
+    if state is None or state.config != memory.config or inputs.seen not in (None, state.seen):
+        held = "none" if state is None or state.config != memory.config else str(state.seen)
+        raise ValueError(
+            f"The cache holds {inputs.seen or 'some'} positions, and the memory {name!r} has seen {held} of them: pass "
+            "a cache that this model filled with this memory attached and on, or a new one."
+        )
+    return state
+
+
+def _has_states(cache: Cache | None) -> bool:
+    """Whether a cache without attention layers holds earlier positions."""
+    return cache is not None and positions_in(cache) is None and cache.has_previous_state()
+
+
+def _cache_in(output: Any) -> Cache | None:
+    """The cache that a decoder returns."""
+    values: Iterable[Any] = output if isinstance(output, tuple) else [getattr(output, name, None) for name in CACHES]
+    return next((value for value in values if isinstance(value, Cache) and hasattr(value, "layers")), None)

@@ -1,0 +1,160 @@
+"""What a memory keeps of a sequence: the ids before the next token, and the window of each layer's convolution.
+
+It is one more layer of the base model's own cache, so whatever is done to the cache is done to it: reordering for
+beams, taking back rejected drafts, repeating, selecting and forgetting sequences.
+Letters: B batch, T tokens, S positions of history (N-1), C channels.
+"""
+
+from collections.abc import Callable
+from typing import final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.cache_utils import Cache, DummyLayer
+
+from engrammar.config import MemoryConfig
+
+CHUNK = 64  # positions that are joined into one tensor
+
+
+@final
+class Track:
+    """The latest positions of something with one value per token, [B, ..., T].
+
+    They are kept in pieces, so that a decoding step copies at most CHUNK positions.
+    """
+
+    def __init__(self, window: int) -> None:
+        self.window = window
+        self.pieces: list[Tensor] = []
+
+    def extend(self, new: Tensor, keep_all: bool) -> Tensor:
+        """Appends `new` [B, ..., T]; returns it with up to `window` positions before it.
+
+        Args:
+            keep_all: whether positions out of the window are kept too, in case later ones are taken back.
+        """
+        before: list[Tensor] = []
+        wanted = self.window
+        for piece in reversed(self.pieces):
+            if wanted <= 0:
+                break
+            before.insert(0, piece[..., -wanted:])
+            wanted -= piece.shape[-1]
+        with_past = torch.cat([*before, new], dim=-1) if before else new
+        if not keep_all:
+            self.pieces = [with_past[..., -self.window :].clone()]  # frees the rest
+        elif self.pieces and self.pieces[-1].shape[-1] < CHUNK:
+            self.pieces[-1] = torch.cat([self.pieces[-1], new], dim=-1)
+        else:
+            self.pieces.append(new)
+        return with_past
+
+    def take_back(self, count: int) -> None:
+        """Forgets the last `count` positions."""
+        while count:
+            last = self.pieces.pop()
+            if last.shape[-1] > count:
+                self.pieces.append(last[..., :-count])
+            count -= min(count, last.shape[-1])
+
+    def change(self, each: Callable[[Tensor], Tensor]) -> None:
+        """Replaces every piece; for what is done to the batch."""
+        self.pieces = [each(piece) for piece in self.pieces]
+
+    def __len__(self) -> int:
+        return sum(piece.shape[-1] for piece in self.pieces)
+
+
+@final
+class MemoryState(DummyLayer):
+    """A cache layer without keys and values that holds the state of one named memory.
+
+    Attributes:
+        seen: the number of positions whose ids it holds or has held.
+        record_past: transformers' mark that positions may be taken back.
+    """
+
+    is_compileable = False  # so `generate` neither compiles the pass nor replaces the mask by one of four dimensions
+
+    def __init__(self, name: str, config: MemoryConfig) -> None:
+        super().__init__()
+        self.name, self.config = name, config
+        self.seen = 0
+        self.record_past = False
+        self.ids = Track(config.max_ngram_size - 1)
+        self.windows = {layer: Track(config.conv_window) for layer in config.layers if config.conv_window}
+
+    def __repr__(self) -> str:
+        return f"MemoryState({self.name!r}, seen={self.seen})"
+
+    def tracks(self) -> list[Track]:
+        return [self.ids, *self.windows.values()]
+
+    def history(self, input_ids: Tensor, keep_all: bool) -> Tensor:
+        """Appends ids [B, T], negative where they are masked; returns the N-1 before them, -1 where there are none."""
+        num_back = self.ids.window
+        with_past = self.ids.extend(input_ids, keep_all)
+        self.seen += input_ids.shape[1]
+        missing = num_back + input_ids.shape[1] - with_past.shape[1]
+        return F.pad(with_past, (missing, 0), value=-1)[:, :num_back]
+
+    def activate_past_recording(self) -> None:
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes back the last positions; `tokens_to_remove` is negative, as in transformers."""
+        count = -tokens_to_remove
+        if count < 0:
+            raise ValueError(
+                f"crop was called with {tokens_to_remove}: give the number of tokens to take back, below 0."
+            )
+        for track in self.tracks():
+            if len(track) - count < min(track.window, self.seen - count):
+                raise ValueError(
+                    f"The memory {self.name!r} cannot take back {count} tokens: this cache did not record them. Call "
+                    "cache.activate_past_recording() before the first pass."
+                )
+        self.seen -= count
+        for track in self.tracks():
+            track.take_back(count)
+
+    def reset(self) -> None:
+        self.seen = 0
+        for track in self.tracks():
+            track.pieces = []
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._change(lambda piece: piece.index_select(0, beam_idx.to(piece.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._change(lambda piece: piece.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._change(lambda piece: piece[indices.to(piece.device)])
+
+    def _change(self, each: Callable[[Tensor], Tensor]) -> None:
+        for track in self.tracks():
+            track.change(each)
+
+
+def state_in(cache: Cache | None, name: str) -> MemoryState | None:
+    """The state of the memory `name` in a cache; None if the cache has none."""
+    layers = [] if cache is None else cache.layers
+    return next((layer for layer in layers if isinstance(layer, MemoryState) and layer.name == name), None)
+
+
+def positions_in(cache: Cache | None) -> int | None:
+    """The number of positions that a cache holds; None if it cannot say, since it has no attention layer."""
+    if cache is None:
+        return 0
+    try:
+        return int(cache.get_seq_length())
+    except ValueError:  # transformers': there are only linear attention layers
+        return None
+
+
+def keeps_all(cache: Cache | None) -> bool:
+    """Whether positions of a cache may be taken back, so that a memory's state has to keep them as well."""
+    return cache is None or cache.is_croppable or any(getattr(layer, "record_past", False) for layer in cache.layers)
