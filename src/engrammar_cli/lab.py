@@ -77,16 +77,18 @@ def rerun(
 def measure(
     overrides: Positional[tuple[str, ...]] = (),
     /,
+    study: str = "pair",
     scale: str = "lab",
     seeds: int = 3,
     jobs: int = 2,
     out: Path | None = None,
     results: Path | None = None,
 ) -> None:
-    """Measure the models of the study `pair` beside their loss: tasks, depth, gates over text, row traffic.
+    """Measure the models of a study's pair beside their loss: tasks, depth, gates over text, row traffic.
 
     Args:
         overrides: The settings that the study was run with.
+        study: pair, or horizon (its longest runs; tasks alone).
         scale: The scale that the study was run at.
         seeds: Runs of each point, as in the study.
         jobs: Seeds at the same time, one thread each.
@@ -96,7 +98,7 @@ def measure(
     require("lab")
     from engrammar_lab.measure import run_measures
 
-    run_measures(**_where(scale, out, results), seeds=seeds, jobs=jobs, scale=scale, overrides=overrides)
+    run_measures(study, **_where(scale, out, results), seeds=seeds, jobs=jobs, scale=scale, overrides=overrides)
 
 
 def report(results: Path = Path("results/lab"), check: bool = False) -> None:

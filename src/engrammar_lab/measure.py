@@ -1,4 +1,4 @@
-"""Measures of the lab's pair (MoE, MoE + memory) beside its loss: tasks, depth, gates, traffic.
+"""Measures of a study's pair (MoE, MoE + memory) beside its loss: tasks, depth, gates, traffic.
 
 Each seed's two models are compared with each other, on questions and text that all seeds share.
 """
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from engrammar_lab.tasks.questions import Split
 
 PAIR = ("MoE", "MoE + memory")
+PAIRS = {"pair": PAIR, "horizon": ("32M, 100%", "32M, 10%")}  # the points of a study that are measured
 OFF = f"{PAIR[1]}, memory off"
 MEASURES = ("tasks", "depth", "gates", "traffic")
 FORMATS = ("needle", "tracking")  # groups of questions in a format that no text of the corpora has
@@ -181,6 +182,7 @@ def _score(
 
 
 def run_measures(
+    study: str = "pair",
     *,
     runs: Path = Path("runs/lab"),
     seeds: int = 3,
@@ -189,26 +191,52 @@ def run_measures(
     scale: str = "lab",
     overrides: Sequence[str] = (),
 ) -> None:
-    """Measures the pair of every seed and writes tasks.json, depth.json, gates.json and traffic.json.
+    """Measures the pair of every seed.
 
-    A seed's measures are kept beside its run, so a killed call continues with the seeds that are left.
+    Of the study `pair` it writes tasks.json, depth.json, gates.json and traffic.json; of another one, only
+    STUDY-tasks.json. A seed's measures are kept beside its run, and for another study in that file, so a killed call
+    continues with the seeds that are left, on another machine as well.
 
     Raises:
-        ValueError: a model of the pair is not trained yet, or was trained with other settings.
+        ValueError: the study has no pair, or a model of it is not trained yet, or was trained with other settings.
     """
-    queue = recipes("pair", runs, range(seeds), overrides, scale=scale)
-    for recipe in queue.values():
+    if study not in PAIRS:
+        raise ValueError(f"{study} has no pair of models to measure; studies that have one: {', '.join(PAIRS)}.")
+    path = results / f"{study}-tasks.json"
+    done = _measured_before(path) if study != "pair" else {}
+    queue = recipes(study, runs, range(seeds), overrides, scale=scale)
+    pairs = {seed: (queue[PAIRS[study][1], seed], queue[PAIRS[study][0], seed]) for seed in range(seeds)}
+    for recipe in (recipe for seed, pair in pairs.items() if seed not in done for recipe in pair):
         if finished(recipe) is None:
-            raise ValueError(f"{recipe.out} holds no finished run: engrammar lab run pair, with the same settings.")
+            raise ValueError(f"{recipe.out} holds no finished run: engrammar lab run {study}, with the same settings.")
     with ProcessPoolExecutor(jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
-        waiting = [pool.submit(_measured, queue[PAIR[1], seed], queue[PAIR[0], seed]) for seed in range(seeds)]
-        each = [done.result() for done in waiting]
-    head = describe_run(command_line("measure", scale, seeds, overrides))
+        waiting = {seed: pool.submit(_measured, *pair) for seed, pair in pairs.items() if seed not in done}
+        each = {seed: waiting[seed].result() if seed in waiting else {"tasks": done[seed]} for seed in range(seeds)}
+    verb = "measure" if study == "pair" else f"measure --study {study}"
+    head = describe_run(command_line(verb, scale, seeds, overrides))
     results.mkdir(parents=True, exist_ok=True)
+    if study != "pair":
+        runs_of = [{"seed": seed, "tasks": _without_answers(found["tasks"])} for seed, found in each.items()]
+        _write(path, head | {"study": study, "pair": PAIRS[study], "settings": asdict(SETTINGS), "runs": runs_of})
+        return
     for name in MEASURES[1:]:
-        made = head | {"runs": [{"seed": seed, **found[name]} for seed, found in enumerate(each)]}
+        made = head | {"runs": [{"seed": seed, **found[name]} for seed, found in each.items()]}
         _write(results / f"{name}.json", made | ({"texts": each[0]["texts"]} if name == "gates" else {}))
-    _write(results / "tasks.json", head | _tasks([found["tasks"] for found in each]))
+    _write(results / "tasks.json", head | merge_tasks([found["tasks"] for found in each.values()]))
+
+
+def _measured_before(path: Path) -> dict[int, dict[str, Any]]:
+    """The scores of the seeds that stand in STUDY-tasks.json, if they were measured as they would be now."""
+    made = json.loads(path.read_text()) if path.exists() else {}
+    if made.get("settings") != asdict(SETTINGS) or made["pair"] != list(PAIRS[made["study"]]):
+        return {}
+    return {run["seed"]: run["tasks"] for run in made["runs"]}
+
+
+def _without_answers(tasks: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The scores without the answers to single questions."""
+    kept = ("measure", "chance", "questions", "score", "bits_per_byte")
+    return {point: {task: {key: own[key] for key in kept} for task, own in of.items()} for point, of in tasks.items()}
 
 
 def _measured(memory: Recipe, plain: Recipe) -> dict[str, Any]:
@@ -220,7 +248,7 @@ def _measured(memory: Recipe, plain: Recipe) -> dict[str, Any]:
     return kept["found"]
 
 
-def _tasks(each: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def merge_tasks(each: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The scores of every seed side by side, for the report."""
     points = [*PAIR, OFF]
     first = each[0][points[0]]

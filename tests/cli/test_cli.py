@@ -234,7 +234,17 @@ def test_dry_run_prints_the_resolved_recipe(call):
 
 def test_data_lists_the_pocket_corpora(call):
     lines = call("data")[1].splitlines()
-    assert [line.split()[0].rstrip(":") for line in lines] == ["wiki", "gcide", "wordnet", "foldoc", "pydoc", "stdlib", "perl", "aws", "sympy"]
+    assert [line.split()[0].rstrip(":") for line in lines] == [
+        "wiki",
+        "gcide",
+        "wordnet",
+        "foldoc",
+        "pydoc",
+        "stdlib",
+        "perl",
+        "aws",
+        "sympy",
+    ]
 
 
 @pytest.mark.slow

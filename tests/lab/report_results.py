@@ -180,12 +180,32 @@ def made_traffic():
     }
 
 
+def made_horizon_tasks():
+    """As `made_tasks`, seed by seed."""
+    tasks = made_tasks(0.05)
+    each = [
+        {
+            point: {
+                name: {**task, "score": task["scores"][point][seed], "bits_per_byte": 1.0}
+                for name, task in tasks["tasks"].items()
+            }
+            for point in tasks["points"]
+        }
+        for seed in SEEDS
+    ]
+    head = {name: tasks[name] for name in ("command", "date", "machine")}
+    pair = ["32M, 100%", "32M, 10%"]
+    runs = [{"seed": seed, "tasks": own} for seed, own in zip(SEEDS, each)]
+    return head | {"study": "horizon", "pair": pair, "settings": {}, "runs": runs}
+
+
 def everything():
     """A result for every section."""
     return {
         **{name: made_study(name) for name in STUDIES},
         "allocation": made_allocation(),
         "horizon": made_horizon(),
+        "horizon-tasks": made_horizon_tasks(),
         "scaling": made_scaling(lambda rows: 2.2 - 0.03 * np.log10(rows)),
         "tasks": made_tasks(0.05),
         "depth": made_depth(),

@@ -89,6 +89,35 @@ def test_a_pair_is_measured_once_and_makes_every_section_of_the_report(tmp_path,
     assert all(f'id="{name}"' in page for name in (*MEASURES, "pair"))
 
 
+def test_a_seed_that_was_measured_on_another_day_is_taken_from_its_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
+    monkeypatch.setattr(measure, "finished", lambda recipe: {} if recipe.seed in trained else None)
+    score = {"measure": "choice", "chance": 0.25, "questions": 4, "bits_per_byte": 1.0, "right": [0, 1, 1, 0]}
+    calls = []
+
+    def measured(memory, plain):
+        calls.append(memory.seed)
+        return {"tasks": {point: {"facts": score | {"score": 0.5 + memory.seed}} for point in (*PAIR, OFF)}}
+
+    monkeypatch.setattr(measure, "_measured", measured)
+    trained, path = {0}, tmp_path / "horizon-tasks.json"
+    run_measures("horizon", results=tmp_path, seeds=1)
+    with pytest.raises(ValueError, match="holds no finished run: engrammar lab run horizon"):
+        run_measures("horizon", results=tmp_path, seeds=2)
+    trained.symmetric_difference_update({0, 1})  # seed 0 was trained on a machine that is gone
+    run_measures("horizon", results=tmp_path, seeds=2)
+    assert calls == [0, 1]
+    made = json.loads(path.read_text())
+    assert [run["tasks"][OFF]["facts"]["score"] for run in made["runs"]] == [0.5, 1.5]
+    assert "right" not in made["runs"][0]["tasks"][OFF]["facts"]
+    assert made["command"] == "engrammar lab measure --study horizon --seeds 2"
+    monkeypatch.setattr(measure, "SETTINGS", replace(SETTINGS, num_questions=SETTINGS.num_questions + 1))
+    with pytest.raises(ValueError, match="holds no finished run"):  # seed 0 would have to be measured anew
+        run_measures("horizon", results=tmp_path, seeds=2)
+    with pytest.raises(ValueError, match="gate has no pair of models to measure; studies that have one: pair, horizon"):
+        run_measures("gate", results=tmp_path)
+
+
 def test_what_was_measured_with_other_settings_is_measured_again(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(

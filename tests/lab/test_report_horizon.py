@@ -1,10 +1,11 @@
 """The section on training length says what its JSON says: optima, gains, and what is not fitted."""
 
 import pytest
-from report_results import OPTIMA, blank_pictures, made, made_horizon
+from report_results import OPTIMA, blank_pictures, made, made_horizon, made_horizon_tasks, made_tasks
 
-from engrammar_lab.report.horizon import horizon_section, lengths, rates_section
+from engrammar_lab.report.horizon import horizon_section, horizon_tasks_section, lengths, rates_section
 from engrammar_lab.report.parts import Table
+from engrammar_lab.report.tasks import tasks_section
 
 
 @pytest.fixture(autouse=True)
@@ -66,3 +67,9 @@ def test_the_best_rate_of_each_end_is_told():
     (table,) = section.body
     assert table.columns == ("tokens", "idle parameters", "0.004", "0.008", "best rate")
     assert table.rows[0] == ("2M", "100% experts", "2.0000", "1.9000", "0.008")
+
+
+def test_tasks_of_the_longest_training_are_told_as_those_of_the_pair_are():
+    own, pair = horizon_tasks_section(made_horizon_tasks()), tasks_section(made_tasks(0.05))
+    assert own.verdict == pair.verdict and own.key == "horizon-tasks"
+    assert own.body[0].startswith("“MoE” is the point 32M, 100% of the horizon") and len(own.body) == len(pair.body) + 1

@@ -15,7 +15,7 @@ from engrammar_lab.catalogue import STUDIES
 from engrammar_lab.report import analysis, tasks, traffic
 from engrammar_lab.report.analysis import depth_section, gates_section
 from engrammar_lab.report.figures import alike
-from engrammar_lab.report.horizon import horizon_section, rates_section
+from engrammar_lab.report.horizon import HORIZON_TASKS, horizon_section, horizon_tasks_section, rates_section
 from engrammar_lab.report.page import figures_of, render_page, without_figures
 from engrammar_lab.report.parts import Report, Section
 from engrammar_lab.report.studies import study_section
@@ -27,12 +27,14 @@ SECTIONS: Mapping[str, Callable[[Mapping[str, Any]], Section]] = {
     **dict.fromkeys(STUDIES, study_section),
     "rates": rates_section,
     "horizon": horizon_section,
+    "horizon-tasks": horizon_tasks_section,
     "tasks": tasks_section,
     "depth": depth_section,
     "gates": gates_section,
     "traffic": traffic_section,
 }
 QUESTIONS = {name: study.question for name, study in STUDIES.items()} | {
+    "horizon-tasks": HORIZON_TASKS,
     "tasks": tasks.QUESTION,
     "depth": analysis.DEPTH,
     "gates": analysis.GATES,

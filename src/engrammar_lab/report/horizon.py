@@ -5,18 +5,21 @@ Letters: L lengths of training, S seeds, X places where a fitted curve is read.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import mean
 from typing import Any
 
 import numpy as np
 
 from engrammar_lab.catalogue import study_of
+from engrammar_lab.measure import merge_tasks
 from engrammar_lab.report.curves import FLAT, Optimum, allocation_optimum
 from engrammar_lab.report.figures import COLOURS, GREY, mark, one_axes, style, to_png
 from engrammar_lab.report.parts import Figure, Section, Table, Verdict, interval, listed, machine_words, p_words, spread
 from engrammar_lab.report.statistics import Difference, compare, half_width, p_value
+from engrammar_lab.report.tasks import tasks_section
 
+HORIZON_TASKS = "Do tasks move with the loss after the longest training?"
 EXPERTS, BIGRAM, DENSE = "100%", "bigram", "dense"
 PAPER_TOKENS, PAPER_IDLE = 262e9, 22.9e9  # tokens and idle parameters of the paper's 27B models
 
@@ -284,3 +287,11 @@ def rates_section(result: Mapping[str, Any]) -> Section:
         measured=_measured(result, 1),
         body=(Table(columns=("tokens", "idle parameters", *rates, "best rate"), rows=tuple(rows)),),
     )
+
+
+def horizon_tasks_section(result: Mapping[str, Any]) -> Section:
+    """The section on horizon-tasks.json: the tasks of the pair at the longest training."""
+    plain, memory = result["pair"]
+    section = tasks_section({**result, **merge_tasks([run["tasks"] for run in result["runs"]])})
+    models = f"“MoE” is the point {plain} of the horizon, “MoE + memory” its point {memory}."
+    return replace(section, key="horizon-tasks", question=HORIZON_TASKS, body=(models, *section.body))
