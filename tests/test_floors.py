@@ -58,7 +58,7 @@ ROOMS = {
         "serving",
     ),
     "engrammar.model": ("configuration", "presets", "hyper", "block", "saving", "pretrained", "modeling", "budget"),
-    "engrammar.attach": ("blocks", "state", "attached", "inputs", "passes", "attaching"),
+    "engrammar.attach": ("blocks", "state", "skipping", "attached", "inputs", "passes", "attaching", "prefix"),
 }
 FLOOR_OF = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
 FILES = sorted(path for path in SOURCE.rglob("*.py"))

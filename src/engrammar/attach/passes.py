@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache
 from engrammar.attach.attached import AttachedMemory, first_tokens
 from engrammar.attach.blocks import Decoder, first_parameters, hidden_of
 from engrammar.attach.inputs import CACHES, Inputs, read_inputs
+from engrammar.attach.skipping import begin_skipping, end_skipping
 from engrammar.attach.state import MemoryState, keeps_all, positions_in, state_in
 from engrammar.memory import Retrieved
 
@@ -50,6 +51,7 @@ class Attachment(nn.ModuleDict):
         off: the names of the memories that are switched off.
         handles: the hooks on the model.
         trained: the model's own parameters that were trainable before.
+        blocks_return_tuples: whether blocks return a tuple of hidden states and nothing else; `keep_prefix` finds out.
     """
 
     def __init__(self) -> None:
@@ -58,6 +60,7 @@ class Attachment(nn.ModuleDict):
         self.handles: list[RemovableHandle] = []
         self.trained: list[nn.Parameter] = []
         self.arguments: list[str] = []
+        self.blocks_return_tuples = False
 
     def memories(self) -> dict[str, AttachedMemory]:
         return {name: memory for name, memory in self.items() if isinstance(memory, AttachedMemory)}
@@ -72,7 +75,12 @@ class Attachment(nn.ModuleDict):
             decoder.module.register_forward_pre_hook(self.before_pass, with_kwargs=True),
             decoder.module.register_forward_hook(self.after_pass, always_call=True),
         ]
-        for layer in sorted({layer for memory in self.memories().values() for layer in memory.config.layers}):
+        layers = sorted({layer for memory in self.memories().values() for layer in memory.config.layers})
+        self.handles += [
+            decoder.host.register_forward_pre_hook(partial(self.before_call, decoder, layers[0]), with_kwargs=True),
+            decoder.host.register_forward_hook(partial(end_skipping, decoder), always_call=True),
+        ]
+        for layer in layers:
             before = partial(self.before_block, layer)
             self.handles.append(decoder.blocks[layer].register_forward_pre_hook(before, with_kwargs=True))
 
@@ -80,6 +88,12 @@ class Attachment(nn.ModuleDict):
         for handle in self.handles:
             handle.remove()
         self.handles = []
+
+    def before_call(
+        self, decoder: Decoder, layer: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Skips the blocks below the first memory if the pass brings what they would compute (`keep_prefix`)."""
+        return begin_skipping(decoder, layer, self.blocks_return_tuples, args, kwargs)
 
     def before_pass(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Starts reading the rows of this pass."""

@@ -1,0 +1,54 @@
+"""Skips the blocks below a memory in passes that bring what those blocks would have computed."""
+
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from engrammar.attach.blocks import Decoder
+
+KEPT = "kept_hidden"  # an argument of the causal LM: what the first block with memory reads, [B, T, ...]
+
+
+def check_frozen(decoder: Decoder, layer: int) -> None:
+    """Raises a ValueError if a parameter below block `layer` is trained."""
+    below = [decoder.host.get_input_embeddings(), *decoder.blocks[:layer]]  # type: ignore[operator]
+    trained = {id(p) for module in below for p in module.parameters() if p.requires_grad}
+    if trained:
+        name = next(name for name, parameter in decoder.host.named_parameters() if id(parameter) in trained)
+        raise ValueError(
+            f"{name} is trained, and it lies below the first memory (block {layer}): freeze it "
+            "(set_trainable(model, 'memory'); LoRA only from that block on), or keep no prefix."
+        )
+
+
+def begin_skipping(
+    decoder: Decoder, layer: int, as_tuple: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Before a pass of the causal LM: makes the blocks below `layer` hand the kept hidden states through.
+
+    Args:
+        as_tuple: whether the blocks return a tuple of one.
+    """
+    hidden = kwargs.pop(KEPT, None)
+    if hidden is None:
+        return None
+    check_frozen(decoder, layer)
+    input_ids = args[0] if args else kwargs.get("input_ids")
+    if not isinstance(input_ids, Tensor) or hidden.shape[:2] != input_ids.shape:
+        raise ValueError(f"{KEPT} is {list(hidden.shape)}: pass it with the input_ids it was computed from.")
+    if kwargs.get("past_key_values") is not None or kwargs.get("use_cache"):
+        raise ValueError(f"{KEPT} skips blocks, which then leave no keys and values: call with use_cache=False.")
+    for block in decoder.blocks[:layer]:
+        block.forward = partial(_hand_through, (hidden,) if as_tuple else hidden)
+    return args, {**kwargs, "use_cache": False}
+
+
+def end_skipping(decoder: Decoder, *_: Any) -> None:
+    """After the pass: the blocks compute again."""
+    for block in decoder.blocks:
+        vars(block).pop("forward", None)
+
+
+def _hand_through(output: Tensor | tuple[Tensor], *_: Any, **__: Any) -> Tensor | tuple[Tensor]:
+    return output
