@@ -129,7 +129,7 @@ def first_layer(model: nn.Module) -> int:
 def _about(below: _Below, items: Items) -> dict[str, Any]:
     weights, text = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
     host: Any = below.decoder.host
-    for module in (host.get_input_embeddings(), *below.decoder.blocks[: below.layer]):  # type: ignore[operator]
+    for module in (host.get_input_embeddings(), *below.decoder.blocks[: below.layer]):
         for name, weight in module.state_dict().items():
             weights.update(name.encode())
             weights.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
