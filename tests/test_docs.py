@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from engrammar.train.recipe import load_recipe
 from engrammar.train.run import train
@@ -22,6 +23,7 @@ PAST = {"docs/log.md", "docs/measurements.md"}  # what was decided and measured,
 PAGES = ["README.md", *sorted({f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")} - PAST)]
 MODELS = ("runs/nano", "runs/demo/moe-memory-0")  # the folders that pages speak of
 ANY_TOKENIZER = "gpt2"  # what the first screen names; here it is a folder
+ANY_MODEL = "HuggingFaceTB/SmolLM2-135M"  # what a memory is attached to; here it is a folder
 POOL = "127.0.0.1:50051"
 FLAG = re.compile(r"--[a-z-]+")
 
@@ -42,10 +44,19 @@ def folders(tmp_path_factory) -> Path:
     train(load_recipe("micro", [f"out={folder / MODELS[0]}", *settings]))
     shutil.copytree(folder / MODELS[0], folder / MODELS[1])
     shutil.copytree(folder / MODELS[0], folder / ANY_TOKENIZER)
+    save_any_model(folder / ANY_MODEL, AutoTokenizer.from_pretrained(folder / MODELS[0]))
     shutil.copytree(folder / "data" / "pocket-wiki-4096", folder / "tokens" / "wiki")
     shutil.copytree(folder / "data" / "pocket", folder / "cache")
     (folder / "fast-disk").mkdir()
     return folder
+
+
+def save_any_model(folder: Path, tokenizer) -> None:
+    """A model of transformers with the depth of SmolLM2-135M, and nothing else of it."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = LlamaConfig(vocab_size=len(tokenizer), num_hidden_layers=30, **sizes)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])

@@ -58,7 +58,19 @@ ROOMS = {
         "serving",
     ),
     "engrammar.model": ("configuration", "presets", "hyper", "block", "saving", "pretrained", "modeling", "budget"),
-    "engrammar.attach": ("blocks", "state", "skipping", "attached", "inputs", "passes", "attaching", "prefix"),
+    "engrammar.attach": (
+        "blocks",
+        "state",
+        "skipping",
+        "attached",
+        "inputs",
+        "passes",
+        "fingerprints",
+        "folder",
+        "attaching",
+        "prefix",
+        "saving",
+    ),
 }
 FLOOR_OF = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
 FILES = sorted(path for path in SOURCE.rglob("*.py"))

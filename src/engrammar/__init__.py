@@ -7,7 +7,7 @@ package says in its docstring what else is public.
 
 from typing import TYPE_CHECKING, Any
 
-from engrammar.attach import attach, detach, disabled, set_trainable
+from engrammar.attach import attach, detach, disabled, load_attached, save_attached, set_trainable
 from engrammar.config import Geometry, MemoryConfig
 from engrammar.model import (
     EngrammarConfig,
@@ -45,10 +45,12 @@ __all__ = [
     "count_parameters",
     "detach",
     "disabled",
+    "load_attached",
     "look_ahead",
     "open_tables",
     "place_tables",
     "preset",
+    "save_attached",
     "serve_tables",
     "set_trainable",
 ]

@@ -44,6 +44,9 @@ class RowSource(ABC):
             For each pass and table, a function that waits for its rows.
         """
 
+    def flush(self) -> None:  # noqa: B027 (most sources change nothing by themselves)
+        """Waits until the rows of `tables` are those of the last step."""
+
     def check_save(self, directory: Path) -> None:  # noqa: B027 (most sources can save anywhere)
         """Raises a ValueError if saving into `directory` would fail; called before anything there is changed."""
 

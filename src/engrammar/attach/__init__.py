@@ -1,9 +1,19 @@
 """Memory attached to any causal language model of transformers, as an adapter.
 
-Public: attach, detach, disabled, set_trainable; keep_prefix, KeptPrefix.
+Public: attach, detach, disabled, set_trainable; save_attached, load_attached; keep_prefix, KeptPrefix.
 """
 
 from engrammar.attach.attaching import attach, detach, disabled, set_trainable
 from engrammar.attach.prefix import KeptPrefix, keep_prefix
+from engrammar.attach.saving import load_attached, save_attached
 
-__all__ = ["KeptPrefix", "attach", "detach", "disabled", "keep_prefix", "set_trainable"]
+__all__ = [
+    "KeptPrefix",
+    "attach",
+    "detach",
+    "disabled",
+    "keep_prefix",
+    "load_attached",
+    "save_attached",
+    "set_trainable",
+]

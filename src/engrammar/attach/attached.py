@@ -25,6 +25,7 @@ class Place:
 
     Attributes:
         num_ids: ids of the tokenizer, which the class map covers.
+        tokenizer_sha256: `vocabulary.fingerprint` of the tokenizer.
         vocab_size: rows of the base's token embedding.
         hidden_size: D, the width of one residual stream.
         num_branches: M, residual streams of the base; 1 in most models.
@@ -34,6 +35,7 @@ class Place:
     """
 
     num_ids: int
+    tokenizer_sha256: str
     vocab_size: int
     hidden_size: int
     num_branches: int

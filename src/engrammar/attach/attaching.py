@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -10,9 +12,11 @@ from torch import nn
 from engrammar.addressing import derive_geometry
 from engrammar.attach.attached import AttachedMemory, Place
 from engrammar.attach.blocks import Decoder, find_decoder, host_of, measure
+from engrammar.attach.fingerprints import fingerprint_of
+from engrammar.attach.folder import write_adapter
 from engrammar.attach.passes import Attachment
 from engrammar.config import Geometry, MemoryConfig
-from engrammar.vocabulary import compress_vocabulary, require_tokenizer
+from engrammar.vocabulary import compress_vocabulary, fingerprint, require_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,7 +56,7 @@ def attach(
     decoder = find_decoder(model)
     check_name(decoder.host, name)
     _check_layers(memory, decoder)
-    vocab_size = decoder.host.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    vocab_size = decoder.vocab_size
     if len(tokenizer) > vocab_size:
         raise ValueError(
             f"The tokenizer has {len(tokenizer)} ids, the model {vocab_size}: give the model's own tokenizer."
@@ -67,6 +71,7 @@ def attach(
             )
     place = Place(
         num_ids=len(tokenizer),
+        tokenizer_sha256=fingerprint(tokenizer),
         vocab_size=vocab_size,
         hidden_size=decoder.hidden_size,
         num_branches=sizes[0][0],
@@ -92,6 +97,7 @@ def put(decoder: Decoder, attached: AttachedMemory, name: str) -> None:
     attachment[name] = attached
     attachment.hook(decoder)
     if is_first:
+        decoder.host.save_pretrained = partial(_save_pretrained, decoder.host)  # type: ignore[assignment]
         attachment.trained = [p for p in _own_parameters(decoder.host, attachment) if p.requires_grad]
         set_trainable(decoder.host, "memory")
 
@@ -116,6 +122,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
         for parameter in _own_parameters(decoder.host, attachment):
             parameter.requires_grad_(id(parameter) in trained)
         delattr(decoder.host, HOME)
+        del decoder.host.save_pretrained
     return model
 
 
@@ -155,6 +162,26 @@ def set_trainable(model: nn.Module, what: Trained) -> None:
         raise ValueError("The model's own weights are quantized, so only the memory can be trained: set 'memory'.")
     for parameter in own:
         parameter.requires_grad_(what == "joint")
+
+
+def _save_pretrained(host: nn.Module, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+    """The `save_pretrained` of a model with memory: the base as it would be without, each memory in a folder beside it.
+
+    The memory `name` is in `engrammar/name`, for `load_attached`.
+
+    Raises:
+        ValueError: `push_to_hub` is asked for, which would leave the memories out.
+    """
+    if kwargs.get("push_to_hub"):
+        raise ValueError("push_to_hub would leave the memories out: save to a folder, and upload that.")
+    state_dict = kwargs.pop("state_dict", None)
+    given = host.state_dict() if state_dict is None else state_dict
+    kwargs["state_dict"] = {key: value for key, value in given.items() if not key.startswith(f"{HOME}.")}
+    type(host).save_pretrained(host, save_directory, *args, **kwargs)  # type: ignore[attr-defined]
+    if kwargs.get("is_main_process", True):
+        decoder = find_decoder(host)
+        for name, attached in require_attachment(host, None).memories().items():
+            write_adapter(Path(save_directory, HOME, name), name, attached, fingerprint_of(decoder))
 
 
 def _own_parameters(host: nn.Module, attachment: Attachment) -> list[nn.Parameter]:

@@ -31,6 +31,11 @@ class Decoder:
     blocks: nn.ModuleList
     hidden_size: int
 
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the token embedding."""
+        return int(self.host.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+
 
 def host_of(model: nn.Module) -> nn.Module:
     """The causal LM inside PEFT's wrapper, or the model itself."""

@@ -80,8 +80,6 @@ def read_inputs(decoder: nn.Module, given: Mapping[str, Any]) -> Inputs:
 
 
 def _will_cache(decoder: nn.Module, given: Mapping[str, Any]) -> bool:
-    if decoder.training and any(getattr(module, "gradient_checkpointing", False) for module in decoder.children()):
-        return False
     use_cache = given.get("use_cache")
     return bool(getattr(decoder.config, "use_cache", False) if use_cache is None else use_cache)
 

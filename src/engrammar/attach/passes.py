@@ -116,8 +116,7 @@ class Attachment(nn.ModuleDict):
                 return None
             raise RuntimeError(
                 f"Block {layer} was called outside a pass of its model, so the memory does not know its ids: call the "
-                "model, or call the block in disabled(model). (To recompute blocks, use "
-                "model.gradient_checkpointing_enable().)"
+                "model, or call it in disabled(model). (transformers' own gradient checkpointing recomputes it.)"
             )
         hidden = hidden_of(args, kwargs)
         for name, (retrieved, state) in current.reads.items():

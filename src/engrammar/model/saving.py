@@ -125,7 +125,7 @@ class SavedModel(PreTrainedModel):
         serving, wants_info = _take_serving(kwargs), kwargs.pop("output_loading_info", False)
         name, folder = pretrained_model_name_or_path, Path()
         if name is not None:
-            root = _local_folder(str(name), kwargs)
+            root = local_folder(str(name), kwargs)
             folder, pretrained_model_name_or_path = Path(root, kwargs.get("subfolder") or ""), str(root)
             check_shards(folder)
             names = [file for file in model_files(folder) if verify or not wants_info or file.endswith(".json")]
@@ -165,7 +165,7 @@ def _take_serving(kwargs: dict[str, Any]) -> ServingSettings | None:
     return None
 
 
-def _local_folder(name: str, kwargs: dict[str, Any]) -> Path:
+def local_folder(name: str, kwargs: dict[str, Any]) -> Path:
     """The folder called `name`, or the folder that the Hub's model of that name was downloaded to."""
     if Path(name).is_dir():
         return Path(name)

@@ -1,0 +1,82 @@
+"""Recognizes the model that a memory was attached to: its shape, and some values of some of its weights."""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engrammar.attach.blocks import Decoder
+
+NUM_WEIGHTS, NUM_VALUES = 24, 8  # how much of a model is looked at
+TOLERANCE = 2.0**-7  # of a value: a model in bf16 is the one in fp32
+
+
+def fingerprint_of(decoder: Decoder) -> dict[str, Any]:
+    """What a base is recognized by, as JSON.
+
+    `weights` holds NUM_VALUES values, evenly spread, of NUM_WEIGHTS weights, evenly spread. Quantized weights are left
+    out.
+    """
+    weights = dict(_weights(decoder.host))
+    names = [name for name, weight in weights.items() if weight.is_floating_point() and not weight.is_meta]
+    last = len(names) - 1
+    chosen = [names[index * last // (NUM_WEIGHTS - 1)] for index in range(NUM_WEIGHTS)] if names else []
+    return {
+        "class": type(decoder.host).__name__,
+        "blocks": len(decoder.blocks),
+        "hidden_size": decoder.hidden_size,
+        "vocab_size": decoder.vocab_size,
+        "weights": {name: _values(weights[name]) for name in dict.fromkeys(chosen)},
+    }
+
+
+def check_base(decoder: Decoder, saved: Mapping[str, Any], source: str) -> None:
+    """Compares a model with the fingerprint that was saved; weights that are quantized now are not compared.
+
+    Raises:
+        ValueError: the model is another one; names what differs.
+    """
+    weights = dict(_weights(decoder.host))
+    sizes = {"blocks": len(decoder.blocks), "hidden_size": decoder.hidden_size, "vocab_size": decoder.vocab_size}
+    for key, value in sizes.items():
+        if saved[key] != value:
+            raise ValueError(f"{source} is of a model with {key} {saved[key]}, this one has {value}: {OTHER}")
+    compared = 0
+    for name, values in saved["weights"].items():
+        if name not in weights:
+            raise ValueError(f"{source} is of a {saved['class']} with a weight {name}, which this one lacks: {OTHER}")
+        if not weights[name].is_floating_point():
+            continue
+        found = _values(weights[name])
+        compared += 1
+        same = len(found) == len(values) and all(
+            math.isclose(one, other, rel_tol=TOLERANCE, abs_tol=1e-6) for one, other in zip(found, values)
+        )
+        if not same:
+            there, here = _short(values), _short(found)
+            raise ValueError(f"{source} is of a model with another {name} ({there} there, {here} here): {OTHER}")
+    if saved["weights"] and not compared:
+        raise ValueError(f"Every weight that {source} recognizes its base by is quantized here: {OTHER}")
+
+
+OTHER = "load it on the model that it was saved from."
+
+
+def _weights(host: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The base's own weights by name; what PEFT and attached memories added is left out."""
+    for name, parameter in host.named_parameters():
+        if not name.startswith("engrammar.") and ".lora_" not in name:
+            yield name.replace(".base_layer.", "."), parameter
+
+
+@torch.no_grad()
+def _values(weight: Tensor) -> list[float]:
+    flat = weight.detach().reshape(-1)
+    places = torch.arange(NUM_VALUES, device=flat.device) * max(len(flat) - 1, 0) // (NUM_VALUES - 1)
+    return [float(value) for value in flat[places].float().cpu()]
+
+
+def _short(values: list[float]) -> str:
+    return ", ".join(f"{value:.4g}" for value in values[:2]) + ", ..."
