@@ -33,9 +33,9 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def qwen_model(dtype: torch.dtype, seed: int = 0) -> Qwen4ExpForCausalLM:
+def qwen_model(dtype: torch.dtype, seed: int = 0, vocab_size: int = VOCABULARY) -> Qwen4ExpForCausalLM:
     config = Qwen4ExpTextConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=vocab_size,
         hidden_size=16,
         num_hidden_layers=3,
         layer_types=["linear_attention"] * 3,
@@ -85,14 +85,21 @@ def save_split(tensors: dict[str, torch.Tensor], folder: Path, num_files: int) -
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
-def qwen_release(model: Qwen4ExpForCausalLM, folder: Path, *, fp8: bool = False, num_files: int = 4) -> Path:
+def qwen_release(
+    model: Qwen4ExpForCausalLM,
+    folder: Path,
+    *,
+    fp8: bool = False,
+    num_files: int = 4,
+    layers: tuple[int, ...] = (0, 2),
+) -> Path:
     """The model as it is released: `shard_N` tensors over several files; fp8 with one bf16 scale a table."""
     saved = folder.with_name(folder.name + "-saved")
     model.save_pretrained(saved)
     tensors = load_file(saved / "model.safetensors")
     assert any("shard_4.weight" in name for name in tensors), "transformers no longer writes shards"
     if fp8:
-        for layer in (0, 2):
+        for layer in layers:
             scale = torch.tensor([0.0123 * (1 + layer)]).bfloat16()
             for name in [name for name in tensors if f"layers.{layer}." in name and ".shard_" in name]:
                 tensors[name] = (tensors[name].float() / scale.float()).to(torch.float8_e4m3fn)

@@ -18,6 +18,7 @@ def evaluate(
     batch_size: int = 8,
     num_fewshot: int | None = None,
     memory: Literal["weights", "ram", "disk", "off"] = "weights",
+    tables: Path | None = None,
     out: Path | None = None,
     cache: Path = Path("data/pocket"),
     list_sets: Annotated[bool, arg(name="list")] = False,
@@ -32,6 +33,7 @@ def evaluate(
         batch_size: Requests at a time.
         num_fewshot: Answered questions put before each question; by default as many as the task says.
         memory: Where the memory's tables are; off scores the model without what its memory adds.
+        tables: For a released Qwen4-Exp model, the folder of its tables, which `engrammar table import` made.
         out: A JSON file for the scores.
         cache: Where fetched question sets are kept.
         list_sets: List the question sets and stop.
@@ -53,7 +55,7 @@ def evaluate(
         check_writable(out.parent)
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     how = {"limit": limit, "batch_size": batch_size, "num_fewshot": num_fewshot}
-    result = harness.evaluate(model, names, memory=memory, cache=cache, **how)
+    result = harness.evaluate(model, names, memory=memory, tables=tables, cache=cache, **how)
     result = describe_run(" ".join(["engrammar", *sys.argv[1:]])) | result
     harness.show(result)
     if out is not None:

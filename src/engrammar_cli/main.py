@@ -55,6 +55,7 @@ def generate(
     num_beams: int = 1,
     seed: int = 0,
     memory: Literal["weights", "ram", "disk", "remote"] = "weights",
+    tables: Path | None = None,
     cache_rows: int = 0,
     on_missing: Literal["error", "skip", "zeros"] = "error",
     deadline: float | None = None,
@@ -73,6 +74,7 @@ def generate(
         seed: Seed of the sampling.
         memory: Where the memory's tables are: weights of the model, their stored bytes in RAM, on disk, or in a
             Mooncake pool of other machines.
+        tables: For a released Qwen4-Exp model, the folder of its tables, which `engrammar table import` made.
         cache_rows: Rows of each table kept in RAM in front of the disk or the pool.
         on_missing: What a row that cannot be read means: an error; its token takes nothing from the memory (skip); or
             the row is zeros.
@@ -89,11 +91,13 @@ def generate(
         raise ValueError("--memory remote and --name go together: name the tables as `engrammar table upload` did.")
     serving: dict[str, Any] = {}
     if memory != "weights":
-        where = memory if name is None else pool_store(model, name, address)
+        where = memory if name is None else pool_store(tables or model, name, address)
         serving = {"memory": where, "cache_rows": cache_rows, "on_missing": on_missing, "deadline": deadline}
-    elif cache_rows or deadline is not None or on_missing != "error":
-        raise ValueError("--cache-rows, --on-missing and --deadline are for tables off the model: add --memory.")
-    print(complete(*load(model, **serving), prompt, sampling))
+    elif tables or cache_rows or deadline is not None or on_missing != "error":
+        raise ValueError(
+            "--tables, --cache-rows, --on-missing and --deadline are for tables off the model: add --memory."
+        )
+    print(complete(*load(model, tables=tables, **serving), prompt, sampling))
 
 
 def data(

@@ -147,9 +147,10 @@ def plan(
     """Estimate what serving a model's tables costs: hit rates by cache size, bytes, tokens/s by tier, rows to pin.
 
     Args:
-        model: A checkpoint, a folder of tables, or the name of a preset.
+        model: A checkpoint, a folder of tables, the name of a preset, or a released Qwen4-Exp model, of which
+            config.json is enough.
         corpus: Text like that to be served: a file or folder, pocket:NAME, hf:NAME, or a folder of tokens.
-        out: Folder for plan.json and plan.png, and for the rows to pin if the model is a preset.
+        out: Folder for plan.json and plan.png, and for the rows to pin if the model has no table files.
         tokenizer: Folder of the tokenizer; by default the model's own, or that of the folder of tokens.
         tokens: The most tokens to read.
         prompt_tokens: The most tokens of a prompt; longer documents are cut.
@@ -165,6 +166,7 @@ def plan(
     from engrammar.planning.report import describe, write_plan
     from engrammar.planning.speeds import Speeds, measure_speeds
     from engrammar.planning.touches import read_sample
+    from engrammar.tables.shards import MEMORY
     from engrammar_lab.machine import describe_run
 
     speeds = Speeds.read(machine) if machine else None
@@ -178,7 +180,7 @@ def plan(
     made = planning.make_plan(
         memory, studied, speeds, wanted_hit_rate=hit_rate, wanted_tokens_per_s=tokens_per_s
     ) | describe_run(f"engrammar table plan {model} {corpus}")
-    paths = write_plan(made, studied, out, Path(model) if Path(model).is_dir() else out)
+    paths = write_plan(made, studied, out, Path(model) if (Path(model) / MEMORY).is_file() else out)
     print(json.dumps(made, indent=1) if json_output else "\n".join([describe(made), "", *map(str, paths)]))
 
 

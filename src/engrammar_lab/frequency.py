@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engrammar.addressing import GOLDEN64, look_back
+from engrammar.off import memory_off
 from engrammar_lab.depth import validation_batches
 from engrammar_lab.gates import recorded_gates
-from engrammar_lab.tasks.off import memory_off
 
 if TYPE_CHECKING:
     from engrammar.memory import Memory

@@ -17,10 +17,10 @@ from statistics import fmean
 from typing import Any, Literal, get_args
 
 from engrammar.cells import Column, as_text, cells, titles
+from engrammar.off import adding_modules, memory_off
 from engrammar.train.sample import load
 from engrammar_lab.machine import accelerator
 from engrammar_lab.question_sets import SETS, questions
-from engrammar_lab.tasks.off import memory_off
 from engrammar_lab.tasks.questions import Question, read_questions
 
 Where = Literal["weights", "ram", "disk", "off"]
@@ -30,13 +30,20 @@ SCORES = (Column("score", "value", ".3f"), Column("stderr", "stderr", ".3f"), Co
 
 
 def evaluate(
-    folder: Path, tasks: Sequence[str], *, memory: Where = "weights", cache: Path = Path("data/pocket"), **how: Any
+    folder: Path,
+    tasks: Sequence[str],
+    *,
+    memory: Where = "weights",
+    tables: Path | None = None,
+    cache: Path = Path("data/pocket"),
+    **how: Any,
 ) -> dict[str, Any]:
     """Scores the model in a folder, and records the versions used.
 
     Args:
         tasks: as for `score_tasks`; so are `cache` and `how`.
         memory: where the tables are, or "off" for the model without what its memory adds.
+        tables: for a released Qwen4-Exp model, the folder that `engrammar table import` made of its tables.
 
     Returns:
         versions, model, memory, the settings, and `tasks` as `score_tasks` returns them.
@@ -45,7 +52,7 @@ def evaluate(
         ValueError: as `score_tasks` and `load_model`.
     """
     specs, chances = _find_tasks(tasks, cache)  # before the model is read: a wrong name costs no time
-    model, tokenizer = load_model(folder, memory)
+    model, tokenizer = load_model(folder, memory, tables)
     with memory_off(model) if memory == "off" else nullcontext():
         scored = _score(model, tokenizer, specs, chances, **how)
     return {
@@ -77,8 +84,8 @@ def score_tasks(
     return _score(model, tokenizer, *_find_tasks(tasks, cache), **how)
 
 
-def load_model(folder: Path, memory: Where = "weights") -> tuple[Any, Any]:
-    """The model in a folder, on the accelerator if there is one, and its tokenizer.
+def load_model(folder: Path, memory: Where = "weights", tables: Path | None = None) -> tuple[Any, Any]:
+    """The model in a folder, on the accelerator if there is one, and its tokenizer; settings are those of `evaluate`.
 
     Raises:
         ValueError: the folder holds no model, its tokenizer belongs to another model, or `memory` does not fit it.
@@ -91,11 +98,21 @@ def load_model(folder: Path, memory: Where = "weights") -> tuple[Any, Any]:
         raise ValueError(
             f"{folder} has no config.json that names a model: give a folder that training or save_pretrained wrote."
         ) from error
-    if kind == "engrammar":
-        model, tokenizer = load(folder, **({"memory": memory} if memory in ("ram", "disk") else {}))
+    if tables is not None:
+        if memory == "weights":
+            raise ValueError("--tables is for a model whose tables are not loaded: add --memory ram, disk or off.")
+        model, tokenizer = load(folder, tables=tables, memory="disk" if memory == "off" else memory)
+    elif kind == "engrammar":
+        where: dict[str, Any] = {"memory": memory} if memory in ("ram", "disk") else {}
+        model, tokenizer = load(folder, **where)
+    elif memory in ("ram", "disk"):
+        raise ValueError(
+            f"--memory is {memory}, but the model in {folder} is none of ours: give --tables, the folder that "
+            "`engrammar table import` made, if it is a Qwen4-Exp model."
+        )
     else:
         model, tokenizer = _load_other(folder)
-    if memory != "weights" and getattr(model.config, "memory", None) is None:
+    if memory != "weights" and not adding_modules(model):
         raise ValueError(f"--memory is {memory}, but the model in {folder} has no memory; allowed: weights.")
     num_ids = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > num_ids:

@@ -153,7 +153,7 @@ def _score(
     own: "EngrammarForCausalLM", other: "EngrammarForCausalLM", tokenizer: "PreTrainedTokenizerBase", recipe: Recipe
 ) -> dict[str, Any]:
     """Scores every task, then needles and tracking again after both models have been tuned to their format."""
-    from engrammar_lab.tasks.off import memory_off
+    from engrammar.off import memory_off
     from engrammar_lab.tasks.suite import build_suite, score_suite
 
     data = recipe.data

@@ -174,6 +174,7 @@ def test_info_speaks_json(call):
         (("generate", "tests", "Hello", "--memory", "remote"), "--memory remote and --name go together"),
         (("generate", "tests", "Hello", "--name", "nano"), "--memory remote and --name go together"),
         (("generate", "tests", "Hello", "--cache-rows", "9"), "add --memory"),
+        (("generate", "tests", "Hello", "--tables", "tables"), "add --memory"),
         (("info", "giga"), "There is no preset 'giga'"),
         (("info", "tests"), "tests has no config.json"),
         (("generate", "tests", "Hello"), "tests has no config.json"),

@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from engrammar.off import memory_off
 from engrammar_lab import frequency
 from engrammar_lab.frequency import frequency_bins, gate_by_frequency, ngram_keys, occurrences, text_keys
 from engrammar_lab.gates import recorded_gates
-from engrammar_lab.tasks.off import memory_off
 from models import END, VOCABULARY, tiny_model
 from token_sets import token_set
 

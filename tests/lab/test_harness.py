@@ -10,10 +10,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from engrammar.fusion import Fusion
+from engrammar.off import memory_off
+from engrammar.tables.released import import_tables
 from engrammar_cli.main import main as command_line
 from engrammar_lab import harness
 from engrammar_lab.harness import evaluate, load_model, score_tasks
 from models import tiny_model
+from released_models import qwen_model, qwen_release
 
 pytest.importorskip("lm_eval")
 
@@ -154,6 +157,49 @@ def test_a_transformers_model_is_scored_too(folder, tmp_path):
     assert tuple(score["value"] for score in found.values()) == own_scores(*load_model(tmp_path / "llama"))
     with pytest.raises(ValueError, match="memory is off, but the model in .* has no memory"):
         load_model(tmp_path / "llama", "off")
+
+
+@pytest.fixture
+def release(tmp_path) -> Path:
+    """A small Qwen4-Exp model as it is released, with a tokenizer; `tables`, its tables as ours, lies beside it."""
+    model = qwen_model(torch.float32)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim > 1 and "ngram" not in name:
+                weight.mul_(8)
+    release = qwen_release(model, tmp_path / "release")
+    import_tables(release, tmp_path / "tables")
+    make_tokenizer().save_pretrained(release)
+    return release
+
+
+def test_a_released_model_continues_a_prompt_with_its_tables_on_disk(release, tmp_path, capsys):
+    model, tokenizer = load_model(release)
+    ids = model.generate(torch.tensor([tokenizer.encode("owls hoot")]), do_sample=False, max_new_tokens=7)
+    how = ["--memory", "disk", "--tables", str(tmp_path / "tables"), "--cache-rows", "32"]
+    capsys.readouterr()
+    command_line(["generate", str(release), "owls hoot", "--max-new-tokens", "7", "--temperature", "0", *how])
+    assert capsys.readouterr().out.strip() == tokenizer.decode(ids[0], skip_special_tokens=True)
+
+
+def test_a_released_model_is_scored_with_its_tables_served_and_off(release, tmp_path):
+    name = write(tmp_path / "owls.jsonl", QUESTIONS)
+    found = {
+        where: evaluate(release, [name], memory=where, tables=tables)["tasks"][name]
+        for where, tables in (("weights", None), ("disk", tmp_path / "tables"), ("off", tmp_path / "tables"))
+    }
+    assert found["weights"] == found["disk"]
+    served, tokenizer = load_model(release, "ram", tmp_path / "tables")
+    plain = load_model(release)[0]
+    asked = (tokenizer, QUESTIONS[0][0], " night")
+    assert log_likelihood(served, *asked) == log_likelihood(plain, *asked)
+    with memory_off(plain):
+        off = tuple(score["value"] for score in found["off"]["scores"].values())
+        assert off == own_scores(plain, tokenizer)
+    with pytest.raises(ValueError, match="--memory is ram, but the model in .* is none of ours: give --tables"):
+        load_model(release, "ram")
+    with pytest.raises(ValueError, match="--tables is for a model whose tables are not loaded"):
+        load_model(release, "weights", tmp_path / "tables")
 
 
 def test_mistakes_are_one_clear_sentence(folder, tmp_path, monkeypatch):

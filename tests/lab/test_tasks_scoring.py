@@ -9,7 +9,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from engrammar.fusion import Fusion
 from engrammar.model.modeling import EngrammarForCausalLM
-from engrammar_lab.tasks.off import memory_off
+from engrammar.off import memory_off
 from engrammar_lab.tasks.questions import Question, start_ids
 from engrammar_lab.tasks.scoring import _batches, score_continuations, score_questions
 from engrammar_lab.tasks.yarn import stretched, yarn_parameters

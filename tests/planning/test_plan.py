@@ -1,6 +1,7 @@
 """The planner: what it counts equals what a hand counts, and its rows are the model's."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -17,10 +18,12 @@ from engrammar.planning.speeds import Costs, Speeds, measure_speeds
 from engrammar.planning.touches import Sample
 from engrammar.stores.cache import CachedStore
 from engrammar.stores.serving import load_hot_rows
+from engrammar.tables.released import import_tables
 from engrammar.tables.shards import HOT_ROWS
 from engrammar.train.data import train_tokenizer
 from engrammar_cli.main import main
 from models import VOCABULARY, tiny_model
+from released_models import qwen_model, qwen_release
 
 TEXT = "the cat sat on the mat and the dog lay by the door of the house in the rain . "
 
@@ -207,6 +210,31 @@ def test_a_checkpoint_and_its_tables_alone_are_planned_alike(tmp_path, tokenizer
         assert load_hot_rows(folder).keys() == {1}
     assert made[0]["caches"] == made[1]["caches"]
     assert made[0]["tiers"][0]["disk"] is None  # no speed is known
+
+
+def test_a_released_model_is_planned_by_its_settings_alone_as_by_its_tables(tmp_path, tokenizer_folder, capsys):
+    release = qwen_release(qwen_model(torch.bfloat16, vocab_size=300), tmp_path / "release")
+    corpus, machine = tmp_path / "text.txt", tmp_path / "machine.json"
+    import_tables(release, tmp_path / "tables")
+    (tmp_path / "settings").mkdir()
+    shutil.copy(release / "config.json", tmp_path / "settings")
+    corpus.write_text("the cat sat on the mat ")
+    machine.write_text("{}")
+    made = []
+    for name in ("settings", "tables"):
+        arguments = [str(tmp_path / name), str(corpus), str(tmp_path / f"out-{name}")]
+        arguments += ["--tokenizer", str(tokenizer_folder), "--machine", str(machine), "--json"]
+        capsys.readouterr()
+        main(["table", "plan", *arguments])
+        made.append(json.loads(capsys.readouterr().out))
+    for key in ("sample", "caches", "encodings"):
+        assert made[0][key] == made[1][key]
+    assert load_hot_rows(tmp_path / "out-settings").keys() == load_hot_rows(tmp_path / "tables").keys() == {0, 2}
+    settings = json.loads((release / "config.json").read_text())
+    for quantization, encoding in ({"quant_method": "fp8"}, "fp8"), (None, "bf16"):
+        (tmp_path / "settings" / "config.json").write_text(json.dumps(settings | {"quantization_config": quantization}))
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+        assert planning.Addresses.of_model(str(tmp_path / "settings"), tokenizer).memory.row_encoding == encoding
 
 
 def test_mistakes_are_one_sentence(tmp_path, tokenizer_folder, capsys):

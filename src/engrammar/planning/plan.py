@@ -19,6 +19,9 @@ from engrammar.planning import touches
 from engrammar.planning.speeds import TIERS, Costs, Speeds
 from engrammar.planning.touches import Sample, is_prepared
 from engrammar.tables.folder import open_tables
+from engrammar.tables.headers import read_json
+from engrammar.tables.released.files import Settings
+from engrammar.tables.released.qwen import describe_memory
 from engrammar.train.data import TokenSet
 from engrammar.vocabulary import compress_vocabulary, fingerprint
 
@@ -63,7 +66,9 @@ class Addresses:
 
     @classmethod
     def of_model(cls, model: str, tokenizer: "PreTrainedTokenizerBase") -> Self:
-        """The addresses of a checkpoint, a folder of tables, or a preset built for `tokenizer`.
+        """The addresses of a checkpoint, a folder of tables, a preset built for `tokenizer`, or a released model.
+
+        Of a released Qwen4-Exp model, config.json is enough.
 
         Raises:
             ValueError: there is no such model, it has no memory, or it belongs to another tokenizer.
@@ -75,6 +80,10 @@ class Addresses:
         else:
             if model in PRESETS:
                 config = preset(model, tokenizer=tokenizer, classes_V=classes_V)
+            elif (released := _released_settings(folder)) is not None:
+                quantized = (released.values.get("quantization_config") or {}).get("quant_method") == "fp8"
+                memory, geometry = describe_memory(released, "fp8" if quantized else "bf16")
+                return cls(memory=memory, geometry=geometry, classes_V=None)
             elif folder.is_dir():
                 config = load_config(folder)
             else:
@@ -85,6 +94,13 @@ class Addresses:
         if sha256 is not None and sha256 != fingerprint(tokenizer):
             raise ValueError(f"The tokenizer ({len(tokenizer)} tokens) is not the one that {model} was built with.")
         return cls(memory=memory, geometry=geometry, classes_V=None if memory.compression == "none" else classes_V)
+
+
+def _released_settings(folder: Path) -> Settings | None:
+    """The settings of a released Qwen4-Exp model; None if the folder holds none."""
+    path = folder / "config.json"
+    settings = Settings(path, read_json(path) if path.is_file() else {})
+    return settings if "ple_layer_ids" in settings.values else None
 
 
 @dataclass(frozen=True, kw_only=True)

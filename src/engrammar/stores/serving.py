@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from torch import Tensor, nn
 
-from engrammar.memory import memory_of
+from engrammar.memory import Memory, memory_of
 from engrammar.stores.base import Fetch, RowsMissing, RowStore
 from engrammar.stores.cache import CachedStore
 from engrammar.stores.disk import DiskStore
@@ -163,13 +163,16 @@ class StoredTables(RowSource):
             store.close()
 
 
-def serve_tables(model: nn.Module, folder: Path, settings: ServingSettings) -> StoredTables:
+def serve_tables(
+    model: nn.Module, folder: Path, settings: ServingSettings, dtype: torch.dtype | None = None
+) -> StoredTables:
     """Gives a model that was built with tables="external" the rows of a table folder.
 
     Args:
         model: the model, whose tables are then read from stores.
         folder: a checkpoint or a folder of tables.
         settings: the stores and caches to open.
+        dtype: what rows are decoded to; by default the dtype of the model's first weight.
 
     Raises:
         ValueError: the folder's tables are not this model's.
@@ -177,8 +180,7 @@ def serve_tables(model: nn.Module, folder: Path, settings: ServingSettings) -> S
     opened, memory = open_tables(folder), memory_of(model)
     if memory is None:
         raise ValueError(f"{type(model).__name__} has no memory: it cannot be given tables.")
-    if opened.geometry != memory.geometry or set(opened.tables) != set(memory.config.layers):
-        raise ValueError(f"The tables in {folder} are of another geometry than this model's: give the model's own.")
+    require_tables_of(memory, opened)
     stores: dict[str, RowStore] = {}
     hot = load_hot_rows(folder) if settings.cache_rows else {}
     try:
@@ -193,10 +195,29 @@ def serve_tables(model: nn.Module, folder: Path, settings: ServingSettings) -> S
         for store in stores.values():
             store.close()
         raise
-    source = StoredTables(opened, stores, settings, dtype=next(model.parameters()).dtype)
+    source = StoredTables(opened, stores, settings, dtype=dtype or next(model.parameters()).dtype)
     for layer, file in opened.tables.items():
         memory.table(layer).move_to(source, file.name)
     return source
+
+
+def require_tables_of(memory: Memory, opened: TableFolder) -> None:
+    """Raises a ValueError that names what differs, unless a folder's tables are addressed as `memory` does."""
+    ours, theirs = memory.geometry, opened.geometry
+    for what, found, wanted in (
+        ("memory layers", sorted(opened.tables), sorted(memory.config.layers)),
+        ("width of a row", opened.memory.head_dim, memory.config.head_dim),
+        ("number of classes of ids", theirs.num_classes, ours.num_classes),
+        ("class of missing history", theirs.fill_class, ours.fill_class),
+        ("rows of each head", theirs.table_sizes, ours.table_sizes),
+        ("multipliers of the hash", theirs.multipliers, ours.multipliers),
+        ("rows_multiple", theirs.rows_multiple, ours.rows_multiple),
+    ):
+        if found != wanted:
+            raise ValueError(
+                f"The tables in {opened.path} are of another geometry than this model's ({what}: {found}, and "
+                f"{wanted} in the model): give the model's own."
+            )
 
 
 def _open_store(file: TableFile, settings: ServingSettings) -> RowStore:
@@ -217,10 +238,10 @@ def look_ahead(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Iterat
     """Yields batches for `model(**batch)`, each with `retrieved`; the next batch's rows are then being read already.
 
     This is for evaluation: the next batch's rows are read while this batch is computed. If the model's tables are not
-    served from stores, the batches are yielded unchanged.
+    served from stores, or it cannot be given rows (a released model), the batches are yielded unchanged.
     """
     memory = memory_of(model)
-    if memory is None or not isinstance(memory.source, StoredTables):
+    if memory is None or not isinstance(memory.source, StoredTables) or not hasattr(model, "retrieve"):
         yield from batches
         return
     before = None

@@ -18,19 +18,26 @@ from engrammar.stores.mooncake.store import RemoteStore
 from engrammar.tables.folder import TableFile, open_tables
 
 
-def load(directory: Path, *, device: str | None = None, **serving: Any) -> tuple[Any, Any]:
-    """Loads the model and tokenizer of a folder that training wrote.
+def load(directory: Path, *, device: str | None = None, tables: Path | None = None, **serving: Any) -> tuple[Any, Any]:
+    """Loads the model and tokenizer of a folder that training wrote, or of a released Qwen4-Exp model.
 
     Args:
         directory: the folder.
         device: the model's device; by default the accelerator if there is one, else the CPU.
+        tables: for a released model, the folder that `engrammar table import` made of its tables.
         serving: `memory`, `cache_rows`, `on_missing` and `deadline` of `EngrammarForCausalLM.from_pretrained`.
 
     Raises:
         ValueError: the folder is not a checkpoint, a shard is damaged, or the tokenizer is not the model's.
     """
-    load_config(directory)
-    model = EngrammarForCausalLM.from_pretrained(directory, **serving)
+    model: Any
+    if tables is None:
+        load_config(directory)
+        model = EngrammarForCausalLM.from_pretrained(directory, **serving)
+    else:
+        from engrammar.released import Qwen4ExpForCausalLM  # loads transformers' module of these models
+
+        model = Qwen4ExpForCausalLM.from_pretrained(directory, tables=tables, **serving)
     if not (directory / "tokenizer.json").exists():
         raise ValueError(
             f"{directory} has no tokenizer.json: copy the tokenizer that the model was trained with there."
@@ -40,7 +47,8 @@ def load(directory: Path, *, device: str | None = None, **serving: Any) -> tuple
     except Exception as error:  # tokenizers and transformers raise many kinds
         reason = str(error).split("\n")[0]
         raise ValueError(f"The tokenizer in {directory} cannot be read ({reason}): copy it again.") from error
-    model.config.check_tokenizer(tokenizer)
+    if tables is None:
+        model.config.check_tokenizer(tokenizer)
     return model.eval().to(device or torch.accelerator.current_accelerator(check_available=True) or "cpu"), tokenizer
 
 

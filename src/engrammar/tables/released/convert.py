@@ -219,7 +219,7 @@ def read_names(path: Path) -> dict[str, str]:
 
 
 def _layout(released: ReleasedModel) -> Layout:
-    settings = released.settings()
+    settings = released.settings.values
     if "engram_layer_ids" in settings:
         return "deepseek"
     if "ple_layer_ids" in settings:

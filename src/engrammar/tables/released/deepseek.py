@@ -33,7 +33,7 @@ def read_memory(model: ReleasedModel) -> tuple[MemoryConfig, Geometry, int, str]
         ValueError: a setting or the tokenizer is missing, or they belong to different models.
     """
     dialect, setting = DIALECTS["deepseek_v41"], model.setting
-    where, image = model.folder / "config.json", model.settings().get("image_token_id")
+    where, image = model.folder / "config.json", model.settings.values.get("image_token_id")
     size, pad = setting("engram_max_ngram_size", int), setting("engram_pad_token_id", int)
     memory = replace(
         dialect,

@@ -30,18 +30,47 @@ def require(part: Part, dtypes: tuple[str, ...], shape: tuple[int | None, ...], 
 
 
 @final
+class Settings:
+    """The settings of a released model.
+
+    Attributes:
+        where: what errors call them.
+        values: the settings of the language model; those of `text_config` win, if there is one.
+    """
+
+    def __init__(self, where: Path | str, config: Mapping[str, Any]) -> None:
+        self.where = where
+        self.values: dict[str, Any] = {**config, **(config.get("text_config") or {})}
+
+    def need(self, name: str, kind: type, default: Any = None) -> Any:
+        """A setting of the language model: an int, a number (kind float), or a list of ints.
+
+        Raises:
+            ValueError: it has another type, or it is missing and has no default.
+        """
+        value = self.values.get(name, default)
+        whole = kind is not list or (type(value) is list and all(type(v) is int for v in value))
+        if not whole or type(value) not in ((int, float) if kind is float else (kind,)):
+            meaning = {int: "an integer", float: "a number", list: "a list of integers"}[kind]
+            raise ValueError(
+                f"{self.where} should have {meaning} as {name}, not {value!r}: use the config.json of the release."
+            )
+        return value
+
+
+@final
 class ReleasedModel:
     """A released model's folder: its settings, and which file holds which tensor. Headers are read only when needed.
 
     Attributes:
         folder: the path of the folder.
-        config: the content of its config.json.
+        settings: those of its config.json.
         file_of: for each tensor, the name of its file.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.config: dict[str, Any] = read_json(folder / "config.json")
+        self.settings = Settings(folder / "config.json", read_json(folder / "config.json"))
         self._headers: dict[str, dict[str, Part]] = {}
         if (folder / INDEX).is_file():
             self.file_of = weight_map(folder)
@@ -52,25 +81,9 @@ class ReleasedModel:
             self._headers = {path.name: read_header(path) for path in paths}
             self.file_of = {name: file for file, parts in self._headers.items() for name in parts}
 
-    def settings(self) -> dict[str, Any]:
-        """The settings of the language model; those of `text_config` win, if there is one."""
-        return {**self.config, **(self.config.get("text_config") or {})}
-
     def setting(self, name: str, kind: type, default: Any = None) -> Any:
-        """A setting of the language model: an int, a number (kind float), or a list of ints.
-
-        Raises:
-            ValueError: it has another type, or it is missing and has no default.
-        """
-        value = self.settings().get(name, default)
-        whole = kind is not list or (type(value) is list and all(type(v) is int for v in value))
-        if not whole or type(value) not in ((int, float) if kind is float else (kind,)):
-            meaning = {int: "an integer", float: "a number", list: "a list of integers"}[kind]
-            raise ValueError(
-                f"{self.folder / 'config.json'} should have {meaning} as {name}, not {value!r}: use the config.json of "
-                "the release."
-            )
-        return value
+        """As `Settings.need`."""
+        return self.settings.need(name, kind, default)
 
     def find(self, ending: str) -> Part | None:
         """The tensor called `ending`, with or without a prefix that ends in a dot; None if there is none.

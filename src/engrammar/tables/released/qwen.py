@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engrammar.addressing import derive_geometry
-from engrammar.config import DIALECTS, Geometry, MemoryConfig
+from engrammar.config import DIALECTS, Encoding, Geometry, MemoryConfig
 from engrammar.tables.encodings import ENCODING_OF
 from engrammar.tables.headers import AGAIN, Part
-from engrammar.tables.released.files import ReleasedModel, require
+from engrammar.tables.released.files import ReleasedModel, Settings, require
 
 
 def read_memory(model: ReleasedModel, names: Mapping[str, str]) -> tuple[MemoryConfig, Geometry]:
@@ -27,32 +27,9 @@ def read_memory(model: ReleasedModel, names: Mapping[str, str]) -> tuple[MemoryC
     Raises:
         ValueError: there is no table, a setting is missing, or the buffers belong to another geometry.
     """
-    dialect, setting = DIALECTS["qwen_next"], model.setting
-    layers = setting("ple_layer_ids", list)
-    if not layers:
-        raise ValueError(f"{model.folder / 'config.json'} has no ple_layer_ids: this model has no n-gram table.")
-    size, heads = setting("ngram_size", int, dialect.max_ngram_size), setting("heads_per_ngram", int, dialect.num_heads)
-    ends = model.settings().get("eos_token_id")
-    end = ends[0] if isinstance(ends, list) and ends else setting("eos_token_id", int)
-    width = setting("hidden_size" if model.settings().get("ple_embed_dim") is None else "ple_embed_dim", int)
-    eps = setting("rms_norm_eps", float, 1e-6)
-    memory = replace(
-        dialect,
-        layers=tuple(sorted(layer - 1 for layer in layers)),  # theirs count from 1
-        rows_per_head=(setting("ngram_vocab_size_base", int, dialect.rows_per_head[0]),) * (size - 1),
-        max_ngram_size=size,
-        num_heads=heads,
-        head_dim=width // max(1, (size - 1) * heads),
-        seed=setting("seed", int, dialect.seed),
-        fill_id=end,
-        end_ids=(end,),
-        conv_kernel=setting("ple_conv_kernel_size", int, dialect.conv_kernel),
-        key_norm_eps=eps,
-        conv_norm_eps=eps,
-        rows_multiple=setting("make_ngram_vocab_size_divisible_by", int, dialect.rows_multiple),
-        row_encoding=ENCODING_OF[table_parts(model, names, layers[0] - 1)[0].dtype],
-    )
-    geometry = derive_geometry(memory, num_classes=setting("vocab_size", int), fill_class=end)
+    settings = model.settings
+    first = require_layers(settings)[0] - 1
+    memory, geometry = describe_memory(settings, ENCODING_OF[table_parts(model, names, first)[0].dtype])
     for index, layer in enumerate(memory.layers):
         for key, derived in (
             ("multipliers", geometry.multipliers[index]),
@@ -61,6 +38,50 @@ def read_memory(model: ReleasedModel, names: Mapping[str, str]) -> tuple[MemoryC
         ):
             _compare_buffer(model, model.find(names[key].format(layer=layer)), derived)
     return memory, geometry
+
+
+def require_layers(settings: Settings) -> list[int]:
+    """The layers that have a table, counted from 1.
+
+    Raises:
+        ValueError: there is none.
+    """
+    layers: list[int] = settings.need("ple_layer_ids", list)
+    if not layers:
+        raise ValueError(f"{settings.where} has no ple_layer_ids: this model has no n-gram table.")
+    return layers
+
+
+def describe_memory(settings: Settings, encoding: Encoding) -> tuple[MemoryConfig, Geometry]:
+    """The memory that a model's settings describe, with rows stored in `encoding`.
+
+    Raises:
+        ValueError: there is no table, or a setting is missing.
+    """
+    dialect, need = DIALECTS["qwen_next"], settings.need
+    layers = require_layers(settings)
+    size, heads = need("ngram_size", int, dialect.max_ngram_size), need("heads_per_ngram", int, dialect.num_heads)
+    ends = settings.values.get("eos_token_id")
+    end = ends[0] if isinstance(ends, list) and ends else need("eos_token_id", int)
+    width = need("hidden_size" if settings.values.get("ple_embed_dim") is None else "ple_embed_dim", int)
+    eps = need("rms_norm_eps", float, 1e-6)
+    memory = replace(
+        dialect,
+        layers=tuple(sorted(layer - 1 for layer in layers)),  # theirs count from 1
+        rows_per_head=(need("ngram_vocab_size_base", int, dialect.rows_per_head[0]),) * (size - 1),
+        max_ngram_size=size,
+        num_heads=heads,
+        head_dim=width // max(1, (size - 1) * heads),
+        seed=need("seed", int, dialect.seed),
+        fill_id=end,
+        end_ids=(end,),
+        conv_kernel=need("ple_conv_kernel_size", int, dialect.conv_kernel),
+        key_norm_eps=eps,
+        conv_norm_eps=eps,
+        rows_multiple=need("make_ngram_vocab_size_divisible_by", int, dialect.rows_multiple),
+        row_encoding=encoding,
+    )
+    return memory, derive_geometry(memory, num_classes=need("vocab_size", int), fill_class=end)
 
 
 def _compare_buffer(model: ReleasedModel, part: Part | None, derived: tuple[int, ...]) -> None:
