@@ -61,11 +61,12 @@ def generate(
     deadline: float | None = None,
     name: str | None = None,
     address: str = "127.0.0.1:50051",
+    adapter: Path | None = None,
 ) -> None:
     """Continue a prompt with a trained model, on an accelerator if there is one.
 
     Args:
-        model: The folder that training or save_pretrained wrote.
+        model: The folder that training or save_pretrained wrote; with --adapter, a folder or name on the Hub.
         prompt: Text to continue.
         max_new_tokens: Tokens to add.
         temperature: 0 is greedy.
@@ -81,8 +82,9 @@ def generate(
         deadline: Seconds to wait for a row (needed with skip and zeros).
         name: Name that the tables were uploaded under, for --memory remote.
         address: Address of mooncake_master, as HOST:PORT, for --memory remote.
+        adapter: The folder of a memory that was attached to the model; --memory says where its tables are.
     """
-    from engrammar.train.sample import Sampling, complete, load, pool_store
+    from engrammar.train.sample import Sampling, complete, load, load_with_adapter, pool_store
 
     sampling = Sampling(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, num_beams=num_beams, seed=seed
@@ -91,13 +93,54 @@ def generate(
         raise ValueError("--memory remote and --name go together: name the tables as `engrammar table upload` did.")
     serving: dict[str, Any] = {}
     if memory != "weights":
-        where = memory if name is None else pool_store(tables or model, name, address)
+        where = memory if name is None else pool_store(adapter or tables or model, name, address)
         serving = {"memory": where, "cache_rows": cache_rows, "on_missing": on_missing, "deadline": deadline}
     elif tables or cache_rows or deadline is not None or on_missing != "error":
         raise ValueError(
             "--tables, --cache-rows, --on-missing and --deadline are for tables off the model: add --memory."
         )
-    print(complete(*load(model, tables=tables, **serving), prompt, sampling))
+    if adapter and tables:
+        raise ValueError("--tables and --adapter do not go together: an adapter has its own tables.")
+    loaded = load_with_adapter(str(model), adapter, **serving) if adapter else load(model, tables=tables, **serving)
+    print(complete(*loaded, prompt, sampling))
+
+
+def attach(
+    model: Positional[str],
+    overrides: Positional[tuple[str, ...]] = (),
+    /,
+    data: str = "",
+    out: Path | None = None,
+    recipe: str = "attach",
+    dry_run: bool = False,
+) -> None:
+    """Train a memory on a model that you have, and save it as an adapter. A killed run goes on from its checkpoint.
+
+    Args:
+        model: The folder, or the name on the Hub, of a causal language model of transformers.
+        overrides: Settings as section.setting=value (memory.layers=[20], trainer.num_train_epochs=3).
+        data: The text: files (.txt, .jsonl, .parquet), pocket:NAME, hf:NAME.
+        out: Folder for the run; the adapter is OUT/adapter.
+        recipe: A YAML file, or the name of one in the package.
+        dry_run: Train nothing; load the model, prepare the text, and say what would be trained and kept.
+    """
+    from engrammar.train.attached import plan_attached, train_attached
+    from engrammar.train.recipe import AttachRecipe, read_recipe
+
+    given = [f"base.model={json.dumps(model)}"]
+    given += [f"data.source={json.dumps(data)}"] if data else []
+    given += [f"out={json.dumps(str(out))}"] if out else []
+    chosen = read_recipe(recipe, (*given, *overrides), AttachRecipe)
+    if dry_run:
+        print(plan_attached(chosen))
+        return
+    result = train_attached(chosen)
+    before, after = (result[name]["bits_per_byte"] for name in ("without_memory", "with_memory"))
+    print(
+        f"{result['steps']} steps. Held-out text: {before:.4f} bits per byte without the memory, {after:.4f} with it.\n"
+        f"{chosen.out}/adapter: load it with engrammar.load_attached(model, folder, tokenizer), or "
+        f"engrammar generate {model} PROMPT --adapter {chosen.out}/adapter"
+    )
 
 
 def data(
@@ -249,6 +292,7 @@ def demo(
 
 COMMANDS: dict[str, Callable[..., None] | dict[str, Callable[..., None]]] = {
     "train": train,
+    "attach": attach,
     "generate": generate,
     "data": data,
     "info": info,

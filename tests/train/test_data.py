@@ -22,16 +22,7 @@ from engrammar.train.data import END, TokenSet, prepare, train_tokenizer
 from engrammar.train.documents import is_kept, is_validation, read_documents
 from engrammar.train.duplicates import near_duplicates
 from engrammar.train.recipe import DataRecipe
-
-WORDS = ("the", "of", "moss", "tern", "ridge", "copper", "water", "north", "stone", "grows", "flies", "falls")
-
-
-def make_texts(num_documents: int) -> list[str]:
-    """Different texts of uneven length, with code points of one to four bytes and the name of a special token."""
-    rng = np.random.default_rng(0)
-    texts = [" ".join([*rng.choice(WORDS, rng.integers(1, 30)), str(i)]) for i in range(num_documents)]
-    texts[3] += " naïve Ω 🜁 <|end|>\n\ttail  "
-    return texts
+from texts import WORDS, make_texts
 
 
 def write_jsonl(path: Path, texts: list[str], field: str = "text") -> str:

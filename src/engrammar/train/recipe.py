@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, TypeVar, get_type_hints
 
 import yaml
 
@@ -137,7 +137,63 @@ class Recipe:
     trainer: Settings = field(default_factory=dict)
 
 
+@dataclass(frozen=True, kw_only=True)
+class BaseRecipe:
+    """The model that a memory is attached to.
+
+    Attributes:
+        model: a folder, or a name on the Hub, of a causal language model of transformers.
+        gguf_file: the file in it that holds the weights, if it is of that kind (needs the package gguf).
+        dtype: the precision of its weights; `auto` is that of the file.
+    """
+
+    model: str = ""
+    gguf_file: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttachRecipe:
+    """Everything that decides a run of `engrammar attach`: training a memory on a model that exists.
+
+    Attributes:
+        data: the text; its tokenizer is the model's own.
+        memory: settings of MemoryConfig. `layers` may be left out (two thirds of the depth), as may `fill_id`,
+            `end_ids` and `boundary` (look-back ends at the tokenizer's end of text).
+        train: the memory alone, or the model with it.
+        keep_prefix: whether what lies below the memory is computed once and kept in `out` (docs/attach.md).
+        optimizer: `lr` is that of the fusion (and of the model, if it is trained).
+        trainer: any of transformers' TrainingArguments.
+    """
+
+    out: str = "runs/attached"
+    seed: int = 0
+    base: BaseRecipe = field(default_factory=BaseRecipe)
+    data: DataRecipe = field(default_factory=DataRecipe)
+    memory: Settings = field(default_factory=dict)
+    train: Literal["memory", "joint"] = "memory"
+    keep_prefix: bool = True
+    optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
+    placement: PlacementRecipe = field(default_factory=PlacementRecipe)
+    trainer: Settings = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _require("base.model", self.base.model, bool(self.base.model), "a folder or a name on the Hub")
+        given = self.data.tokenizer
+        _require("data.tokenizer", given, given is None, "null; the model's own is used")
+        holds = self.train == "memory" or not self.keep_prefix
+        _require("keep_prefix", self.keep_prefix, holds, "false if the model is trained too")
+
+
+Kind = TypeVar("Kind", bound=Recipe | AttachRecipe)
+
+
 def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """As `read_recipe`, a recipe that trains a model from the beginning."""
+    return read_recipe(name, overrides, Recipe)
+
+
+def read_recipe(name: str | Path, overrides: Sequence[str], kind: type[Kind]) -> Kind:
     """Reads a YAML recipe (a file, or one that ships with the package by name) and applies `a.b.c=value` overrides.
 
     Raises:
@@ -166,7 +222,7 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             if not isinstance(target, dict):
                 raise ValueError(f"The override {override!r} goes into {section!r}, which is not a section.")
         target[last] = _parse_yaml(value, f"The override {override!r}")
-    return _build(Recipe, settings, "")
+    return _build(kind, settings, "")
 
 
 def _parse_yaml(text: str, name: str) -> Any:
@@ -217,12 +273,12 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> Settings:
     return found
 
 
-def to_yaml(recipe: Recipe) -> str:
+def to_yaml(recipe: Recipe | AttachRecipe) -> str:
     """The resolved recipe as YAML, with every setting written out; `load_recipe` reads back an equal one."""
     return yaml.safe_dump(asdict(recipe), sort_keys=False)
 
 
-def check_trainer(recipe: Recipe) -> Settings:
+def check_trainer(recipe: Recipe | AttachRecipe) -> Settings:
     """The recipe's TrainingArguments as transformers takes them; raises a ValueError that names a wrong one."""
     from transformers import TrainingArguments
 

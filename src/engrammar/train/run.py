@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 from engrammar.tables.sealed import check_writable, clear_partials, last_good, verify, write_text, writing
 from engrammar.train.recipe import (
     PLACES,
+    AttachRecipe,
     DataRecipe,
     ModelRecipe,
     Recipe,
     check_trainer,
     flat,
-    load_recipe,
+    read_recipe,
     to_yaml,
 )
 
@@ -82,7 +83,7 @@ def prepare_tokens(recipe: DataRecipe) -> "TokenSet":
     return prepare(recipe, out=folder / tokens, cache=folder / "pocket")
 
 
-def _training_arguments(recipe: Recipe) -> "TrainingArguments":
+def training_arguments(recipe: Recipe | AttachRecipe) -> "TrainingArguments":
     """transformers' settings; making them also joins the other processes, if there are any."""
     import torch
     from transformers import TrainingArguments
@@ -139,11 +140,11 @@ def train(recipe: Recipe, build: BuildConfig | None = None) -> dict[str, Any]:
 
     out = Path(recipe.out)
     check_writable(out)
-    arguments = _training_arguments(recipe)
-    checkpoint = _last_checkpoint(recipe)
+    arguments = training_arguments(recipe)
+    checkpoint = last_checkpoint(recipe)
     if (out / "result.json").exists():
         return json.loads((out / "result.json").read_text())
-    state, trained = _progress(checkpoint)
+    state, trained = progress(checkpoint)
     trainer, config = _trainer(recipe, arguments, checkpoint if trained else None, build or build_config)
     if arguments.should_save:
         with writing("recipe.yaml", out):
@@ -226,7 +227,7 @@ def _trainer(
     return trainer, config
 
 
-def check_same_recipe(recipe: Recipe) -> None:
+def check_same_recipe(recipe: Recipe | AttachRecipe) -> None:
     """Compares the recipe with that of the run in its `out`.
 
     Raises:
@@ -235,7 +236,7 @@ def check_same_recipe(recipe: Recipe) -> None:
     out, advice = Path(recipe.out), "choose another `out`, or delete that folder"
     if not (out / "recipe.yaml").exists():
         raise ValueError(f"{out} holds a run without its recipe.yaml: {advice}.")
-    there = flat(asdict(load_recipe(out / "recipe.yaml")))
+    there = flat(asdict(read_recipe(out / "recipe.yaml", (), type(recipe))))
     here = flat(asdict(recipe))
     for name in sorted(there.keys() | here.keys()):
         if name not in PLACES and there.get(name) != here.get(name):
@@ -245,7 +246,7 @@ def check_same_recipe(recipe: Recipe) -> None:
             )
 
 
-def _last_checkpoint(recipe: Recipe) -> Path | None:
+def last_checkpoint(recipe: Recipe | AttachRecipe) -> Path | None:
     """The checkpoint to continue from, or None. Checks that the run in `out` is one of this recipe."""
     out = Path(recipe.out)
     if not any(out.glob("*checkpoint-[0-9]*")) and not (out / "result.json").exists():
@@ -254,7 +255,7 @@ def _last_checkpoint(recipe: Recipe) -> Path | None:
     return last_good(out)
 
 
-def _progress(checkpoint: Path | None) -> "tuple[TrainerState, bool]":
+def progress(checkpoint: Path | None) -> "tuple[TrainerState, bool]":
     """The training state in a checkpoint, which is verified before it is read, and whether all steps are done."""
     from transformers import TrainerState
 

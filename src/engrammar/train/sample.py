@@ -10,12 +10,15 @@ from torch import Tensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import AutoTokenizer, StoppingCriteria, StoppingCriteriaList, set_seed
 
+from engrammar.attach import load_attached
 from engrammar.model.configuration import load_config
 from engrammar.model.modeling import EngrammarForCausalLM
 from engrammar.stores.base import RowStore
 from engrammar.stores.mooncake.pool import PoolServer
 from engrammar.stores.mooncake.store import RemoteStore
 from engrammar.tables.folder import TableFile, open_tables
+from engrammar.train.attached import load_base
+from engrammar.train.recipe import BaseRecipe
 
 
 def load(directory: Path, *, device: str | None = None, tables: Path | None = None, **serving: Any) -> tuple[Any, Any]:
@@ -50,6 +53,22 @@ def load(directory: Path, *, device: str | None = None, tables: Path | None = No
     if tables is None:
         model.config.check_tokenizer(tokenizer)
     return model.eval().to(device or torch.accelerator.current_accelerator(check_available=True) or "cpu"), tokenizer
+
+
+def load_with_adapter(model: str, adapter: Path, *, device: str | None = None, **serving: Any) -> tuple[Any, Any]:
+    """Loads a base and its tokenizer, and attaches a saved memory to it.
+
+    Args:
+        model: the base, a folder or a name on the Hub.
+        adapter: the folder that `save_attached` or `engrammar attach` wrote.
+        serving: as for `load`.
+
+    Raises:
+        ValueError: the base cannot be loaded, or is not the one that the memory was attached to.
+    """
+    base, tokenizer = load_base(BaseRecipe(model=model))
+    load_attached(base, adapter, tokenizer, **serving)
+    return base.eval().to(device or torch.accelerator.current_accelerator(check_available=True) or "cpu"), tokenizer
 
 
 def pool_store(directory: Path, name: str, address: str) -> Callable[[TableFile], RowStore]:

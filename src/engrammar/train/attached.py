@@ -1,0 +1,280 @@
+"""Trains a memory on a model that exists, as a recipe says, and saves it as an adapter.
+
+Letters: V ids of the vocabulary.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, default_data_collator, set_seed
+
+from engrammar.attach import attach, disabled, keep_prefix, save_attached, set_trainable
+from engrammar.attach.attached import AttachedMemory
+from engrammar.attach.attaching import require_attachment
+from engrammar.attach.blocks import find_decoder
+from engrammar.config import MemoryConfig
+from engrammar.table import MemoryTable
+from engrammar.tables.sealed import check_writable, clear_partials, write_text, writing
+from engrammar.tables.shards import BACKBONE, WHOLE, is_table
+from engrammar.train.data import TokenSet, prepare
+from engrammar.train.optimizer import OptimizerSettings
+from engrammar.train.recipe import AttachRecipe, BaseRecipe, to_yaml
+from engrammar.train.run import last_checkpoint, progress, training_arguments
+from engrammar.train.trainer import EngrammarTrainer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ADAPTER, MODEL, PREFIX = "adapter", "model", "prefix"
+
+
+def load_base(base: BaseRecipe) -> "tuple[Any, PreTrainedTokenizerBase]":
+    """The model and its tokenizer; raises a ValueError if either cannot be loaded."""
+    given: dict[str, Any] = {} if base.gguf_file is None else {"gguf_file": base.gguf_file}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base.model, **given)
+        model = AutoModelForCausalLM.from_pretrained(base.model, dtype=base.dtype, **given)
+    except Exception as error:  # transformers raises many kinds, with messages of many lines
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"cannot load a causal language model from {base.model}: {reason}") from error
+    return model, tokenizer
+
+
+def memory_settings(recipe: AttachRecipe, num_blocks: int, tokenizer: "PreTrainedTokenizerBase") -> MemoryConfig:
+    """The recipe's memory, with what it leaves out: the block at two thirds of the depth, and the end of text."""
+    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    chosen: dict[str, Any] = {"layers": [2 * num_blocks // 3]}
+    if end is not None:
+        chosen |= {"fill_id": end if pad is None else pad, "boundary": "end", "end_ids": [end]}
+    return MemoryConfig.from_json(chosen | recipe.memory)
+
+
+class AttachedTrainer(EngrammarTrainer):
+    """As `EngrammarTrainer`; its checkpoints hold what is trained, and not the frozen base."""
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes the trained weights, and a checkpoint's rows with their optimizer's state."""
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.args.should_save:
+            save_file({name: p.detach().cpu().contiguous() for name, p in self._trained()}, folder / WHOLE)
+        if self.placement is not None:
+            self.accelerator.wait_for_everyone()
+            self.placement.save(folder)
+            if self.mixed_optimizer.rows is not None:
+                self.placement.save_state(folder, self.mixed_optimizer.rows)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        trained = dict(self._trained())
+        files = (Path(resume_from_checkpoint) / name for name in (BACKBONE, WHOLE))
+        saved = load_file(next(path for path in files if path.exists()))
+        if saved.keys() != trained.keys():
+            name = min(saved.keys() ^ trained.keys())
+            raise ValueError(f"{resume_from_checkpoint} is of another run: {name} is trained in one of the two only.")
+        with torch.no_grad():
+            for name, value in saved.items():
+                trained[name].copy_(value)
+
+    def _trained(self) -> Iterator[tuple[str, Tensor]]:
+        """Parameters that are trained; placed tables are none, and `placement` writes their rows."""
+        for name, parameter in self.accelerator.unwrap_model(self.model).named_parameters():
+            if parameter.requires_grad:
+                yield name, parameter
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A model with a new memory, and its text."""
+
+    model: Any
+    tokenizer: "PreTrainedTokenizerBase"
+    tokens: TokenSet
+
+
+def prepare_attached(recipe: AttachRecipe) -> Prepared:
+    """Loads the base, turns the text into tokens of its own tokenizer, and attaches the memory."""
+    out = Path(recipe.out)
+    model, tokenizer = load_base(recipe.base)
+    tokenizer.save_pretrained(out / "tokenizer")
+    text = replace(recipe.data, tokenizer=str(out / "tokenizer"))
+    tokens = prepare(text, out=out / "tokens", cache=Path(recipe.data.folder) / "pocket")
+    set_seed(recipe.seed)
+    attach(model, memory_settings(recipe, len(find_decoder(model).blocks), tokenizer), tokenizer)
+    set_trainable(model, recipe.train)
+    return Prepared(model=model, tokenizer=tokenizer, tokens=tokens)
+
+
+def plan_attached(recipe: AttachRecipe) -> str:
+    """What `train_attached` would do: loads the base and the text, attaches the memory, and trains nothing."""
+    with TemporaryDirectory() as folder:
+        ready = prepare_attached(replace(recipe, out=folder))
+        attached = require_attachment(ready.model, None).memories()["default"]
+        blocks, config = len(ready.tokens.blocks("train", recipe.data.sequence_length)), attached.config
+        num_steps = recipe.trainer.get("max_steps", -1)
+        if num_steps < 0:
+            num_steps = math.ceil(recipe.trainer.get("num_train_epochs", 3) * -(-blocks // recipe.data.batch_size))
+        tables = sum(table.shape[0] * table.shape[1] for table in _tables(attached))
+        base = next(find_decoder(ready.model).blocks.parameters())
+        kept = blocks * recipe.data.sequence_length * attached.place.hidden_size * attached.place.num_branches
+        own = sum(p.numel() for p in ready.model.parameters()) - _trained(attached)
+        lines = [
+            f"{recipe.base.model}: {own:,} parameters, {len(find_decoder(ready.model).blocks)} blocks",
+            f"memory at block {', '.join(map(str, config.layers))}: {tables:,} parameters in tables, "
+            f"{_trained(attached) - tables:,} in the fusion",
+            f"text: {ready.tokens.num_tokens('train'):,} tokens for training, "
+            f"{ready.tokens.num_tokens('validation'):,} for validation",
+            f"training: {num_steps:,} steps of {_tokens_per_step(recipe):,} tokens",
+        ]
+        if recipe.keep_prefix:
+            lines.append(f"kept on disk: {kept * base.itemsize / 1e6:,.0f} MB of what lies below the memory")
+        return "\n".join(lines)
+
+
+def train_attached(recipe: AttachRecipe) -> dict[str, Any]:
+    """Carries out a recipe: base, text, memory, training, evaluation, and the adapter in `out/adapter`.
+
+    A killed run continues from its last checkpoint and gives the same bits; a finished one is not repeated.
+
+    Returns:
+        What `out/result.json` holds: trained parameters, bits per byte of the validation text without and with the
+        memory, the curve, and tokens per second of the steps that this call made (None if it made none).
+
+    Raises:
+        ValueError: a setting is wrong, the model cannot be loaded or is refused by `attach`, `out` is not writable or
+            holds another recipe's run, or a checkpoint is damaged.
+        OSError: the disk is full or failed; the same call continues from the last good checkpoint.
+    """
+    out = Path(recipe.out)
+    check_writable(out)
+    arguments = training_arguments(recipe)
+    arguments.remove_unused_columns = False  # `kept_hidden` is no argument of the base
+    checkpoint = last_checkpoint(recipe)
+    if (out / "result.json").exists():
+        return json.loads((out / "result.json").read_text())
+    state, trained = progress(checkpoint)
+    with writing("recipe.yaml", out):
+        write_text(out / "recipe.yaml", to_yaml(recipe))
+    ready = prepare_attached(recipe)
+    trainer = _trainer(recipe, ready, arguments)
+    tokens_per_second = None
+    if trained:
+        assert checkpoint is not None
+        trainer.place(checkpoint)
+        trainer._load_from_checkpoint(str(checkpoint))
+        trainer.state = state
+        clear_partials(out)
+    else:
+        runtime = trainer.train(str(checkpoint) if checkpoint else None).metrics["train_runtime"]
+        tokens_per_second = (trainer.state.global_step - state.global_step) * _tokens_per_step(recipe) / runtime
+    result = _measured(ready.model, trainer) | {
+        "tokens_per_second": tokens_per_second,
+        "steps": trainer.state.global_step,
+        "curve": [entry for entry in trainer.state.log_history if "loss" in entry],
+    }
+    with writing("the adapter", out):
+        base = recipe.base.model
+        if recipe.train == "joint":
+            base = str(out / MODEL)
+            with disabled(ready.model):
+                ready.model.save_pretrained(base)
+            ready.tokenizer.save_pretrained(base)
+        save_attached(ready.model, out / ADAPTER)
+        write_text(out / ADAPTER / "README.md", model_card(recipe, ready, base, result))
+        write_text(out / "result.json", json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def _trainer(recipe: AttachRecipe, ready: Prepared, arguments: Any) -> AttachedTrainer:
+    length, out = recipe.data.sequence_length, Path(recipe.out)
+    blocks: dict[str, Any] = {split: ready.tokens.blocks(split, length) for split in ("train", "validation")}
+    if recipe.keep_prefix:
+        blocks = {
+            split: keep_prefix(ready.model, items, out / f"{PREFIX}-{split}", batch_size=recipe.data.batch_size)
+            for split, items in blocks.items()
+        }
+    return AttachedTrainer(
+        ready.model,
+        arguments,
+        optimizer_settings=OptimizerSettings(
+            memory=recipe.optimizer.memory,
+            memory_lr_scale=recipe.optimizer.memory_lr_scale,
+            matrices=recipe.optimizer.matrices,
+        ),
+        balance_rate=recipe.optimizer.balance_rate,
+        bytes_per_eval_token=ready.tokens.num_bytes("validation") / ready.tokens.num_tokens("validation"),
+        placement={
+            "where": recipe.placement.where,
+            "folder": recipe.placement.folder or out / "tables",
+            "overlap": recipe.placement.overlap,
+        },
+        train_dataset=blocks["train"],
+        eval_dataset=blocks["validation"],
+        processing_class=ready.tokenizer,
+        data_collator=default_data_collator,  # blocks have one length, so nothing is padded
+    )
+
+
+def _tokens_per_step(recipe: AttachRecipe) -> int:
+    return recipe.data.batch_size * recipe.data.sequence_length
+
+
+def _tables(attached: AttachedMemory) -> list[MemoryTable]:
+    return [attached.memory.table(layer) for layer in attached.config.layers]
+
+
+def _trained(attached: AttachedMemory) -> int:
+    return sum(parameter.numel() for parameter in attached.parameters())
+
+
+def _measured(model: nn.Module, trainer: AttachedTrainer) -> dict[str, Any]:
+    """Sizes, and bits per byte of the validation text without and with the memory."""
+    attached = require_attachment(model, None).memories()["default"]
+    found: dict[str, Any] = {
+        "fusion_parameters": sum(p.numel() for name, p in attached.named_parameters() if not is_table(name)),
+        "table_parameters": sum(table.shape[0] * table.shape[1] for table in _tables(attached)),
+        "layers": list(attached.config.layers),
+    }
+    for name, context in (("without_memory", disabled(model)), ("with_memory", nullcontext())):
+        with context:
+            metrics = trainer.evaluate()
+        found[name] = {"loss": metrics["eval_loss"], "bits_per_byte": metrics["eval_bits_per_byte"]}
+    return found
+
+
+def model_card(recipe: AttachRecipe, ready: Prepared, base: str, result: dict[str, Any]) -> str:
+    """The adapter's README, with what was measured; `base` is the model that it belongs on."""
+    num_tokens = ready.tokens.num_tokens("train")
+    scores = {name: result[name]["bits_per_byte"] for name in ("without_memory", "with_memory")}
+    return f"""---
+base_model: {base}
+library_name: engrammar
+---
+# An n-gram memory for {base}
+
+Attached by engrammar at block {", ".join(map(str, result["layers"]))}; the model's own weights are unchanged.
+
+| | |
+|---|---|
+| text | `{recipe.data.source}`, {num_tokens:,} tokens |
+| trained | {"the memory alone" if recipe.train == "memory" else "the memory and the model"}, {result["steps"]} steps of {_tokens_per_step(recipe):,} tokens, seed {recipe.seed} |
+| parameters | {result["fusion_parameters"]:,} of the fusion, {result["table_parameters"]:,} in tables |
+| bits per byte of held-out text | {scores["without_memory"]:.4f} without the memory, {scores["with_memory"]:.4f} with it |
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+import engrammar
+
+tokenizer = AutoTokenizer.from_pretrained("{base}")
+model = AutoModelForCausalLM.from_pretrained("{base}")
+engrammar.load_attached(model, "this folder", tokenizer)
+```
+"""  # noqa: E501

@@ -1,0 +1,137 @@
+"""`engrammar attach` on a small model of transformers' own: one command from a folder of text to an adapter."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import engrammar
+from engrammar_cli.main import main
+from texts import make_texts
+
+SMALL = (
+    "data.batch_size=4", "data.sequence_length=16", "memory.rows_per_head=[211,223]", "memory.num_heads=2",
+    "memory.head_dim=8", "trainer.use_cpu=true", "trainer.disable_tqdm=true", "trainer.max_steps=30",
+    "trainer.save_steps=10", "optimizer.lr=0.01", "data.validation_share=0.2",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """A Llama of three blocks that knows no text yet, and its tokenizer."""
+    folder = tmp_path_factory.mktemp("base")
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    raw.train_from_iterator(
+        make_texts(200), trainers.BpeTrainer(vocab_size=300, special_tokens=["<end>"], initial_alphabet=alphabet)
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<end>")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in make_texts(300)))
+    return path
+
+
+def run(base: Path, text: Path, out: Path, *settings: str) -> None:
+    main(["attach", str(base), *SMALL, *settings, "--data", str(text), "--out", str(out)])
+
+
+def test_one_command_makes_an_adapter_that_loads_in_five_lines(base, text, tmp_path, capsys):
+    run(base, text, tmp_path / "run")
+    said = capsys.readouterr().out
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    before, after = (result[name]["bits_per_byte"] for name in ("without_memory", "with_memory"))
+    assert after < before - 0.01 and f"{before:.4f} bits per byte without the memory, {after:.4f} with it" in said
+    assert result["layers"] == [2] and result["steps"] == 30
+    card = (tmp_path / "run" / "adapter" / "README.md").read_text()
+    assert f"{before:.4f} without the memory, {after:.4f} with it" in card and str(base) in card
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    ids = tokenizer("the moss grows", return_tensors="pt").input_ids
+    plain = model(ids).logits
+    engrammar.load_attached(model, tmp_path / "run" / "adapter", tokenizer, memory="disk")
+    assert not torch.allclose(model(ids).logits, plain)
+    main(["generate", str(base), "the moss", "--adapter", str(tmp_path / "run" / "adapter"), "--max-new-tokens", "3"])
+    assert capsys.readouterr().out.startswith("the moss")
+    main(["verify", str(tmp_path / "run" / "adapter")])
+    run(base, text, tmp_path / "run")  # a finished run is not repeated
+    assert json.loads((tmp_path / "run" / "result.json").read_text()) == result
+    with pytest.raises(SystemExit):
+        run(base, text, tmp_path / "run", "seed=3")
+    assert "seed is 0 there, 3 here" in capsys.readouterr().err
+
+
+def test_the_kept_prefix_changes_no_number(base, text, tmp_path):
+    for keeps in ("true", "false"):
+        run(base, text, tmp_path / keeps, f"keep_prefix={keeps}")
+    kept, whole = (json.loads((tmp_path / keeps / "result.json").read_text()) for keeps in ("true", "false"))
+    for name in ("without_memory", "with_memory"):
+        assert kept[name]["loss"] == pytest.approx(whole[name]["loss"], abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "how", [(), ("placement.where=file", "optimizer.matrices=muon"), ("optimizer.memory=dense_adam",)]
+)
+def test_a_killed_run_goes_on_to_the_same_bits(how, base, text, tmp_path):
+    run(base, text, tmp_path / "whole", *how)
+    program = (
+        "import os; from engrammar.train.attached import AttachedTrainer as T; from engrammar_cli.main import main\n"
+        "step = T.training_step\n"
+        "def dying(self, *a, **k):\n"
+        "    if self.state.global_step == 17: os._exit(9)\n"
+        "    return step(self, *a, **k)\n"
+        "T.training_step = dying\n"
+    )
+    arguments = ["attach", str(base), *SMALL, *how, "--data", str(text), "--out", str(tmp_path / "killed")]
+    done = subprocess.run([sys.executable, "-c", f"{program}main({arguments!r})"], capture_output=True, env=os.environ)
+    assert done.returncode == 9
+    run(base, text, tmp_path / "killed", *how)
+    files = sorted(path.name for path in (tmp_path / "whole" / "adapter").iterdir() if path.suffix != ".md")
+    for name in files:
+        whole, killed = ((tmp_path / run / "adapter" / name).read_bytes() for run in ("whole", "killed"))
+        assert whole == killed, name
+    losses = [json.loads((tmp_path / run / "result.json").read_text())["with_memory"] for run in ("whole", "killed")]
+    assert losses[0] == losses[1]
+
+
+def test_training_the_model_too_saves_it_beside_the_adapter(base, text, tmp_path, capsys):
+    run(base, text, tmp_path / "run", "train=joint", "keep_prefix=false", "trainer.max_steps=3")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
+    with pytest.raises(ValueError, match="is of a model with another"):
+        engrammar.load_attached(AutoModelForCausalLM.from_pretrained(base), tmp_path / "run" / "adapter", tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    engrammar.load_attached(model, tmp_path / "run" / "adapter", tokenizer)
+    with pytest.raises(SystemExit):
+        run(base, text, tmp_path / "other", "train=joint")
+    assert "keep_prefix is True; allowed: false if the model is trained too" in capsys.readouterr().err
+
+
+def test_a_dry_run_says_what_would_be_trained_and_leaves_nothing(base, text, tmp_path, capsys):
+    run(base, text, tmp_path / "run", "trainer.max_steps=-1", "trainer.num_train_epochs=2", "--dry-run")
+    said = capsys.readouterr().out
+    assert "memory at block 2: " in said and "3 blocks" in said and "of what lies below the memory" in said
+    assert "training: " in said and not (tmp_path / "run").exists()
+
+
+def test_a_model_that_is_none_is_one_sentence(text, tmp_path, capsys):
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(SystemExit):
+        run(tmp_path / "nothing", text, tmp_path / "run")
+    assert f"cannot load a causal language model from {tmp_path / 'nothing'}" in capsys.readouterr().err
