@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PARALLEL := -n logical --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test lint bench
+.PHONY: demo test test-vllm lint bench
 
 demo: .venv/ready
 	$(BIN)/engrammar demo
@@ -11,6 +11,11 @@ demo: .venv/ready
 test: .venv/ready lint
 	$(BIN)/pytest $(PARALLEL) -m "not slow"
 	$(BIN)/pytest $(PARALLEL) -m slow
+
+# vLLM wants an older transformers, so it has an environment of its own.
+test-vllm: .venv-vllm/ready
+	.venv-vllm/bin/pytest tests/model/test_modeling.py tests/test_versions.py tests/test_memory.py \
+	    tests/test_fusion.py tests/test_addressing.py tests/stores
 
 lint: .venv/ready
 	$(BIN)/ruff check src tests
@@ -24,4 +29,11 @@ bench: .venv/ready
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -c constraints.txt -e ".[test]"
+	touch $@
+
+# torchvision and torchaudio come as builds for CUDA, and transformers fails on importing them without it.
+.venv-vllm/ready: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet -c constraints-vllm.txt -e ".[vllm]" pytest pytest-timeout hypothesis
+	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@

@@ -11,9 +11,10 @@ from typing import final
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.cache_utils import Cache, DummyLayer
+from transformers.cache_utils import Cache
 
 from engrammar.config import MemoryConfig
+from engrammar.versions import DummyLayer
 
 CHUNK = 64  # positions that are joined into one tensor
 

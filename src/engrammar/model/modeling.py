@@ -15,7 +15,6 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     DeepseekV3RMSNorm,
     DeepseekV3RotaryEmbedding,
@@ -30,6 +29,7 @@ from engrammar.model.configuration import EngrammarConfig
 from engrammar.model.hyper import BranchMean, Collapse
 from engrammar.model.pretrained import EngrammarPreTrainedModel
 from engrammar.table import Tables
+from engrammar.versions import slice_logits_to_keep
 
 
 class EngrammarModel(EngrammarPreTrainedModel):

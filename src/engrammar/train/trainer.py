@@ -31,6 +31,7 @@ from engrammar.tables.sealed import PARTIAL, clear_partials, last_good, rotate, 
 from engrammar.tables.shards import load_backbone
 from engrammar.train.optimizer import DEFAULTS, MixedOptimizer, OptimizerSettings, build_optimizer
 from engrammar.train.placement import place_tables, placement_of
+from engrammar.versions import check_can_train
 
 IGNORED = -100  # label of a position that is not scored
 
@@ -100,6 +101,7 @@ class EngrammarTrainer(Trainer):
         placement: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        check_can_train()
         if args.fp16:
             raise ValueError("fp16 scales gradients where rows are not reached: use bf16=True.")
         if args.fsdp:
