@@ -99,6 +99,7 @@ FAMILIES: dict[str, dict] = {
         "mamba_d_state": 8,
         "mamba_chunk_size": 4,
     },
+    "mamba2": {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1, "chunk_size": 4},
 }
 
 

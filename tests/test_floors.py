@@ -62,6 +62,7 @@ ROOMS = {
         "blocks",
         "state",
         "skipping",
+        "paged",
         "attached",
         "inputs",
         "passes",

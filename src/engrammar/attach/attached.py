@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engrammar.attach.blocks import in_branches
+from engrammar.attach.paged import PagedPass
 from engrammar.attach.state import MemoryState
 from engrammar.config import Geometry, MemoryConfig
 from engrammar.fusion import Fusion
@@ -80,7 +81,7 @@ class AttachedMemory(nn.Module):
                 nn.init.zeros_(weight_RC)
 
     def add(
-        self, layer: int, hidden: Tensor, retrieved: Retrieved, state: MemoryState | None, keep_all: bool
+        self, layer: int, hidden: Tensor, retrieved: Retrieved, state: MemoryState | PagedPass | None, keep_all: bool
     ) -> Tensor:
         """The hidden states that block `layer` reads, in any of a block's shapes, with the memory added."""
         fusion = self.fusions[str(layer)]
@@ -92,11 +93,14 @@ class AttachedMemory(nn.Module):
         def local(x: Tensor | None) -> Any:
             return None if x is None else x.to(weight.device)
 
-        extend = None
-        if state is not None and layer in state.windows:
-            extend = partial(state.windows[layer].extend, keep_all=keep_all)
         streams_BTMD = in_branches(hidden, self.place.hidden_size).to(weight)
-        added_BTMD = fusion(streams_BTMD, local(embedding_BTE), local(dead_BT), local(retrieved.starts_BT), extend)
+        given = streams_BTMD, local(embedding_BTE), local(dead_BT)
+        if isinstance(state, PagedPass):
+            added_BTMD = state.fuse(layer, fusion, *given)
+        else:
+            track = None if state is None else state.windows.get(layer)
+            extend = None if track is None else partial(track.extend, keep_all=keep_all)
+            added_BTMD = fusion(*given, local(retrieved.starts_BT), extend)
         scale = self.place.scales[self.config.layers.index(layer)]
         return hidden + (scale * added_BTMD).view_as(hidden).to(hidden)
 

@@ -52,7 +52,7 @@ def read_inputs(decoder: nn.Module, given: Mapping[str, Any]) -> Inputs:
     for name in OTHER_STATES:
         if given.get(name) is not None:
             raise ValueError(
-                f"A memory keeps its state in a cache of transformers, which {name} is not: detach the memory, or call "
+                f"A memory keeps its state in a cache of transformers, and {name} is none: detach the memory, or call "
                 "the model in disabled(model)."
             )
     cache = next((given[name] for name in CACHES if given.get(name) is not None), None)

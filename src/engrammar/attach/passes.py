@@ -3,7 +3,7 @@
 Letters: B batch, T tokens, S positions of history.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache
 from engrammar.attach.attached import AttachedMemory, first_tokens
 from engrammar.attach.blocks import Decoder, first_parameters, hidden_of
 from engrammar.attach.inputs import CACHES, Inputs, read_inputs
+from engrammar.attach.paged import FlatTokens, PagedPass, begin_paged, read_flat
 from engrammar.attach.skipping import begin_skipping, end_skipping
 from engrammar.attach.state import MemoryState, keeps_all, positions_in, state_in
 from engrammar.memory import Retrieved
@@ -27,13 +28,13 @@ class Pass:
 
     Attributes:
         attachment: whose pass it is.
-        reads: for each memory that is on, what was retrieved, and its state if the pass is cached.
+        reads: for each memory that is on, what was retrieved, and its state if later passes may go on from this one.
         keep_all: whether the states keep positions that may be taken back.
         cache: the cache that was given.
     """
 
     attachment: "Attachment"
-    reads: dict[str, tuple[Retrieved, MemoryState | None]] = field(default_factory=dict)
+    reads: Mapping[str, tuple[Retrieved, MemoryState | PagedPass | None]] = field(default_factory=dict)
     keep_all: bool = False
     cache: Cache | None = None
 
@@ -99,8 +100,12 @@ class Attachment(nn.ModuleDict):
         """Starts reading the rows of this pass."""
         memories = {name: memory for name, memory in self.memories().items() if name not in self.off}
         begun = Pass(attachment=self)
-        if memories:
-            inputs = read_inputs(decoder, dict(zip(self.arguments, args)) | kwargs)
+        given = dict(zip(self.arguments, args)) | kwargs
+        if memories and hasattr(given.get("cache"), "cache_allocators"):  # continuous batching
+            tokens = read_flat(given)
+            begun = Pass(attachment=self, reads={n: _read_flat(n, memory, tokens) for n, memory in memories.items()})
+        elif memories:
+            inputs = read_inputs(decoder, given)
             keep_all = keeps_all(inputs.cache)
             reads = {name: _read(name, memory, inputs, keep_all) for name, memory in memories.items()}
             begun = Pass(attachment=self, reads=reads, keep_all=keep_all, cache=inputs.cache)
@@ -137,10 +142,12 @@ class Attachment(nn.ModuleDict):
         if output is None:  # it failed
             return
         cache = ended.cache if ended.cache is not None else _cache_in(output)
-        if cache is None:
-            return
         for name, (_, state) in ended.reads.items():
-            if state is not None and state_in(cache, name) is None and positions_in(cache) in (None, state.seen):
+            if isinstance(state, PagedPass):
+                state.state.end(state.tokens)
+            elif state is None or cache is None:
+                continue
+            elif state_in(cache, name) is None and positions_in(cache) in (None, state.seen):
                 cache.layers.append(state)
 
 
@@ -159,6 +166,14 @@ def _read(name: str, memory: AttachedMemory, inputs: Inputs, keep_all: bool) -> 
     first_BT = first_tokens(masked_BT, history_BS, retrieved.starts_BT)
     dead_BT = first_BT if retrieved.dead_BT is None else retrieved.dead_BT | first_BT
     return replace(retrieved, dead_BT=dead_BT), state
+
+
+def _read_flat(name: str, memory: AttachedMemory, tokens: FlatTokens) -> tuple[Retrieved, PagedPass]:
+    """As `_read`, under continuous batching."""
+    state, history_BTS = begin_paged(name, memory.config, tokens)
+    retrieved = memory.memory.retrieve(tokens.input_ids, tokens.live_T[None], history=history_BTS)
+    assert retrieved.dead_BT is not None
+    return replace(retrieved, dead_BT=retrieved.dead_BT | (history_BTS[..., -1] < 0)), state
 
 
 def _state(name: str, memory: AttachedMemory, inputs: Inputs) -> MemoryState:

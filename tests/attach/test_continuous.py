@@ -1,0 +1,121 @@
+"""Continuous batching gives the tokens, and their log probabilities, of full passes of the same attached model."""
+
+import pytest
+import torch
+from transformers import ContinuousBatchingConfig, GenerationConfig
+
+from attached_models import attached_model, random_ids, randomize, tokenizer
+from engrammar.attach import attach, disabled
+from engrammar.attach.attaching import attachment_of
+from engrammar.attach.paged import PagedState
+
+FAMILIES = ["llama", "qwen3", "qwen3_moe", "gemma3_text", "olmo2", "mixtral"]
+LENGTHS = (5, 23, 1, 9, 14)
+FORKS = {"do_sample": True, "num_return_sequences": 3}
+
+
+def prompts() -> list[list[int]]:
+    """Prompts of several lengths, of which two begin alike for longer than a page of the cache."""
+    found = [random_ids(1, length, seed)[0].tolist() for seed, length in enumerate(LENGTHS)]
+    return [*found, [*found[1][:17], 3, 4, 5]]
+
+
+def generate(model, new_tokens: int = 8, **settings):
+    chosen = {"num_blocks": 48, "max_batch_tokens": 16, "page_size": 4, "return_logprobs": True, **settings}
+    sampling = {key: chosen.pop(key) for key in ("do_sample", "num_return_sequences") if key in chosen}
+    generation = GenerationConfig(
+        max_new_tokens=new_tokens, eos_token_id=-1, pad_token_id=0, **{"do_sample": False, **sampling}
+    )
+    return model.generate_batch(
+        prompts(),
+        generation_config=generation,
+        continuous_batching_config=ContinuousBatchingConfig(**chosen),
+        progress_bar=False,
+    ).values()
+
+
+def check(model, outputs) -> None:
+    for out in outputs:
+        assert out.error is None
+        ids = torch.tensor([[*out.prompt_ids, *out.generated_tokens]])
+        with torch.no_grad():
+            logits = model(ids, use_cache=False).logits[0, len(out.prompt_ids) - 1 : -1]
+        expected = logits.log_softmax(-1).gather(1, ids[0, len(out.prompt_ids) :, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(out.logprobs), expected, rtol=0, atol=1e-5)
+
+
+@pytest.fixture(autouse=True)
+def quiet(caplog):
+    caplog.set_level("CRITICAL", logger="ContinuousBatchingLogger")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_requests_of_all_lengths_in_one_batch(family):
+    """Sixteen tokens a pass: prompts are cut into chunks, which stand beside requests that are decoding."""
+    model = attached_model(family)
+    outputs = generate(model)
+    assert [len(out.generated_tokens) for out in outputs] == [8] * (len(LENGTHS) + 1)
+    check(model, outputs)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_blocks": 14},
+        {"allow_block_sharing": False},
+        {"max_batch_tokens": 64},
+        FORKS,
+    ],
+    ids=str,
+)
+def test_other_ways_of_batching(settings):
+    """Too few blocks for all requests; no shared prefixes; one pass for all; requests that fork."""
+    model = attached_model("llama", {"max_ngram_size": 4, "rows_per_head": (97, 101, 103)})
+    attach(model, attachment_of(model)["default"].config, tokenizer(), "second")
+    randomize(model)
+    outputs = generate(model, **settings)
+    assert len(outputs) == (len(LENGTHS) + 1) * settings.get("num_return_sequences", 1)
+    check(model, outputs)
+
+
+@pytest.mark.parametrize("dropped", ["history", "window"])
+def test_without_the_state_the_test_fails(dropped, monkeypatch):
+    model, seen = attached_model("llama"), PagedState._seen
+
+    def without_past(state, values_P, places_T, missing):
+        found = seen(state, values_P, places_T, missing)
+        is_dropped = found.is_floating_point() == (dropped == "window")
+        return torch.full_like(found, missing) if is_dropped else found
+
+    monkeypatch.setattr(PagedState, "_seen", without_past)
+    with pytest.raises(AssertionError, match="not close"):
+        check(model, generate(model))
+
+
+def test_slots_that_were_filled_without_the_memory_are_refused():
+    """As if the base had moved the cache without the state: the memory is off in every other pass."""
+    model, calls = attached_model("llama"), []
+
+    def every_other(*_):
+        calls.append(1)
+        attachment_of(model).off = frozenset({"default"} if len(calls) % 2 else ())
+
+    with model.register_forward_pre_hook(every_other):
+        outputs = generate(model)
+    attachment_of(model).off = frozenset()
+    refused = [out.error for out in outputs if out.error]
+    assert refused and all("has not seen there" in error for error in refused)
+
+
+def test_requests_that_fork_without_the_state_are_refused(monkeypatch):
+    """The control of forking: blocks that are copied in the base's cache alone."""
+    monkeypatch.setattr(PagedState, "_copy_blocks", lambda _, copy, source, copied: copy(source, copied))
+    refused = [out.error for out in generate(attached_model("llama"), **FORKS) if out.error]
+    assert refused and all("has not seen there" in error for error in refused)
+
+
+def test_a_model_of_sliding_windows_only_is_refused():
+    model = attached_model("mixtral", sliding_window=6)
+    assert all("without full attention" in out.error for out in generate(model))
+    with disabled(model):
+        assert all(out.error is None for out in generate(model))
