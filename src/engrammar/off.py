@@ -10,10 +10,15 @@ from engrammar.fusion import Fusion
 
 
 def adding_modules(model: nn.Module) -> list[nn.Module]:
-    """The modules whose output is what the memory adds: our fusions, and those of transformers' Qwen4-Exp models."""
-    from transformers.models.qwen4_exp.modeling_qwen4_exp import Qwen4ExpTextPLELayer
+    """The modules whose output is what the memory adds: our fusions, and those of transformers' Qwen4-Exp models.
 
-    return [module for module in model.modules() if isinstance(module, (Fusion, Qwen4ExpTextPLELayer))]
+    The latter are known by name, since older versions of transformers have no such class.
+    """
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, Fusion) or type(module).__name__ == "Qwen4ExpTextPLELayer"
+    ]
 
 
 @contextmanager
