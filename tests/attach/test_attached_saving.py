@@ -13,6 +13,7 @@ from attached_models import attached_model, base_model, memory_config, random_id
 from engrammar.attach import attach, detach, load_attached, save_attached
 from engrammar.attach import folder as adapter_folder
 from engrammar.attach.attaching import attachment_of
+from engrammar.model import saving as model_saving
 from engrammar.tables import quantize
 from engrammar.tables.verify import verify_folder
 from engrammar.train.placement import place_tables
@@ -253,3 +254,19 @@ def test_save_pretrained_writes_the_base_and_the_memory_beside_it(tmp_path):
     shutil.rmtree(tmp_path / "both")
     detach(model).save_pretrained(tmp_path / "both")
     assert not (tmp_path / "both" / "engrammar").exists()
+
+
+def test_a_name_on_the_hub_is_downloaded(saved, monkeypatch):
+    folder, logits = saved
+    asked = {}
+
+    def download(name, **settings):
+        asked.update(settings, name=name)
+        return str(folder)
+
+    monkeypatch.setattr(model_saving, "snapshot_download", download)
+    loaded = load_attached(base_model("llama"), "someone/hamlet", revision="v1")
+    assert torch.equal(logits_of(loaded), logits)
+    assert asked["name"] == "someone/hamlet" and asked["revision"] == "v1"
+    assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors"}
+    assert {"*.json", "*.safetensors"} == set(asked["allow_patterns"])

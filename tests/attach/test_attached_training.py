@@ -1,5 +1,6 @@
 """Memories are trained on a frozen base: by our optimizer, by transformers' Trainer, beside PEFT's LoRA."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -168,7 +169,7 @@ def test_beside_lora_in_either_order(order, targets):
     assert {"lora_" in name or "engrammar." in name for name in trained} == {True}
     for name, parameter in wrapped.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(parameter)
+            torch.nn.init.normal_(parameter, std=0.1)
     both = wrapped(input_ids=ids).logits
     both.square().sum().backward()
     assert {name for name, p in wrapped.named_parameters() if p.grad is not None} == trained
@@ -185,6 +186,8 @@ def test_beside_lora_in_either_order(order, targets):
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False, use_cache=False
     )
     assert torch.equal(generated, plain)
+    merged = copy.deepcopy(wrapped).merge_and_unload()
+    torch.testing.assert_close(merged(input_ids=ids).logits, both, rtol=0, atol=1e-5)
     detach(wrapped)
     assert torch.equal(wrapped(input_ids=ids).logits, only_lora)
 

@@ -329,3 +329,37 @@ def test_the_base_is_frozen_until_both_are_to_be_trained():
 
 def test_fill_id_is_the_class_of_missing_history():
     assert attachment_of(attached_model("llama"))["default"].memory.geometry.fill_class == PAD
+
+
+@torch.no_grad()
+def test_hidden_states_given_by_name_are_found():
+    model, ids = attached_model("llama"), random_ids(2, 9)
+    expected = model(ids).logits
+    blocks = model.model.layers
+
+    def by_name(_, args, kwargs):
+        return (), {"attention_mask": kwargs.pop("attention_mask"), "hidden_states": args[0], **kwargs}
+
+    with blocks[1].register_forward_pre_hook(by_name, with_kwargs=True, prepend=True):
+        assert torch.equal(model(ids).logits, expected)
+
+
+@torch.no_grad()
+def test_a_block_whose_forward_was_replaced_keeps_it():
+    """As accelerate does to move blocks between devices."""
+    model, ids, calls = attached_model("llama"), random_ids(2, 9), []
+    block = model.model.layers[0]
+    before = block.forward
+    block.forward = lambda *args, **kwargs: (calls.append(1), before(*args, **kwargs))[1]
+    model(ids)
+    model(ids)
+    assert len(calls) == 2
+
+
+@torch.no_grad()
+def test_an_attached_model_can_be_pickled(tmp_path):
+    model, ids = attached_model("llama"), random_ids(2, 9)
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    detach(loaded)

@@ -23,12 +23,14 @@ class Decoder:
         host: the causal LM around it, without PEFT's wrapper.
         module: the decoder, whose `forward` takes `input_ids`.
         blocks: its blocks, in order.
+        argument: the name of the blocks' first argument, the hidden states.
         hidden_size: D, the width of one residual stream.
     """
 
     host: nn.Module
     module: nn.Module
     blocks: nn.ModuleList
+    argument: str
     hidden_size: int
 
     @property
@@ -69,7 +71,8 @@ def find_decoder(model: nn.Module) -> Decoder:
         what = f"{len(found)} lists of {longest} blocks each" if found else "no list of decoder blocks"
         raise ValueError(f"{type(host).__name__} has {what}: {REFUSED}")
     module, blocks = found[0]
-    return Decoder(host=host, module=module, blocks=blocks, hidden_size=config.get_text_config().hidden_size)
+    argument, hidden_size = first_parameters(blocks[0])[0], config.get_text_config().hidden_size
+    return Decoder(host=host, module=module, blocks=blocks, argument=argument, hidden_size=hidden_size)
 
 
 def first_parameters(module: nn.Module) -> list[str]:
@@ -82,9 +85,9 @@ def _are_blocks(blocks: nn.ModuleList) -> bool:
     return len(firsts) == 1 and firsts.isdisjoint({(), ("input_ids",), ("args",)})
 
 
-def hidden_of(args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+def hidden_of(argument: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """What a block's call gives it as hidden states: its first argument, by place or by name."""
-    return args[0] if args else next(iter(kwargs.values()), None)
+    return args[0] if args else kwargs.get(argument)
 
 
 def num_branches(hidden: Tensor, hidden_size: int) -> int:
@@ -113,7 +116,7 @@ def measure(decoder: Decoder, input_ids: Tensor) -> list[tuple[int, float]]:
     left: list[Tensor] = []
 
     def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        entered.append(hidden_of(args, kwargs))
+        entered.append(hidden_of(decoder.argument, args, kwargs))
 
     def leave(_: nn.Module, __: Any, output: Any) -> None:
         left.append(output if isinstance(output, Tensor) else output[0])

@@ -82,7 +82,7 @@ class Attachment(nn.ModuleDict):
             decoder.host.register_forward_hook(partial(end_skipping, decoder), always_call=True),
         ]
         for layer in layers:
-            before = partial(self.before_block, layer)
+            before = partial(self.before_block, layer, decoder.argument)
             self.handles.append(decoder.blocks[layer].register_forward_pre_hook(before, with_kwargs=True))
 
     def unhook(self) -> None:
@@ -112,7 +112,7 @@ class Attachment(nn.ModuleDict):
         _passes.set((*_passes.get(), begun))
 
     def before_block(
-        self, layer: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, layer: int, argument: str, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Adds to the hidden states of a block what the memories hold for it."""
         current = next((one for one in reversed(_passes.get()) if one.attachment is self), None)
@@ -123,14 +123,14 @@ class Attachment(nn.ModuleDict):
                 f"Block {layer} was called outside a pass of its model, so the memory does not know its ids: call the "
                 "model, or call it in disabled(model). (transformers' own gradient checkpointing recomputes it.)"
             )
-        hidden = hidden_of(args, kwargs)
+        hidden = hidden_of(argument, args, kwargs)
         for name, (retrieved, state) in current.reads.items():
             memory = self.memories()[name]
             if layer in memory.config.layers:
                 hidden = memory.add(layer, hidden, retrieved, state, current.keep_all)
         if args:
             return (hidden, *args[1:]), kwargs
-        return args, {**kwargs, next(iter(kwargs)): hidden}
+        return args, {**kwargs, argument: hidden}
 
     def after_pass(self, decoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Ends the pass; a cache that it filled gets the memories' states."""

@@ -108,7 +108,7 @@ class _Below:
         found: list[Tensor] = []
 
         def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found.append(hidden_of(args, kwargs))
+            found.append(hidden_of(self.decoder.argument, args, kwargs))
             raise _Reached
 
         block = self.decoder.blocks[self.layer]

@@ -39,6 +39,8 @@ def begin_skipping(
         raise ValueError(f"{KEPT} is {list(hidden.shape)}: pass it with the input_ids it was computed from.")
     if kwargs.get("past_key_values") is not None or kwargs.get("use_cache"):
         raise ValueError(f"{KEPT} skips blocks, which then leave no keys and values: call with use_cache=False.")
+    if any("forward" in vars(block) for block in decoder.blocks[:layer]):
+        raise ValueError(f"{KEPT} skips blocks, and other code (accelerate's dispatch) has replaced how they compute.")
     for block in decoder.blocks[:layer]:
         block.forward = partial(_hand_through, (hidden,) if as_tuple else hidden)
     return args, {**kwargs, "use_cache": False}
@@ -47,7 +49,8 @@ def begin_skipping(
 def end_skipping(decoder: Decoder, *_: Any) -> None:
     """After the pass: the blocks compute again."""
     for block in decoder.blocks:
-        vars(block).pop("forward", None)
+        if getattr(vars(block).get("forward"), "func", None) is _hand_through:
+            del block.forward
 
 
 def _hand_through(output: Tensor | tuple[Tensor], *_: Any, **__: Any) -> Tensor | tuple[Tensor]:
