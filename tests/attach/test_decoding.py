@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from attached_models import FAMILIES, PAD, VOCABULARY, attached_model, random_ids
+from attached_models import FAMILIES, PAD, VOCABULARY, attached_model, memory_config, random_ids
 from engrammar.attach.state import MemoryState, Track
 
 EXACT = {"rtol": 0.0, "atol": 1e-5}
@@ -254,3 +254,50 @@ def test_without_the_state_the_test_fails(family, dropped, monkeypatch):
     monkeypatch.setattr(Track, "extend", without_past)
     with pytest.raises(AssertionError, match="not close"):
         test_any_split_equals_whole(family, [7, 1, 1, 5, 3])
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        *((family, kind) for family in ("llama", "gpt2", "gemma3_text") for kind in ("own", "plain", "static")),
+        *((family, kind) for family in ("lfm2", "falcon_h1") for kind in ("own", "static")),
+    ],
+)
+def test_a_conversation_goes_on_from_the_cache(family, kind):
+    """`generate` again and again with the cache of the turn before: its own, one without a config, a static one."""
+    model, ids = model_of(family), random_ids(1, 7)
+    cache = {"own": None, "plain": DynamicCache(), "static": StaticCache(config=model.config, max_cache_len=80)}[kind]
+    for turn in range(3):
+        out = generate(model, ids, past_key_values=cache)
+        check_generated(model, out, [ids.shape[1]])
+        cache = out.past_key_values
+        assert sum(isinstance(layer, MemoryState) for layer in cache.layers) == 1
+        ids = torch.cat([out.sequences, random_ids(1, 5, seed=turn)], dim=1)
+
+
+def test_drafts_of_an_early_exit_are_exact():
+    model, ids = model_of("llama"), random_ids(1, 6).repeat(1, 3)
+    check_generated(model, generate(model, ids, assistant_early_exit=2), [18])
+
+
+def test_a_quantized_cache_carries_the_state():
+    """Keys and values lose bits, the memory's state does not: only attention differs from an exact cache."""
+    model, ids = model_of("llama"), random_ids(2, 7)
+    exact = generate(model, ids).past_key_values.layers[-1]
+    settings = {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
+    out = generate(model, ids, **settings)
+    state = out.past_key_values.layers[-1]
+    assert isinstance(state, MemoryState) and state.seen == exact.seen == 7 + NEW - 1
+    lossy = out.logits[0] - full(model, ids)[:, -1]
+    assert lossy.abs().max() < 0.05
+
+
+def test_what_was_not_recorded_is_not_taken_back():
+    state = MemoryState("default", memory_config())
+    for part in random_ids(2, 20).split([18, 1, 1], 1):
+        state.history(part, keep_all=False)
+    with pytest.raises(ValueError, match="cannot take back 1 tokens"):
+        state.crop(-1)
+    with pytest.raises(ValueError, match="give minus the number"):
+        state.crop(3)
+    assert state.seen == 20 and len(state.ids) == 2

@@ -108,17 +108,16 @@ class MemoryState(DummyLayer):
         """Takes back the last positions; `tokens_to_remove` is negative, as in transformers."""
         count = -tokens_to_remove
         if count < 0:
-            raise ValueError(
-                f"crop was called with {tokens_to_remove}: give the number of tokens to take back, below 0."
-            )
-        for track in self.tracks():
+            raise ValueError(f"crop was called with {tokens_to_remove}: give minus the number of tokens to take back.")
+        tracks = [track for track in self.tracks() if len(track)]  # none of blocks that an early exit leaves out
+        for track in tracks:
             if len(track) - count < min(track.window, self.seen - count):
                 raise ValueError(
                     f"The memory {self.name!r} cannot take back {count} tokens: this cache did not record them. Call "
                     "cache.activate_past_recording() before the first pass."
                 )
         self.seen -= count
-        for track in self.tracks():
+        for track in tracks:
             track.take_back(count)
 
     def reset(self) -> None:
