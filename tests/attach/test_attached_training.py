@@ -11,7 +11,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from transformers import Trainer, TrainingArguments
 
 from attached_models import attached_model, base_model, memory_config, random_ids, randomize, tokenizer
-from engrammar.attach import attach, detach, disabled, set_trainable
+from engrammar.attach import attach, detach, disabled, load_attached, save_attached, set_trainable
 from engrammar.attach.attaching import attachment_of
 from engrammar.train.optimizer import OptimizerSettings, build_optimizer
 from engrammar.train.placement import place_tables
@@ -201,6 +201,49 @@ def test_a_base_in_bf16_keeps_its_bits_and_its_dtype():
     assert {p.dtype for p in attachment_of(model).parameters()} == {torch.float32}
     randomize(model)
     assert model(ids).logits.dtype == torch.bfloat16 and not torch.equal(model(ids).logits, before)
+
+
+class IntLinear(torch.nn.Module):
+    """A linear map whose weight is 8-bit integers, as quantizers make them."""
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        self.scale = float(linear.weight.detach().abs().max() / 127)
+        weight = (linear.weight.detach() / self.scale).round().to(torch.int8)
+        self.weight = torch.nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, self.weight.to(x.dtype) * self.scale)
+
+
+def quantized_base():
+    model = base_model("llama")
+    for block in model.model.layers:
+        for module in (block.self_attn, block.mlp):
+            for name, child in [*module.named_children()]:
+                if isinstance(child, torch.nn.Linear):
+                    setattr(module, name, IntLinear(child))
+    return model
+
+
+def test_a_quantized_base(tmp_path):
+    """It takes the adapter of the same base in full precision, and trains the memory alone."""
+    exact, ids = attached_model("llama"), random_ids(2, 13)
+    save_attached(exact, tmp_path / "adapter")
+    model = quantized_base()
+    before = model(ids).logits
+    load_attached(model, tmp_path / "adapter", tokenizer())
+    torch.testing.assert_close(model(ids).logits, exact(ids).logits, rtol=0, atol=0.01)
+    loss_of(model, ids).backward()
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == {
+        name for name, _ in model.named_parameters() if name.startswith("engrammar.")
+    }
+    with pytest.raises(ValueError, match="are quantized, so only the memory can be trained"):
+        set_trainable(model, "joint")
+    save_attached(model, tmp_path / "again")
+    assert torch.equal(load_attached(base_model("llama"), tmp_path / "again")(ids).logits, exact(ids).logits)
+    detach(model)
+    assert torch.equal(model(ids).logits, before)
 
 
 @pytest.mark.slow

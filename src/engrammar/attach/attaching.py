@@ -11,7 +11,7 @@ from torch import nn
 
 from engrammar.addressing import derive_geometry
 from engrammar.attach.attached import AttachedMemory, Place
-from engrammar.attach.blocks import Decoder, find_decoder, host_of, measure
+from engrammar.attach.blocks import Decoder, find_decoder, host_of, is_plain, measure
 from engrammar.attach.fingerprints import fingerprint_of
 from engrammar.attach.folder import write_adapter
 from engrammar.attach.passes import Attachment
@@ -158,7 +158,7 @@ def set_trainable(model: nn.Module, what: Trained) -> None:
     attachment = require_attachment(model, None)
     attachment.requires_grad_(True)
     own = _own_parameters(host_of(model), attachment)
-    if what == "joint" and not all(parameter.is_floating_point() for parameter in own):
+    if what == "joint" and not all(map(is_plain, own)):
         raise ValueError("The model's own weights are quantized, so only the memory can be trained: set 'memory'.")
     for parameter in own:
         parameter.requires_grad_(what == "joint")

@@ -75,6 +75,11 @@ def find_decoder(model: nn.Module) -> Decoder:
     return Decoder(host=host, module=module, blocks=blocks, argument=argument, hidden_size=hidden_size)
 
 
+def is_plain(weight: Tensor) -> bool:
+    """Whether a weight is an ordinary tensor of numbers, not quantized."""
+    return weight.is_floating_point() and weight.itemsize > 1 and type(weight.data) is Tensor
+
+
 def first_parameters(module: nn.Module) -> list[str]:
     """The names of the arguments of a module's `forward`, in order."""
     return list(inspect.signature(module.forward).parameters)

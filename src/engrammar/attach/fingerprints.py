@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engrammar.attach.blocks import Decoder
+from engrammar.attach.blocks import Decoder, is_plain
 
 NUM_WEIGHTS, NUM_VALUES = 24, 8  # how much of a model is looked at
 TOLERANCE = 2.0**-7  # of a value: a model in bf16 is the one in fp32
@@ -20,7 +20,7 @@ def fingerprint_of(decoder: Decoder) -> dict[str, Any]:
     out.
     """
     weights = dict(_weights(decoder.host))
-    names = [name for name, weight in weights.items() if weight.is_floating_point() and not weight.is_meta]
+    names = [name for name, weight in weights.items() if is_plain(weight) and not weight.is_meta]
     last = len(names) - 1
     chosen = [names[index * last // (NUM_WEIGHTS - 1)] for index in range(NUM_WEIGHTS)] if names else []
     return {
@@ -45,9 +45,11 @@ def check_base(decoder: Decoder, saved: Mapping[str, Any], source: str) -> None:
             raise ValueError(f"{source} is of a model with {key} {saved[key]}, this one has {value}: {OTHER}")
     compared = 0
     for name, values in saved["weights"].items():
+        if name not in weights and _has_module(decoder.host, name):
+            continue  # quantizers keep weights under other names
         if name not in weights:
             raise ValueError(f"{source} is of a {saved['class']} with a weight {name}, which this one lacks: {OTHER}")
-        if not weights[name].is_floating_point():
+        if not is_plain(weights[name]):
             continue
         found = _values(weights[name])
         compared += 1
@@ -69,6 +71,15 @@ def _weights(host: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in host.named_parameters():
         if not name.startswith("engrammar.") and ".lora_" not in name:
             yield name.replace(".base_layer.", "."), parameter
+
+
+def _has_module(host: nn.Module, name: str) -> bool:
+    """Whether a model has the module that a weight of this name would be in."""
+    try:
+        host.get_submodule(name.rpartition(".")[0])
+    except AttributeError:
+        return False
+    return True
 
 
 @torch.no_grad()
