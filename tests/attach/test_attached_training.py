@@ -43,7 +43,7 @@ def gradients(model) -> dict[str, torch.Tensor]:
     return {name: grad.to_dense() if grad.is_sparse else grad for name, grad in found.items()}
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "deepseek_v4"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", pytest.param("deepseek_v4", marks=pytest.mark.slow)])
 def test_memory_learns_a_text_and_the_base_stays(family):
     model, ids = sharp_base(family), random_ids(4, 17)
     before = copies(model)

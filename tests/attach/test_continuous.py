@@ -9,7 +9,8 @@ from engrammar.attach import attach, disabled
 from engrammar.attach.attaching import attachment_of
 from engrammar.attach.paged import PagedState
 
-FAMILIES = ["llama", "qwen3", "qwen3_moe", "gemma3_text", "olmo2", "mixtral"]
+FAMILIES = ["llama", "gemma3_text"]
+FAMILIES += [pytest.param(family, marks=pytest.mark.slow) for family in ("qwen3", "qwen3_moe", "olmo2", "mixtral")]
 LENGTHS = (5, 23, 1, 9, 14)
 FORKS = {"do_sample": True, "num_return_sequences": 3}
 
@@ -62,8 +63,8 @@ def test_requests_of_all_lengths_in_one_batch(family):
     "settings",
     [
         {"num_blocks": 14},
-        {"allow_block_sharing": False},
-        {"max_batch_tokens": 64},
+        pytest.param({"allow_block_sharing": False}, marks=pytest.mark.slow),
+        pytest.param({"max_batch_tokens": 64}, marks=pytest.mark.slow),
         FORKS,
     ],
     ids=str,
