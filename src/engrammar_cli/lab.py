@@ -101,6 +101,28 @@ def measure(
     run_measures(study, **_where(scale, out, results), seeds=seeds, jobs=jobs, scale=scale, overrides=overrides)
 
 
+def attach(
+    seeds: int = 3,
+    jobs: int = 2,
+    base: Path | None = None,
+    results: Path = Path("results/lab"),
+    cache: Path = Path("data/pocket"),
+) -> None:
+    """Teach SmolLM2-135M two small domains by a memory, by LoRA and by full tuning, and ask what it knows.
+
+    Args:
+        seeds: Lessons of each domain.
+        jobs: Lessons at the same time, one thread each.
+        base: The folder of another causal language model of transformers.
+        results: Folder for the study's JSON.
+        cache: Where fetched texts, questions and the model are kept.
+    """
+    require("lab")
+    from engrammar_lab.adapters.study import run_attach
+
+    run_attach(seeds=seeds, jobs=jobs, base=base, results=results, cache=cache)
+
+
 def report(results: Path = Path("results/lab"), check: bool = False) -> None:
     """Make the report from the results, or check that it follows from them.
 
@@ -114,4 +136,10 @@ def report(results: Path = Path("results/lab"), check: bool = False) -> None:
     write_report(results, check=check)
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"run": run, "rerun": rerun, "measure": measure, "report": report}
+COMMANDS: dict[str, Callable[..., None]] = {
+    "run": run,
+    "rerun": rerun,
+    "measure": measure,
+    "attach": attach,
+    "report": report,
+}

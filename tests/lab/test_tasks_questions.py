@@ -125,7 +125,7 @@ def test_answers_stand_at_every_place():
 
 
 def test_a_corpus_without_known_form_is_refused():
-    with pytest.raises(ValueError, match="corpus 'stdlib'; allowed: wordnet, gcide, wiki"):
+    with pytest.raises(ValueError, match="corpus 'stdlib'; allowed: wordnet, gcide, foldoc, wiki"):
         fact_questions([Document(corpus="stdlib", text="x", split="seen")], TOKENIZER, length=200, num=1, seed=0)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from engrammar.tables.sealed import write_text
 from engrammar_lab.catalogue import STUDIES
 from engrammar_lab.report import analysis, tasks, traffic
+from engrammar_lab.report.adapters import ATTACH, attach_section
 from engrammar_lab.report.analysis import depth_section, gates_section
 from engrammar_lab.report.figures import alike
 from engrammar_lab.report.horizon import HORIZON_TASKS, horizon_section, horizon_tasks_section, rates_section
@@ -29,6 +30,7 @@ SECTIONS: Mapping[str, Callable[[Mapping[str, Any]], Section]] = {
     "horizon": horizon_section,
     "horizon-tasks": horizon_tasks_section,
     "tasks": tasks_section,
+    "attach": attach_section,
     "depth": depth_section,
     "gates": gates_section,
     "traffic": traffic_section,
@@ -36,6 +38,7 @@ SECTIONS: Mapping[str, Callable[[Mapping[str, Any]], Section]] = {
 QUESTIONS = {name: study.question for name, study in STUDIES.items()} | {
     "horizon-tasks": HORIZON_TASKS,
     "tasks": tasks.QUESTION,
+    "attach": ATTACH,
     "depth": analysis.DEPTH,
     "gates": analysis.GATES,
     "traffic": traffic.QUESTION,

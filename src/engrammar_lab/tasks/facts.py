@@ -23,6 +23,7 @@ PATTERNS = {
     "wordnet": r"(?P<names>.+?) \((?P<kind>noun|verb|adjective|adverb)\):(?P<definition> [^;:.()\"]+)",
     "gcide": r"(?P<names>[^,.]+),? (?P<kind>n|a|adv|v\. t|v\. i)\.(?: \([A-Z][\w. ]*\))?(?: 1\.)?"
     r"(?P<definition> [^;:.()\"]+)(?=[;:.])",
+    "foldoc": r"(?P<names>[^:]{2,60})(?P<kind>:)(?P<definition> [^;:.()\"]+)(?=[;:.(])",
     "wiki": r"(?P<names>[^.;:]{2,80}?) (?P<kind>is|are|was|were)(?P<definition> (?:an?|the) [^.,;:()\"]+)",
 }
 REFERENCES = ("Same as", "See ", "Of or pertaining to", "Pertaining to")  # definitions that say little of the headword

@@ -1,0 +1,131 @@
+"""Runs the study of attached memories: every domain, seed and variant; goes on after a kill, and on another machine."""
+
+import json
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from engrammar.tables.sealed import write_text
+from engrammar_lab.adapters.lessons import DOMAINS, Amount, fixed_questions, make_chats, make_lesson
+from engrammar_lab.adapters.smollm import fetch_smollm
+from engrammar_lab.adapters.variants import HOW, VARIANTS, How
+from engrammar_lab.machine import describe_run
+from engrammar_lab.studies import RESULTS
+
+NAME = "attach"
+TIMED = "memory"  # whose seconds "LoRA, equal seconds" gets; it comes before it in VARIANTS
+Key = tuple[str, int, str]  # domain, seed, variant
+
+
+def run_attach(
+    *,
+    seeds: int = 3,
+    jobs: int = 2,
+    results: Path = RESULTS,
+    cache: Path = Path("data/pocket"),
+    base: Path | None = None,
+    amount: Amount | None = None,
+    how: How = HOW,
+) -> dict[str, Any]:
+    """Teaches every lesson in every way, measures, and writes `results/attach.json` after each model.
+
+    Args:
+        jobs: lessons at the same time, each in a process with one thread.
+        base: the folder of the model; None fetches SmolLM2-135M-Instruct.
+        amount, how: other amounts of text and training than the study's; runs with others are not taken over.
+
+    Returns:
+        The study's `runs`: per domain, seed and variant what `measure` returns, trained and stored parameters, and CPU
+        seconds of training.
+
+    Raises:
+        ValueError: seeds or jobs is below 1, or something cannot be fetched.
+    """
+    if seeds < 1 or jobs < 1:
+        raise ValueError(f"seeds is {seeds} and jobs {jobs}; allowed: 1 or more.")
+    amount = amount or Amount()
+    folder, path = base or fetch_smollm(cache), results / f"{NAME}.json"
+    settings = json.loads(json.dumps({"base": folder.name, "amount": asdict(amount), "how": asdict(how)}))
+    found, chats = _done(path, settings), _chats(folder, cache, amount)
+    lessons = [(domain, seed) for seed in range(seeds) for domain in DOMAINS]
+    results.mkdir(parents=True, exist_ok=True)
+
+    def keep() -> dict[str, Any]:
+        order = [(domain, seed, variant) for domain, seed in lessons for variant in VARIANTS]
+        made = describe_run("engrammar lab attach" + ("" if seeds == 3 else f" --seeds {seeds}")) | settings
+        runs = [{"domain": key[0], "seed": key[1], "variant": key[2], **found[key]} for key in order if key in found]
+        write_text(path, json.dumps(made | {"runs": runs}, indent=1) + "\n")
+        return made | {"runs": runs}
+
+    with ProcessPoolExecutor(jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
+        for variant in VARIANTS:
+            waiting = {}
+            for domain, seed in lessons:
+                if (domain, seed, variant) not in found:
+                    seconds = found.get((domain, seed, TIMED), {}).get("seconds", 0.0)
+                    lesson = (domain, seed, variant)
+                    task = pool.submit(_teach, lesson, folder, cache, amount, how, seconds=seconds, chats=chats)
+                    waiting[task] = (domain, seed, variant)
+            for done in as_completed(waiting):
+                found[waiting[done]] = done.result()
+                keep()
+                print(
+                    f"{len(found)} of {len(lessons) * len(VARIANTS)}: {', '.join(map(str, waiting[done]))}", flush=True
+                )
+    return keep()
+
+
+def _done(path: Path, settings: dict[str, Any]) -> dict[Key, dict[str, Any]]:
+    """The runs that stand in the results, if they were made with the same settings."""
+    made = json.loads(path.read_text()) if path.exists() else {}
+    if any(made.get(name) != value for name, value in settings.items()):
+        return {}
+    names = ("domain", "seed", "variant")
+    return {
+        (run["domain"], run["seed"], run["variant"]): {key: value for key, value in run.items() if key not in names}
+        for run in made["runs"]
+    }
+
+
+def _chats(folder: Path, cache: Path, amount: Amount) -> list[tuple[str, str]]:
+    """The base's own answers, which every run is measured on; kept beside the pocket corpora."""
+    path = cache / f"chats-{folder.name}-{amount.num_chats}-{amount.chat_tokens}.json"
+    if not path.exists():
+        model, tokenizer = _load(folder)
+        write_text(path, json.dumps(make_chats(model, tokenizer, cache, amount)) + "\n")
+    return [(prompt, answer) for prompt, answer in json.loads(path.read_text())]
+
+
+def _load(folder: Path) -> tuple[Any, Any]:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.set_num_threads(1)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def _teach(
+    key: Key,
+    folder: Path,
+    cache: Path,
+    amount: Amount,
+    how: How,
+    *,
+    seconds: float,
+    chats: Sequence[tuple[str, str]],
+) -> dict[str, Any]:
+    """Teaches one model on one thread and measures it."""
+    from engrammar_lab.adapters.measures import measure
+
+    domain, seed, variant = key
+    model, tokenizer = _load(folder)
+    lesson = make_lesson(domain, seed, tokenizer, cache, amount)
+    taught = VARIANTS[variant](model, tokenizer, lesson.taught, seed, how, seconds)
+    scores = measure(taught.model, tokenizer, lesson, chats, fixed_questions(cache, amount))
+    rounded = {name: float(f"{value:.6g}") for name, value in scores.items()}
+    sizes = {"trained": taught.trained, "stored": taught.stored, "seconds": round(taught.seconds, 1)}
+    return {**rounded, **sizes, "tokens": lesson.taught.numel()}
