@@ -12,6 +12,7 @@ PACKAGES = (
     "",
     ".model",
     ".attach",
+    ".edit",
     ".tables",
     ".tables.released",
     ".stores",

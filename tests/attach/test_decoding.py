@@ -293,7 +293,7 @@ def test_a_quantized_cache_carries_the_state():
 
 
 def test_what_was_not_recorded_is_not_taken_back():
-    state = MemoryState("default", memory_config())
+    state = MemoryState("default", memory_config(), 2, {})
     for part in random_ids(2, 20).split([18, 1, 1], 1):
         state.history(part, keep_all=False)
     with pytest.raises(ValueError, match="cannot take back 1 tokens"):

@@ -80,6 +80,11 @@ class AttachedMemory(nn.Module):
             if (weight_RC := self.memory.table(layer).weight) is not None:
                 nn.init.zeros_(weight_RC)
 
+    def begin(self, name: str) -> MemoryState:
+        """What this memory, of that name, keeps of a new sequence."""
+        windows = dict.fromkeys(self.config.layers, self.config.conv_window) if self.config.conv_window else {}
+        return MemoryState(name, self.config, self.config.max_ngram_size - 1, windows)
+
     def add(
         self, layer: int, hidden: Tensor, retrieved: Retrieved, state: MemoryState | PagedPass | None, keep_all: bool
     ) -> Tensor:

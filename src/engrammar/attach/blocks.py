@@ -129,7 +129,7 @@ def measure(decoder: Decoder, input_ids: Tensor) -> list[tuple[int, float]]:
     hooks = [block.register_forward_pre_hook(enter, with_kwargs=True) for block in decoder.blocks]
     hooks += [block.register_forward_hook(leave) for block in decoder.blocks]
     try:
-        with _evaluating(decoder.host):
+        with evaluating(decoder.host):
             decoder.module(input_ids=input_ids, use_cache=False)
     finally:
         for hook in hooks:
@@ -147,7 +147,7 @@ def measure(decoder: Decoder, input_ids: Tensor) -> list[tuple[int, float]]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Puts a model into evaluation, and each of its modules back afterwards."""
     before = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from engrammar.attach.blocks import Decoder, is_plain
+from engrammar.tables.shards import is_table
 
 NUM_WEIGHTS, NUM_VALUES = 24, 8  # how much of a model is looked at
 TOLERANCE = 2.0**-7  # of a value: a model in bf16 is the one in fp32
@@ -67,9 +68,10 @@ OTHER = "load it on the model that it was saved from."
 
 
 def _weights(host: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The base's own weights by name; what PEFT and attached memories added is left out."""
+    """The base's own weights by name; what PEFT and attached memories added is left out, and so are its own tables,
+    which may be in a store."""
     for name, parameter in host.named_parameters():
-        if not name.startswith("engrammar.") and ".lora_" not in name:
+        if not name.startswith("engrammar.") and ".lora_" not in name and not is_table(name):
             yield name.replace(".base_layer.", "."), parameter
 
 

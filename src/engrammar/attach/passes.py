@@ -141,7 +141,7 @@ class Attachment(nn.ModuleDict):
         _passes.set(passes[:-1])
         if output is None:  # it failed
             return
-        cache = ended.cache if ended.cache is not None else _cache_in(output)
+        cache = ended.cache if ended.cache is not None else cache_in(output)
         for name, (_, state) in ended.reads.items():
             if isinstance(state, PagedPass):
                 state.state.end(state.tokens)
@@ -158,7 +158,7 @@ def _read(name: str, memory: AttachedMemory, inputs: Inputs, keep_all: bool) -> 
     if inputs.mask_BT is not None:
         masked_BT = masked_BT.masked_fill(~inputs.mask_BT, -1)
     if inputs.caches:
-        state = _state(name, memory, inputs)
+        state = continue_state(inputs, memory.begin(name))
         continued = state.seen > 0
         history_BS = state.history(masked_BT, keep_all)
         history_BS = history_BS if continued else None
@@ -176,16 +176,20 @@ def _read_flat(name: str, memory: AttachedMemory, tokens: FlatTokens) -> tuple[R
     return replace(retrieved, dead_BT=retrieved.dead_BT | (history_BTS[..., -1] < 0)), state
 
 
-def _state(name: str, memory: AttachedMemory, inputs: Inputs) -> MemoryState:
-    """The state of a memory in the cache that was given, or a new one for an empty cache."""
-    state = state_in(inputs.cache, name)
+def continue_state(inputs: Inputs, begin: MemoryState) -> MemoryState:
+    """The state in the cache that was given, if it is of the same name and config as `begin`; `begin` for a new cache.
+
+    Raises:
+        ValueError: the cache holds positions that such a state has not seen.
+    """
+    state = state_in(inputs.cache, begin.name)
     if state is None and not inputs.seen and not _has_states(inputs.cache):
-        return MemoryState(name, memory.config)
-    if state is None or state.config != memory.config or inputs.seen not in (None, state.seen):
-        held = "none" if state is None or state.config != memory.config else str(state.seen)
+        return begin
+    if state is None or state.config != begin.config or inputs.seen not in (None, state.seen):
+        held = "none" if state is None or state.config != begin.config else str(state.seen)
         raise ValueError(
-            f"The cache holds {inputs.seen or 'some'} positions, and the memory {name!r} has seen {held} of them: pass "
-            "a cache that this model filled with this memory attached and on, or a new one."
+            f"The cache holds {inputs.seen or 'some'} positions, and the memory {begin.name!r} has seen {held} of "
+            "them: pass a cache that this model filled with this memory attached and on, or a new one."
         )
     return state
 
@@ -195,7 +199,7 @@ def _has_states(cache: Cache | None) -> bool:
     return cache is not None and positions_in(cache) is None and cache.has_previous_state()
 
 
-def _cache_in(output: Any) -> Cache | None:
+def cache_in(output: Any) -> Cache | None:
     """The cache that a decoder returns."""
     values: Iterable[Any] = output if isinstance(output, tuple) else [getattr(output, name, None) for name in CACHES]
     return next((value for value in values if isinstance(value, Cache) and hasattr(value, "layers")), None)

@@ -3,7 +3,7 @@
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from engrammar.attach.blocks import Decoder
 
@@ -49,8 +49,13 @@ def begin_skipping(
 def end_skipping(decoder: Decoder, *_: Any) -> None:
     """After the pass: the blocks compute again."""
     for block in decoder.blocks:
-        if getattr(vars(block).get("forward"), "func", None) is _hand_through:
+        if is_skipped(block):
             del block.forward
+
+
+def is_skipped(block: nn.Module) -> bool:
+    """Whether a block hands kept hidden states through."""
+    return getattr(vars(block).get("forward"), "func", None) is _hand_through
 
 
 def _hand_through(output: Tensor | tuple[Tensor], *_: Any, **__: Any) -> Tensor | tuple[Tensor]:

@@ -5,15 +5,14 @@ beams, taking back rejected drafts, repeating, selecting and forgetting sequence
 Letters: B batch, T tokens, S positions of history (N-1), C channels.
 """
 
-from collections.abc import Callable
-from typing import final
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from engrammar.config import MemoryConfig
 from engrammar.versions import DummyLayer
 
 CHUNK = 64  # positions that are joined into one tensor
@@ -52,6 +51,11 @@ class Track:
             self.pieces.append(new)
         return with_past
 
+    def latest(self) -> Tensor | None:
+        """Up to `window` positions, the last ones; None if there are none."""
+        kept = [piece for piece in self.pieces if piece.shape[-1]]
+        return torch.cat(kept, dim=-1)[..., -self.window :] if kept else None
+
     def take_back(self, count: int) -> None:
         """Forgets the last `count` positions."""
         while count:
@@ -79,13 +83,20 @@ class MemoryState(DummyLayer):
 
     is_compileable = False  # so `generate` neither compiles the pass nor replaces the mask by one of four dimensions
 
-    def __init__(self, name: str, config: MemoryConfig) -> None:
+    def __init__(self, name: str, config: Hashable, num_back: int, windows: Mapping[Any, int]) -> None:
+        """
+        Args:
+            name: the memory's name in its model.
+            config: what the state belongs to; a state of another config is not continued.
+            num_back: ids to look back to.
+            windows: positions to look back to of other things, by their names (of a convolution: its layer).
+        """
         super().__init__()
         self.name, self.config = name, config
         self.seen = 0
         self.record_past = False
-        self.ids = Track(config.max_ngram_size - 1)
-        self.windows = {layer: Track(config.conv_window) for layer in config.layers if config.conv_window}
+        self.ids = Track(num_back)
+        self.windows = {key: Track(window) for key, window in windows.items()}
 
     def __repr__(self) -> str:
         return f"MemoryState({self.name!r}, seen={self.seen})"

@@ -150,20 +150,29 @@ def read_header(path: Path) -> dict[str, Part]:
         require(path.is_file(), "it is missing, or no file")  # reading a pipe would wait for ever
         size = path.stat().st_size
         with path.open("rb") as file:
-            length = header_bytes(file.read(8), size, require)
-            header = load_json(file.read(length), require)
+            text = file.read(header_bytes(file.read(8), size, require))
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}): {AGAIN}") from error
+    return parse_header(text, size, require)[0]
+
+
+def parse_header(text: bytes, size: int, require: Requirement) -> tuple[dict[str, Part], dict[str, str]]:
+    """The tensors of a safetensors file of `size` bytes, by name, and its metadata, from the JSON of its header.
+
+    Raises:
+        ValueError: as `read_header`.
+    """
+    header = load_json(text, require)
     require(isinstance(header, dict), "its header is not an object")
     about = header.pop("__metadata__", {})
     require(isinstance(about, dict) and all(isinstance(v, str) for v in about.values()), "its metadata are not texts")
-    parts = [_part(path, name, entry, 8 + length, require) for name, entry in header.items()]
-    end = 8 + length
+    start = end = 8 + len(text)
+    parts = [_part(require.path, name, entry, start, require) for name, entry in header.items()]
     for part in sorted(parts, key=lambda part: (part.start, part.num_bytes)):
         require(part.start == end, f"its header puts {part.name} over or apart from another tensor")
         end += part.num_bytes
     require(end == size, f"it has {size} bytes, {end} by its header")
-    return {part.name: part for part in parts}
+    return {part.name: part for part in parts}, about
 
 
 def header_bytes(head: bytes, size: int, require: Requirement) -> int:

@@ -74,6 +74,11 @@ def seal(partial: Path, final: Path, *, block_bytes: int = BLOCK_BYTES) -> None:
         OSError: the disk is full or fails.
     """
     write_manifest(partial, block_bytes=block_bytes)
+    put_in_place(partial, final)
+
+
+def put_in_place(partial: Path, final: Path) -> None:
+    """Flushes every file of a whole folder `partial` and renames it to `final`, as `seal` does."""
     _flush_tree(partial)
     aside = final.with_name(REPLACED + final.name)
     if final.exists():

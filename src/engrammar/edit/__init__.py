@@ -1,0 +1,30 @@
+"""Patches: what a model remembers is changed without touching its weights, and changed back to the bit.
+
+Public: base_of, subject_keys, ExactEntry, Probe, replace_rows, build_patch, Patch; read_patch, write_patch;
+apply_patch, undo_patch, applied_patches, without_patches; conflicts, diff, merge.
+"""
+
+from engrammar.edit.applying import applied_patches, apply_patch, undo_patch, without_patches
+from engrammar.edit.building import build_patch, conflicts, diff, merge
+from engrammar.edit.files import read_patch, write_patch
+from engrammar.edit.overlay import replace_rows
+from engrammar.edit.patch import ExactEntry, Patch, Probe, base_of, subject_keys
+
+__all__ = [
+    "ExactEntry",
+    "Patch",
+    "Probe",
+    "applied_patches",
+    "apply_patch",
+    "base_of",
+    "build_patch",
+    "conflicts",
+    "diff",
+    "merge",
+    "read_patch",
+    "replace_rows",
+    "subject_keys",
+    "undo_patch",
+    "without_patches",
+    "write_patch",
+]

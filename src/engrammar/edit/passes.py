@@ -1,0 +1,256 @@
+"""The hooks of a model with patches: keys are found as the decoder is called, values are added as a block is called.
+
+Letters: B batch, T tokens, M residual branches, D hidden width, S positions of history.
+"""
+
+import threading
+from collections.abc import Iterable, Mapping
+from contextvars import ContextVar
+from functools import partial
+from typing import Any, final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers.cache_utils import Cache
+
+from engrammar.attach.blocks import Decoder, first_parameters, hidden_of, in_branches
+from engrammar.attach.inputs import Inputs, read_inputs
+from engrammar.attach.passes import cache_in, continue_state
+from engrammar.attach.skipping import is_skipped
+from engrammar.attach.state import MemoryState, keeps_all, positions_in, state_in
+from engrammar.edit.exact import NOTHING, Ints
+from engrammar.edit.gating import CODES, NO_WRITE, decide, margins
+from engrammar.edit.lookup import Writes, candidates, direct_writes, find_keys, text_of
+from engrammar.edit.rows import ReadRows
+from engrammar.edit.stack import Stack
+from engrammar.memory import masked_ids
+from engrammar.stores.base import RowStore
+
+STATE = "applied patches"  # the name of the state in a cache; no attached memory can have it
+FOUND, WRITTEN = (
+    "found",
+    "written",
+)  # what the state keeps besides ids: the key that ends at a token, and what is written
+_passes: ContextVar[tuple["EditPass", ...]] = ContextVar("engrammar_edit_passes", default=())
+
+
+@final
+class EditPass:
+    """One pass of a decoder: which keys it holds, and what is to be added where."""
+
+    def __init__(self, hooks: "EditHooks", stack: Stack, inputs: Inputs) -> None:
+        self.hooks, self.stack, self.cache = hooks, stack, inputs.cache
+        self.keep_all = keeps_all(inputs.cache)
+        self.state = continue_state(inputs, begin_state(stack)) if inputs.caches else None
+        continued = self.state is not None and self.state.seen > 0
+        ids_BT, _, starts_BT = masked_ids(inputs.input_ids, inputs.mask_BT, inputs.position_ids, continued=continued)
+        history_BS = ids_BT.new_full((len(ids_BT), stack.num_back), -1)
+        if self.state is not None:
+            history_BS = self.state.history(ids_BT, self.keep_all)
+        self.text = text_of(_numpy(ids_BT), _numpy(history_BS), None if starts_BT is None else _numpy(starts_BT))
+        found_BP = self._found(find_keys(stack, hooks.classes_V, self.text))
+        self.writes = direct_writes(stack, self.text, found_BP)
+        self.candidates = candidates(stack, self.text, found_BP)
+        self.margin_C = np.full(len(self.candidates.entry), -np.inf, np.float32)
+        self.codes_BH = self._codes()
+        self.rows = ReadRows(stack.rows, self._wanted_rows())
+
+    def _found(self, found_BT: Ints) -> Ints:
+        """The keys that end at all positions of the text: those of the history are in the state."""
+        known = torch.from_numpy(found_BT)
+        if self.state is not None:
+            known = self.state.windows[FOUND].extend(known, self.keep_all)
+        missing = self.text.ids_BP.shape[1] - known.shape[1]
+        return np.pad(known.numpy(), ((0, 0), (missing, 0)), constant_values=NOTHING)
+
+    def _codes(self) -> Ints:
+        """What was written at positions before the pass."""
+        latest = (
+            None if self.state is None or WRITTEN not in self.state.windows else self.state.windows[WRITTEN].latest()
+        )
+        return np.empty((len(self.text.ids_BP), 0), np.int64) if latest is None else latest.numpy()
+
+    def _wanted_rows(self) -> Ints:
+        """The value rows of everything that may be added in this pass."""
+        under_way = self.codes_BH[:, -1:][self.codes_BH[:, -1:] != NO_WRITE] // CODES
+        entry = np.unique(np.concatenate([self.writes.entry, self.candidates.entry, under_way]))
+        columns = self.stack.columns
+        steps = [np.arange(first, first + count) for first, count in zip(*(columns[n][entry] for n in STEPS))]
+        binding = columns["binding"][entry]
+        return np.concatenate([self.stack.steps[np.concatenate([*steps, NO_ROWS]), 0], binding[binding >= 0]])
+
+    def at(self, block: int, hidden: Tensor) -> Tensor:
+        """The input of a block, or of the final norm, with what is to be added; the tensor itself if nothing is."""
+        if hidden.shape[:2] != self.text.first_BT.shape:
+            raise RuntimeError(
+                f"Block {block} reads {list(hidden.shape)} in a pass of {list(self.text.first_BT.shape)}."
+            )
+        streams_BTMD = in_branches(hidden, self.hooks.decoder.hidden_size)
+        if len(self.candidates.entry):
+            read_C = margins(self.stack, self.candidates, block, streams_BTMD, self.rows).numpy()
+            self.margin_C = np.where(np.isnan(read_C), self.margin_C, read_C)
+        if block == self.stack.decided_at:
+            self._decide()
+        return self._add(block, hidden, streams_BTMD)
+
+    def _decide(self) -> None:
+        written, codes_BT = decide(self.stack, self.text, self.candidates, self.margin_C, self.codes_BH)
+        pairs = {name: np.concatenate([getattr(self.writes, name), getattr(written, name)]) for name in WRITES}
+        self.writes = Writes(**pairs)
+        if self.state is not None:
+            self.state.windows[WRITTEN].extend(torch.from_numpy(codes_BT), self.keep_all)
+
+    def _add(self, block: int, hidden: Tensor, streams_BTMD: Tensor) -> Tensor:
+        writes, columns = self.writes, self.stack.columns
+        (here,) = np.nonzero(columns["block"][writes.entry] == block)
+        if not len(here):
+            return hidden
+        entry = writes.entry[here]
+        row, token = (torch.from_numpy(places[here]).to(hidden.device) for places in (writes.row, writes.token))
+        values_CD = self.rows.values(
+            self.stack.steps[columns["first_step"][entry] + writes.step[here], 0], hidden.device
+        )
+        gate_C11 = torch.from_numpy(self.stack.strengths[entry, 0]).to(hidden.device)[:, None, None]
+        relative_C = torch.from_numpy(columns["relative"][entry] > 0).to(hidden.device)
+        norm_CM1 = streams_BTMD[row, token].float().norm(dim=-1, keepdim=True)
+        size_CM1 = gate_C11 * torch.where(relative_C[:, None, None], norm_CM1, 1.0)
+        added_CMD = (size_CM1 * values_CD[:, None]).to(hidden.dtype)
+        return streams_BTMD.index_put((row, token), added_CMD, accumulate=True).view_as(hidden)
+
+
+STEPS, WRITES = ("first_step", "num_steps"), ("row", "token", "entry", "step")
+NO_ROWS = np.empty(0, np.int64)
+
+
+def begin_state(stack: Stack) -> MemoryState:
+    """What a stack keeps of a new sequence."""
+    windows = {FOUND: stack.window} | ({} if stack.decided_at is None else {WRITTEN: stack.window})
+    return MemoryState(STATE, stack.identity, stack.num_back, windows)
+
+
+def _numpy(x: Tensor) -> NDArray[Any]:
+    return x.detach().cpu().numpy()
+
+
+@final
+class EditHooks:
+    """The hooks of a model with patches. They are on every block, so that a pass ends with the stack it began with.
+
+    Attributes:
+        stack: what is applied; None for nothing.
+        classes_V: the class of each id.
+        is_on: whether passes look keys up.
+        under_way: the number of passes that have begun and not ended, in all threads.
+        threads: those that have begun a pass since the hooks were placed.
+    """
+
+    def __init__(self, decoder: Decoder, final_norm: nn.Module | None) -> None:
+        self.decoder, self.arguments = decoder, first_parameters(decoder.module)
+        self.handles: list[RemovableHandle] = []
+        self.stack: Stack | None = None
+        self.classes_V = np.empty(0, np.int32)
+        self.is_on, self.under_way, self.lock = True, 0, threading.Lock()
+        self.places = [*decoder.blocks, *([] if final_norm is None else [final_norm])]
+        self.closing: list[RowStore] = []
+        self.threads: set[int] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies of the model, which are not in use."""
+        return {**vars(self), "lock": None, "under_way": 0, "threads": set(), "closing": []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.lock = threading.Lock()
+
+    def place(self, stack: Stack | None, closing: Iterable[RowStore] = ()) -> None:
+        """Passes that begin from now on use this stack (None: none, and the hooks are taken off).
+
+        Args:
+            closing: stores to be closed when no pass reads them any more.
+        """
+        with self.lock:
+            self.stack = stack
+            self.closing += closing
+            if stack is not None and not self.handles:
+                module = self.decoder.module
+                self.handles = [
+                    module.register_forward_pre_hook(self.before_pass, with_kwargs=True),
+                    module.register_forward_hook(self.after_pass, always_call=True),
+                ]
+                for block, place in enumerate(self.places):
+                    before = partial(self.before, block, first_parameters(place)[0])
+                    # Before a memory at that block, attached earlier or later, reads the hidden state.
+                    self.handles.append(place.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
+            self._tidy()
+
+    def _tidy(self) -> None:
+        if self.under_way:
+            return
+        while self.closing:
+            self.closing.pop().close()
+        if self.stack is None:
+            self.threads.clear()
+            while self.handles:
+                self.handles.pop().remove()
+
+    def before_pass(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Finds the keys of this pass."""
+        stack = self.stack
+        if not self.is_on or stack is None:
+            return
+        given: Mapping[str, Any] = dict(zip(self.arguments, args)) | kwargs
+        if hasattr(given.get("cache"), "cache_allocators"):
+            raise ValueError("Patches do not work under continuous batching yet: undo them, or use generate.")
+        begun = EditPass(self, stack, read_inputs(decoder, given))
+        with self.lock:
+            self.under_way += 1
+            self.threads.add(threading.get_ident())
+        _passes.set((*_passes.get(), begun))
+
+    def before(
+        self, block: int, argument: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Adds to the input of a block, or of the final norm."""
+        current = next((one for one in reversed(_passes.get()) if one.hooks is self), None)
+        if current is None:
+            if not self.is_on or self.stack is None or block not in self.stack.blocks:
+                return None
+            if threading.get_ident() not in self.threads and not torch.is_grad_enabled():
+                return None  # a pass that was under way before there were hooks
+            raise RuntimeError(
+                f"Block {block} was called outside a pass of its model, so patches do not know its ids: call the "
+                "model, or undo the patches."
+            )
+        if block not in current.stack.blocks:
+            return None
+        if is_skipped(module):
+            raise ValueError(
+                "Blocks that a patch writes at are skipped in this pass: undo the patch, or keep no prefix."
+            )
+        hidden = hidden_of(argument, args, kwargs)
+        changed = current.at(block, hidden)
+        if changed is hidden:
+            return None
+        if args:
+            return (changed, *args[1:]), kwargs
+        return args, {**kwargs, argument: changed}
+
+    def after_pass(self, decoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Ends the pass; a cache that it filled gets the state."""
+        passes = _passes.get()
+        if not passes or passes[-1].hooks is not self:  # it was refused, or nothing is applied
+            return
+        ended = passes[-1]
+        _passes.set(passes[:-1])
+        with self.lock:
+            self.under_way -= 1
+            self._tidy()
+        state = ended.state
+        cache: Cache | None = ended.cache if ended.cache is not None else cache_in(output)
+        if output is None or state is None or cache is None or state_in(cache, STATE) is not None:
+            return
+        if positions_in(cache) in (None, state.seen):
+            cache.layers.append(state)

@@ -1,0 +1,179 @@
+"""The exact entries of all applied patches as one: one table of keys, one numbering of entries, steps and rows.
+
+Letters: Q keys, K the longest key, E exact entries, S steps, P probes, D hidden width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from engrammar.edit.exact import Classes, ExactTable, Ints, distinct_rows, key_lengths, pad_keys
+from engrammar.edit.patch import COLUMNS, Patch
+from engrammar.edit.rows import StackedRows, ValueRows
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Stack:
+    """What is looked up and added while patches are applied.
+
+    Attributes:
+        identity: the digests of the patches; a cache that was filled with others is not continued.
+        table: all keys.
+        lengths_Q: classes of each key.
+        columns: the columns of `patch.COLUMNS` by name, [E]; numbers of keys, probes, rows and steps are the stack's.
+        strengths: float32 [E, 2], gate and binding threshold.
+        steps: [S, 2], value row and the id that is said.
+        probe_blocks: [P]; probes_P2D: centre and direction; thresholds_P.
+        rows: the value rows.
+    """
+
+    identity: tuple[str, ...]
+    table: ExactTable
+    lengths_Q: Ints
+    columns: dict[str, Ints]
+    strengths: NDArray[np.float32]
+    steps: Ints
+    probe_blocks: Ints
+    probes_P2D: Tensor
+    thresholds_P: Tensor
+    rows: StackedRows
+
+    def of_key(self, *, gated: bool) -> tuple[Ints, Ints]:
+        """The entries with a probe, or without, in the order of their keys; where those of each key begin, [Q+1]."""
+        return self._gated if gated else self._direct
+
+    @cached_property
+    def _gated(self) -> tuple[Ints, Ints]:
+        return self._of_key(self.columns["probe"] >= 0)
+
+    @cached_property
+    def _direct(self) -> tuple[Ints, Ints]:
+        return self._of_key(self.columns["probe"] < 0)
+
+    def _of_key(self, wanted_E: NDArray[np.bool_]) -> tuple[Ints, Ints]:
+        (entries,) = np.nonzero(wanted_E)
+        keys = self.columns["key"][entries]
+        return entries, np.searchsorted(keys, np.arange(self.table.num_keys + 1))
+
+    @cached_property
+    def num_armed(self) -> int:
+        """The most tokens that a key stays armed."""
+        return int(self.columns["armed"].max(initial=0))
+
+    @cached_property
+    def num_direct_steps(self) -> int:
+        """The most steps of an entry without a probe."""
+        return int(self.columns["num_steps"][self._direct[0]].max(initial=0))
+
+    @cached_property
+    def window(self) -> int:
+        """Positions back at which a key may have ended, or a write may have begun, that matters now."""
+        return max(self.num_armed, self.num_direct_steps - 1, 1)
+
+    @cached_property
+    def num_back(self) -> int:
+        """Ids to look back to."""
+        return max(self.table.longest - 1, self.window)
+
+    @cached_property
+    def decided_at(self) -> int | None:
+        """The block before which all probes have been read, so that writes are decided; None without probes."""
+        gated, _ = self._gated
+        return int(self.probe_blocks[self.columns["probe"][gated]].max()) if len(gated) else None
+
+    @cached_property
+    def blocks(self) -> list[int]:
+        """The blocks whose input is read or changed."""
+        probed = self.probe_blocks[self.columns["probe"][self._gated[0]]]
+        return sorted({*self.columns["block"].tolist(), *probed.tolist()})
+
+
+def stack_patches(patches: Sequence[Patch], parts: Sequence[ValueRows], identity: tuple[str, ...], width: int) -> Stack:
+    """Stacks patches in the order in which they were applied; of entries at one place the last one counts.
+
+    Args:
+        parts: the value rows of each patch.
+        width: D.
+
+    Raises:
+        ValueError: a patch writes at a block before that of another one's probe.
+    """
+    keys_QK, places, offsets = _places(patches)
+    kept = _last_of_each(places)
+    order = kept[np.argsort(places[kept, 0], kind="stable")]
+    columns = {name: _joined([patch.column(name) for patch in patches])[order] for name in COLUMNS}
+    patch_E = np.repeat(np.arange(len(patches)), [len(patch.entries) for patch in patches])[order]
+    columns["key"] = places[order, 0]
+    for name, counted in (("probe", "probes"), ("binding", "rows")):
+        columns[name] = np.where(columns[name] < 0, -1, columns[name] + offsets[counted][patch_E])
+    columns["first_step"] = columns["first_step"] + offsets["steps"][patch_E]
+    steps = [patch.steps + np.array([first, 0]) for patch, first in zip(patches, offsets["rows"])]
+    probes = [torch.from_numpy(patch.probes) for patch in patches]
+    stack = Stack(
+        identity=identity,
+        table=ExactTable(keys_QK),
+        lengths_Q=key_lengths(keys_QK),
+        columns=columns,
+        strengths=np.concatenate([np.empty((0, 2), np.float32), *[patch.strengths for patch in patches]])[order],
+        steps=_joined(steps, 2),
+        probe_blocks=_joined([patch.probe_blocks.astype(np.int64) for patch in patches]),
+        probes_P2D=torch.cat([torch.empty(0, 2, width), *probes]),
+        thresholds_P=torch.cat([torch.empty(0), *[torch.from_numpy(patch.thresholds) for patch in patches]]),
+        rows=StackedRows(parts, width),
+    )
+    gated, _ = stack.of_key(gated=True)
+    if stack.decided_at is not None and (first := stack.columns["block"][gated].min()) < stack.decided_at:
+        raise ValueError(
+            f"One patch writes at block {first} and another one's probe is at block {stack.decided_at}: all probes "
+            "have to be read before the first write; make them for the same blocks, or undo one."
+        )
+    return stack
+
+
+def sharing_places(patches: Sequence[Patch]) -> list[tuple[int, int]]:
+    """The pairs of patches, by their numbers, that have an entry of one key, block and probe."""
+    places, found = _places(patches)[1], set()
+    patch_E = np.repeat(np.arange(len(patches)), [len(patch.entries) for patch in patches])
+    number_E = distinct_rows(places)[1]
+    for number in np.nonzero(np.bincount(number_E) > 1)[0]:
+        sharing = patch_E[number_E == number].tolist()
+        found |= {(one, other) for index, one in enumerate(sharing) for other in sharing[index + 1 :]}
+    return sorted(found)
+
+
+def _places(patches: Sequence[Patch]) -> tuple[Classes, Ints, dict[str, Ints]]:
+    """All keys; of each entry its key, block and probe by name [E, 3]; and each patch's first probe, step and row."""
+    longest = max((patch.keys_QK.shape[1] for patch in patches), default=1)
+    padded = [pad_keys(patch.keys_QK, longest) for patch in patches]
+    all_keys = np.concatenate([np.empty((0, longest), np.int32), *padded])
+    distinct, number_of = distinct_rows(all_keys)
+    first_key = np.cumsum([0, *map(len, padded)])
+    names: dict[str, int] = {}
+    places = [np.empty((0, 3), np.int64)]
+    for patch, first in zip(patches, first_key):
+        by_probe = np.array([names.setdefault(name, len(names)) for name in patch.probe_names] + [-1])
+        keys = number_of[first + patch.column("key")]
+        places.append(np.stack([keys, patch.column("block"), by_probe[patch.column("probe")]], axis=1))
+    counts: dict[str, Any] = {
+        "probes": [len(patch.probe_names) for patch in patches],
+        "steps": [len(patch.steps) for patch in patches],
+        "rows": [len(patch.values) for patch in patches],
+    }
+    return all_keys[distinct], np.concatenate(places), {name: np.cumsum([0, *count]) for name, count in counts.items()}
+
+
+def _last_of_each(places: Ints) -> Ints:
+    """The number of the last entry at each place, ascending."""
+    last, _ = distinct_rows(places[::-1])
+    return np.sort(len(places) - 1 - last)
+
+
+def _joined(arrays: Sequence[Ints], ndim: int = 1) -> Ints:
+    return np.concatenate([np.empty((0, 2)[:ndim], np.int64), *arrays])
