@@ -19,6 +19,7 @@ def evaluate(
     num_fewshot: int | None = None,
     memory: Literal["weights", "ram", "disk", "off"] = "weights",
     tables: Path | None = None,
+    adapter: Path | None = None,
     out: Path | None = None,
     cache: Path = Path("data/pocket"),
     list_sets: Annotated[bool, arg(name="list")] = False,
@@ -26,7 +27,8 @@ def evaluate(
     """Score a model on tasks of lm-evaluation-harness, on question sets, or on your own questions.
 
     Args:
-        model: The folder of an engrammar model or of any transformers causal LM.
+        model: The folder of an engrammar model or of any transformers causal LM; with --adapter, a folder or name on
+            the Hub.
         tasks: Names separated by commas: tasks of lm-eval, local/NAME (see --list), or a JSONL file with context,
             choices and answer in each line.
         limit: The most questions of a task.
@@ -55,7 +57,8 @@ def evaluate(
         check_writable(out.parent)
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     how = {"limit": limit, "batch_size": batch_size, "num_fewshot": num_fewshot}
-    result = harness.evaluate(model, names, memory=memory, tables=tables, cache=cache, **how)
+    where = {"memory": memory, "tables": tables, "adapter": adapter, "cache": cache}
+    result = harness.evaluate(model, names, **where, **how)
     result = describe_run(" ".join(["engrammar", *sys.argv[1:]])) | result
     harness.show(result)
     if out is not None:

@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 
 from engrammar.cells import Column, as_text, cells, titles
 from engrammar.off import adding_modules, memory_off
-from engrammar.train.sample import load
+from engrammar.train.sample import load, load_with_adapter
 from engrammar_lab.machine import accelerator
 from engrammar_lab.question_sets import SETS, questions
 from engrammar_lab.tasks.questions import Question, read_questions
@@ -35,6 +35,7 @@ def evaluate(
     *,
     memory: Where = "weights",
     tables: Path | None = None,
+    adapter: Path | None = None,
     cache: Path = Path("data/pocket"),
     **how: Any,
 ) -> dict[str, Any]:
@@ -44,21 +45,23 @@ def evaluate(
         tasks: as for `score_tasks`; so are `cache` and `how`.
         memory: where the tables are, or "off" for the model without what its memory adds.
         tables: for a released Qwen4-Exp model, the folder that `engrammar table import` made of its tables.
+        adapter: the folder of a memory that was attached to the model, which may then be a name on the Hub.
 
     Returns:
-        versions, model, memory, the settings, and `tasks` as `score_tasks` returns them.
+        versions, model, memory, the adapter if one was given, the settings, and `tasks` as `score_tasks` returns them.
 
     Raises:
         ValueError: as `score_tasks` and `load_model`.
     """
     specs, chances = _find_tasks(tasks, cache)  # before the model is read: a wrong name costs no time
-    model, tokenizer = load_model(folder, memory, tables)
+    model, tokenizer = load_model(folder, memory, tables, adapter)
     with memory_off(model) if memory == "off" else nullcontext():
         scored = _score(model, tokenizer, specs, chances, **how)
     return {
         "versions": {name: version(name) for name in ("engrammar", "lm_eval", "datasets")},
         "model": str(folder),
         "memory": memory,
+        **({} if adapter is None else {"adapter": str(adapter)}),
         **how,
         "tasks": scored,
     }
@@ -84,14 +87,37 @@ def score_tasks(
     return _score(model, tokenizer, *_find_tasks(tasks, cache), **how)
 
 
-def load_model(folder: Path, memory: Where = "weights", tables: Path | None = None) -> tuple[Any, Any]:
+def load_model(
+    folder: Path, memory: Where = "weights", tables: Path | None = None, adapter: Path | None = None
+) -> tuple[Any, Any]:
     """The model in a folder, on the accelerator if there is one, and its tokenizer; settings are those of `evaluate`.
 
     Raises:
-        ValueError: the folder holds no model, its tokenizer belongs to another model, or `memory` does not fit it.
+        ValueError: the folder holds no model, its tokenizer or the adapter belongs to another model, or `memory` does
+            not fit it.
     """
     if memory not in get_args(Where):
         raise ValueError(f"memory is {memory!r}; allowed: {', '.join(get_args(Where))}.")
+    if adapter is not None:
+        if tables is not None:
+            raise ValueError("--tables and --adapter do not go together: an adapter has its own tables.")
+        # What is off is not loaded.
+        where: dict[str, Any] = {} if memory == "weights" else {"memory": "disk" if memory == "off" else memory}
+        model, tokenizer = load_with_adapter(str(folder), adapter, **where)
+    else:
+        model, tokenizer = _load_alone(folder, memory, tables)
+    num_ids = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > num_ids:
+        raise ValueError(
+            f"The tokenizer in {folder} has {len(tokenizer)} tokens and the model {num_ids}: it is of another model."
+        )
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"The tokenizer in {folder} has no end-of-text token, which lm-eval needs: set eos_token.")
+    return model.to(accelerator()), tokenizer
+
+
+def _load_alone(folder: Path, memory: Where, tables: Path | None) -> tuple[Any, Any]:
+    """A model of ours, or any other without an adapter."""
     try:
         kind = json.loads((folder / "config.json").read_text())["model_type"]
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -108,20 +134,13 @@ def load_model(folder: Path, memory: Where = "weights", tables: Path | None = No
     elif memory in ("ram", "disk"):
         raise ValueError(
             f"--memory is {memory}, but the model in {folder} is none of ours: give --tables, the folder that "
-            "`engrammar table import` made, if it is a Qwen4-Exp model."
+            "`engrammar table import` made, if it is a Qwen4-Exp model, or --adapter, the folder of an attached memory."
         )
     else:
         model, tokenizer = _load_other(folder)
     if memory != "weights" and not adding_modules(model):
         raise ValueError(f"--memory is {memory}, but the model in {folder} has no memory; allowed: weights.")
-    num_ids = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > num_ids:
-        raise ValueError(
-            f"The tokenizer in {folder} has {len(tokenizer)} tokens and the model {num_ids}: it is of another model."
-        )
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"The tokenizer in {folder} has no end-of-text token, which lm-eval needs: set eos_token.")
-    return model.to(accelerator()), tokenizer
+    return model, tokenizer
 
 
 def _load_other(folder: Path) -> tuple[Any, Any]:
@@ -309,4 +328,5 @@ def show(result: dict[str, Any]) -> None:
             lines.append([*about, metric, *cells(SCORES, score | {"chance": task["chance"]})])
             about = [""] * len(about)
     header = ["task", "asked", "cut", "measure", *titles(SCORES)]
-    print(f"{result['model']}, memory: {result['memory']}", as_text(header, lines), sep="\n\n")
+    about = f"{result['model']} with {result['adapter']}" if "adapter" in result else result["model"]
+    print(f"{about}, memory: {result['memory']}", as_text(header, lines), sep="\n\n")

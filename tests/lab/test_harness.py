@@ -9,6 +9,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from attached_models import memory_config, randomize
+from engrammar.attach import attach, save_attached
 from engrammar.fusion import Fusion
 from engrammar.off import memory_off
 from engrammar.tables.released import import_tables
@@ -157,6 +159,39 @@ def test_a_transformers_model_is_scored_too(folder, tmp_path):
     assert tuple(score["value"] for score in found.values()) == own_scores(*load_model(tmp_path / "llama"))
     with pytest.raises(ValueError, match="memory is off, but the model in .* has no memory"):
         load_model(tmp_path / "llama", "off")
+
+
+def test_an_adapter_is_scored_on_any_tier_and_off(folder, tmp_path, capsys):
+    """Each equals a loop over the questions with the memory attached; off is the base alone."""
+    config = LlamaConfig(
+        vocab_size=53, hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, pad_token_id=0
+    )
+    torch.manual_seed(0)
+    model, tokenizer, base = LlamaForCausalLM(config), make_tokenizer(), tmp_path / "llama"
+    model.save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    plain = own_scores(model, tokenizer)
+    asked = (tokenizer, QUESTIONS[0][0], " night")
+    without = log_likelihood(model, *asked)
+    attach(model, memory_config(layers=(1,)), tokenizer)
+    randomize(model)
+    save_attached(model, tmp_path / "adapter")
+    name = write(tmp_path / "owls.jsonl", QUESTIONS)
+    for memory, expected in (("weights", own_scores(model, tokenizer)), ("off", plain)):
+        task = evaluate(base, [name], memory=memory, adapter=tmp_path / "adapter")["tasks"][name]
+        assert tuple(score["value"] for score in task["scores"].values()) == expected
+    for memory in ("weights", "ram", "disk"):
+        served = load_model(base, memory, adapter=tmp_path / "adapter")[0]
+        assert log_likelihood(served, *asked) == pytest.approx(log_likelihood(model, *asked), abs=1e-6)
+    assert abs(log_likelihood(model, *asked) - without) > 1e-2
+    out = ["--out", str(tmp_path / "scores.json"), "--limit", "2"]
+    command_line(["eval", str(base), "--tasks", name, "--adapter", str(tmp_path / "adapter"), "--memory", "disk", *out])
+    assert f"{base} with {tmp_path / 'adapter'}, memory: disk" in capsys.readouterr().out
+    assert json.loads((tmp_path / "scores.json").read_text())["adapter"] == str(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="--tables and --adapter do not go together"):
+        load_model(base, "disk", tmp_path, tmp_path / "adapter")
+    with pytest.raises(ValueError, match="is of a model with"):
+        load_model(folder, adapter=tmp_path / "adapter")
 
 
 @pytest.fixture
