@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
@@ -56,9 +56,9 @@ def evaluate(
     if out is not None:
         check_writable(out.parent)
     names = [name.strip() for name in tasks.split(",") if name.strip()]
-    how = {"limit": limit, "batch_size": batch_size, "num_fewshot": num_fewshot}
-    where = {"memory": memory, "tables": tables, "adapter": adapter, "cache": cache}
-    result = harness.evaluate(model, names, **where, **how)
+    how: dict[str, Any] = {"limit": limit, "batch_size": batch_size, "num_fewshot": num_fewshot}
+    how |= {"tables": tables, "adapter": adapter, "cache": cache}
+    result = harness.evaluate(model, names, memory=memory, **how)
     result = describe_run(" ".join(["engrammar", *sys.argv[1:]])) | result
     harness.show(result)
     if out is not None:

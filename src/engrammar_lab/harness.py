@@ -328,5 +328,5 @@ def show(result: dict[str, Any]) -> None:
             lines.append([*about, metric, *cells(SCORES, score | {"chance": task["chance"]})])
             about = [""] * len(about)
     header = ["task", "asked", "cut", "measure", *titles(SCORES)]
-    about = f"{result['model']} with {result['adapter']}" if "adapter" in result else result["model"]
-    print(f"{about}, memory: {result['memory']}", as_text(header, lines), sep="\n\n")
+    scored = f"{result['model']} with {result['adapter']}" if "adapter" in result else result["model"]
+    print(f"{scored}, memory: {result['memory']}", as_text(header, lines), sep="\n\n")
