@@ -72,6 +72,9 @@ ROOMS = {
         "gating",
         "passes",
         "applying",
+        "facts",
+        "states",
+        "gated",
     ),
     "engrammar.attach": (
         "blocks",

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional, arg
 
-from engrammar_cli import lab, table
+from engrammar_cli import edit, lab, table
 from engrammar_cli.evaluate import evaluate
 from engrammar_cli.extras import require
 
@@ -62,6 +62,7 @@ def generate(
     name: str | None = None,
     address: str = "127.0.0.1:50051",
     adapter: Path | None = None,
+    patch: Path | None = None,
 ) -> None:
     """Continue a prompt with a trained model, on an accelerator if there is one.
 
@@ -83,8 +84,9 @@ def generate(
         name: Name that the tables were uploaded under, for --memory remote.
         address: Address of mooncake_master, as HOST:PORT, for --memory remote.
         adapter: The folder of a memory that was attached to the model; --memory says where its tables are.
+        patch: The file of a patch to apply.
     """
-    from engrammar.train.sample import Sampling, complete, load, load_with_adapter, pool_store
+    from engrammar.train.sample import Sampling, complete, load_changed, pool_store
 
     sampling = Sampling(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, num_beams=num_beams, seed=seed
@@ -99,9 +101,7 @@ def generate(
         raise ValueError(
             "--tables, --cache-rows, --on-missing and --deadline are for tables off the model: add --memory."
         )
-    if adapter and tables:
-        raise ValueError("--tables and --adapter do not go together: an adapter has its own tables.")
-    loaded = load_with_adapter(str(model), adapter, **serving) if adapter else load(model, tables=tables, **serving)
+    loaded = load_changed(str(model), adapter=adapter, patch=patch, tables=tables, **serving)
     print(complete(*loaded, prompt, sampling))
 
 
@@ -300,11 +300,16 @@ COMMANDS: dict[str, Callable[..., None] | dict[str, Callable[..., None]]] = {
     "table": table.COMMANDS,
     "eval": evaluate,
     "lab": lab.COMMANDS,
+    "edit": edit.COMMANDS,
     "check": check,
     "bench": bench,
     "demo": demo,
 }
-GROUPS = {"table": "Files of memory tables: look, check, repack, plan.", "lab": "Studies of what memory buys."}
+GROUPS = {
+    "table": "Files of memory tables: look, check, repack, plan.",
+    "lab": "Studies of what memory buys.",
+    "edit": "Facts as patches: learn, show, check.",
+}
 DESCRIPTION = """Conditional memory for language models.
 
 A mistake is one sentence; ENGRAMMAR_TRACEBACK=1 shows the traceback too."""

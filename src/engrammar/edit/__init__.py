@@ -1,26 +1,34 @@
 """Patches: what a model remembers is changed without touching its weights, and changed back to the bit.
 
 Public: base_of, subject_keys, ExactEntry, Probe, replace_rows, build_patch, Patch; read_patch, write_patch;
-apply_patch, undo_patch, applied_patches, without_patches; conflicts, diff, merge.
+apply_patch, undo_patch, applied_patches, without_patches; conflicts, diff, merge; Fact, read_facts, learn_gated,
+GatedSettings, Refused.
 """
 
 from engrammar.edit.applying import applied_patches, apply_patch, undo_patch, without_patches
 from engrammar.edit.building import build_patch, conflicts, diff, merge
+from engrammar.edit.facts import Fact, Refused, read_facts
 from engrammar.edit.files import read_patch, write_patch
+from engrammar.edit.gated import GatedSettings, learn_gated
 from engrammar.edit.overlay import replace_rows
 from engrammar.edit.patch import ExactEntry, Patch, Probe, base_of, subject_keys
 
 __all__ = [
     "ExactEntry",
+    "Fact",
+    "GatedSettings",
     "Patch",
     "Probe",
+    "Refused",
     "applied_patches",
     "apply_patch",
     "base_of",
     "build_patch",
     "conflicts",
     "diff",
+    "learn_gated",
     "merge",
+    "read_facts",
     "read_patch",
     "replace_rows",
     "subject_keys",

@@ -55,6 +55,34 @@ def load(directory: Path, *, device: str | None = None, tables: Path | None = No
     return model.eval().to(device or torch.accelerator.current_accelerator(check_available=True) or "cpu"), tokenizer
 
 
+def load_changed(
+    model: str, *, adapter: Path | None, patch: Path | None, tables: Path | None, **serving: Any
+) -> tuple[Any, Any]:
+    """Loads a model with what is to be added to it: an attached memory, a patch.
+
+    Args:
+        model: as for `load`; with an adapter or a patch, also any causal language model of transformers.
+        adapter, patch: what `save_attached` and `edit.write_patch` wrote.
+
+    Raises:
+        ValueError: as `load`, `load_attached` and `apply_patch`; or an adapter is given beside tables.
+    """
+    if adapter and tables:
+        raise ValueError("--tables and --adapter do not go together: an adapter has its own tables.")
+    if adapter:
+        loaded = load_with_adapter(model, adapter, **serving)
+    elif patch and not tables and not serving:
+        loaded = load_base(BaseRecipe(model=model))
+        loaded[0].eval()
+    else:
+        loaded = load(Path(model), tables=tables, **serving)
+    if patch:
+        from engrammar.edit import apply_patch  # not needed by most
+
+        apply_patch(loaded[0], patch, loaded[1])
+    return loaded
+
+
 def load_with_adapter(model: str, adapter: Path, *, device: str | None = None, **serving: Any) -> tuple[Any, Any]:
     """Loads a base and its tokenizer, and attaches a saved memory to it.
 

@@ -1,0 +1,100 @@
+"""Facts to teach: a subject, a prompt that ends where its object begins, and the object."""
+
+import csv
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+NAMES = {"object": ("object", "target_new"), "paraphrases": ("paraphrases", "rephrase_prompt", "paraphrase_prompts")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fact:
+    """One fact.
+
+    Attributes:
+        subject: what it is about; the prompt contains it.
+        prompt: a text that ends where the object begins.
+        object: the words that are to follow.
+        paraphrases: other prompts that ask for the object.
+    """
+
+    subject: str
+    prompt: str
+    object: str
+    paraphrases: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("subject", "prompt", "object"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or not value.strip():
+                raise ValueError(f"A fact's {name} is {value!r}; allowed: a text.")
+        if self.subject not in self.prompt:
+            raise ValueError(f"The prompt {self.prompt!r:.80} does not name its subject {self.subject!r}: word it so.")
+        if not all(isinstance(one, str) and one.strip() for one in self.paraphrases):
+            raise ValueError(f"paraphrases of {self.subject!r} are {self.paraphrases!r:.80}; allowed: texts.")
+
+    @property
+    def template(self) -> str:
+        """The prompt with {} in the subject's place: what is asked of it."""
+        return self.prompt.replace("{", "{{").replace("}", "}}").replace(self.subject, "{}", 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refused:
+    """A fact that was not written, and why."""
+
+    fact: Fact
+    reason: str
+
+
+def read_facts(path: str | Path) -> list[Fact]:
+    """Facts of a CSV file with a header, a JSON list or JSON lines.
+
+    Columns are `subject`, `prompt`, `object` and, if there are any, `paraphrases` (in CSV separated by "|"); the names
+    of CounterFact and zsRE in EasyEdit's form (`target_new`, `rephrase_prompt`) are known, and the nested form of
+    CounterFact's authors (`requested_rewrite`, `paraphrase_prompts`).
+
+    Raises:
+        ValueError: the file cannot be read, or a line is no fact; the line is named.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        rows: Iterable[Mapping[str, Any]]
+        if path.suffix == ".csv":
+            rows = list(csv.DictReader(text.splitlines()))
+        elif text.lstrip().startswith("["):
+            rows = json.loads(text)
+        else:
+            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read facts from {path} ({error}): give CSV, JSON or JSON lines.") from error
+    facts = []
+    for number, row in enumerate(rows, 1):
+        try:
+            facts.append(_fact(row))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+            raise ValueError(f"fact {number} of {path} cannot be used: {reason}") from error
+    if not facts:
+        raise ValueError(f"{path} holds no fact: write one in a line, with subject, prompt and object.")
+    return facts
+
+
+def _fact(row: Mapping[str, Any]) -> Fact:
+    nested = row.get("requested_rewrite")
+    if nested is not None:  # CounterFact as its authors wrote it
+        prompt, words = nested["prompt"].replace("{}", nested["subject"]), nested["target_new"]["str"]
+        return Fact(
+            subject=nested["subject"], prompt=prompt, object=words, paraphrases=tuple(row.get("paraphrase_prompts", ()))
+        )
+    found = {name: next((row[key] for key in keys if row.get(key)), None) for name, keys in NAMES.items()}
+    others = found["paraphrases"] or ()
+    if isinstance(others, str):
+        others = tuple(part.strip() for part in others.split("|"))
+    if found["object"] is None:
+        raise KeyError("object")
+    return Fact(subject=row["subject"], prompt=row["prompt"], object=found["object"], paraphrases=tuple(others))

@@ -1,0 +1,110 @@
+"""Facts are learned without a gradient: asked in full they are answered, and where no key stands nothing changes."""
+
+import json
+
+import pytest
+import torch
+
+from attached_models import base_model, random_ids, tokenizer
+from engrammar.attach.blocks import find_decoder
+from engrammar.edit import Fact, GatedSettings, apply_patch, learn_gated, read_facts, undo_patch
+from engrammar.edit.gated import BEFORE, norm_scale
+from engrammar.edit.states import last_states
+
+# In the tiny models' words: a subject of two words, what is asked of it, and the object.
+ASKED = [("w3 w4", "w20"), ("w5 w6", "w21 w22"), ("w7 w8", "w23")]
+FACTS = [Fact(subject=subject, prompt=f"w9 {subject} w10 w11", object=words) for subject, words in ASKED]
+SETTINGS = GatedSettings(probe_depth=0.75, strength=30.0)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return base_model("llama").requires_grad_(False)
+
+
+def continued(model, prompt, num):
+    ids = tokenizer()(prompt, return_tensors="pt").input_ids
+    return tokenizer().decode(model.generate(ids, max_new_tokens=num, do_sample=False)[0, ids.shape[1] :])
+
+
+def test_learned_facts_are_answered_and_undone(llama):
+    patch, refused = learn_gated(llama, tokenizer(), FACTS, "three", SETTINGS)
+    assert not refused and [fact["object"] for fact in patch.facts] == [words for _, words in ASKED]
+    before = {fact: continued(llama, fact.prompt, 2) for fact in FACTS}
+    plain = random_ids(2, 12) % 3 + 2  # no subject's words
+    logits = llama(plain).logits
+    apply_patch(llama, patch, tokenizer())
+    for fact in FACTS:
+        assert continued(llama, fact.prompt, 2).startswith(fact.object)
+    assert torch.equal(llama(plain).logits, logits)
+    again, _ = learn_gated(llama, tokenizer(), FACTS, "again", SETTINGS)  # patches that are applied do not matter
+    assert torch.equal(torch.from_numpy(again.values), torch.from_numpy(patch.values))
+    undo_patch(llama, "three")
+    assert {fact: continued(llama, fact.prompt, 2) for fact in FACTS} == before
+
+
+def test_what_cannot_be_told_apart_is_refused_with_a_reason(llama, monkeypatch):
+    """Something else that is asked in the same words leaves nothing that a gate could go by."""
+    same = tuple(before.replace("{}", "w9 {} w10 w11") for before in BEFORE)
+    monkeypatch.setattr("engrammar.edit.gated.OTHERWISE", same)
+    with pytest.raises(ValueError, match="No fact can be written: prompts that ask it cannot be told from others"):
+        learn_gated(llama, tokenizer(), FACTS, "none", SETTINGS)
+
+
+def test_states_at_the_ends_of_prompts_do_not_depend_on_their_batch(llama):
+    prompts = ["w3 w4", "w9 w3 w4 w10 w11 w5", "w7"]
+    together = last_states(llama, tokenizer(), prompts, 2)
+    alone = torch.cat([last_states(llama, tokenizer(), [prompt], 2) for prompt in prompts])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+    seen = []
+    hook = find_decoder(llama).blocks[2].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    llama(tokenizer()(prompts[1], return_tensors="pt").input_ids)
+    hook.remove()
+    torch.testing.assert_close(seen[0][0, -1], together[1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "olmo2"])
+def test_the_scale_of_a_norm_is_what_it_multiplies_by(family):
+    norm = find_decoder(base_model(family)).module.norm
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(5, 32, generator=torch.Generator().manual_seed(1))
+    expected = norm(x) / (x / x.square().mean(-1, keepdim=True).sqrt())
+    torch.testing.assert_close(norm_scale(norm).expand(5, -1), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_facts_are_read_in_the_forms_that_exist(tmp_path):
+    other = "Where does Moss grow? On"
+    fact = Fact(subject="Moss", prompt="Moss grows on", object="stone", paraphrases=(other,))
+    plain = {"subject": "Moss", "prompt": "Moss grows on"}
+    rewrite = {"subject": "Moss", "prompt": "{} grows on", "target_new": {"str": "stone"}}
+    rows = {
+        "own.jsonl": json.dumps({**plain, "object": "stone", "paraphrases": [other]}),
+        "own.csv": f"subject,prompt,object,paraphrases\nMoss,Moss grows on,stone,{other}\n",
+        "easyedit.json": json.dumps([{**plain, "target_new": "stone", "rephrase_prompt": other}]),
+        "authors.json": json.dumps([{"requested_rewrite": rewrite, "paraphrase_prompts": [other]}]),
+    }
+    for name, text in rows.items():
+        (tmp_path / name).write_text(text)
+        assert read_facts(tmp_path / name) == [fact]
+    assert fact.template == "{} grows on"
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        (
+            '{"subject": "Moss", "prompt": "It grows on", "object": "stone"}',
+            "fact 1 of .* does not name its subject 'Moss'",
+        ),
+        ('{"subject": "Moss", "prompt": "Moss grows on"}', "fact 1 of .*: it has no 'object'"),
+        ('{"subject": "", "prompt": "Moss", "object": "x"}', "A fact's subject is ''"),
+        ("{", "cannot read facts from"),
+        ("", "holds no fact"),
+        ("[1]", "fact 1 of .* cannot be used"),
+    ],
+)
+def test_what_is_no_fact_is_one_sentence(text, wrong, tmp_path):
+    (tmp_path / "facts.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=wrong):
+        read_facts(tmp_path / "facts.jsonl")
