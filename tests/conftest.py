@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -61,3 +62,23 @@ def v3_tokenizer(deepseek_v3: Path) -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def v4_tokenizer(deepseek_v4: Path) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_file=str(deepseek_v4 / "tokenizer.json"))
+
+
+@pytest.fixture
+def mount(tmp_path):
+    """Makes tmp_path/disk a disk of so many bytes, or changes its size."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+
+    def resize(size: int) -> Path:
+        options = f"{'remount,' if disk.is_mount() else ''}size={size}"
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(disk)], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            pytest.skip(f"a disk of a few MB needs the right to mount a tmpfs: {done.stderr.strip()}")
+        return disk
+
+    yield resize
+    if disk.is_mount():
+        subprocess.run(["umount", "-l", str(disk)], check=True)

@@ -140,9 +140,13 @@ def plain_found(entries: list[ExactEntry], ids: list[int]) -> list[tuple[int, ..
     return found
 
 
-def plain_armed(entries: list[ExactEntry], ids: list[int], place: int) -> list[tuple[int, int]]:
-    """The place of the key and the index of each entry that is armed at a token, the nearest key first."""
-    found, armed, at = plain_found(entries, ids), [], place
+def plain_armed(entries: list[ExactEntry], ids: list[int], found: list, place: int) -> list[tuple[int, int]]:
+    """The place of the key and the index of each entry that is armed at a token, the nearest key first.
+
+    Args:
+        found: `plain_found` of the ids.
+    """
+    armed, at = [], place
     for _ in range(MOST_ARMED):
         while at >= 0 and found[at] is None:
             at -= 1
@@ -187,7 +191,7 @@ def plain_writes(entries: list[ExactEntry], ids: list[int], margin) -> list[tupl
                 before = None
                 continue
         else:
-            opened = [(at, margin(place, index), index) for at, index in plain_armed(entries, ids, place)]
+            opened = [(at, margin(place, index), index) for at, index in plain_armed(entries, ids, found, place)]
             opened = [one for one in opened if one[1] > 0 and said.get(one[2], -1) < one[0]]
             if opened:
                 nearest = max(at for at, *_ in opened)

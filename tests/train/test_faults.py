@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import random
-import subprocess
 import time
 from pathlib import Path
 
@@ -150,26 +149,6 @@ def test_runs_killed_thirty_times_end_in_the_same_bits(tmp_path):
 
 
 # Full disks.
-
-
-@pytest.fixture
-def mount(tmp_path):
-    """Makes tmp_path/disk a disk of so many bytes, or changes its size."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-
-    def resize(size: int) -> Path:
-        options = f"{'remount,' if disk.is_mount() else ''}size={size}"
-        done = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(disk)], capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            pytest.skip(f"a disk of a few MB needs the right to mount a tmpfs: {done.stderr.strip()}")
-        return disk
-
-    yield resize
-    if disk.is_mount():
-        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 def pages(path: Path) -> int:

@@ -1,8 +1,8 @@
 """Patches: what a model remembers is changed without touching its weights, and changed back to the bit.
 
 Public: base_of, subject_keys, ExactEntry, Probe, replace_rows, build_patch, Patch; read_patch, write_patch;
-apply_patch, undo_patch, applied_patches, without_patches; conflicts, diff, merge; Fact, read_facts, learn_gated,
-GatedSettings, Refused.
+apply_patch, undo_patch, applied_patches, without_patches; patch_folder, unpatch_folder, patches_in; conflicts, diff,
+merge; uses; Fact, read_facts, learn_gated, GatedSettings, Refused.
 """
 
 from engrammar.edit.applying import applied_patches, apply_patch, undo_patch, without_patches
@@ -12,6 +12,8 @@ from engrammar.edit.files import read_patch, write_patch
 from engrammar.edit.gated import GatedSettings, learn_gated
 from engrammar.edit.overlay import replace_rows
 from engrammar.edit.patch import ExactEntry, Patch, Probe, base_of, subject_keys
+from engrammar.edit.uses import uses
+from engrammar.edit.written import patch_folder, patches_in, unpatch_folder
 
 __all__ = [
     "ExactEntry",
@@ -28,11 +30,15 @@ __all__ = [
     "diff",
     "learn_gated",
     "merge",
+    "patch_folder",
+    "patches_in",
     "read_facts",
     "read_patch",
     "replace_rows",
     "subject_keys",
     "undo_patch",
+    "unpatch_folder",
+    "uses",
     "without_patches",
     "write_patch",
 ]

@@ -9,7 +9,7 @@ from typing import final
 import numpy as np
 from numpy.typing import NDArray
 
-from engrammar.edit.exact import NOTHING, Ints
+from engrammar.edit.exact import NOTHING, ExactTable, Ints
 from engrammar.edit.stack import Stack
 
 MOST_ARMED = 4  # subjects that are armed at once, the nearest ones
@@ -54,10 +54,10 @@ def text_of(ids_BT: Ints, history_BS: Ints, starts_BT: NDArray[np.bool_] | None)
     return Text(ids_BP=ids_BP, start_BP=np.maximum.accumulate(begins_BP, axis=1), num_new=ids_BT.shape[1])
 
 
-def find_keys(stack: Stack, classes_V: NDArray[np.int32], text: Text) -> Ints:
+def find_keys(table: ExactTable, classes_V: NDArray[np.int32], text: Text) -> Ints:
     """The longest key that ends at each token of the pass, [B, T], -1 for none."""
     num_rows, num_places = text.ids_BP.shape
-    longest = stack.table.longest
+    longest = table.longest
     known_BP = (text.ids_BP >= 0) & (text.ids_BP < len(classes_V))
     classes_BP = np.where(known_BP, classes_V[np.where(known_BP, text.ids_BP, 0)], NOTHING)
     padded = np.pad(classes_BP, ((0, 0), (longest - 1, 0)), constant_values=NOTHING)
@@ -66,7 +66,7 @@ def find_keys(stack: Stack, classes_V: NDArray[np.int32], text: Text) -> Ints:
     reach_BP = np.arange(num_places) - text.start_BP
     windows_BTK = np.where(back_K <= reach_BP[..., None], windows_BPK, NOTHING)[:, -text.num_new :]
     flat = np.ascontiguousarray(windows_BTK.reshape(-1, longest), dtype=np.int32)
-    return stack.table.find(flat).reshape(num_rows, text.num_new)
+    return table.find(flat).reshape(num_rows, text.num_new)
 
 
 @final

@@ -51,7 +51,7 @@ class EditPass:
         if self.state is not None:
             history_BS = self.state.history(ids_BT, self.keep_all)
         self.text = text_of(_numpy(ids_BT), _numpy(history_BS), None if starts_BT is None else _numpy(starts_BT))
-        found_BP = self._found(find_keys(stack, hooks.classes_V, self.text))
+        found_BP = self._found(find_keys(stack.table, hooks.classes_V, self.text))
         self.writes = direct_writes(stack, self.text, found_BP)
         self.candidates = candidates(stack, self.text, found_BP)
         self.margin_C = np.full(len(self.candidates.entry), -np.inf, np.float32)

@@ -211,6 +211,8 @@ class Patch:
 
     def decoded(self) -> Tensor:
         """The value rows, [R, D], in fp32."""
+        if not len(self.values):
+            return torch.empty(0, self.base.hidden_size)
         return decode(torch.from_numpy(self.values), self.base.hidden_size, self.encoding, torch.float32)
 
     def exact_entries(self) -> list[ExactEntry]:
