@@ -218,7 +218,7 @@ def test_what_training_writes_is_a_folder_of_table_files(straight, name):
 
 
 def trainer_of(recipe: Recipe) -> EngrammarTrainer:
-    arguments = run_module._training_arguments(recipe)
+    arguments = run_module.training_arguments(recipe)
     return run_module._trainer(recipe, arguments, None, run_module.build_config)[0]
 
 
