@@ -1,6 +1,6 @@
 """Finds the longest key that ends at a position, by an exact comparison. The cost does not depend on how many keys.
 
-A window's hash gives a bucket, a run of a sorted array with less than one key on average. Each key of the bucket is
+A window's hash gives a bucket, a run of a sorted array with half a key on average. Each key of the bucket is
 compared with the window itself, so two windows of one hash never answer for each other.
 Letters: Q keys, K the longest key, O lengths that occur, N windows, C candidates: pairs of a window and a key.
 """
@@ -39,10 +39,12 @@ class ExactTable:
         self._order_Q = np.argsort(hash_Q, kind="stable")
         self._hash_Q = hash_Q[self._order_Q]
         self._keys_QK, self._lengths_Q = keys_QK[self._order_Q], lengths_Q[self._order_Q]
-        num_bits = max(int(self.num_keys).bit_length(), 1)
+        num_bits = int(self.num_keys).bit_length() + 1  # two to four buckets a key
         self._shift = np.uint64(64 - num_bits)
         counts = np.bincount((self._hash_Q >> self._shift).astype(np.int64), minlength=2**num_bits)
-        self._starts = np.concatenate([[0], np.cumsum(counts)])  # of each bucket, and the end of the last
+        self._starts = np.concatenate([[0], np.cumsum(counts)]).astype(
+            np.int32
+        )  # of each bucket, and the end of the last
 
     @property
     def nbytes(self) -> int:
@@ -62,9 +64,10 @@ class ExactTable:
         bucket_NO = (hashes_NO >> self._shift).astype(np.int64)
         first_NO, end_NO = self._starts[bucket_NO], self._starts[bucket_NO + 1]
         window_C, length_C = np.nonzero(first_NO < end_NO)
-        at_C, end_C = first_NO[window_C, length_C], end_NO[window_C, length_C]
+        at_C = first_NO[window_C, length_C].astype(np.int64)
+        end_C = end_NO[window_C, length_C].astype(np.int64)
         hash_C = hashes_NO[window_C, length_C]
-        while len(at_C):
+        while len(at_C):  # seldom more than once
             self._settle(windows_NK, window_C, at_C, hash_C, found_N)
             at_C = at_C + 1
             more = at_C < end_C

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from engrammar.edit.exact import NOTHING, ExactTable, Ints
 from engrammar.edit.stack import Stack
 
+NONE = np.empty(0, np.int64)
 MOST_ARMED = 4  # subjects that are armed at once, the nearest ones
 
 
@@ -55,18 +56,16 @@ def text_of(ids_BT: Ints, history_BS: Ints, starts_BT: NDArray[np.bool_] | None)
 
 
 def find_keys(table: ExactTable, classes_V: NDArray[np.int32], text: Text) -> Ints:
-    """The longest key that ends at each token of the pass, [B, T], -1 for none."""
+    """The longest key that ends at each token of the pass, [B, T], -1 for none.
+
+    The text's history must be as long as the longest key without its last class.
+    """
     num_rows, num_places = text.ids_BP.shape
-    longest = table.longest
-    known_BP = (text.ids_BP >= 0) & (text.ids_BP < len(classes_V))
-    classes_BP = np.where(known_BP, classes_V[np.where(known_BP, text.ids_BP, 0)], NOTHING)
-    padded = np.pad(classes_BP, ((0, 0), (longest - 1, 0)), constant_values=NOTHING)
-    windows_BPK = np.lib.stride_tricks.sliding_window_view(padded, longest, axis=1)
-    back_K = np.arange(longest - 1, -1, -1)
-    reach_BP = np.arange(num_places) - text.start_BP
-    windows_BTK = np.where(back_K <= reach_BP[..., None], windows_BPK, NOTHING)[:, -text.num_new :]
-    flat = np.ascontiguousarray(windows_BTK.reshape(-1, longest), dtype=np.int32)
-    return table.find(flat).reshape(num_rows, text.num_new)
+    place_TK = np.arange(num_places - text.num_new, num_places)[:, None] - np.arange(table.longest - 1, -1, -1)
+    ids_BTK = text.ids_BP[:, place_TK]
+    is_known = (place_TK >= text.start_BP[:, -text.num_new :, None]) & (ids_BTK < len(classes_V))
+    windows_BTK = np.where(is_known, classes_V[np.where(is_known, ids_BTK, 0)], NOTHING)
+    return table.find(windows_BTK.reshape(-1, table.longest)).reshape(num_rows, text.num_new)
 
 
 @final
@@ -88,7 +87,7 @@ def direct_writes(stack: Stack, text: Text, found_BP: Ints) -> Writes:
     """
     entries, starts = stack.of_key(gated=False)
     first_new = text.ids_BP.shape[1] - text.num_new
-    parts = [[np.empty(0, np.int64)] * 4]
+    parts = [[NONE] * 4]
     for step in range(stack.num_direct_steps):
         low = max(first_new - step, 0)
         row, place = np.nonzero(found_BP[:, low : found_BP.shape[1] - step] >= 0)
@@ -104,6 +103,9 @@ def direct_writes(stack: Stack, text: Text, found_BP: Ints) -> Writes:
         parts.append([row[fits], token[fits], entry[fits], np.full(int(fits.sum()), step)])
     row, token, entry, steps = (np.concatenate(column) for column in zip(*parts, strict=True))
     return Writes(row=row, token=token, entry=entry, step=steps)
+
+
+NO_WRITES = Writes(row=NONE, token=NONE, entry=NONE, step=NONE)
 
 
 @final
@@ -122,6 +124,9 @@ class Candidates:
     place: Ints
 
 
+NO_CANDIDATES = Candidates(row=NONE, token=NONE, entry=NONE, place=NONE)
+
+
 def candidates(stack: Stack, text: Text, found_BP: Ints) -> Candidates:
     """The entries with a probe that are armed at each token, for up to `MOST_ARMED` keys before it.
 
@@ -130,9 +135,9 @@ def candidates(stack: Stack, text: Text, found_BP: Ints) -> Candidates:
     entries, starts = stack.of_key(gated=True)
     first_new = text.ids_BP.shape[1] - text.num_new
     last_BP = np.maximum.accumulate(np.where(found_BP >= 0, np.arange(found_BP.shape[1]), -1), axis=1)
-    row, token = np.nonzero(~text.first_BT)
+    row, token = np.nonzero(~text.first_BT & (last_BP[:, first_new:] >= 0))
     place = last_BP[row, first_new + token]
-    parts = [[np.empty(0, np.int64)] * 4]
+    parts = [[NONE] * 4]
     for _ in range(MOST_ARMED):
         age = first_new + token - place
         near = (place >= text.start_BP[row, first_new + token]) & (age <= stack.num_armed) & (place >= 0)

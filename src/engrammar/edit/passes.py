@@ -23,7 +23,16 @@ from engrammar.attach.skipping import is_skipped
 from engrammar.attach.state import MemoryState, keeps_all, positions_in, state_in
 from engrammar.edit.exact import NOTHING, Ints
 from engrammar.edit.gating import CODES, NO_WRITE, decide, margins
-from engrammar.edit.lookup import Writes, candidates, direct_writes, find_keys, text_of
+from engrammar.edit.lookup import (
+    NO_CANDIDATES,
+    NO_WRITES,
+    NONE,
+    Writes,
+    candidates,
+    direct_writes,
+    find_keys,
+    text_of,
+)
 from engrammar.edit.rows import ReadRows
 from engrammar.edit.stack import Stack
 from engrammar.memory import masked_ids
@@ -52,8 +61,10 @@ class EditPass:
             history_BS = self.state.history(ids_BT, self.keep_all)
         self.text = text_of(_numpy(ids_BT), _numpy(history_BS), None if starts_BT is None else _numpy(starts_BT))
         found_BP = self._found(find_keys(stack.table, hooks.classes_V, self.text))
-        self.writes = direct_writes(stack, self.text, found_BP)
-        self.candidates = candidates(stack, self.text, found_BP)
+        self.writes, self.candidates = NO_WRITES, NO_CANDIDATES
+        if (found_BP >= 0).any():
+            self.writes = direct_writes(stack, self.text, found_BP)
+            self.candidates = candidates(stack, self.text, found_BP)
         self.margin_C = np.full(len(self.candidates.entry), -np.inf, np.float32)
         self.codes_BH = self._codes()
         self.rows = ReadRows(stack.rows, self._wanted_rows())
@@ -63,8 +74,9 @@ class EditPass:
         known = torch.from_numpy(found_BT)
         if self.state is not None:
             known = self.state.windows[FOUND].extend(known, self.keep_all)
-        missing = self.text.ids_BP.shape[1] - known.shape[1]
-        return np.pad(known.numpy(), ((0, 0), (missing, 0)), constant_values=NOTHING)
+        found_BP = np.full(self.text.ids_BP.shape, NOTHING)
+        found_BP[:, -known.shape[1] :] = known.numpy()
+        return found_BP
 
     def _codes(self) -> Ints:
         """What was written at positions before the pass."""
@@ -75,12 +87,14 @@ class EditPass:
 
     def _wanted_rows(self) -> Ints:
         """The value rows of everything that may be added in this pass."""
+        if not len(self.writes.entry) and not len(self.candidates.entry) and (self.codes_BH[:, -1:] == NO_WRITE).all():
+            return NONE
         under_way = self.codes_BH[:, -1:][self.codes_BH[:, -1:] != NO_WRITE] // CODES
         entry = np.unique(np.concatenate([self.writes.entry, self.candidates.entry, under_way]))
         columns = self.stack.columns
         steps = [np.arange(first, first + count) for first, count in zip(*(columns[n][entry] for n in STEPS))]
         binding = columns["binding"][entry]
-        return np.concatenate([self.stack.steps[np.concatenate([*steps, NO_ROWS]), 0], binding[binding >= 0]])
+        return np.concatenate([self.stack.steps[np.concatenate([*steps, NONE]), 0], binding[binding >= 0]])
 
     def at(self, block: int, hidden: Tensor) -> Tensor:
         """The input of a block, or of the final norm, with what is to be added; the tensor itself if nothing is."""
@@ -97,14 +111,18 @@ class EditPass:
         return self._add(block, hidden, streams_BTMD)
 
     def _decide(self) -> None:
+        """Decides what the entries with a probe write, and keeps it for later passes."""
         written, codes_BT = decide(self.stack, self.text, self.candidates, self.margin_C, self.codes_BH)
-        pairs = {name: np.concatenate([getattr(self.writes, name), getattr(written, name)]) for name in WRITES}
-        self.writes = Writes(**pairs)
+        if len(written.entry):
+            pairs = {name: np.concatenate([getattr(self.writes, name), getattr(written, name)]) for name in WRITES}
+            self.writes = Writes(**pairs)
         if self.state is not None:
             self.state.windows[WRITTEN].extend(torch.from_numpy(codes_BT), self.keep_all)
 
     def _add(self, block: int, hidden: Tensor, streams_BTMD: Tensor) -> Tensor:
         writes, columns = self.writes, self.stack.columns
+        if not len(writes.entry):
+            return hidden
         (here,) = np.nonzero(columns["block"][writes.entry] == block)
         if not len(here):
             return hidden
@@ -122,7 +140,6 @@ class EditPass:
 
 
 STEPS, WRITES = ("first_step", "num_steps"), ("row", "token", "entry", "step")
-NO_ROWS = np.empty(0, np.int64)
 
 
 def begin_state(stack: Stack) -> MemoryState:

@@ -72,7 +72,7 @@ class ReadRows:
     """Some rows of a stack, read once for a pass."""
 
     def __init__(self, rows: StackedRows, wanted: NDArray[np.int64]) -> None:
-        self.rows_U = np.unique(wanted)
+        self.rows_U = np.unique(wanted) if len(wanted) else wanted
         self._wait = rows.fetch(self.rows_U)
         self._values: Tensor | None = None
 

@@ -56,7 +56,8 @@ def uses(patch: Patch, batches: Iterable[Tensor], classes_V: NDArray[np.int64], 
     for ids_BT in batches:
         num_tokens += int((ids_BT >= 0).sum())
         ids = ids_BT.cpu().numpy()
-        found_BT = find_keys(table, classes_V.astype(np.int32), text_of(ids, ids[:, :0], None))
+        before = np.full((len(ids), table.longest - 1), -1)
+        found_BT = find_keys(table, classes_V.astype(np.int32), text_of(ids, before, None))
         keys.update(key_of[number] for number in found_BT[found_BT >= 0].tolist())
         if memory is not None:
             _count_rows(patch, memory, ids_BT, rows)
