@@ -136,10 +136,30 @@ def report(results: Path = Path("results/lab"), check: bool = False) -> None:
     write_report(results, check=check)
 
 
+def advice(results: Path = Path("results/lab"), out: Path = Path("src/engrammar/planning/advice.json")) -> None:
+    """Write what `engrammar info --advise` knows, from the results of the study horizon.
+
+    Args:
+        results: Folder with horizon.json.
+        out: The file of the package.
+    """
+    require("lab")
+    import json
+
+    from engrammar.tables.sealed import write_text
+    from engrammar_lab.report.horizon import advice as known
+
+    path = results / "horizon.json"
+    if not path.exists():
+        raise ValueError(f"{path} does not exist: engrammar lab run horizon.")
+    write_text(out, json.dumps(known(json.loads(path.read_text())), indent=1) + "\n")
+
+
 COMMANDS: dict[str, Callable[..., None]] = {
     "run": run,
     "rerun": rerun,
     "measure": measure,
     "attach": attach,
+    "advice": advice,
     "report": report,
 }

@@ -187,13 +187,28 @@ def data(
         print(f"{split}: {tokens.num_tokens(split):,} tokens of {tokens.num_bytes(split):,} bytes in {out}")
 
 
-def info(model: Positional[str], /, json_output: Annotated[bool, arg(name="json")] = False) -> None:
+def info(
+    model: Positional[str | None] = None,
+    /,
+    json_output: Annotated[bool, arg(name="json")] = False,
+    advise: tuple[str, str] | None = None,
+) -> None:
     """Count the parameters of a preset or a saved model, and what its memory costs a token.
 
     Args:
         model: A preset's name, or a folder with a config.json.
         json_output: Print JSON.
+        advise: Say which share of the idle parameters measurements would make memory, given the tokens of training and
+            the parameters that a token does not use (--advise 100B 20B).
     """
+    if advise is not None:
+        from engrammar.planning.advice import advise as advice
+        from engrammar.planning.advice import number, read_measured
+
+        print(advice(number(advise[0]), number(advise[1]), read_measured()))
+        return
+    if model is None:
+        raise ValueError("engrammar info needs a preset or a folder, or --advise TOKENS PARAMETERS.")
     from engrammar.model.budget import count_parameters
     from engrammar.model.configuration import load_config
     from engrammar.model.presets import preset

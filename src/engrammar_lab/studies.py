@@ -56,7 +56,7 @@ def recipes(
 ) -> dict[tuple[str, int], Recipe]:
     """The recipe of each point and seed, in the order of the queue: all points of a seed before the next seed.
 
-    A run's folder is named after its settings, so that studies share the runs they have in common.
+    Shorter runs come before longer ones. A run's folder is named after its settings, so that studies share the runs they have in common.
     """
     study, queue = find_study(name, scale), {}
     for seed in seeds:
@@ -65,7 +65,7 @@ def recipes(
                 load_recipe(study.recipe or scale, (*study.common, *settings, *overrides)), out="", seed=seed
             )
             queue[point, seed] = replace(recipe, out=str(runs / _digest(recipe)))
-    return queue
+    return dict(sorted(queue.items(), key=lambda item: item[1].trainer["max_steps"]))
 
 
 def _digest(recipe: Recipe) -> str:

@@ -295,3 +295,41 @@ def horizon_tasks_section(result: Mapping[str, Any]) -> Section:
     section = tasks_section({**result, **merge_tasks([run["tasks"] for run in result["runs"]])})
     models = f"“MoE” is the point {plain} of the horizon, “MoE + memory” its point {memory}."
     return replace(section, key="horizon-tasks", question=HORIZON_TASKS, body=(models, *section.body))
+
+
+def advice(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What `engrammar info --advise` knows (`engrammar.planning.advice`), from horizon.json.
+
+    Raises:
+        ValueError: no length has experts alone, memory and a dense model yet.
+    """
+    found = [each for each in lengths(result) if each.idle is not None]
+    if not found:
+        raise ValueError("horizon.json has no whole length yet: engrammar lab run horizon.")
+    plain = next(run for run in result["runs"] if run["point"].endswith(f", {EXPERTS}"))
+    return {
+        "command": result["command"],
+        "date": result["date"],
+        "idle": found[0].idle,
+        "active": plain["active_parameters"],
+        "lengths": [_advised(each) for each in found],
+    }
+
+
+def _advised(length: Length) -> dict[str, Any]:
+    best = min(length.shares, key=lambda point: mean(length.shares[point]))
+    told = compare({point: (own, length.shares[best]) for point, own in length.shares.items() if point != best})
+    good = [best, *(point for point, own in told.items() if not own.settled)]
+    gains = length.gain(length.best)
+    half = half_width(gains) if len(gains) > 1 else 0.0
+    return {
+        "tokens": length.tokens,
+        "memory": None if best == EXPERTS else _memory(best),
+        "as_good": sorted(map(_memory, good)),
+        "gain": [round(mean(gains), 4), round(half, 4)],
+        "seeds": len(gains),
+    }
+
+
+def _memory(point: str) -> float:
+    return 100 - float(point.rstrip("%"))
