@@ -56,7 +56,8 @@ def recipes(
 ) -> dict[tuple[str, int], Recipe]:
     """The recipe of each point and seed, in the order of the queue: all points of a seed before the next seed.
 
-    Shorter runs come before longer ones. A run's folder is named after its settings, so that studies share the runs they have in common.
+    Shorter runs come before longer ones. A run's folder is named after its settings, so that studies share the runs
+    they have in common.
     """
     study, queue = find_study(name, scale), {}
     for seed in seeds:
