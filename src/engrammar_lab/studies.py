@@ -170,14 +170,14 @@ def committed(queue: Mapping[tuple[str, int], Recipe], results: Path) -> dict[tu
         runs = {wanted[run["recipe"]]: run for run in made.get("runs", ()) if run.get("recipe") in wanted}
         if not runs:
             continue
-        there, here = flat(yaml.safe_load(made["recipe"])), flat(asdict(next(iter(queue.values()))))
-        own = {name for key in runs for name, value in flat(asdict(queue[key])).items() if here.get(name) != value}
-        for name in sorted(there.keys() & here.keys() - own - set(PLACES)):
-            if there[name] != here[name]:
-                raise ValueError(
-                    f"{path} holds runs of another recipe ({name} is {there[name]!r} there, {here[name]!r} here): "
-                    "choose another folder for the results."
-                )
+        there, plain = flat(yaml.safe_load(made["recipe"])), flat(asdict(Recipe()))
+        for key in runs:  # a run is named by what differs from the defaults, so a default may have changed
+            for name, value in sorted(flat(asdict(queue[key])).items()):
+                if name not in PLACES and value == plain.get(name) != there.get(name, value):
+                    raise ValueError(
+                        f"{path} holds runs of another recipe ({name} is {there[name]!r} there, {value!r} here): "
+                        "choose another folder for the results."
+                    )
         if made["machine"]["instructions"] != (instructions := describe_machine()["instructions"]):
             raise ValueError(
                 f"{path} holds runs made with {made['machine']['instructions']} instructions, here they are "

@@ -132,7 +132,7 @@ def test_a_committed_run_is_not_trained_again_on_another_day(tmp_path):
     instructions = describe_machine()["instructions"]
     made = {
         "machine": {"instructions": instructions},
-        "recipe": to_yaml(replace(queue["2M, 100%", 0], out="")),
+        "recipe": to_yaml(replace(recipes("rates", tmp_path, (0,))["2M, 100%, 0.004", 0], out="")),
         "runs": [{"point": "8M, 10%, 0.008", "seed": 0, "recipe": Path(queue[key].out).name, "bits_per_byte": 1.5}],
     }
     path = tmp_path / "rates.json"
