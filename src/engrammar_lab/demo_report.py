@@ -4,6 +4,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import yaml
+
 from engrammar.cells import Column, as_markdown, cells, titles
 from engrammar_lab.report.parts import spread
 
@@ -58,6 +60,7 @@ def render(result: dict[str, Any]) -> str:
         *as_markdown(*table(result)),
         "",
         f"Seeds: {', '.join(str(run['seed']) for run in _by_variant(result)['moe'])}; ± is the standard deviation.",
+        _length(result),
         f"Made by `{result['command']}` on {result['date']}: {machine['cpu']}, {machine['cores']} cores, "
         f"torch {machine['torch']}, transformers {machine['transformers']}.",
         "",
@@ -71,6 +74,17 @@ def render(result: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _length(result: dict[str, Any]) -> str:
+    """At which length of training the figures hold."""
+    data = yaml.safe_load(result["recipe"])["data"]
+    first = _by_variant(result)["moe"][0]
+    num_tokens = first["steps"] * data["batch_size"] * data["sequence_length"]
+    return (
+        f"Each run read {num_tokens:,} tokens, {num_tokens / first['inactive_parameters']:.1f} for each parameter that "
+        "a token does not use: a short training. What is left of the gain in longer ones the study `horizon` asks."
+    )
 
 
 def plot_curves(result: dict[str, Any], path: Path) -> None:

@@ -25,13 +25,14 @@ class MeasuredLength:
         tokens: tokens of a run.
         memory: memory's share of the idle parameters, in percent, of the best point; None if experts alone were best.
         as_good: the shares that the seeds do not separate from the best one, the best included.
-        gain: bits per byte that the best share gains over experts alone, and half of its 95 % interval.
+        gain: bits per byte that the best share gains over experts alone, and half of its 95 % interval (None: one
+            seed has none).
     """
 
     tokens: int
     memory: float | None
     as_good: tuple[float, ...]
-    gain: tuple[float, float]
+    gain: tuple[float, float | None]
     seeds: int
 
 
@@ -81,9 +82,10 @@ def advise(tokens: float, idle: float, measured: Measured) -> str:
     for own in measured.lengths:
         best = "experts alone are best" if own.memory is None else f"best with {own.memory:.0f} % memory"
         shares = ", ".join(f"{share:.0f}" for share in own.as_good)
+        gain = f"{own.gain[0]:+.4f}" + ("" if own.gain[1] is None else f" ± {own.gain[1]:.4f}")
         lines.append(
             f"  {own.tokens / measured.idle:5.1f} tokens per idle parameter: {best} (not told apart: {shares} %), "
-            f"{own.gain[0]:+.4f} ± {own.gain[1]:.4f} bits per byte against experts alone, {own.seeds} seeds"
+            f"{gain} bits per byte against experts alone, seeds: {own.seeds}"
         )
     lines += ["", f"  {PAPER}", "", _words(ratio, idle, measured)]
     return "\n".join(lines)

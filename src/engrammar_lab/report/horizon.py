@@ -62,14 +62,18 @@ class Length:
 
 
 def lengths(result: Mapping[str, Any]) -> list[Length]:
-    """The lengths that have experts alone and a point with memory, each with its points that have all of its seeds."""
+    """The lengths that have experts alone and a point with memory, each with its points that have all of its seeds.
+
+    Those are the seeds of which every point has a run; while there are none, the seeds of experts alone.
+    """
     runs: dict[str, dict[str, dict[int, Mapping[str, Any]]]] = {}
     for point in study_of(result).points:
         name, _, rest = point.partition(", ")
         runs.setdefault(name, {})[rest] = {run["seed"]: run for run in result["runs"] if run["point"] == point}
     found = []
     for name, points in runs.items():
-        seeds = sorted(points.get(EXPERTS, {}))
+        everywhere = set.intersection(*(set(own) for own in points.values()))
+        seeds = sorted(everywhere or points.get(EXPERTS, {}))
         complete = {point: own for point, own in points.items() if seeds and set(own) >= set(seeds)}
         if not any(point.endswith("%") and point != EXPERTS for point in complete):
             continue
@@ -321,12 +325,12 @@ def _advised(length: Length) -> dict[str, Any]:
     told = compare({point: (own, length.shares[best]) for point, own in length.shares.items() if point != best})
     good = [best, *(point for point, own in told.items() if not own.settled)]
     gains = length.gain(length.best)
-    half = half_width(gains) if len(gains) > 1 else 0.0
+    half = round(half_width(gains), 4) if len(gains) > 1 else None
     return {
         "tokens": length.tokens,
         "memory": None if best == EXPERTS else _memory(best),
         "as_good": sorted(map(_memory, good)),
-        "gain": [round(mean(gains), 4), round(half, 4)],
+        "gain": [round(mean(gains), 4), half],
         "seeds": len(gains),
     }
 
