@@ -83,7 +83,7 @@ def _length(result: dict[str, Any]) -> str:
     num_tokens = first["steps"] * data["batch_size"] * data["sequence_length"]
     return (
         f"Each run read {num_tokens:,} tokens, {num_tokens / first['inactive_parameters']:.1f} for each parameter that "
-        "a token does not use: a short training. What is left of the gain in longer ones the study `horizon` asks."
+        "a token does not use: a short training. The study `horizon` asks what is left of the gain in longer ones."
     )
 
 
