@@ -14,8 +14,9 @@ test: .venv/ready lint
 
 # vLLM wants an older transformers, so it has an environment of its own.
 test-vllm: .venv-vllm/ready
-	.venv-vllm/bin/pytest tests/model/test_modeling.py tests/test_versions.py tests/test_memory.py \
-	    tests/test_fusion.py tests/test_addressing.py tests/stores
+	.venv-vllm/bin/pytest tests/model/test_modeling.py tests/model/test_flat_tokens.py tests/test_versions.py \
+	    tests/test_memory.py tests/test_fusion.py tests/test_addressing.py tests/stores
+	.venv-vllm/bin/pytest tests/serve
 
 lint: .venv/ready
 	$(BIN)/ruff check src tests

@@ -23,6 +23,7 @@ FLOORS = (
     ("engrammar.edit",),
     ("engrammar.train",),
     ("engrammar.planning",),
+    ("engrammar.serve",),
     ("engrammar",),
     ("engrammar_lab",),
     ("engrammar_cli",),
@@ -78,6 +79,7 @@ ROOMS = {
         "states",
         "gated",
     ),
+    "engrammar.serve.vllm": ("settings", "state", "heads", "reading", "backbone", "self_test", "model"),
     "engrammar.attach": (
         "blocks",
         "state",
@@ -148,6 +150,15 @@ def test_the_core_imports_neither_lab_nor_command_line():
     for path in FILES:
         if module_of(path).split(".")[0] == "engrammar":
             assert not {module for module in imported(path) if module.split(".")[0] != "engrammar"}
+
+
+def test_only_an_engine_imports_its_plug_in():
+    """`import engrammar` must not need vLLM: its files are imported by vLLM, through an entry point."""
+    for path in FILES:
+        module = module_of(path)
+        assert not any(one.startswith("engrammar.serve") for one in imported(path)) or module.startswith(
+            "engrammar.serve."
+        )
 
 
 def test_retrieval_and_fusion_never_import_each_other():

@@ -73,9 +73,13 @@ class Fusion(nn.Module):
         """SiLU of the causal depthwise convolution, dilated by N, for the last `num_tokens` positions (equation 5).
 
         Args:
-            normed_BCS: [B, M*D, window + T] of `normed_value`; a shorter history is padded with zeros.
+            normed_BCS: [B, M*D, window + T] of `normed_value`; a shorter history is padded with zeros. Or what each
+                tap reads at each token, [B, M*D, T, kernel], zero where a text begins.
             starts_BT: True where a packed document begins (whole rows only): no tap reaches across.
         """
+        if normed_BCS.ndim == 4:
+            mixed = (normed_BCS * self.conv_weight).sum(-1)
+            return F.silu(mixed).transpose(1, 2).unflatten(-1, (self.num_branches, self.hidden_size))
         window, dilation = self.config.conv_window, self.config.max_ngram_size
         normed_BCS = F.pad(normed_BCS, (window, 0))[..., -(window + num_tokens) :]
         if starts_BT is None:
@@ -116,7 +120,8 @@ class Fusion(nn.Module):
             dead_BT: True where the gated value is zero; the convolution may still add earlier positions there.
             starts_BT: True where a packed document begins.
             extend: prepends to the convolution's input [B, M*D, T] the inputs of up to `conv_window` earlier positions,
-                and keeps what later calls need. None: the rows begin here.
+                and keeps what later calls need. Or it returns what each tap reads at each token: see `convolve`.
+                None: the rows begin here.
 
         Returns:
             output_BTMD.

@@ -7,6 +7,7 @@ Letters: B batch, T tokens, S = N-1 positions of history, V ids, H columns, E wi
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,8 @@ class Retrieved:
         starts_BT: True where a packed document begins. None: the rows are not packed.
         own_history: whether each token was given its own history (flat tokens of many sequences). The token before it
             in the batch is then not the token before it in the text.
+        windows: for each memory layer with a convolution, `Fusion.forward`'s `extend`. Whoever gives tokens their own
+            history gives them their own windows; otherwise they are in the cache, and this is empty.
     """
 
     input_ids: Tensor
@@ -34,6 +37,11 @@ class Retrieved:
     dead_BT: Tensor | None = None
     starts_BT: Tensor | None = None
     own_history: bool = False
+    windows: Mapping[int, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+
+    def of_layer(self, layer: int) -> tuple[Any, ...]:
+        """Waits for a layer's rows; returns the arguments of `Fusion.forward` after the hidden state."""
+        return *self.wait(layer), self.starts_BT, self.windows.get(layer)
 
     def wait(self, layer: int) -> tuple[Tensor | None, Tensor | None]:
         """Waits for a layer's rows and returns embedding_BTE, and dead_BT, which includes positions that lack a row.

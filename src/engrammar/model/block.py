@@ -3,6 +3,7 @@
 Letters: B batch, T tokens, M branches, D hidden width, E width of a token's rows.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -46,25 +47,30 @@ class EngrammarBlock(GradientCheckpointingLayer):
         embedding_BTE: Tensor | None = None,
         dead_BT: Tensor | None = None,
         starts_BT: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        extend: Callable[[Tensor], Tensor] | None = None,
         **attention: Any,
     ) -> Tensor:
         if self.fusion is not None:
             assert embedding_BTE is not None
-            extend = None
-            if past_key_values is not None:  # the convolution's window is a state of the attention cache
-                extend = partial(
-                    past_key_values.update_conv_state,
-                    layer_idx=self.layer_idx,
-                    state_idx=CONV_STATE,
-                    conv_kernel_size=self.fusion.config.conv_window,
-                )
+            if extend is None and self.fusion.config.conv_kernel:
+                extend = self._window_in(attention.get("past_key_values"))
             streams_BTMD = streams_BTMD + self.fusion(streams_BTMD, embedding_BTE, dead_BT, starts_BT, extend)
 
         def attend(x_BTD: Tensor) -> Tensor:
-            return self.self_attn(x_BTD, past_key_values=past_key_values, **attention)[0]
+            return self.self_attn(x_BTD, **attention)[0]
 
         def feed(x_BTD: Tensor) -> Tensor:  # not the module itself: accelerate would move an argument that has `.to`
             return self.mlp(x_BTD)
 
         return self.mlp_residual(self.attn_residual(streams_BTMD, attend), feed)
+
+    def _window_in(self, cache: Cache | None) -> Callable[[Tensor], Tensor] | None:
+        """`Fusion.forward`'s `extend`, where the convolution's window is a state of the attention cache."""
+        if cache is None or self.fusion is None:
+            return None
+        return partial(
+            cache.update_conv_state,
+            layer_idx=self.layer_idx,
+            state_idx=CONV_STATE,
+            conv_kernel_size=self.fusion.config.conv_window,
+        )

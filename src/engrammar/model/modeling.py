@@ -40,7 +40,10 @@ class EngrammarModel(EngrammarPreTrainedModel):
     `before_block`.
     """
 
+    flat_tokens: ClassVar[bool] = False  # whether `retrieve` gives each token a history and a window of its own
+
     def __init__(self, config: EngrammarConfig, tables: Tables = "parameters") -> None:
+        check_attention(config, self.flat_tokens)
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.memory: Memory | None = None
@@ -117,7 +120,7 @@ class EngrammarModel(EngrammarPreTrainedModel):
         streams_BTMD = inputs_embeds.unsqueeze(2).repeat(1, 1, self.config.num_branches, 1)
         for layer, block in enumerate(self.layers):
             streams_BTMD = self.before_block(layer, streams_BTMD, retrieved)
-            rows = () if retrieved is None else (*retrieved.wait(layer), retrieved.starts_BT)
+            rows = () if retrieved is None else retrieved.of_layer(layer)
             streams_BTMD = block(streams_BTMD, *rows, past_key_values=past_key_values, **attention, **kwargs)
             if kwargs.get("output_hidden_states", self.config.output_hidden_states):
                 self.recorded(inputs_embeds, streams_BTMD)
@@ -175,10 +178,10 @@ class EngrammarModel(EngrammarPreTrainedModel):
         if self.memory is None or input_ids is None:
             raise ValueError("`retrieved` needs a model with memory, and the input_ids it was made for.")
         retrieved.check_made_for(input_ids)
-        if retrieved.own_history and self.memory.config.conv_kernel:
+        if retrieved.own_history and self.memory.config.conv_kernel and not retrieved.windows:
             raise ValueError(
-                "Each token was given a history of its own, but this pass cannot give each a convolution window of its "
-                "own: pass whole rows, or a cache."
+                "Each token was given a history of its own, but not a convolution window of its own: pass "
+                "retrieved.windows too, or whole rows, or a cache."
             )
 
     def _update_history(self, input_ids: Tensor, cache: Cache) -> Tensor:
@@ -196,6 +199,15 @@ class EngrammarModel(EngrammarPreTrainedModel):
         assert stored is not None
         before = nn.functional.pad(stored[:, 0], (num_back, 0))[:, -(num_back + input_ids.shape[1]) :]
         return before[:, :num_back] - 1
+
+
+def check_attention(config: EngrammarConfig, flat_tokens: bool) -> None:
+    """Raises a ValueError in vLLM's Transformers backend as it is: n-grams would run from one request into the next."""
+    if str(config._attn_implementation).startswith("vllm") and config.memory_config is not None and not flat_tokens:
+        raise ValueError(
+            "vLLM's Transformers backend cannot serve a model with memory as it is: it would read wrong rows. Install "
+            "the plug-in (pip install 'engrammar[vllm]'), and leave out --model-impl and VLLM_PLUGINS."
+        )
 
 
 def check_follow(position_ids: Tensor, seen: int) -> None:

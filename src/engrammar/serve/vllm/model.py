@@ -1,0 +1,58 @@
+"""The model class that vLLM serves our checkpoints with: its Transformers backend, with rows from our stores."""
+
+from collections.abc import Iterable
+from functools import cached_property
+from typing import Any, final
+
+from torch import Tensor
+from vllm.config import VllmConfig
+from vllm.model_executor.models.transformers import TransformersMoEForCausalLM
+
+from engrammar.model.saving import local_folder
+from engrammar.serve.vllm.backbone import state_name
+from engrammar.serve.vllm.heads import pad_heads, wide_heads, width_of
+from engrammar.serve.vllm.reading import Retriever
+from engrammar.serve.vllm.self_test import SelfTest
+from engrammar.serve.vllm.settings import check_engine, check_no_settings, memory_settings
+from engrammar.serve.vllm.state import StateLayer
+from engrammar.stores.serving import serve_tables
+from engrammar.tables.shards import is_table
+
+
+@final
+class ServedForCausalLM(TransformersMoEForCausalLM):
+    """`EngrammarForCausalLM` in vLLM. Its tables are never weights: vLLM neither allocates nor loads them."""
+
+    is_unused_checkpoint_weight = staticmethod(is_table)
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        check_engine(vllm_config)
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        memory = self.config.memory_config
+        if memory is None:
+            check_no_settings(vllm_config)
+            return
+        self.settings = memory_settings(vllm_config)
+        self.folder = local_folder(self.model_config.model, {"revision": self.model_config.revision})
+        self.ignore_unexpected_prefixes.append("model.memory.tables.")
+        channels = self.config.num_branches * self.config.hidden_size if memory.conv_kernel else 0
+        layers = memory.layers if memory.conv_kernel else memory.layers[:1]  # ids are kept once
+        states = [StateLayer(vllm_config, state_name(layer), channels) for layer in layers]
+        states[0].retriever = Retriever(self.model.memory, states[0])
+        if self.settings.self_test:
+            states[0].on_bound = SelfTest(self)
+
+    def _create_attention_instances(self, prefix: str = "") -> None:
+        with wide_heads(self.config):
+            super()._create_attention_instances(prefix)
+        pad_heads(self.model, width_of(self.config))
+
+    @cached_property
+    def _from_config_kwargs(self) -> dict[str, Any]:
+        return {**super()._from_config_kwargs, "tables": "external"}
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        loaded = super().load_weights(weights)
+        if self.model.memory is not None:
+            self.source = serve_tables(self.model, self.folder, self.settings.serving)
+        return loaded

@@ -1,0 +1,145 @@
+"""What a memory layer keeps of each token, inside vLLM's KV cache: its id, and what it gave to the convolution.
+
+Letters: T flat tokens of many requests, K positions looked back at, C channels of the convolution.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, final
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
+
+ID_BYTES = 4
+
+
+@dataclass
+class StateMetadata(AttentionMetadata):
+    """Where the tokens of one pass lie.
+
+    Attributes:
+        slot_T: the slot in the cache of each token; below 0 for those that only fill up the batch.
+        request_T: which row of the block table belongs to each token.
+        block_table: for each request, the blocks of its tokens.
+    """
+
+    slot_T: Tensor
+    request_T: Tensor
+    block_table: Tensor
+
+
+@final
+class StateBuilder(AttentionMetadataBuilder[StateMetadata]):
+    """Makes the metadata of a pass from vLLM's."""
+
+    def __init__(
+        self, kv_cache_spec: KVCacheSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> StateMetadata:
+        num_tokens, num_requests = common_attn_metadata.num_actual_tokens, common_attn_metadata.num_reqs
+        ends = common_attn_metadata.query_start_loc[1 : num_requests + 1].contiguous()
+        tokens_T = torch.arange(num_tokens, device=ends.device, dtype=ends.dtype)
+        return StateMetadata(
+            slot_T=common_attn_metadata.slot_mapping[:num_tokens].long(),
+            request_T=torch.searchsorted(ends, tokens_T, right=True).clamp_max(num_requests - 1),
+            block_table=common_attn_metadata.block_table_tensor.long(),
+        )
+
+
+@final
+class StateBackend(AttentionBackend):
+    """Tells vLLM that nothing is attended to: a block of any number of tokens will do."""
+
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
+
+    @staticmethod
+    def get_name() -> str:
+        return "ENGRAMMAR_STATE"
+
+    @staticmethod
+    def get_impl_cls() -> Any:
+        raise NotImplementedError("The state of a memory is read by its own layer.")
+
+    @staticmethod
+    def get_builder_cls() -> type[StateBuilder]:
+        return StateBuilder
+
+
+@final
+class StateLayer(nn.Module, AttentionLayerBase):
+    """The state of one memory layer. vLLM allocates it, beside the keys and values of the same tokens.
+
+    Args:
+        name: its name in vLLM's `static_forward_context`, with the layer's number.
+        num_channels: channels of the convolution's input; 0 if there is no convolution.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, name: str, num_channels: int) -> None:
+        super().__init__()
+        self.num_channels = num_channels
+        self.dtype = vllm_config.model_config.dtype
+        padded = num_channels + num_channels % 2  # an id starts at a multiple of its own size
+        self.width = padded + ID_BYTES // self.dtype.itemsize
+        self.kv_cache = torch.tensor([])
+        self.retriever: Any = None  # of the layer that holds the ids: `reading.Retriever`
+        self.on_bound: Callable[[], None] | None = None
+        vllm_config.compilation_config.static_forward_context[name] = self
+
+    def bind_kv_cache(self, kv_cache: Tensor) -> None:
+        """Called by vLLM once the cache is there and the weights are loaded; runs `on_bound`."""
+        super().bind_kv_cache(kv_cache)
+        if self.on_bound is not None:
+            self.on_bound()
+
+    def get_attn_backend(self) -> type[AttentionBackend]:
+        return StateBackend
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
+        """A row for every position, as attention has: for a window vLLM would split attention's layers into groups."""
+        return FullAttentionSpec(
+            block_size=vllm_config.cache_config.block_size,
+            num_kv_heads=1,
+            head_size=self.width,
+            head_size_v=0,
+            dtype=self.dtype,
+            max_tp_shards=1,
+        )
+
+    @property
+    def ids(self) -> Tensor:
+        """The ids in the cache, int32 [blocks, positions]."""
+        return self.kv_cache[:, 0].view(torch.int32)[..., -1]
+
+    @property
+    def inputs(self) -> Tensor:
+        """The convolution's inputs in the cache, [blocks, positions, C]."""
+        return self.kv_cache[:, 0, :, : self.num_channels]
+
+    def write(self, cached: Tensor, new_T: Tensor, where: StateMetadata) -> None:
+        """Writes one value (or vector) for each token of a pass into `ids` or `inputs`."""
+        live_T = where.slot_T >= 0
+        slot_T, size = where.slot_T[live_T], cached.shape[1]
+        cached[slot_T // size, slot_T % size] = new_T[live_T].to(cached.dtype)
+
+    def read(
+        self, cached: Tensor, positions_T: Tensor, back: Sequence[int], where: StateMetadata
+    ) -> tuple[Tensor, Tensor]:
+        """What `ids` or `inputs` hold `back` positions before each token, [T, K, ...]; and which of them exist."""
+        size = cached.shape[1]
+        wanted_TK = positions_T.long()[:, None] - torch.tensor(back, device=positions_T.device)
+        exists_TK, wanted_TK = wanted_TK >= 0, wanted_TK.clamp_min(0)
+        block_TK = where.block_table[where.request_T[:, None], wanted_TK // size]
+        return cached[block_TK, wanted_TK % size], exists_TK

@@ -1,0 +1,325 @@
+"""vLLM gives, in every mode that is served, the tokens and log-probabilities of `generate` in transformers.
+
+The model is tiny and random, with gates open and a convolution that is not zero. vLLM has an environment of its own:
+`make test-vllm`.
+"""
+
+import gc
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import pytest
+import torch
+
+pytest.importorskip("vllm", reason="vLLM is not installed here: `make test-vllm` makes an environment with it")
+os.environ |= {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in this process, where a control can change it
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+
+from engrammar import EngrammarForCausalLM
+from engrammar.serve.vllm import reading, settings, state
+from models import END, VOCABULARY, tiny_memory, tiny_model
+
+pytestmark = pytest.mark.vllm
+NEW = 16
+EXACT = 1e-4  # of a log-probability
+BLOCK = 32  # positions of a block of vLLM's cache
+HEADS = {"qk_nope_head_dim": 24, "qk_rope_head_dim": 8, "v_head_dim": 20}  # 32 numbers: vLLM has a kernel
+ODD_HEADS = {"qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32}  # 48, as in `nano`: it has none
+
+
+class Answer(NamedTuple):
+    tokens: list[int]
+    logprobs: list[float]
+
+
+def save(folder: Path, dialect: str | None, branches: int, **settings) -> Path:
+    tiny_model(dialect, branches, max_position_embeddings=1024, **settings).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    memory = {**tiny_memory("paper"), "boundary": "end", "end_ids": [END]}  # n-grams end where a text ends
+    return save(tmp_path_factory.mktemp("served") / "model", "paper", 2, memory=memory, **HEADS)
+
+
+def prompts() -> list[list[int]]:
+    """20 short, 20 long with ends of texts inside, 20 that begin alike."""
+    generator = torch.Generator().manual_seed(3)
+
+    def ids(length: int) -> list[int]:
+        return torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()
+
+    short = [ids(1 + number % 7) for number in range(20)]
+    long = [ids(60 + 9 * number) for number in range(20)]
+    for number, prompt in enumerate(long):
+        for place in (1, 20 + number, len(prompt) - 1 - number % 5):
+            prompt[place] = END
+    prefix = ids(3 * BLOCK + 5)
+    return short + long + [prefix + ids(1 + 3 * number) for number in range(20)]
+
+
+@torch.no_grad()
+def generated(folder: Path, asked: list[list[int]]) -> list[Answer]:
+    model = EngrammarForCausalLM.from_pretrained(folder)
+    model.generation_config.eos_token_id = None
+    answers = []
+    for prompt in asked:
+        out = model.generate(
+            torch.tensor([prompt]),
+            max_new_tokens=NEW,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        tokens = out.sequences[0, len(prompt) :].tolist()
+        logprobs = [logits[0].log_softmax(-1)[token].item() for token, logits in zip(tokens, out.logits)]
+        answers.append(Answer(tokens, logprobs))
+    return answers
+
+
+@pytest.fixture(scope="module")
+def expected(folder) -> list[Answer]:
+    return generated(folder, prompts())
+
+
+@contextmanager
+def engine(folder: Path, memory: dict | None = None, **given) -> Iterator[LLM]:
+    """vLLM in this process, with 32 requests at once."""
+    chosen = {"max_num_seqs": 32, "max_num_batched_tokens": 128, "max_model_len": 512, "block_size": BLOCK}
+    llm = LLM(
+        str(folder),
+        skip_tokenizer_init=True,
+        dtype="float32",
+        disable_log_stats=False,
+        additional_config={"engrammar": memory or {}},
+        **{"enforce_eager": True, **chosen, **given},
+    )
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def served(llm: LLM, asked: list[list[int]]) -> list[Answer]:
+    sampling = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, logprobs=0, detokenize=False)
+    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in asked], sampling, use_tqdm=False)
+    return [
+        Answer(list(one.token_ids), [step[token].logprob for token, step in zip(one.token_ids, one.logprobs)])
+        for one in (output.outputs[0] for output in outputs)
+    ]
+
+
+def num_equal(found: list[Answer], expected: list[Answer]) -> int:
+    return sum(one.tokens == other.tokens for one, other in zip(found, expected))
+
+
+def check_equal(found: list[Answer], expected: list[Answer]) -> None:
+    assert num_equal(found, expected) == len(expected)
+    for one, other in zip(found, expected):
+        torch.testing.assert_close(one.logprobs, other.logprobs, atol=EXACT, rtol=0)
+
+
+def count(llm: LLM, name: str) -> float:
+    """The value of one of vLLM's metrics."""
+    return sum(metric.value for metric in llm.get_metrics() if metric.name == name)
+
+
+PLACES = {
+    "ram": {},
+    "disk": {"memory": "disk"},
+    "cached": {"memory": "disk", "cache_rows": 64},
+}
+
+
+@pytest.mark.parametrize(("place", "chunk"), [("ram", 32), ("disk", 128), ("cached", 512)])
+def test_greedy_tokens_and_prefix_hits_from_every_place_and_in_every_chunk(folder, expected, place, chunk):
+    with engine(folder, PLACES[place], max_num_batched_tokens=chunk) as llm:
+        check_equal(served(llm, prompts()), expected)
+        before = count(llm, "vllm:prefix_cache_hits")
+        check_equal(served(llm, prompts()), expected)
+        assert count(llm, "vllm:prefix_cache_hits") - before > 40 * BLOCK  # of 40 long prompts
+
+
+@pytest.mark.slow
+def test_compiled_as_vllm_compiles_by_default(folder, expected):
+    with engine(folder, enforce_eager=False) as llm:
+        check_equal(served(llm, prompts()), expected)
+
+
+def test_without_a_prefix_cache(folder, expected):
+    with engine(folder, enable_prefix_caching=False) as llm:
+        check_equal(served(llm, prompts()), expected)
+
+
+def test_preempted_requests_go_on_with_the_same_tokens(folder, expected):
+    with engine(folder, num_gpu_blocks_override=40) as llm:
+        check_equal(served(llm, prompts()), expected)
+        assert count(llm, "vllm:num_preemptions") > 0
+
+
+@pytest.mark.parametrize(
+    ("dialect", "branches", "heads"),
+    [("qwen_next", 1, HEADS), ("deepseek_v41", 3, HEADS), ("demo", 2, ODD_HEADS), (None, 2, HEADS)],
+)
+def test_other_dialects_and_heads(tmp_path, dialect, branches, heads):
+    folder, asked = save(tmp_path / "model", dialect, branches, **heads), prompts()[::4]
+    with engine(folder) as llm:
+        check_equal(served(llm, asked), generated(folder, asked))
+        check_equal(served(llm, asked), generated(folder, asked))
+
+
+def forget_history(monkeypatch) -> None:
+    read = state.StateLayer.read
+
+    def read_no_ids(self, cached, positions_T, back, where):
+        found, exists = read(self, cached, positions_T, back, where)
+        return found, exists & (cached.dtype != torch.int32)
+
+    monkeypatch.setattr(state.StateLayer, "read", read_no_ids)
+
+
+def forget_windows(monkeypatch) -> None:
+    read = state.StateLayer.read
+
+    def read_only_here(self, cached, positions_T, back, where):
+        found, exists = read(self, cached, positions_T, back, where)
+        return found, exists & ((cached.dtype == torch.int32) | (torch.tensor(back) == 0))
+
+    monkeypatch.setattr(state.StateLayer, "read", read_only_here)
+
+
+@pytest.mark.parametrize(("forget", "at_most"), [(forget_history, 3), (forget_windows, 30)])
+def test_control_without_history_or_windows_tokens_differ_and_nothing_is_served(
+    folder, expected, monkeypatch, forget, at_most
+):
+    forget(monkeypatch)
+    with engine(folder, {"self_test": False}) as llm:
+        assert num_equal(served(llm, prompts()), expected) <= at_most
+    with pytest.raises(ValueError, match="self-test: logits in vLLM differ"), engine(folder):
+        pass
+
+
+def test_tables_are_neither_allocated_nor_read_as_weights(folder, monkeypatch):
+    from vllm.model_executor.model_loader import default_loader
+
+    read, iterate = [], default_loader.safetensors_weights_iterator
+
+    def note(files, *given, **named):
+        read.extend(Path(file).name for file in files)
+        return iterate(files, *given, **named)
+
+    monkeypatch.setattr(default_loader, "safetensors_weights_iterator", note)
+    with engine(folder, {"memory": "disk"}) as llm:
+        model = llm.llm_engine.model_executor.driver_worker.model_runner.model
+        assert not [name for name, _ in model.named_parameters() if "tables" in name]
+    assert read == ["backbone.safetensors"]
+
+
+def test_vllms_own_transformers_backend_is_refused(folder, monkeypatch):
+    """vLLM itself refuses a class that transformers does not name; one that is named there gets as far as ours."""
+    monkeypatch.setattr("transformers.EngrammarForCausalLM", EngrammarForCausalLM, raising=False)
+    with pytest.raises(ValueError, match="Leave out --model-impl"), engine(folder, model_impl="transformers"):
+        pass
+
+
+def engine_config(**changed) -> SimpleNamespace:
+    parts = {
+        "pipeline_parallel_size": 1,
+        "tensor_parallel_size": 1,
+        "decode_context_parallel_size": 1,
+        "kv_transfer_config": None,
+        "enable_prompt_embeds": False,
+        "speculative_config": None,
+        "device_type": "cpu",
+        "use_v2_model_runner": False,
+        "additional_config": {},
+        **changed,
+    }
+    widths = {"num_attention_heads": 4, "intermediate_size": 48, "moe_intermediate_size": 17}
+    return SimpleNamespace(
+        parallel_config=SimpleNamespace(**parts),
+        model_config=SimpleNamespace(hf_config=SimpleNamespace(**widths), model="m", **parts),
+        device_config=SimpleNamespace(**parts),
+        **parts,
+    )
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size over 1"),
+        ({"decode_context_parallel_size": 2}, "context parallelism"),
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size 2: it does not divide moe_intermediate_size=17"),
+        ({"kv_transfer_config": object()}, "KV transfer"),
+        ({"enable_prompt_embeds": True}, "prompt embeddings"),
+        ({"speculative_config": SimpleNamespace(method="eagle")}, "speculation by 'eagle'"),
+        ({"device_type": "cuda"}, "a device other than the CPU"),
+        ({"use_v2_model_runner": True}, "newer runner"),
+    ],
+)
+def test_what_would_be_wrong_or_was_never_compared_is_refused(changed, said):
+    settings.check_engine(engine_config())
+    settings.check_engine(engine_config(speculative_config=SimpleNamespace(method="ngram")))
+    with pytest.raises(ValueError, match=f"does not serve with .*{said}"):
+        settings.check_engine(engine_config(**changed))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"cache": 3}, "has 'cache'; allowed: address, cache_rows, deadline"),
+        ({"memory": "gpu"}, "memory is 'gpu'; allowed: ram, disk"),
+        ({"self_test": "no"}, "self_test is 'no'"),
+        ({"memory": "remote"}, "memory='remote' and `name` go together"),
+        ({"name": "nano"}, "memory='remote' and `name` go together"),
+        ({"on_missing": "skip"}, "needs a deadline"),
+    ],
+)
+def test_settings_that_are_not_allowed_are_refused(given, said):
+    with pytest.raises(ValueError, match=said):
+        settings.memory_settings(engine_config(additional_config={"engrammar": given}))
+
+
+def test_settings_are_those_of_from_pretrained():
+    made = settings.memory_settings(
+        engine_config(additional_config={"engrammar": {"memory": "disk", "cache_rows": 7, "sharing": "processes"}})
+    )
+    assert made.self_test and made.serving.where == "disk"
+    assert (made.serving.cache_rows, made.serving.sharing) == (7, "processes")
+    assert settings.memory_settings(engine_config()).serving.where == "ram"
+
+
+def test_operators_say_the_shapes_that_they_return():
+    """torch.compile believes them; where vLLM has no cache yet, the operators themselves return zeros."""
+    ids = torch.zeros(1, 5, dtype=torch.int64)
+    normed = torch.zeros(1, 6, 5)
+    assert reading._fetch_shape(ids, ids, "").shape == (0,)
+    embedding, dead = reading._rows_shape(ids, ids, 1, 8, torch.float32)
+    assert embedding.shape == (1, 5, 8) and dead.shape == (1, 5)
+    assert reading._taps_shape(normed, ids, "", [6, 3, 0]).shape == (1, 6, 5, 3)
+
+
+def test_speculation_by_ngrams(folder, expected):
+    """Last: it loads numba, and vLLM cannot start another engine in a process that has."""
+    speculation = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    with engine(folder, speculative_config=speculation) as llm:
+        check_equal(served(llm, prompts()), expected)
+        assert count(llm, "vllm:spec_decode_num_accepted_tokens") > 0
+        rejected = count(llm, "vllm:spec_decode_num_draft_tokens") - count(llm, "vllm:spec_decode_num_accepted_tokens")
+        assert rejected > 0
