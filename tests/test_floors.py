@@ -92,6 +92,7 @@ ROOMS = {
         "folder",
         "attaching",
         "prefix",
+        "filling",
         "saving",
     ),
 }

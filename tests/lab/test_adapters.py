@@ -65,6 +65,7 @@ def test_every_way_is_run_once_and_goes_on_another_day(place, monkeypatch):
     assert own["memory"]["trained"] <= own["LoRA, equal parameters"]["trained"]
     assert own["memory"]["taught/nats"] < own["as it was"]["taught/nats"] - 0.01
     assert own["memory of one row"]["stored"] < own["memory"]["stored"]
+    assert own["training-free"]["trained"] == 0 and own["training-free"]["stored"] == own["memory"]["stored"]
     assert own["memory, rows shuffled"]["taught/nats"] > own["memory"]["taught/nats"]
     assert len({run["taught/nats"] for run in own.values()}) == len(VARIANTS)  # no way did nothing, or what another did
     monkeypatch.setattr(study, "_teach", lambda *_, **__: pytest.fail("taught again"))

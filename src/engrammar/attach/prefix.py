@@ -80,7 +80,7 @@ def keep_prefix(model: nn.Module, items: Items, folder: Path, *, batch_size: int
         ValueError: something below the memory is trained or drops numbers at random; the items have several lengths;
             the folder holds another prefix; or the base hands more than hidden states from block to block.
     """
-    below = _Below(model=model, decoder=find_decoder(model), layer=first_layer(model))
+    below = Below(model=model, decoder=find_decoder(model), layer=first_layer(model))
     if below.layer == 0:
         raise ValueError("A memory reads at block 0, so nothing lies below it: keep no prefix.")
     check_frozen(below.decoder, below.layer)
@@ -96,7 +96,7 @@ def keep_prefix(model: nn.Module, items: Items, folder: Path, *, batch_size: int
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class _Below:
+class Below:
     """The blocks of a model below its first memory, at block `layer`."""
 
     model: nn.Module
@@ -126,7 +126,7 @@ def first_layer(model: nn.Module) -> int:
     return min(min(memory.config.layers) for memory in memories)
 
 
-def _about(below: _Below, items: Items) -> dict[str, Any]:
+def _about(below: Below, items: Items) -> dict[str, Any]:
     weights, text = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
     host: Any = below.decoder.host
     for module in (host.get_input_embeddings(), *below.decoder.blocks[: below.layer]):
@@ -165,11 +165,11 @@ def _check_same(folder: Path, about: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
-def _compute(below: _Below, items: Items, folder: Path, about: dict[str, Any], batch_size: int) -> None:
+def _compute(below: Below, items: Items, folder: Path, about: dict[str, Any], batch_size: int) -> None:
     from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
     check_writable(folder.parent)
-    loader: DataLoader[Any] = DataLoader(_Only(items), batch_size=batch_size)  # type: ignore[arg-type]
+    loader: DataLoader[Any] = DataLoader(InputsOnly(items), batch_size=batch_size)  # type: ignore[arg-type]
     device = next(below.decoder.module.parameters()).device
     with written_beside(folder) as partial_folder, disabled(below.model):
         partial_folder.mkdir()
@@ -189,7 +189,7 @@ def _compute(below: _Below, items: Items, folder: Path, about: dict[str, Any], b
 
 
 @final
-class _Only:
+class InputsOnly:
     """Items without labels and other things that hidden states do not depend on."""
 
     def __init__(self, items: Items) -> None:
@@ -218,7 +218,7 @@ def _mode(model: nn.Module, training: bool) -> Iterator[None]:
 def _check_equal(model: nn.Module, decoder: Decoder, kept: KeptPrefix) -> None:
     """Compares one item's logits with those of a whole pass."""
     device = next(decoder.module.parameters()).device
-    item = {name: value[None].to(device) for name, value in _Only(kept.items)[0].items()}
+    item = {name: value[None].to(device) for name, value in InputsOnly(kept.items)[0].items()}
     returned: list[Any] = []
     with _mode(model, training=False):
         with decoder.blocks[0].register_forward_hook(lambda *call: returned.append(call[-1])):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from engrammar.attach import attach, detach, keep_prefix, set_trainable
+from engrammar.attach import attach, detach, fill_rows, keep_prefix, set_trainable
 from engrammar.attach.attached import AttachedMemory
 from engrammar.attach.attaching import require_attachment
 from engrammar.train.optimizer import OptimizerSettings, build_optimizer
@@ -104,9 +104,29 @@ def fit(model: Model, items: Any, *, how: How, lr: float, seed: int, seconds: fl
 
 def teach_memory(model: Model, tokenizer: Any, ids_BT: Tensor, seed: int, how: How, _: float) -> Taught:
     """A memory on the frozen model; what lies below it is computed once."""
+    return _memory(model, tokenizer, ids_BT, seed, how, filled=False)
+
+
+def teach_filled(model: Model, tokenizer: Any, ids_BT: Tensor, seed: int, how: How, _: float) -> Taught:
+    """A memory whose rows come from the token embeddings of what follows; nothing is trained."""
     torch.manual_seed(seed)
     attach(model, _settings(how, tokenizer), tokenizer)
     started = time.process_time()
+    fill_rows(model, Items(ids_BT))
+    return Taught(model=model, trained=0, stored=_stored(model), seconds=time.process_time() - started)
+
+
+def teach_filled_first(model: Model, tokenizer: Any, ids_BT: Tensor, seed: int, how: How, _: float) -> Taught:
+    """As `teach_filled`, then trained as `teach_memory` trains."""
+    return _memory(model, tokenizer, ids_BT, seed, how, filled=True)
+
+
+def _memory(model: Model, tokenizer: Any, ids_BT: Tensor, seed: int, how: How, *, filled: bool) -> Taught:
+    torch.manual_seed(seed)
+    attach(model, _settings(how, tokenizer), tokenizer)
+    started = time.process_time()
+    if filled:
+        fill_rows(model, Items(ids_BT))
     with TemporaryDirectory() as folder:
         items = keep_prefix(model, Items(ids_BT), Path(folder) / "prefix", batch_size=how.batch)
         before = time.process_time() - started
@@ -181,6 +201,8 @@ VARIANTS: dict[str, Teach] = {
     "full tuning": teach_full,
     "memory, rows shuffled": teach_shuffled,
     "memory of one row": teach_one_row,
+    "training-free": teach_filled,
+    "training-free, then memory": teach_filled_first,
 }
 
 
