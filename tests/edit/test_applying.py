@@ -3,9 +3,11 @@
 import copy
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import engrammar
@@ -373,6 +375,36 @@ def test_a_copied_model_keeps_its_patches():
     assert torch.equal(bits(other, ids), patched) and torch.equal(bits(model, ids), base)
     undo_patch(other)
     assert torch.equal(bits(other, ids), base) and not other.model.layers[1]._forward_pre_hooks
+
+
+def test_peft_may_wrap_a_patched_model_and_the_other_way_round():
+    model, ids = model_of_kind("llama"), spoken_ids(2, 19)
+    base, patch = bits(model, ids), rich_patch(model)
+    wrapped = get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=True))
+    for one in (wrapped, model):
+        apply_patch(one, patch, tokenizer())
+        assert not torch.equal(bits(wrapped, ids), base)
+        undo_patch(model if one is wrapped else wrapped)
+        assert torch.equal(bits(wrapped, ids), base)
+
+
+def test_continuous_batching_is_refused():
+    model = model_of_kind("llama")
+    apply_patch(model, rich_patch(model), tokenizer())
+    with pytest.raises(ValueError, match="Patches do not work under continuous batching yet"):
+        model(input_ids=spoken_ids(1, 9), cache=SimpleNamespace(cache_allocators={}))
+
+
+def test_two_facts_of_one_subject_are_no_conflict_if_their_probes_have_other_names():
+    model, entry = model_of_kind("llama"), rich_entries()[7]
+    base, (early, late) = base_of(model, tokenizer()), probes()
+    first = build_patch("first", base, [entry], [late])
+    second = build_patch("second", base, [replace(entry, probe="early", gate=2.0)], [early])
+    assert conflicts(first, second) == []
+    apply_patch(model, first, tokenizer())
+    apply_patch(model, second)
+    renamed = replace(early, name="late")
+    assert len(conflicts(first, build_patch("third", base, [replace(entry, gate=2.0)], [renamed]))) == 1
 
 
 def test_a_failed_pass_leaves_no_pass_behind():

@@ -39,7 +39,7 @@ Tier = Literal["ram", "disk"]
 OnConflict = Literal["refuse", "replace"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Applied:
     """A patch on a model.
 
@@ -98,7 +98,8 @@ class Edits:
     def set(self, applied: list[Applied]) -> None:
         """Makes these the patches of the model; an error leaves the model as it was."""
         stack = self.stack_of(applied)
-        gone = [one.rows.store for one in self.applied if one not in applied]
+        kept = set(applied)
+        gone = [one.rows.store for one in self.applied if one not in kept]
         self.applied = applied
         wanted: dict[tuple[Memory, int], list[Any]] = {place: [] for place in self.overlays}
         for one in applied:

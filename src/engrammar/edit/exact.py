@@ -117,4 +117,6 @@ def distinct_rows(rows_NC: NDArray[Any]) -> tuple[Ints, Ints]:
 
 def pad_keys(keys_QK: Classes, longest: int) -> Classes:
     """The same keys in `longest` columns."""
+    if keys_QK.shape[1] == longest:
+        return keys_QK
     return np.pad(keys_QK, ((0, 0), (longest - keys_QK.shape[1], 0)), constant_values=NOTHING)

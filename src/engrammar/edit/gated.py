@@ -90,8 +90,8 @@ def _learn(reader: "_Reader", facts: Sequence[Fact], name: str) -> tuple[Patch, 
     probes: list[Probe] = []
     kept: list[Fact] = []
     refused: list[Refused] = []
-    for number, (template, own) in enumerate(relations.items()):
-        found = reader.relation(f"relation{number}", own, [other for other in relations if other != template])
+    for template, own in relations.items():  # a probe is called by what it asks, so that patches know each other's
+        found = reader.relation(template, own, [other for other in relations if other != template])
         refused += found.refused
         if not found.bound:
             continue

@@ -33,7 +33,7 @@ Key = tuple[int, ...]
 
 
 @final
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)  # its arrays cannot be compared with ==
 class Probe:
     """A test of the hidden state at a block: it opens where `direction . normalize(hidden - centre) > threshold`.
 
@@ -51,7 +51,7 @@ class Probe:
 
 
 @final
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class ExactEntry:
     """What happens where a key occurs.
 
@@ -88,7 +88,7 @@ class ExactEntry:
 
 
 @final
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class RowDelta:
     """Rows of one layer's hashed table that are replaced.
 
@@ -149,7 +149,7 @@ class Base:
 
 
 @final
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Patch:
     """A patch; `building.build_patch` makes one, `files.read_patch` reads one.
 

@@ -52,9 +52,9 @@ class StackedRows:
         """Starts reading ascending distinct rows; the function that is returned waits for them, fp32 [U, D]."""
         bounds = np.searchsorted(rows_U, self.first)
         started = [
-            (part, part.store.fetch(rows_U[low:high] - first))
-            for part, first, low, high in zip(self.parts, self.first, bounds, bounds[1:])
-            if high > low
+            (self.parts[index], self.parts[index].store.fetch(rows_U[low:high] - self.first[index]))
+            for index in np.nonzero(np.diff(bounds))[0].tolist()
+            for low, high in [bounds[index : index + 2]]
         ]
 
         def wait() -> Tensor:

@@ -17,9 +17,11 @@ from engrammar.edit.exact import Classes, ExactTable, Ints, distinct_rows, key_l
 from engrammar.edit.patch import COLUMNS, Patch
 from engrammar.edit.rows import StackedRows, ValueRows
 
+PLACE = [COLUMNS.index(name) for name in ("key", "block", "probe")]
+
 
 @final
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Stack:
     """What is looked up and added while patches are applied.
 
@@ -105,33 +107,36 @@ def stack_patches(patches: Sequence[Patch], parts: Sequence[ValueRows], identity
     Raises:
         ValueError: a patch writes at a block before that of another one's probe.
     """
-    keys_QK, places, offsets = _places(patches)
+    keys_QK, places, first = _places(patches)
     kept = _last_of_each(places)
     order = kept[np.argsort(places[kept, 0], kind="stable")]
-    columns = {name: _joined([patch.column(name) for patch in patches])[order] for name in COLUMNS}
-    patch_E = np.repeat(np.arange(len(patches)), [len(patch.entries) for patch in patches])[order]
+    entries = _joined([patch.entries for patch in patches], len(COLUMNS))[order]
+    columns = {name: entries[:, index].copy() for index, name in enumerate(COLUMNS)}
+    patch_E = _owners([len(patch.entries) for patch in patches])[order]
     columns["key"] = places[order, 0]
     for name, counted in (("probe", "probes"), ("binding", "rows")):
-        columns[name] = np.where(columns[name] < 0, -1, columns[name] + offsets[counted][patch_E])
-    columns["first_step"] = columns["first_step"] + offsets["steps"][patch_E]
-    steps = [patch.steps + np.array([first, 0]) for patch, first in zip(patches, offsets["rows"])]
-    probes = [torch.from_numpy(patch.probes) for patch in patches]
+        columns[name] = np.where(columns[name] < 0, -1, columns[name] + first[counted][patch_E])
+    columns["first_step"] += first["steps"][patch_E]
+    steps = _joined([patch.steps for patch in patches], 2)
+    steps[:, 0] += first["rows"][_owners([len(patch.steps) for patch in patches])]
+    probes = np.concatenate([np.empty((0, 2, width), np.float32), *[patch.probes for patch in patches]])
+    thresholds = np.concatenate([np.empty(0, np.float32), *[patch.thresholds for patch in patches]])
     stack = Stack(
         identity=identity,
         table=ExactTable(keys_QK),
         lengths_Q=key_lengths(keys_QK),
         columns=columns,
         strengths=np.concatenate([np.empty((0, 2), np.float32), *[patch.strengths for patch in patches]])[order],
-        steps=_joined(steps, 2),
-        probe_blocks=_joined([patch.probe_blocks.astype(np.int64) for patch in patches]),
-        probes_P2D=torch.cat([torch.empty(0, 2, width), *probes]),
-        thresholds_P=torch.cat([torch.empty(0), *[torch.from_numpy(patch.thresholds) for patch in patches]]),
+        steps=steps,
+        probe_blocks=_joined([patch.probe_blocks[:, None] for patch in patches], 1)[:, 0],
+        probes_P2D=torch.from_numpy(probes),
+        thresholds_P=torch.from_numpy(thresholds),
         rows=StackedRows(parts, width),
     )
     gated, _ = stack.of_key(gated=True)
-    if stack.decided_at is not None and (first := stack.columns["block"][gated].min()) < stack.decided_at:
+    if stack.decided_at is not None and (lowest := stack.columns["block"][gated].min()) < stack.decided_at:
         raise ValueError(
-            f"One patch writes at block {first} and another one's probe is at block {stack.decided_at}: all probes "
+            f"One patch writes at block {lowest} and another one's probe is at block {stack.decided_at}: all probes "
             "have to be read before the first write; make them for the same blocks, or undo one."
         )
     return stack
@@ -140,7 +145,7 @@ def stack_patches(patches: Sequence[Patch], parts: Sequence[ValueRows], identity
 def sharing_places(patches: Sequence[Patch]) -> list[tuple[int, int]]:
     """The pairs of patches, by their numbers, that have an entry of one key, block and probe."""
     places, found = _places(patches)[1], set()
-    patch_E = np.repeat(np.arange(len(patches)), [len(patch.entries) for patch in patches])
+    patch_E = _owners([len(patch.entries) for patch in patches])
     number_E = distinct_rows(places)[1]
     for number in np.nonzero(np.bincount(number_E) > 1)[0]:
         sharing = patch_E[number_E == number].tolist()
@@ -150,23 +155,27 @@ def sharing_places(patches: Sequence[Patch]) -> list[tuple[int, int]]:
 
 def _places(patches: Sequence[Patch]) -> tuple[Classes, Ints, dict[str, Ints]]:
     """All keys; of each entry its key, block and probe by name [E, 3]; and each patch's first probe, step and row."""
+    first = {
+        "keys": np.cumsum([0, *[len(patch.keys_QK) for patch in patches]]),
+        "probes": np.cumsum([0, *[len(patch.probe_names) for patch in patches]]),
+        "steps": np.cumsum([0, *[len(patch.steps) for patch in patches]]),
+        "rows": np.cumsum([0, *[len(patch.values) for patch in patches]]),
+    }
     longest = max((patch.keys_QK.shape[1] for patch in patches), default=1)
     padded = [pad_keys(patch.keys_QK, longest) for patch in patches]
     all_keys = np.concatenate([np.empty((0, longest), np.int32), *padded])
     distinct, number_of = distinct_rows(all_keys)
-    first_key = np.cumsum([0, *map(len, padded)])
+    key, block, probe = _joined([patch.entries for patch in patches], len(COLUMNS))[:, PLACE].T
+    patch_E = _owners([len(patch.entries) for patch in patches])
     names: dict[str, int] = {}
-    places = [np.empty((0, 3), np.int64)]
-    for patch, first in zip(patches, first_key):
-        by_probe = np.array([names.setdefault(name, len(names)) for name in patch.probe_names] + [-1])
-        keys = number_of[first + patch.column("key")]
-        places.append(np.stack([keys, patch.column("block"), by_probe[patch.column("probe")]], axis=1))
-    counts: dict[str, Any] = {
-        "probes": [len(patch.probe_names) for patch in patches],
-        "steps": [len(patch.steps) for patch in patches],
-        "rows": [len(patch.values) for patch in patches],
-    }
-    return all_keys[distinct], np.concatenate(places), {name: np.cumsum([0, *count]) for name, count in counts.items()}
+    numbers = [names.setdefault(name, len(names)) for patch in patches for name in patch.probe_names]
+    named = np.array([*numbers, -1])[np.where(probe < 0, -1, first["probes"][patch_E] + probe)]
+    return all_keys[distinct], np.stack([number_of[first["keys"][patch_E] + key], block, named], axis=1), first
+
+
+def _owners(counts: Sequence[int]) -> Ints:
+    """The number of the patch of each entry or step."""
+    return np.repeat(np.arange(len(counts)), counts)
 
 
 def _last_of_each(places: Ints) -> Ints:
@@ -175,5 +184,6 @@ def _last_of_each(places: Ints) -> Ints:
     return np.sort(len(places) - 1 - last)
 
 
-def _joined(arrays: Sequence[Ints], ndim: int = 1) -> Ints:
-    return np.concatenate([np.empty((0, 2)[:ndim], np.int64), *arrays])
+def _joined(arrays: Sequence[NDArray[Any]], num_columns: int) -> Ints:
+    """Matrices below each other, in int64."""
+    return np.concatenate([np.empty((0, num_columns), np.int64), *arrays]).astype(np.int64, copy=False)
