@@ -127,5 +127,5 @@ def _teach(
     taught = VARIANTS[variant](model, tokenizer, lesson.taught, seed, how, seconds)
     scores = measure(taught.model, tokenizer, lesson, chats, fixed_questions(cache, amount))
     rounded = {name: float(f"{value:.6g}") for name, value in scores.items()}
-    sizes = {"trained": taught.trained, "stored": taught.stored, "seconds": round(taught.seconds, 1)}
+    sizes = {"trained": taught.trained, "stored": taught.stored, "seconds": round(taught.seconds, 3)}
     return {**rounded, **sizes, "tokens": lesson.taught.numel()}

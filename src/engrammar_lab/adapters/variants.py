@@ -86,14 +86,17 @@ def batches(items: Any, how: How, seed: int) -> Iterator[dict[str, Tensor]]:
 
 
 def fit(model: Model, items: Any, *, how: How, lr: float, seed: int, seconds: float = math.inf) -> float:
-    """Trains what is trainable for `how.epochs`, or until `seconds` of CPU are spent; returns the seconds spent."""
+    """Trains what is trainable for `how.epochs`, or until `seconds` of CPU are spent; returns the seconds spent.
+
+    It makes one step at least.
+    """
     settings = OptimizerSettings(memory_lr_scale=how.memory_lr_scale, matrices="adamw", max_grad_norm=1.0)
     optimizer = build_optimizer(model, settings, lr=lr, weight_decay=0.0, betas=(0.9, 0.99), eps=1e-8)
     num_steps = how.epochs * math.ceil(len(items) / how.batch) if math.isinf(seconds) else None
     started, stream = time.process_time(), batches(items, how, seed)
     model.train()
     step = 0
-    while step != num_steps and time.process_time() - started < seconds:
+    while step != num_steps and (step == 0 or time.process_time() - started < seconds):
         model(**next(stream), use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
