@@ -116,6 +116,18 @@ def test_a_dry_run_says_what_would_be_trained_and_leaves_nothing(base, text, tmp
     assert "training: " in said and not (tmp_path / "run").exists()
 
 
+def test_blocks_are_tried_and_nothing_is_left(base, text, tmp_path, capsys):
+    run(base, text, tmp_path / "run", "--probe", "1,2", "--probe-steps", "3")
+    said = capsys.readouterr().out
+    header, _, *lines = said.splitlines()
+    assert header.split() == ["block", "nats", "gain", "ms/step", "gain/min", "s", "before"]
+    assert [line.split()[0] for line in lines] == ["1", "2"] and all(len(line.split()) == 6 for line in lines)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(SystemExit):
+        run(base, text, tmp_path / "run", "--probe", "first")
+    assert "--probe is 'first'; allowed: numbers of blocks" in capsys.readouterr().err
+
+
 def test_a_model_that_is_none_is_one_sentence(text, tmp_path, capsys):
     (tmp_path / "nothing").mkdir()
     with pytest.raises(SystemExit):

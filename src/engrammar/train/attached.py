@@ -100,13 +100,18 @@ class Prepared:
     tokens: TokenSet
 
 
-def prepare_attached(recipe: AttachRecipe) -> Prepared:
-    """Loads the base, turns the text into tokens of its own tokenizer, and attaches the memory."""
+def read_text(recipe: AttachRecipe) -> "tuple[Any, PreTrainedTokenizerBase, TokenSet]":
+    """Loads the base, and turns the text into tokens of its own tokenizer."""
     out = Path(recipe.out)
     model, tokenizer = load_base(recipe.base)
     tokenizer.save_pretrained(out / "tokenizer")
     text = replace(recipe.data, tokenizer=str(out / "tokenizer"))
-    tokens = prepare(text, out=out / "tokens", cache=Path(recipe.data.folder) / "pocket")
+    return model, tokenizer, prepare(text, out=out / "tokens", cache=Path(recipe.data.folder) / "pocket")
+
+
+def prepare_attached(recipe: AttachRecipe) -> Prepared:
+    """Loads the base and the text, and attaches the memory."""
+    model, tokenizer, tokens = read_text(recipe)
     set_seed(recipe.seed)
     attach(model, memory_settings(recipe, len(find_decoder(model).blocks), tokenizer), tokenizer)
     set_trainable(model, recipe.train)

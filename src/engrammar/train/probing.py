@@ -1,0 +1,194 @@
+"""Tries a memory at several blocks of a model for a few steps each: what it gains there, and what a step costs."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from engrammar.attach import attach, detach, keep_prefix
+from engrammar.attach.attaching import attachment_of
+from engrammar.attach.blocks import evaluating, find_decoder
+from engrammar.attach.prefix import Items
+from engrammar.cells import Column, Lines, cells, titles
+from engrammar.config import MemoryConfig
+from engrammar.train.attached import memory_settings, read_text
+from engrammar.train.optimizer import OptimizerSettings, build_optimizer
+from engrammar.train.recipe import AttachRecipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+COLUMNS = (
+    Column("block", "layer"),
+    Column("nats", "loss", ".4f"),
+    Column("gain", "gain", "+.4f"),
+    Column("ms/step", "step_seconds", ",.0f", 1e-3),
+    Column("gain/min", "gain_per_minute", "+.4f"),
+    Column("s before", "prefix_seconds", ",.1f"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeSettings:
+    """How each block is tried.
+
+    Attributes:
+        layers: the blocks to try.
+        steps: training steps at each.
+        batch_size: items of a step.
+        lr: rate of the fusion; rows get `memory_lr_scale` times it.
+        seed: of the fusion's weights and the order of items, the same at every block.
+    """
+
+    layers: Sequence[int]
+    steps: int = 30
+    batch_size: int = 8
+    lr: float = 1e-3
+    memory_lr_scale: float = 60.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """What a memory at one block came to.
+
+    Attributes:
+        steps: that were made.
+        loss: nats per token of the held-out items after the steps; `gain` is how much that is below the base's.
+        step_seconds: CPU seconds of a training step.
+        prefix_seconds: CPU seconds of computing, once, what lies below the block.
+    """
+
+    layer: int
+    steps: int
+    loss: float
+    gain: float
+    step_seconds: float
+    prefix_seconds: float
+
+    @property
+    def gain_per_minute(self) -> float:
+        """The gain over the CPU minutes of the steps, without the prefix, which is computed once."""
+        return 60 * self.gain / (self.step_seconds * self.steps)
+
+
+def probe_layers(
+    model: Any,
+    config: MemoryConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    train: Items,
+    held: Items,
+    settings: ProbeSettings,
+) -> list[Probe]:
+    """Trains a fresh memory at one block after another, from the same start, on the same batches.
+
+    What lies below a block is computed once and kept on disk for the time (not at block 0). The model is as it was
+    afterwards, to the bit.
+
+    Args:
+        config: the memory's settings; its `layers` are replaced.
+        train, held: items of one length with labels, as for `keep_prefix`.
+
+    Raises:
+        ValueError: the model has a memory already, a setting is not allowed, or `attach` or `keep_prefix` refuses.
+    """
+    if attachment_of(model) is not None:
+        raise ValueError("The model has a memory already: detach it, and try the blocks of the base.")
+    num_blocks = len(find_decoder(model).blocks)
+    if not settings.layers or not all(0 <= layer < num_blocks for layer in settings.layers):
+        raise ValueError(f"layers is {list(settings.layers)}; allowed: blocks from 0 to {num_blocks - 1}.")
+    if settings.steps < 1:
+        raise ValueError(f"steps is {settings.steps}; allowed: 1 or more.")
+    probes = []
+    for layer in settings.layers:
+        torch.manual_seed(settings.seed)
+        attach(model, replace(config, layers=(layer,)), tokenizer)
+        try:
+            with evaluating(model), TemporaryDirectory() as folder:
+                probes.append(_probe(model, layer, (train, held), settings, Path(folder)))
+        finally:
+            detach(model)
+    return probes
+
+
+def _probe(model: Any, layer: int, items: tuple[Items, Items], settings: ProbeSettings, folder: Path) -> Probe:
+    started = time.process_time()
+    train, held = items
+    if layer:
+        train, held = (keep_prefix(model, own, folder / str(i), batch_size=8) for i, own in enumerate(items))
+    prefix_seconds, before = time.process_time() - started, mean_loss(model, held, settings.batch_size)
+    given = OptimizerSettings(memory_lr_scale=settings.memory_lr_scale, matrices="adamw", max_grad_norm=1.0)
+    optimizer = build_optimizer(model, given, lr=settings.lr, weight_decay=0.0, betas=(0.9, 0.99), eps=1e-8)
+    model.train()
+    started = time.process_time()
+    for batch, _ in zip(_batches(model, train, settings), range(settings.steps)):
+        model(**batch, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    step_seconds = (time.process_time() - started) / settings.steps
+    model.eval()
+    loss = mean_loss(model, held, settings.batch_size)
+    spent = {"step_seconds": step_seconds, "prefix_seconds": prefix_seconds}
+    return Probe(layer=layer, steps=settings.steps, loss=loss, gain=before - loss, **spent)
+
+
+def _batches(model: Any, items: Items, settings: ProbeSettings) -> Iterator[dict[str, Tensor]]:
+    """Batches of one epoch after another, each in an order of its own, for ever."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    loader = _loader(items, settings.batch_size, shuffle=True, generator=generator)
+    while True:
+        yield from (_on_device(model, batch) for batch in loader)
+
+
+@torch.no_grad()
+def mean_loss(model: Any, items: Items, batch_size: int) -> float:
+    """Nats per token of items of one length."""
+    total = sum(
+        float(model(**_on_device(model, batch), use_cache=False).loss) * len(batch["input_ids"])
+        for batch in _loader(items, batch_size)
+    )
+    return total / len(items)
+
+
+def _loader(items: Items, batch_size: int, **how: Any) -> DataLoader[Any]:
+    return DataLoader(items, batch_size=batch_size, **how)  # type: ignore[arg-type]
+
+
+def _on_device(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    device = model.get_input_embeddings().weight.device
+    return {name: torch.as_tensor(value).to(device) for name, value in batch.items()}
+
+
+def probe_attached(recipe: AttachRecipe, layers: Sequence[int], steps: int) -> list[Probe]:
+    """Tries a recipe's memory at several blocks of its model, on its text; writes nothing that stays.
+
+    Raises:
+        ValueError: as `probe_layers`; or the text is too short for a block of training and one of validation.
+    """
+    with TemporaryDirectory() as folder:
+        model, tokenizer, tokens = read_text(replace(recipe, out=folder))
+        config = memory_settings(recipe, len(find_decoder(model).blocks), tokenizer)
+        train, held = (tokens.blocks(split, recipe.data.sequence_length) for split in ("train", "validation"))
+        settings = ProbeSettings(
+            layers=layers,
+            steps=steps,
+            batch_size=recipe.data.batch_size,
+            lr=recipe.optimizer.lr,
+            memory_lr_scale=recipe.optimizer.memory_lr_scale,
+            seed=recipe.seed,
+        )
+        return probe_layers(model, config, tokenizer, train, held, settings)
+
+
+def table(probes: Sequence[Probe]) -> tuple[list[str], Lines]:
+    """Header and lines, one for each block."""
+    lines = [
+        cells(COLUMNS, {name: getattr(probe, name) for name in (column.key for column in COLUMNS)}) for probe in probes
+    ]
+    return titles(COLUMNS), lines
