@@ -80,7 +80,7 @@ def start(folder: Path, port: int, log: Path, *arguments: str) -> subprocess.Pop
             *("--dtype", "float32", "--max-model-len", "128"),
             *("--additional-config", json.dumps(settings), *arguments),
         ],
-        env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **environment},
+        env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO", **environment},
         stdout=log.open("w"),
         stderr=subprocess.STDOUT,
         start_new_session=True,
