@@ -78,6 +78,7 @@ ROOMS = {
         "facts",
         "states",
         "gated",
+        "learning",
     ),
     "engrammar.serve.vllm": ("settings", "state", "heads", "reading", "backbone", "self_test", "model"),
     "engrammar.attach": (

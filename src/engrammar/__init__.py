@@ -7,6 +7,7 @@ package says in its docstring what else is public.
 
 from typing import TYPE_CHECKING, Any
 
+from engrammar import edit
 from engrammar.attach import attach, detach, disabled, load_attached, save_attached, set_trainable
 from engrammar.config import Geometry, MemoryConfig
 from engrammar.model import (
@@ -45,6 +46,7 @@ __all__ = [
     "count_parameters",
     "detach",
     "disabled",
+    "edit",
     "load_attached",
     "look_ahead",
     "open_tables",

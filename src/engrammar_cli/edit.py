@@ -15,12 +15,13 @@ def learn(model: Positional[str], facts: Positional[Path], /, out: Path, name: s
         out: The file of the patch (.safetensors).
         name: What the patch is called in a model.
     """
-    from engrammar.edit import learn_gated, read_facts, write_patch
+    from engrammar.edit import learn as learn_facts
+    from engrammar.edit import read_facts, write_patch
     from engrammar.train.attached import load_base
     from engrammar.train.recipe import BaseRecipe
 
     asked = read_facts(facts)
-    patch, refused = learn_gated(*load_base(BaseRecipe(model=model)), asked, name)
+    patch, refused = learn_facts(*load_base(BaseRecipe(model=model)), asked, name=name)
     write_patch(patch, out)
     size = out.stat().st_size
     print(f"{len(patch.facts)} of {len(asked)} facts, {size:,} bytes ({size / len(patch.facts):,.0f} a fact): {out}")

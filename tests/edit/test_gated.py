@@ -7,7 +7,7 @@ import torch
 
 from attached_models import base_model, random_ids, tokenizer
 from engrammar.attach.blocks import find_decoder
-from engrammar.edit import Fact, GatedSettings, apply_patch, learn_gated, read_facts, undo_patch
+from engrammar.edit import Fact, GatedSettings, apply_patch, learn, read_facts, undo_patch
 from engrammar.edit.gated import BEFORE, norm_scale
 from engrammar.edit.states import last_states
 
@@ -28,7 +28,7 @@ def continued(model, prompt, num):
 
 
 def test_learned_facts_are_answered_and_undone(llama):
-    patch, refused = learn_gated(llama, tokenizer(), FACTS, "three", SETTINGS)
+    patch, refused = learn(llama, tokenizer(), FACTS, name="three", settings=SETTINGS)
     assert not refused and [fact["object"] for fact in patch.facts] == [words for _, words in ASKED]
     before = {fact: continued(llama, fact.prompt, 2) for fact in FACTS}
     plain = random_ids(2, 12) % 3 + 2  # no subject's words
@@ -37,7 +37,9 @@ def test_learned_facts_are_answered_and_undone(llama):
     for fact in FACTS:
         assert continued(llama, fact.prompt, 2).startswith(fact.object)
     assert torch.equal(llama(plain).logits, logits)
-    again, _ = learn_gated(llama, tokenizer(), FACTS, "again", SETTINGS)  # patches that are applied do not matter
+    again, _ = learn(
+        llama, tokenizer(), FACTS, name="again", settings=SETTINGS
+    )  # patches that are applied do not matter
     assert torch.equal(torch.from_numpy(again.values), torch.from_numpy(patch.values))
     undo_patch(llama, "three")
     assert {fact: continued(llama, fact.prompt, 2) for fact in FACTS} == before
@@ -48,7 +50,7 @@ def test_what_cannot_be_told_apart_is_refused_with_a_reason(llama, monkeypatch):
     same = tuple(before.replace("{}", "w9 {} w10 w11") for before in BEFORE)
     monkeypatch.setattr("engrammar.edit.gated.OTHERWISE", same)
     with pytest.raises(ValueError, match="No fact can be written: prompts that ask it cannot be told from others"):
-        learn_gated(llama, tokenizer(), FACTS, "none", SETTINGS)
+        learn(llama, tokenizer(), FACTS, name="none", settings=SETTINGS)
 
 
 def test_states_at_the_ends_of_prompts_do_not_depend_on_their_batch(llama):

@@ -2,14 +2,15 @@
 
 Public: base_of, subject_keys, ExactEntry, Probe, replace_rows, build_patch, Patch; read_patch, write_patch;
 apply_patch, undo_patch, applied_patches, without_patches; patch_folder, unpatch_folder, patches_in; conflicts, diff,
-merge; uses; Fact, read_facts, learn_gated, GatedSettings, Refused.
+merge; uses; Fact, read_facts, learn, Learned, Refused, GatedSettings.
 """
 
 from engrammar.edit.applying import applied_patches, apply_patch, undo_patch, without_patches
 from engrammar.edit.building import build_patch, conflicts, diff, merge
 from engrammar.edit.facts import Fact, Refused, read_facts
 from engrammar.edit.files import read_patch, write_patch
-from engrammar.edit.gated import GatedSettings, learn_gated
+from engrammar.edit.gated import GatedSettings
+from engrammar.edit.learning import Learned, learn
 from engrammar.edit.overlay import replace_rows
 from engrammar.edit.patch import ExactEntry, Patch, Probe, base_of, subject_keys
 from engrammar.edit.uses import uses
@@ -19,6 +20,7 @@ __all__ = [
     "ExactEntry",
     "Fact",
     "GatedSettings",
+    "Learned",
     "Patch",
     "Probe",
     "Refused",
@@ -28,7 +30,7 @@ __all__ = [
     "build_patch",
     "conflicts",
     "diff",
-    "learn_gated",
+    "learn",
     "merge",
     "patch_folder",
     "patches_in",

@@ -75,13 +75,26 @@ def read_facts(path: str | Path) -> list[Fact]:
     facts = []
     for number, row in enumerate(rows, 1):
         try:
-            facts.append(_fact(row))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
-            raise ValueError(f"fact {number} of {path} cannot be used: {reason}") from error
+            facts.append(as_fact(row))
+        except ValueError as error:
+            raise ValueError(f"fact {number} of {path} cannot be used: {error}") from error
     if not facts:
         raise ValueError(f"{path} holds no fact: write one in a line, with subject, prompt and object.")
     return facts
+
+
+def as_fact(row: Mapping[str, Any]) -> Fact:
+    """The fact of a row with the names that `read_facts` knows.
+
+    Raises:
+        ValueError: it is no fact.
+    """
+    try:
+        return _fact(row)
+    except KeyError as error:
+        raise ValueError(f"it has no {error}") from error
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"{row!r:.80} is no fact: {error}") from error
 
 
 def _fact(row: Mapping[str, Any]) -> Fact:
