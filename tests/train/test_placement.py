@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from group_worker import share_in_groups
 from sharded_worker import compare_with_one_process
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
@@ -209,7 +210,11 @@ def test_a_disk_without_room_is_refused_before_training(tmp_path):
 
 @pytest.mark.parametrize(
     ("settings", "match"),
-    [({"where": "disc"}, "where is 'disc'; allowed: device, ram, file"), ({"overlap": "yes"}, "allowed: auto, none")],
+    [
+        ({"where": "disc"}, "where is 'disc'; allowed: device, ram, file"),
+        ({"overlap": "yes"}, "allowed: auto, none"),
+        ({"reduce": "max"}, "reduce is 'max'; allowed: mean, sum"),
+    ],
 )
 def test_wrong_places_are_named(settings, match):
     with pytest.raises(ValueError, match=match):
@@ -266,6 +271,15 @@ def test_one_step_over_ranks_equals_one_process(tmp_path, num_ranks):
         assert found["largest_weight_difference"] < 1e-6, run
         assert found["rows_held"] == -(-found["num_rows"] // num_ranks), run
         assert 0 < found["sent_bytes"] < found["undeduplicated_bytes"], run
+
+
+@pytest.mark.slow
+def test_a_group_of_ranks_shares_tables_under_a_loss_that_is_summed(tmp_path):
+    """Ranks 0 and 2 of three, with unequal tokens, equal one process; averaged, their norms show the difference."""
+    succeed_on_ranks(3, tmp_path, share_in_groups, tmp_path)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert all(difference < 1e-5 for difference in report["sum"].values()), report
+    assert report["mean"]["row_norms"] > 0.4 and report["mean"]["norms"] > 1e-4 and report["mean"]["rows"] > 1e-3
 
 
 def test_torchs_distributed_checkpoint_reads_the_tables(tmp_path):

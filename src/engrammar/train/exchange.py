@@ -7,12 +7,50 @@ Letters: P peers (ranks), L tables, U distinct rows, C row width.
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal, TypedDict
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from engrammar.train.row_optimizers import check_choice
+
 Group = dist.ProcessGroup
+Reduce = Literal["mean", "sum"]
+
+
+class Sharing(TypedDict, total=False):
+    """Who shares tables, and what is done with gradients over them; `place_tables` says more."""
+
+    group: Group | None
+    reduce: Reduce
+
+
+def share(*, on_device: bool, group: Group | None = None, reduce: Reduce = "mean") -> Sharing:
+    """Checks the arguments of `place_tables` and makes the group in which rows are exchanged, None for one rank.
+
+    Args:
+        on_device: whether rows stay on the device. Otherwise they get a gloo group of their own, since a thread may
+            exchange them while the model uses `group`.
+
+    Raises:
+        ValueError: this rank is not in `group`, or `reduce` is not allowed.
+    """
+    check_choice("reduce", reduce, Reduce)
+    if not dist.is_initialized():
+        return {"group": None, "reduce": reduce}
+    if dist.get_rank(group) < 0:
+        raise ValueError(f"Rank {dist.get_rank()} is not in the group: only its ranks may call place_tables with it.")
+    if dist.get_world_size(group) == 1:
+        return {"group": None, "reduce": reduce}
+    if on_device:
+        own = group or dist.group.WORLD
+    elif group is None:
+        own = dist.new_group(backend="gloo")
+    else:
+        ranks = dist.get_process_group_ranks(group)
+        own = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+    return {"group": own, "reduce": reduce}
 
 
 def own_rows(num_rows: int, group: Group | None) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from engrammar.table import MemoryTable, Rows, RowSource, draw_rows_
 from engrammar.tables.shards import lay_out, read_rows, table_shard, write_index, write_rows
-from engrammar.train.exchange import Group, Route, Traffic, all_sum, broadcast, own_rows
+from engrammar.train.exchange import Route, Sharing, Traffic, all_sum, broadcast, own_rows, share
 from engrammar.train.pages import zeros_in_file, zeros_in_ram
 from engrammar.train.row_optimizers import RowBackend, RowOptimizer, check_choice
 
@@ -65,10 +65,18 @@ class TablePlacement(RowSource):
     """
 
     def __init__(
-        self, modules: Mapping[str, MemoryTable], *, where: Where, folder: Path, group: Group | None, overlap: Overlap
+        self,
+        modules: Mapping[str, MemoryTable],
+        *,
+        where: Where,
+        folder: Path,
+        overlap: Overlap,
+        **sharing: Unpack[Sharing],
     ) -> None:
         self.modules = dict(modules)
-        self.where, self.folder, self.group = where, folder, group
+        self.where, self.folder = where, folder
+        group, self.reduce = sharing["group"], sharing["reduce"]
+        self.group = group
         self.tables: dict[str, nn.Parameter] = {}
         self.stale = overlap == "stale"
         overlaps = overlap in ("exact", "stale") or (overlap == "auto" and torch.accelerator.is_available())
@@ -204,7 +212,7 @@ class TablePlacement(RowSource):
 
     @torch.no_grad()
     def collect(self) -> None:
-        """Sets `.grad` of every table to the sparse gradient of this step's reads, the mean over ranks."""
+        """Sets `.grad` of every table to the sparse gradient of this step's reads, reduced over ranks."""
         reads, self.open = self.open, []
         if not reads:
             return
@@ -232,7 +240,8 @@ class TablePlacement(RowSource):
         grads = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in fetched.leaves.values()]
         # In the worker, if there is one: ranks must not mix this exchange with a read that is under way.
         parts = self._run(partial(fetched.route.give_back, [grad_UC.to(home) for grad_UC in grads])).result()
-        return {name: (rows, grad / self.num_ranks) for name, (rows, grad) in zip(read.rows, parts)}
+        divisor = self.num_ranks if self.reduce == "mean" else 1
+        return {name: (rows, grad / divisor) for name, (rows, grad) in zip(read.rows, parts)}
 
     def zero_grad(self) -> None:
         """Drops the gradients of this step so far."""
@@ -334,10 +343,14 @@ def place_tables(
     folder: str | Path = "tables",
     overlap: Overlap = "auto",
     checkpoint: Path | None = None,
+    **sharing: Unpack[Sharing],
 ) -> TablePlacement:
     """Takes every `MemoryTable` out of a model's parameters and holds its rows in the given place.
 
-    If torch.distributed has several ranks, each holds an equal share of every table, and all must call this.
+    If torch.distributed has several ranks, each holds an equal share of every table, and all must call this. `sharing`
+    is `group=`, the process group of the ranks that share the tables (by default all), and `reduce=`, what the loop
+    does with the other gradients over these ranks: "mean" (the default; DDP and FSDP) or "sum" (engines whose loss is
+    divided by the tokens of all ranks).
 
     Args:
         where: "device": on the model's device; "ram": in this machine's RAM; "file": in a mapped file in `folder`,
@@ -350,7 +363,8 @@ def place_tables(
             was built with tables="external".
 
     Raises:
-        ValueError: there are no tables, they are placed or served already, or `where` or `overlap` is not allowed.
+        ValueError: there are no tables, they are placed or served already, this rank is not in `group`, or a choice is
+            not allowed.
     """
     tables = {name: module for name, module in model.named_modules() if isinstance(module, MemoryTable)}
     sources = [table.source for table in tables.values() if table.source is not None]
@@ -365,11 +379,9 @@ def place_tables(
         )
     check_choice("where", where, Where)
     check_choice("overlap", overlap, Overlap)
-    group = None
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        group = dist.group.WORLD if where == "device" else dist.new_group(backend="gloo")
     backbone = next(iter(model.parameters()))
-    placement = TablePlacement(tables, where=where, folder=Path(folder), group=group, overlap=overlap)
+    shared = share(on_device=where == "device", **sharing)
+    placement = TablePlacement(tables, where=where, folder=Path(folder), overlap=overlap, **shared)
     std = getattr(getattr(model, "config", None), "initializer_range", 0.02)
     placement.take(std, backbone.device, backbone.dtype, checkpoint)
     return placement

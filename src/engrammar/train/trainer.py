@@ -104,6 +104,10 @@ class EngrammarTrainer(Trainer):
         check_can_train()
         if args.fp16:
             raise ValueError("fp16 scales gradients where rows are not reached: use bf16=True.")
+        if {"group", "reduce"} & set(placement or {}):
+            raise ValueError(
+                "placement has group or reduce: leave them out, since this Trainer averages over all ranks."
+            )
         if args.fsdp:
             raise ValueError("fsdp is not supported by this Trainer: leave it out for DDP, or see docs/placement.md.")
         if optimizer_settings.max_grad_norm is not None:
