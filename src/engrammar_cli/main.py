@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional, arg
 
-from engrammar_cli import edit, lab, table
+from engrammar_cli import edit, lab, plan, table
 from engrammar_cli.evaluate import evaluate
 from engrammar_cli.extras import require
 
@@ -332,6 +332,7 @@ COMMANDS: dict[str, Callable[..., None] | dict[str, Callable[..., None]]] = {
     "info": info,
     "verify": verify,
     "table": table.COMMANDS,
+    "plan": plan.COMMANDS,
     "eval": evaluate,
     "lab": lab.COMMANDS,
     "edit": edit.COMMANDS,
@@ -341,6 +342,7 @@ COMMANDS: dict[str, Callable[..., None] | dict[str, Callable[..., None]]] = {
 }
 GROUPS = {
     "table": "Files of memory tables: look, check, repack, plan.",
+    "plan": "What a training costs, before machines are rented.",
     "lab": "Studies of what memory buys.",
     "edit": "Facts as patches: learn, show, check.",
 }

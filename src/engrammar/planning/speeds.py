@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Self
+from typing import Self, TypeVar
 
 import numpy as np
 
@@ -40,23 +40,29 @@ class Speeds:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Reads a JSON file with any of these names.
+        """As `read_figures`."""
+        return read_figures(cls, path)
 
-        Raises:
-            ValueError: the file cannot be read, or holds another name or a value that is not above 0.
-        """
-        known = ", ".join(field.name for field in fields(cls))
-        try:
-            settings = json.loads(path.read_text())
-            speeds = cls(**settings)
-        except (OSError, ValueError, TypeError) as error:
-            raise ValueError(
-                f"{path} is not a machine's description ({error}): give JSON with any of {known}."
-            ) from error
-        for name, value in settings.items():
-            if not isinstance(value, int | float) or value <= 0:
-                raise ValueError(f"{name} in {path} is {value!r}; allowed: a number above 0.")
-        return speeds
+
+Figures = TypeVar("Figures")
+
+
+def read_figures(kind: type[Figures], path: Path) -> Figures:
+    """Builds a dataclass of figures from a JSON file with any of its names.
+
+    Raises:
+        ValueError: the file cannot be read, or holds another name or a value that is not above 0.
+    """
+    known = ", ".join(field.name for field in fields(kind))  # type: ignore[arg-type]
+    try:
+        settings = json.loads(path.read_text())
+        figures = kind(**settings)
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{path} is not a machine's description ({error}): give JSON with any of {known}.") from error
+    for name, value in settings.items():
+        if not isinstance(value, int | float) or value <= 0:
+            raise ValueError(f"{name} in {path} is {value!r}; allowed: a number above 0.")
+    return figures
 
 
 def measure_speeds(row_size: int, folder: Path) -> Speeds:
