@@ -81,8 +81,11 @@ class Fusion(nn.Module):
             mixed = (normed_BCS * self.conv_weight).sum(-1)
             return F.silu(mixed).transpose(1, 2).unflatten(-1, (self.num_branches, self.hidden_size))
         window, dilation = self.config.conv_window, self.config.max_ngram_size
-        normed_BCS = F.pad(normed_BCS, (window, 0))[..., -(window + num_tokens) :]
-        if starts_BT is None:
+        if missing := window + num_tokens - normed_BCS.shape[-1]:
+            normed_BCS = F.pad(normed_BCS, (missing, 0))
+        if num_tokens == 1:  # `conv1d` is slow on one
+            mixed = (normed_BCS[..., ::dilation] * self.conv_weight[:, 0]).sum(-1, keepdim=True)
+        elif starts_BT is None:
             mixed = F.conv1d(normed_BCS, self.conv_weight, dilation=dilation, groups=self.conv_weight.shape[0])
         else:
             document_BS = F.pad(starts_BT.cumsum(-1), (window, 0), value=-1)

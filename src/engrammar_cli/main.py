@@ -281,7 +281,7 @@ def check(
 
 
 def bench(
-    what: Positional[Literal["hash", "step", "optimizer", "sharded", "placement", "store", "decode"]],
+    what: Positional[Literal["hash", "step", "optimizer", "sharded", "placement", "store", "decode", "attach"]],
     /,
     quick: bool = False,
     json_output: Annotated[bool, arg(name="json")] = False,
@@ -291,7 +291,8 @@ def bench(
     Args:
         what: hash: ids to rows; step: a training step, with memory and without, and against rows per head; optimizer:
             updates of touched rows; sharded: tables over ranks; placement: tables on the device, in RAM and in a file;
-            store: rows from RAM, disk, cache and other machines; decode: tokens/s with tables on disk.
+            store: rows from RAM, disk, cache and other machines; decode: tokens/s with tables on disk;
+            attach: what a memory costs a model that it is attached to.
         quick: Finish within 50 seconds.
         json_output: Print JSON.
     """

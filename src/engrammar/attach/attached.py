@@ -116,7 +116,6 @@ def first_tokens(ids_BT: Tensor, history_BS: Tensor | None, starts_BT: Tensor | 
     Such a token ends no n-gram. Models use the first position as a sink of attention, with a residual far larger than
     elsewhere; it stays as it is.
     """
-    before_BT = F.pad(ids_BT[:, :-1], (1, 0), value=-1)
-    if history_BS is not None:
-        before_BT = torch.cat([history_BS[:, -1:], ids_BT[:, :-1]], dim=1)
+    last_B1 = torch.full_like(ids_BT[:, :1], -1) if history_BS is None else history_BS[:, -1:]
+    before_BT = torch.cat([last_B1, ids_BT[:, :-1]], dim=1)
     return before_BT < 0 if starts_BT is None else (before_BT < 0) | starts_BT

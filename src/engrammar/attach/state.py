@@ -109,8 +109,9 @@ class MemoryState(DummyLayer):
         num_back = self.ids.window
         with_past = self.ids.extend(input_ids, keep_all)
         self.seen += input_ids.shape[1]
-        missing = num_back + input_ids.shape[1] - with_past.shape[1]
-        return F.pad(with_past, (missing, 0), value=-1)[:, :num_back]
+        if missing := num_back + input_ids.shape[1] - with_past.shape[1]:
+            with_past = F.pad(with_past, (missing, 0), value=-1)
+        return with_past[:, :num_back]
 
     def activate_past_recording(self) -> None:
         self.record_past = True

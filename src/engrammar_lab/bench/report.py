@@ -11,7 +11,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from engrammar.cells import Lines, as_markdown, as_text, in_lines
-from engrammar_lab.bench import cold, decode, footprint, optimizer, placement, remote, rows, sharded, step, store
+from engrammar_lab.bench import (
+    attached,
+    cold,
+    decode,
+    footprint,
+    optimizer,
+    placement,
+    remote,
+    rows,
+    sharded,
+    step,
+    store,
+)
 from engrammar_lab.bench import hash as hashing
 
 PICTURE = "rows.png"
@@ -54,6 +66,7 @@ OF_STORE = {
     "footprint": Part("Memory that stores take", footprint.table, footprint.verdict, 2),
     "remote": Part("Rows from another machine", remote.table, remote.verdict),
 }
+OF_ATTACH = {"train": Part("Training an attached memory", attached.train_table, attached.train_verdict)}
 STORE = Part("Rows from RAM, disk, cache and other machines", store.table, store.verdict, 2)
 BENCHES = {
     "hash": Bench(hashing.bench_hash, Part("Token ids to rows", hashing.table, hashing.verdict)),
@@ -63,6 +76,9 @@ BENCHES = {
     "placement": Bench(placement.bench_placement, Part("Tables off the device", placement.table, placement.verdict)),
     "store": Bench(store.bench_store, STORE, OF_STORE),
     "decode": Bench(decode.bench_decode, Part("Decoding with tables on disk", decode.table, decode.verdict, 2)),
+    "attach": Bench(
+        attached.bench_attached, Part("An attached memory", attached.table, attached.verdict, 2), OF_ATTACH
+    ),
 }
 
 
