@@ -66,6 +66,7 @@ OF_STORE = {
     "footprint": Part("Memory that stores take", footprint.table, footprint.verdict, 2),
     "remote": Part("Rows from another machine", remote.table, remote.verdict),
 }
+ATTACH = Part("An attached memory", attached.table, attached.verdict, 2)
 OF_ATTACH = {"train": Part("Training an attached memory", attached.train_table, attached.train_verdict)}
 STORE = Part("Rows from RAM, disk, cache and other machines", store.table, store.verdict, 2)
 BENCHES = {
