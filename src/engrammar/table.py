@@ -4,7 +4,7 @@ Letters: B batch, T tokens, H columns (heads over all orders), C row width, E = 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -29,9 +29,11 @@ class RowSource(ABC):
 
     Attributes:
         tables: by the table's name, the rows that this process holds, a parameter [rows, C].
+        is_first: whether this process is the first of those that share the tables.
     """
 
     tables: dict[str, nn.Parameter]
+    is_first = True
 
     @abstractmethod
     def read(self, passes: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Callable[[], Rows]]]:
@@ -46,6 +48,14 @@ class RowSource(ABC):
 
     def flush(self) -> None:  # noqa: B027 (most sources change nothing by themselves)
         """Waits until the rows of `tables` are those of the last step."""
+
+    def whole(self, name: str, rows_per_block: int) -> Iterator[Tensor]:
+        """All rows of a table in order, in blocks [U, C] of at most `rows_per_block`.
+
+        Processes that share the table must all exhaust it together; the first of them gets the rows, others none.
+        """
+        self.flush()
+        yield from self.tables[name].detach().split(rows_per_block)
 
     def check_save(self, directory: Path) -> None:  # noqa: B027 (most sources can save anywhere)
         """Raises a ValueError if saving into `directory` would fail; called before anything there is changed."""

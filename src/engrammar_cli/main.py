@@ -130,6 +130,7 @@ def attach(
         probe_steps: Steps at each block.
     """
     from engrammar.train.attached import plan_attached, train_attached
+    from engrammar.train.exchange import leave_processes
     from engrammar.train.recipe import AttachRecipe, read_recipe
 
     given = [f"base.model={json.dumps(model)}"]
@@ -143,6 +144,9 @@ def attach(
         _probe(chosen, probe, probe_steps)
         return
     result = train_attached(chosen)
+    leave_processes()
+    if int(os.environ.get("RANK", 0)):
+        return
     before, after = (result[name]["bits_per_byte"] for name in ("without_memory", "with_memory"))
     print(
         f"{result['steps']} steps. Held-out text: {before:.4f} bits per byte without the memory, {after:.4f} with it.\n"

@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import engrammar
 from base_folder import write_base
+from engrammar.attach.attaching import attachment_of
 from engrammar_cli.main import main
+from processes import succeed_on_ranks
 from texts import make_texts
 
 SMALL = (
@@ -69,6 +71,34 @@ def test_the_kept_prefix_changes_no_number(base, text, tmp_path):
     kept, whole = (json.loads((tmp_path / keeps / "result.json").read_text()) for keeps in ("true", "false"))
     for name in ("without_memory", "with_memory"):
         assert kept[name]["loss"] == pytest.approx(whole[name]["loss"], abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trained", ["memory", "joint"])
+def test_ranks_share_the_rows_and_save_one_adapter(trained, base, text, tmp_path):
+    """Both runs make few steps, since the sums of two ranks are rounded otherwise."""
+    how = ("trainer.max_steps=3", "optimizer.lr=0.001", "optimizer.memory=adam", f"train={trained}")
+    how += ("keep_prefix=false",) if trained == "joint" else ()
+    run(base, text, tmp_path / "one", *how)
+    arguments = ["attach", str(base), *SMALL, *how, "--data", str(text), "--out", str(tmp_path / "two")]
+    succeed_on_ranks(2, tmp_path, main, arguments)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    ids = tokenizer("the moss grows", return_tensors="pt").input_ids
+    logits, rows = {}, {}
+    for name in ("one", "two"):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / name / "model" if trained == "joint" else base)
+        engrammar.load_attached(model, tmp_path / name / "adapter", tokenizer)
+        logits[name] = model(ids).logits
+        rows[name] = next(iter(attachment_of(model).memories().values())).memory.table(2).weight
+    torch.testing.assert_close(logits["two"], logits["one"], rtol=0, atol=1e-4)
+    touched = (rows["one"] != 0).any(dim=1)
+    assert torch.equal(touched, (rows["two"] != 0).any(dim=1))  # nothing is lost at the border of the ranks' rows
+    half = len(touched) // 2
+    assert touched[:half].any() and touched[half:].any()
+    torch.testing.assert_close(rows["two"], rows["one"], rtol=0, atol=1e-4)
+    assert rows["one"].abs().max() > 1e-3  # so rows that were never given would be seen
+    found, expected = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("two", "one"))
+    assert found["with_memory"]["loss"] == pytest.approx(expected["with_memory"]["loss"], abs=1e-4)
 
 
 @pytest.mark.slow

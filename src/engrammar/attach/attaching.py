@@ -174,14 +174,19 @@ def _save_pretrained(host: nn.Module, save_directory: str | Path, *args: Any, **
     """
     if kwargs.get("push_to_hub"):
         raise ValueError("push_to_hub would leave the memories out: save to a folder, and upload that.")
-    state_dict = kwargs.pop("state_dict", None)
-    given = host.state_dict() if state_dict is None else state_dict
-    kwargs["state_dict"] = {key: value for key, value in given.items() if not key.startswith(f"{HOME}.")}
-    type(host).save_pretrained(host, save_directory, *args, **kwargs)  # type: ignore[attr-defined]
+    save_base(host, save_directory, *args, **kwargs)
     if kwargs.get("is_main_process", True):
         decoder = find_decoder(host)
         for name, attached in require_attachment(host, None).memories().items():
             write_adapter(Path(save_directory, HOME, name), name, attached, fingerprint_of(decoder))
+
+
+def save_base(host: nn.Module, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+    """The `save_pretrained` of a model with memory as it would be without."""
+    state_dict = kwargs.pop("state_dict", None)
+    given = host.state_dict() if state_dict is None else state_dict
+    kwargs["state_dict"] = {key: value for key, value in given.items() if not key.startswith(f"{HOME}.")}
+    type(host).save_pretrained(host, save_directory, *args, **kwargs)  # type: ignore[attr-defined]
 
 
 def _own_parameters(host: nn.Module, attachment: Attachment) -> list[nn.Parameter]:

@@ -51,8 +51,10 @@ class AdapterFile:
 def write_adapter(folder: Path, name: str, attached: AttachedMemory, base: Mapping[str, Any]) -> None:
     """Writes a memory into a folder, which is whole or absent at any moment; an adapter that is there is replaced.
 
+    Where ranks share the rows, all of them call this; the first one writes.
+
     Raises:
-        ValueError: the folder holds other things, or the memory's rows are read from it or spread over ranks.
+        ValueError: the folder holds other things, or the memory's rows are read from it.
         OSError: the disk is full or fails; what was there is still there.
     """
     folder = Path(folder).absolute()
@@ -60,12 +62,14 @@ def write_adapter(folder: Path, name: str, attached: AttachedMemory, base: Mappi
     if there and not (folder / ADAPTER).is_file():
         raise ValueError(f"{folder} is there already and holds no adapter: choose another folder.")
     source = attached.memory.source
-    if isinstance(source, StoredTables):
+    if source is not None:
         source.check_save(folder)
-    elif source is not None:
-        source.flush()
     memory = attached.memory
     tables = {layer: _rows_of(memory.table(layer)) for layer in memory.config.layers}
+    if source is not None and not source.is_first:
+        for rows in tables.values():
+            assert not any(True for _ in rows.blocks)  # this rank's rows go to the first
+        return
     target = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.new") if there else folder
     writer = TableWriter(
         target,
@@ -109,14 +113,10 @@ def _rows_of(table: MemoryTable) -> Stored:
         return Stored(encoding=file.encoding, scale=file.scale, blocks=copied)
     weight_RC = table.weight if source is None else source.tables[table.name]
     assert weight_RC is not None
-    if tuple(weight_RC.shape) != table.shape:
-        raise ValueError(
-            f"This process holds {len(weight_RC)} of a table's {table.shape[0]} rows: an adapter is saved where one "
-            "process holds them all."
-        )
     encoding: Encoding = "bf16" if weight_RC.dtype == torch.bfloat16 else "fp32"
     per_block = max(1, BLOCK_BYTES // (4 * weight_RC.shape[1]))
-    parts = (part.cpu().to(FLOATS[encoding]) for part in weight_RC.detach().split(per_block))
+    whole = weight_RC.detach().split(per_block) if source is None else source.whole(table.name, per_block)
+    parts = (part.cpu().to(FLOATS[encoding]) for part in whole)
     return Stored(encoding=encoding, scale=None, blocks=(part.contiguous().view(torch.uint8) for part in parts))
 
 

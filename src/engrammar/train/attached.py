@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, default_data_colla
 
 from engrammar.attach import attach, disabled, keep_prefix, save_attached, set_trainable
 from engrammar.attach.attached import AttachedMemory
-from engrammar.attach.attaching import require_attachment
+from engrammar.attach.attaching import require_attachment, save_base
 from engrammar.attach.blocks import find_decoder
 from engrammar.config import MemoryConfig
 from engrammar.table import MemoryTable
@@ -147,7 +147,8 @@ def plan_attached(recipe: AttachRecipe) -> str:
 def train_attached(recipe: AttachRecipe) -> dict[str, Any]:
     """Carries out a recipe: base, text, memory, training, evaluation, and the adapter in `out/adapter`.
 
-    A killed run continues from its last checkpoint and gives the same bits; a finished one is not repeated.
+    A killed run continues from its last checkpoint and gives the same bits; a finished one is not repeated. Under
+    torchrun every process calls this, on one file system, and the rows are shared over them.
 
     Returns:
         What `out/result.json` holds: trained parameters, bits per byte of the validation text without and with the
@@ -166,17 +167,20 @@ def train_attached(recipe: AttachRecipe) -> dict[str, Any]:
     if (out / "result.json").exists():
         return json.loads((out / "result.json").read_text())
     state, trained = progress(checkpoint)
-    with writing("recipe.yaml", out):
-        write_text(out / "recipe.yaml", to_yaml(recipe))
-    ready = prepare_attached(recipe)
-    trainer = _trainer(recipe, ready, arguments)
+    with arguments.main_process_first(desc="the text and what lies below the memory"):
+        with writing("recipe.yaml", out):
+            write_text(out / "recipe.yaml", to_yaml(recipe))
+        ready = prepare_attached(recipe)
+        blocks = _blocks(recipe, ready)
+    trainer = _trainer(recipe, ready, arguments, blocks)
     tokens_per_second = None
     if trained:
         assert checkpoint is not None
         trainer.place(checkpoint)
         trainer._load_from_checkpoint(str(checkpoint))
         trainer.state = state
-        clear_partials(out)
+        if arguments.should_save:
+            clear_partials(out)
     else:
         runtime = trainer.train(str(checkpoint) if checkpoint else None).metrics["train_runtime"]
         tokens_per_second = (trainer.state.global_step - state.global_step) * _tokens_per_step(recipe) / runtime
@@ -186,26 +190,38 @@ def train_attached(recipe: AttachRecipe) -> dict[str, Any]:
         "curve": [entry for entry in trainer.state.log_history if "loss" in entry],
     }
     with writing("the adapter", out):
-        base = recipe.base.model
-        if recipe.train == "joint":
-            base = str(out / MODEL)
-            with disabled(ready.model):
-                ready.model.save_pretrained(base)
-            ready.tokenizer.save_pretrained(base)
-        save_attached(ready.model, out / ADAPTER)
-        write_text(out / ADAPTER / "README.md", model_card(recipe, ready, base, result))
-        write_text(out / "result.json", json.dumps(result, indent=1) + "\n")
+        save_attached(ready.model, out / ADAPTER)  # every process gives its rows
+        if arguments.should_save:
+            _finish(recipe, ready, result)
+    trainer.accelerator.wait_for_everyone()
     return result
 
 
-def _trainer(recipe: AttachRecipe, ready: Prepared, arguments: Any) -> AttachedTrainer:
-    length, out = recipe.data.sequence_length, Path(recipe.out)
+def _finish(recipe: AttachRecipe, ready: Prepared, result: dict[str, Any]) -> None:
+    """Writes the base if it was trained too, the adapter's model card, and the result."""
+    out, base = Path(recipe.out), recipe.base.model
+    if recipe.train == "joint":
+        base = str(out / MODEL)
+        save_base(ready.model, base)
+        ready.tokenizer.save_pretrained(base)
+    write_text(out / ADAPTER / "README.md", model_card(recipe, ready, base, result))
+    write_text(out / "result.json", json.dumps(result, indent=1) + "\n")
+
+
+def _blocks(recipe: AttachRecipe, ready: Prepared) -> dict[str, Any]:
+    """The text in blocks, for training and for validation, with what the base computes below the memory."""
+    out, length = Path(recipe.out), recipe.data.sequence_length
     blocks: dict[str, Any] = {split: ready.tokens.blocks(split, length) for split in ("train", "validation")}
-    if recipe.keep_prefix:
-        blocks = {
-            split: keep_prefix(ready.model, items, out / f"{PREFIX}-{split}", batch_size=recipe.data.batch_size)
-            for split, items in blocks.items()
-        }
+    if not recipe.keep_prefix:
+        return blocks
+    return {
+        split: keep_prefix(ready.model, items, out / f"{PREFIX}-{split}", batch_size=recipe.data.batch_size)
+        for split, items in blocks.items()
+    }
+
+
+def _trainer(recipe: AttachRecipe, ready: Prepared, arguments: Any, blocks: dict[str, Any]) -> AttachedTrainer:
+    out = Path(recipe.out)
     return AttachedTrainer(
         ready.model,
         arguments,

@@ -5,7 +5,7 @@ Letters: P peers (ranks), L tables, U distinct rows, C row width.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypedDict
 
@@ -53,13 +53,34 @@ def share(*, on_device: bool, group: Group | None = None, reduce: Reduce = "mean
     return {"group": own, "reduce": reduce}
 
 
-def own_rows(num_rows: int, group: Group | None) -> tuple[int, int]:
-    """The rows that this rank holds of a table of `num_rows` rows: the first one, and one past the last."""
+def own_rows(num_rows: int, group: Group | None, rank: int | None = None) -> tuple[int, int]:
+    """The rows that a rank (None: this one) holds of a table of `num_rows` rows: the first, and one past the last."""
     if group is None:
         return 0, num_rows
     per_rank = _per_rank(num_rows, group)
-    first = min(num_rows, dist.get_rank(group) * per_rank)
+    first = min(num_rows, (dist.get_rank(group) if rank is None else rank) * per_rank)
     return first, min(num_rows, first + per_rank)
+
+
+def gather(own_UC: Tensor, num_rows: int, group: Group | None, rows_per_block: int) -> Iterator[Tensor]:
+    """Yields a table's rows in order, block by block, on the first rank; the others send theirs, and yield nothing."""
+    if group is None:
+        yield from own_UC.split(rows_per_block)
+        return
+    rank, bytes_UB = dist.get_rank(group), own_UC.contiguous().view(torch.uint8)  # gloo knows no bf16
+    for owner in range(dist.get_world_size(group)):
+        first, end = own_rows(num_rows, group, owner)
+        for start in range(first, end, rows_per_block):
+            size = min(rows_per_block, end - start)
+            if rank == owner:
+                block = bytes_UB[start - first : start - first + size]
+                if rank:
+                    dist.send(block, group=group, group_dst=0)
+            elif rank == 0:
+                block = bytes_UB.new_empty(size, bytes_UB.shape[1])
+                dist.recv(block, group=group, group_src=owner)
+            if rank == 0:
+                yield block.view(own_UC.dtype)
 
 
 def _per_rank(num_rows: int, group: Group) -> int:

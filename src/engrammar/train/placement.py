@@ -6,7 +6,7 @@ the leaf's gradient is sent to the rank that holds the rows.
 Letters: R rows of a table, U distinct rows of a read, C row width, H columns, E = H*C.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from engrammar.table import MemoryTable, Rows, RowSource, draw_rows_
 from engrammar.tables.shards import lay_out, read_rows, table_shard, write_index, write_rows
-from engrammar.train.exchange import Route, Sharing, Traffic, all_sum, broadcast, own_rows, share
+from engrammar.train.exchange import Route, Sharing, Traffic, all_sum, broadcast, gather, own_rows, share
 from engrammar.train.pages import zeros_in_file, zeros_in_ram
 from engrammar.train.row_optimizers import RowBackend, RowOptimizer, check_choice
 
@@ -75,8 +75,7 @@ class TablePlacement(RowSource):
     ) -> None:
         self.modules = dict(modules)
         self.where, self.folder = where, folder
-        group, self.reduce = sharing["group"], sharing["reduce"]
-        self.group = group
+        self.group, self.reduce = (group := sharing["group"]), sharing["reduce"]
         self.tables: dict[str, nn.Parameter] = {}
         self.stale = overlap == "stale"
         overlaps = overlap in ("exact", "stale") or (overlap == "auto" and torch.accelerator.is_available())
@@ -271,6 +270,10 @@ class TablePlacement(RowSource):
         self.updates = []
 
     # Checkpoints
+
+    def whole(self, name: str, rows_per_block: int) -> Iterator[Tensor]:
+        self.flush()
+        yield from gather(self.tables[name].detach(), self.modules[name].shape[0], self.group, rows_per_block)
 
     def save(self, directory: Path) -> None:
         """As `RowSource.save`. All ranks must call it; each writes its own rows into the same file."""

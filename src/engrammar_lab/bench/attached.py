@@ -126,7 +126,10 @@ def _decoders(bases: Bases, plan: Plan, folder: Path) -> dict[str, Any]:
     attach(own, bases.settings(plan, layer), bases.tokenizer)
     _filled(own)
     save_attached(own, folder)
-    stored = {RAM: {"memory": "ram"}, DISK: {"memory": "disk", "cache_rows": plan.cache_rows}}
+    stored: dict[str, dict[str, Any]] = {
+        RAM: {"memory": "ram"},
+        DISK: {"memory": "disk", "cache_rows": plan.cache_rows},
+    }
     opened = {name: load_attached(bases.new(), folder, **settings).eval() for name, settings in stored.items()}
     return {BASE: bases.new().eval(), PARAMETERS: own.eval(), **opened}
 
@@ -243,8 +246,18 @@ def bench_attached(quick: bool, plan: Plan | None = None, base: Path | None = No
         f"{plan.steps} steps of decoding after {plan.prompt} tokens; training on {plan.train_batch} blocks of "
         f"{plan.length} tokens a step",
         "decode": decoded,
-        "train": {"shapes": "LoRA of rank 8 on all linear layers", "lines": _train(bases, plan, blocks)},
+        "train": {
+            "shapes": "LoRA of rank 8 on all linear layers",
+            "head_share": _head_share(bases.model),
+            "lines": _train(bases, plan, blocks),
+        },
     }
+
+
+def _head_share(model: Any) -> float:
+    """Of the multiplications of a pass, the share of the output head, which no kept prefix spares."""
+    head = model.get_output_embeddings().weight.numel()
+    return head / (head + sum(parameter.numel() for parameter in model.model.layers.parameters()))
 
 
 def table(result: dict[str, Any]) -> tuple[list[str], Lines]:
@@ -269,4 +282,7 @@ def train_verdict(part: dict[str, Any]) -> str:
     """How much faster training goes where the prefix is kept."""
     kept = [line for line in part["lines"] if "prefix kept" in line["variant"]]
     said = " and ".join(f"{line['times']:.1f} times at {line['variant'].rpartition(', ')[2]}" for line in kept)
-    return f"With its prefix kept, a memory trains on more tokens a second than LoRA: {said}. The aims: 3 and 5 times."
+    return (
+        f"With its prefix kept, a memory trains on more tokens a second than LoRA: {said}. The aims: 3 and 5 times. The "
+        f"output head, which every step computes, is {part['head_share']:.0%} of the base's multiplications."
+    )
