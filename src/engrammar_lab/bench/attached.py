@@ -283,6 +283,6 @@ def train_verdict(part: dict[str, Any]) -> str:
     kept = [line for line in part["lines"] if "prefix kept" in line["variant"]]
     said = " and ".join(f"{line['times']:.1f} times at {line['variant'].rpartition(', ')[2]}" for line in kept)
     return (
-        f"With its prefix kept, a memory trains on more tokens a second than LoRA: {said}. The aims: 3 and 5 times. The "
-        f"output head, which every step computes, is {part['head_share']:.0%} of the base's multiplications."
+        f"With its prefix kept, a memory trains on more tokens a second than LoRA: {said}. The aims: 3 and 5 times. "
+        f"The output head, which every step computes, is {part['head_share']:.0%} of the base's multiplications."
     )
