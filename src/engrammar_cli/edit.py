@@ -2,11 +2,16 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 from tyro.conf import Positional
 
+Method = Literal["gated", "vector"]
 
-def learn(model: Positional[str], facts: Positional[Path], /, out: Path, name: str = "facts") -> None:
+
+def learn(
+    model: Positional[str], facts: Positional[Path], /, out: Path, name: str = "facts", method: Method = "gated"
+) -> None:
     """Make a patch that teaches a model facts; weights and files of the model stay as they are.
 
     Args:
@@ -14,6 +19,8 @@ def learn(model: Positional[str], facts: Positional[Path], /, out: Path, name: s
         facts: CSV, JSON or JSON lines with subject, prompt and object (CounterFact and zsRE are read as they are).
         out: The file of the patch (.safetensors).
         name: What the patch is called in a model.
+        method: "gated": the object is written where a probe finds that it is asked. "vector": a value found by gradient
+            is added wherever the subject occurs.
     """
     from engrammar.edit import learn as learn_facts
     from engrammar.edit import read_facts, write_patch
@@ -21,7 +28,7 @@ def learn(model: Positional[str], facts: Positional[Path], /, out: Path, name: s
     from engrammar.train.recipe import BaseRecipe
 
     asked = read_facts(facts)
-    patch, refused = learn_facts(*load_base(BaseRecipe(model=model)), asked, name=name)
+    patch, refused = learn_facts(*load_base(BaseRecipe(model=model)), asked, name=name, method=method)
     write_patch(patch, out)
     size = out.stat().st_size
     print(f"{len(patch.facts)} of {len(asked)} facts, {size:,} bytes ({size / len(patch.facts):,.0f} a fact): {out}")

@@ -2,7 +2,7 @@
 
 Public: base_of, subject_keys, ExactEntry, Probe, replace_rows, build_patch, Patch; read_patch, write_patch;
 apply_patch, undo_patch, applied_patches, without_patches; patch_folder, unpatch_folder, patches_in; conflicts, diff,
-merge; uses; Fact, read_facts, learn, Learned, Refused, GatedSettings.
+merge; uses; Fact, read_facts, learn, Learned, Refused, GatedSettings, VectorSettings.
 """
 
 from engrammar.edit.applying import applied_patches, apply_patch, undo_patch, without_patches
@@ -14,6 +14,7 @@ from engrammar.edit.learning import Learned, learn
 from engrammar.edit.overlay import replace_rows
 from engrammar.edit.patch import ExactEntry, Patch, Probe, base_of, subject_keys
 from engrammar.edit.uses import uses
+from engrammar.edit.vector import VectorSettings
 from engrammar.edit.written import patch_folder, patches_in, unpatch_folder
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Patch",
     "Probe",
     "Refused",
+    "VectorSettings",
     "applied_patches",
     "apply_patch",
     "base_of",

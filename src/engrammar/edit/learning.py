@@ -8,14 +8,18 @@ from torch import nn
 from engrammar.edit.facts import Fact, Refused, as_fact
 from engrammar.edit.gated import GatedSettings, learn_gated
 from engrammar.edit.patch import Patch
+from engrammar.edit.vector import VectorSettings, learn_vector
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Method = Literal["gated"]
-Settings = GatedSettings
+Method = Literal["gated", "vector"]
+Settings = GatedSettings | VectorSettings
 Learner = Callable[[nn.Module, Any, Sequence[Fact], str, Any], tuple[Patch, list[Refused]]]
-METHODS: Mapping[Method, tuple[Learner, type[Settings]]] = {"gated": (learn_gated, GatedSettings)}
+METHODS: Mapping[Method, tuple[Learner, type[Settings]]] = {
+    "gated": (learn_gated, GatedSettings),
+    "vector": (learn_vector, VectorSettings),
+}
 
 
 class Learned(NamedTuple):
@@ -42,7 +46,8 @@ def learn(
         model: any causal language model of transformers, or ours; in evaluation (`model.eval()`).
         facts: facts, or dicts with subject, prompt, object and, if there are any, paraphrases; as `read_facts` returns.
         name: what the patch is called in a model.
-        method: "gated" writes the object where a probe of the relation opens, without a gradient.
+        method: "gated" writes the object where a probe of the relation opens, without a gradient. "vector" adds an
+            optimized value wherever the subject occurs.
         settings: of the method; None for its defaults.
 
     Raises:
