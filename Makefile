@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PARALLEL := -n logical --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test test-vllm lint bench
+.PHONY: demo test test-vllm lint bench docs
 
 demo: .venv/ready
 	$(BIN)/engrammar demo
@@ -22,6 +22,10 @@ lint: .venv/ready
 	$(BIN)/ruff check src tests
 	$(BIN)/ruff format --check src tests
 	$(BIN)/mypy
+
+# The site is written to build/site; a broken link ends the build.
+docs: .venv/ready
+	$(BIN)/mkdocs build --strict
 
 bench: .venv/ready
 	$(BIN)/engrammar bench hash

@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -167,6 +168,7 @@ def resolve(name: str) -> object:
     module, _, rest = name.partition(".")
     found = importlib.import_module(module)
     for part in rest.split("."):
+        found = sys.modules.get(module, found)  # `engrammar.attach` is a function and a package
         module = f"{module}.{part}"
         found = getattr(found, part, None) or importlib.import_module(module)
     return found

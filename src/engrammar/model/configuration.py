@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 @strict
 class EngrammarConfig(DeepseekV3Config):
-    """Settings of `EngrammarForCausalLM`.
+    """Settings of `EngrammarForCausalLM`, besides DeepSeek-V3's (`hidden_size`, `n_routed_experts`, ...).
 
-    Besides DeepSeek-V3's (`hidden_size`, `n_routed_experts`, `kv_lora_rank`, ...):
+    Attributes:
         num_branches: residual branches M; 1 is the plain residual, more is mHC.
         hc_sinkhorn_iters, hc_eps: mHC's Sinkhorn iterations and epsilon.
         memory: a `MemoryConfig`, its `to_json()`, or a dict of settings over a dialect ({"dialect": NAME, ...}); kept
