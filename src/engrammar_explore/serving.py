@@ -1,0 +1,321 @@
+"""The explorer's server: a page and JSON on loopback.
+
+A POST that takes long answers with lines of JSON: `{"progress": [done, total, what]}` and at the end `{"result": ...}`
+or `{"error": sentence}`. One thread uses the model, a few requests may wait for it, and one whose page has gone away is
+dropped.
+"""
+
+import base64
+import contextlib
+import json
+import secrets
+import socket
+import traceback
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from importlib.resources import files
+from typing import Any, final
+
+import anyio
+import uvicorn
+from anyio import CapacityLimiter, to_thread
+from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from engrammar_explore.export import page_of
+from engrammar_explore.guarding import Guard
+from engrammar_explore.session import Session, fact_of
+from engrammar_explore.trying import Progress
+
+SCRIPT = "text/javascript"
+STATIC = {"page.css": "text/css", "icon.svg": "image/svg+xml", "draw.js": SCRIPT, "edit.js": SCRIPT, "page.js": SCRIPT}
+MOST_JSON, MOST_FILE = 256 * 1024, 16 * 1024 * 1024  # bytes of a request
+MOST_LINES, MOST_LINE = 20, 2000  # of prompts, and characters of one
+MOST_WAITING = 4  # requests that wait for the model
+Job = Callable[[Mapping[str, Any], Progress], Any]
+
+
+class Refusal(Exception):
+    """A request that is not answered: a status and a sentence."""
+
+    def __init__(self, status: int, sentence: str) -> None:
+        super().__init__(sentence)
+        self.status = status
+
+
+@dataclass(frozen=True, kw_only=True)
+class Address:
+    """Where a server is.
+
+    Attributes:
+        host: what it binds to.
+        port: 0 takes a free one.
+        token: what a write must carry; None makes one.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8765
+    token: str | None = None
+
+
+@final
+class Desk:
+    """The routes: what a page may ask of a session."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.waiting = 0
+        self._limiter: CapacityLimiter | None = None
+
+    def one_thread(self) -> CapacityLimiter:
+        """What lets one thread at a time use the model; made in the server's own loop."""
+        if self._limiter is None:
+            self._limiter = CapacityLimiter(1)
+        return self._limiter
+
+    def routes(self) -> list[Route]:
+        """All that is served; nothing else is, and no path of the page names a file."""
+        asked: dict[str, Job] = {
+            "about": lambda given, progress: self.session.about(),
+            "look": lambda given, progress: self.session.look(_text(given), given.get("compare", "first")),
+            "token": lambda given, progress: self.session.closer(
+                _text(given), given.get("compare", "first"), _whole_number(given, "position")
+            ),
+            "learn": self._learn,
+            "apply": lambda given, progress: self._change(self.session.apply, given),
+            "undo": lambda given, progress: self._change(self.session.undo, given),
+            "forget": lambda given, progress: self._change(self.session.forget, given),
+            "compare": lambda given, progress: self.session.compare(_line(given, "one"), _line(given, "other")),
+            "export": lambda given, progress: page_of(
+                self.session.whole(_text(given), given.get("compare", "first"), progress)
+            ),
+        }
+        return [
+            Route("/", self._page, methods=["GET"]),
+            Route("/{name}", self._static, methods=["GET"]),
+            *(Route(f"/api/{name}", partial(self._json, job), methods=["POST"]) for name, job in asked.items()),
+            Route("/api/save", self._save, methods=["POST"]),
+            Route("/api/load", self._load, methods=["POST"]),
+        ]
+
+    async def _page(self, request: Request) -> Response:
+        return Response(_file("page.html"), media_type="text/html")
+
+    async def _static(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        if name not in STATIC:
+            return JSONResponse({"error": "There is no such page."}, status_code=404)
+        return Response(_file(name), media_type=STATIC[name])
+
+    def _learn(self, given: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
+        for name in ("subject", "prompt", "object"):
+            _line(given, name)
+        lines = {name: _lines(given, name) for name in ("paraphrases", "keep")}
+        fact = fact_of({**given, "paraphrases": lines["paraphrases"]})
+        return self.session.learn(fact, lines["keep"], progress)
+
+    def _change(self, change: Callable[[str], None], given: Mapping[str, Any]) -> dict[str, Any]:
+        change(_line(given, "name"))
+        return self.session.about()
+
+    async def _json(self, job: Job, request: Request) -> Response:
+        if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+            raise Refusal(415, "The request is no JSON.")
+        try:
+            given = json.loads(await _body(request, MOST_JSON))
+        except (ValueError, RecursionError) as error:
+            raise Refusal(400, "The request is no JSON.") from error
+        if not isinstance(given, dict):
+            raise Refusal(400, "The request is no JSON object.")
+        return await self._answer(request, partial(job, given))
+
+    async def _answer(self, request: Request, job: Callable[[Progress], Any]) -> Response:
+        """Runs a job in the model's thread; what it reports is streamed."""
+        if self.waiting >= MOST_WAITING:
+            raise Refusal(503, "The model is busy with other requests: wait a moment.")
+        return JobResponse(self, job)
+
+    async def _save(self, request: Request) -> Response:
+        name = request.query_params.get("name", "")
+
+        def save(progress: Progress) -> dict[str, str]:
+            return {"name": name, "base64": base64.b64encode(self.session.save(name)).decode()}
+
+        return await self._answer(request, save)
+
+    async def _load(self, request: Request) -> Response:
+        if request.headers.get("content-type") != "application/octet-stream":
+            raise Refusal(415, "The request is no file.")
+        data = await _body(request, MOST_FILE)
+
+        def load(progress: Progress) -> dict[str, Any]:
+            return {"name": self.session.load(data), "about": self.session.about()}
+
+        return await self._answer(request, load)
+
+
+@final
+class JobResponse(Response):
+    """Answers with what a job in the model's thread reports. A job whose page has gone away ends at its next report."""
+
+    def __init__(self, desk: Desk, job: Callable[[Progress], Any]) -> None:
+        self.desk, self.job, self.is_gone = desk, job, False
+        self.background = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.desk.waiting += 1
+        try:
+            async with anyio.create_task_group() as group:
+                group.start_soon(self._watch, group.cancel_scope, receive)
+                put, get = anyio.create_memory_object_stream[dict[str, Any]](100)
+                group.start_soon(self._work, put)
+                await self._send(send, get)
+                group.cancel_scope.cancel()
+        finally:
+            self.desk.waiting -= 1
+
+    async def _watch(self, scope: anyio.CancelScope, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self.is_gone = True
+        scope.cancel()
+
+    async def _work(self, put: MemoryObjectSendStream[dict[str, Any]]) -> None:
+        async with put:
+            try:
+                result = await to_thread.run_sync(partial(self._run, put), limiter=self.desk.one_thread())
+                await put.send({"result": result})
+            except ValueError as error:
+                await put.send({"error": str(error)})
+            except ClientDisconnect:
+                pass
+            except Exception as error:  # of the model: the page is told, and whoever started the command sees where
+                traceback.print_exc()
+                await put.send({"error": f"The model failed ({type(error).__name__}: {error})."})
+
+    def _run(self, put: MemoryObjectSendStream[dict[str, Any]]) -> Any:
+        def progress(done: int, total: int, what: str) -> None:
+            if self.is_gone:
+                raise ClientDisconnect
+            with contextlib.suppress(anyio.WouldBlock):  # a page that reads slowly misses some
+                anyio.from_thread.run_sync(put.send_nowait, {"progress": [done, total, what[:80]]})
+
+        return self.job(progress)
+
+    async def _send(self, send: Send, get: MemoryObjectReceiveStream[dict[str, Any]]) -> None:
+        """The status is that of the first report: a request that cannot be answered is refused at once."""
+        started = False
+        async with get:
+            async for line in get:
+                if not started:
+                    headers = [(b"content-type", b"application/x-ndjson")]
+                    status = 400 if "error" in line else 200
+                    await send({"type": "http.response.start", "status": status, "headers": headers})
+                    started = True
+                body = (json.dumps(line) + "\n").encode()
+                await send({"type": "http.response.body", "body": body, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _body(request: Request, most: int) -> bytes:
+    """The body of a request, at most so many bytes."""
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > most:
+            raise Refusal(413, f"The request is longer than {most:,} bytes.")
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _text(given: Mapping[str, Any]) -> str:
+    text = given.get("text")
+    if not isinstance(text, str):
+        raise ValueError("There is no text.")
+    return _whole_characters(text)
+
+
+def _whole_characters(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("The text has half a character: paste it again.") from error
+    return text
+
+
+def _line(given: Mapping[str, Any], name: str) -> str:
+    line = given.get(name)
+    if not isinstance(line, str) or len(line) > MOST_LINE:
+        raise ValueError(f"{name} is no text of up to {MOST_LINE:,} characters.")
+    return _whole_characters(line)
+
+
+def _lines(given: Mapping[str, Any], name: str) -> list[str]:
+    lines = given.get(name, [])
+    if not isinstance(lines, list) or len(lines) > MOST_LINES:
+        raise ValueError(f"{name} are no list of up to {MOST_LINES} lines.")
+    return [line.strip() for line in (_line({name: one}, name) for one in lines) if line.strip()]
+
+
+def _whole_number(given: Mapping[str, Any], name: str) -> int:
+    number = given.get(name)
+    if not isinstance(number, int) or isinstance(number, bool):
+        raise ValueError(f"{name} is no whole number.")
+    return number
+
+
+def _file(name: str) -> bytes:
+    return files("engrammar_explore").joinpath("page", name).read_bytes()
+
+
+async def _refuse(request: Request, error: Exception) -> Response:
+    assert isinstance(error, Refusal)
+    return JSONResponse({"error": str(error)}, status_code=error.status, headers={"connection": "close"})
+
+
+def app_of(session: Session, *, hosts: frozenset[str], token: str) -> Callable[..., Awaitable[None]]:
+    """The ASGI app of a session, behind its `Guard`."""
+    return Guard(
+        Starlette(routes=Desk(session).routes(), exception_handlers={Refusal: _refuse}), hosts=hosts, token=token
+    )
+
+
+@final
+class Server:
+    """A server that listens; `run` answers until it is told to end.
+
+    Attributes:
+        session: what it serves.
+        url: the link to open, with the token.
+    """
+
+    def __init__(self, session: Session, address: Address = Address()) -> None:
+        """
+        Raises:
+            OSError: the port is taken.
+        """
+        family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+        self.socket = socket.create_server((address.host, address.port), family=family)
+        port = self.socket.getsockname()[1]
+        token = secrets.token_urlsafe(24) if address.token is None else address.token
+        shown = f"[{address.host}]" if ":" in address.host else address.host
+        names = {shown, "localhost"} if address.host in ("127.0.0.1", "::1") else {shown}
+        self.session, self.token, self.url = session, token, f"http://{shown}:{port}/?token={token}"
+        app = app_of(session, hosts=frozenset(f"{name}:{port}" for name in names), token=token)
+        config = uvicorn.Config(
+            app, log_level="warning", access_log=False, lifespan="off", limit_concurrency=32, server_header=False,
+            h11_max_incomplete_event_size=64 * 1024, timeout_keep_alive=20, ws="none", timeout_graceful_shutdown=2,
+        )  # fmt: skip
+        self.server = uvicorn.Server(config)
+
+    def run(self) -> None:
+        """Answers until the process is interrupted, or `stop` is called."""
+        self.server.run(sockets=[self.socket])
+
+    def stop(self) -> None:
+        self.server.should_exit = True

@@ -1,0 +1,175 @@
+"""What a patch does to a model: a fact is asked before and after, in its own words and in others, and so is what should
+not change. The patch is applied for the while, and taken back to the bit.
+
+Letters: T tokens, V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from engrammar.edit import Fact, Patch, apply_patch, undo_patch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Progress = Callable[[int, int, str], None]  # steps that are done, of how many, and what is being done
+# Other ways to ask the fact, other prompts of its subject, and plain text; no learner has seen them.
+PHRASINGS = ("As everyone here knows, {}", "It was written on the wall: {}", "I was told this once. {}")
+OTHERS = ("{} appears in many books, and", "Yesterday I read that {} would", "A child asked me why {} is")
+NEUTRAL = """The bakery on the corner opens at six. By then the ovens have been hot for two hours, and the first loaves
+are cooling on the racks by the window. On Saturdays there is a queue down to the bridge, and people talk about the
+weather, the price of flour and the trains. A library is quiet in another way: pages turn, a chair moves, rain runs down
+the glass. To change a tyre, loosen the nuts before you lift the wheel, and tighten them crosswise once it is down."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrySettings:
+    """How a patch is tried.
+
+    Attributes:
+        max_new_tokens: of a greedy answer.
+        phrasings: other ways to ask, besides the fact's paraphrases; {} stands for the prompt.
+        others: what else is asked of the subject; {} stands for it.
+        keep: prompts whose answers should not change.
+        neutral: text on which the model should not drift.
+    """
+
+    max_new_tokens: int = 10
+    phrasings: Sequence[str] = PHRASINGS
+    others: Sequence[str] = OTHERS
+    keep: Sequence[str] = ()
+    neutral: str = NEUTRAL
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Answer:
+    greedy: str
+    last_V: Tensor
+    probability: float | None
+
+
+def try_fact(
+    model: nn.Module,
+    tokenizer: "PreTrainedTokenizerBase",
+    patch: Patch,
+    fact: Fact,
+    settings: TrySettings = TrySettings(),
+    progress: Progress = lambda done, total, what: None,
+) -> dict[str, Any]:
+    """Asks a fact without a patch and with it. The model is afterwards as it was.
+
+    A prompt *reaches* the edit if the logits at its last token are not the same to the bit, and is *answered* if greedy
+    decoding begins with the object.
+
+    Args:
+        progress: called before each question; what it raises ends the trial.
+
+    Returns:
+        "prompt", and a list of them as "phrasings": "text", "before" and "after" ("greedy", and the "probability" of
+        the object), "reaches", "answered"; "others" and "keep": "text", "before", "after", "reaches"; "neutral":
+        "tokens", how many of them "changed", and the "mean" and "most" divergence of the next token in nats.
+    """
+    questions = _questions(fact, settings)
+    total = 2 * len(questions) + 2
+
+    def ask(done: int) -> list[_Answer]:
+        found = []
+        for number, (kind, text) in enumerate(questions):
+            progress(done + number, total, text)
+            wanted = fact.object if kind in ("prompt", "phrasings") else None
+            found.append(_ask(model, tokenizer, text, wanted, settings.max_new_tokens))
+        return found
+
+    before = ask(0)
+    progress(len(questions), total, "neutral text")
+    plain_TV = _logits(model, tokenizer, settings.neutral)
+    apply_patch(model, patch, tokenizer, on_conflict="replace")
+    try:
+        after = ask(len(questions) + 1)
+        progress(total - 1, total, "neutral text")
+        drifted_TV = _logits(model, tokenizer, settings.neutral)
+    finally:
+        undo_patch(model, patch.name)
+    told: dict[str, Any] = {"phrasings": [], "others": [], "keep": []}
+    for (kind, text), first, second in zip(questions, before, after, strict=True):
+        one: dict[str, Any] = {"text": text, "reaches": not torch.equal(first.last_V, second.last_V)}
+        for name, answer in (("before", first), ("after", second)):
+            one[name] = {"greedy": answer.greedy}
+            if answer.probability is not None:
+                one[name]["probability"] = answer.probability
+        if kind in ("prompt", "phrasings"):
+            one["answered"] = second.greedy.strip().startswith(fact.object.strip())
+        if kind == "prompt":
+            told["prompt"] = one
+        else:
+            told[kind].append(one)
+    return told | {"neutral": _drift(plain_TV, drifted_TV)}
+
+
+def _questions(fact: Fact, settings: TrySettings) -> list[tuple[str, str]]:
+    phrasings = [*fact.paraphrases, *(one.replace("{}", fact.prompt) for one in settings.phrasings)]
+    return [
+        ("prompt", fact.prompt),
+        *(("phrasings", one) for one in phrasings),
+        *(("others", one.replace("{}", fact.subject)) for one in settings.others),
+        *(("keep", one) for one in settings.keep),
+    ]
+
+
+@torch.no_grad()
+def _ask(
+    model: nn.Module, tokenizer: "PreTrainedTokenizerBase", text: str, wanted: str | None, max_new_tokens: int
+) -> _Answer:
+    device = next(model.parameters()).device
+    ids_BT = tokenizer(text, return_tensors="pt").input_ids.to(device)
+    if not ids_BT.numel():
+        raise ValueError("A prompt has no token: write a word.")
+    host: Any = model
+    new_BT = host.generate(
+        ids_BT,
+        attention_mask=torch.ones_like(ids_BT),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        stopping_criteria=StoppingCriteriaList([_LineEnds(tokenizer, ids_BT.shape[1])]),
+    )[:, ids_BT.shape[1] :]
+    last_V, probability = model(input_ids=ids_BT, use_cache=False).logits[0, -1].float().cpu(), None
+    if wanted is not None:
+        object_T = torch.tensor(tokenizer(" " + wanted.strip(), add_special_tokens=False).input_ids, device=device)
+        whole_BT = torch.cat([ids_BT, object_T[None]], dim=1)
+        scores_TV = model(input_ids=whole_BT, use_cache=False).logits[0, ids_BT.shape[1] - 1 : -1].float()
+        probability = float(scores_TV.log_softmax(-1).gather(1, object_T[:, None]).sum().exp())
+    greedy = tokenizer.decode(new_BT[0], skip_special_tokens=True)
+    return _Answer(greedy=greedy, last_V=last_V, probability=probability)
+
+
+class _LineEnds(StoppingCriteria):
+    """Stops where a line has ended: an answer is one line."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", num_before: int) -> None:
+        self.tokenizer, self.num_before = tokenizer, num_before
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        text = self.tokenizer.decode(input_ids[0, self.num_before :])
+        return torch.full((len(input_ids),), "\n" in text.lstrip(), device=input_ids.device)
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, tokenizer: "PreTrainedTokenizerBase", text: str) -> Tensor:
+    ids_BT = tokenizer(text, return_tensors="pt").input_ids.to(next(model.parameters()).device)
+    return model(input_ids=ids_BT, use_cache=False).logits[0].float().cpu()
+
+
+def _drift(plain_TV: Tensor, drifted_TV: Tensor) -> dict[str, Any]:
+    first_TV, second_TV = plain_TV.log_softmax(-1), drifted_TV.log_softmax(-1)
+    divergence_T = (first_TV.exp() * (first_TV - second_TV)).sum(-1).clamp_min(0.0)
+    return {
+        "tokens": len(plain_TV),
+        "changed": int((plain_TV != drifted_TV).any(-1).sum()),
+        "mean": float(divergence_T.mean()),
+        "most": float(divergence_T.max()),
+    }
