@@ -6,7 +6,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-Method = Literal["gated", "vector"]
+Method = Literal["gated", "vector", "rows"]
 
 
 def learn(
@@ -20,7 +20,7 @@ def learn(
         out: The file of the patch (.safetensors).
         name: What the patch is called in a model.
         method: "gated": the object is written where a probe finds that it is asked. "vector": a value found by gradient
-            is added wherever the subject occurs.
+            is added wherever the subject occurs. "rows": rows of the model's hashed table are replaced.
     """
     from engrammar.edit import learn as learn_facts
     from engrammar.edit import read_facts, write_patch

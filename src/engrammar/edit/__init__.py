@@ -2,7 +2,8 @@
 
 Public: base_of, subject_keys, ExactEntry, Probe, replace_rows, build_patch, Patch; read_patch, write_patch;
 apply_patch, undo_patch, applied_patches, without_patches; patch_folder, unpatch_folder, patches_in; conflicts, diff,
-merge; uses; Fact, read_facts, learn, Learned, Refused, GatedSettings, VectorSettings.
+merge; uses; Fact, read_facts, learn, Learned, Refused, GatedSettings, VectorSettings,
+RowSettings; MultiHop, read_multihop.
 """
 
 from engrammar.edit.applying import applied_patches, apply_patch, undo_patch, without_patches
@@ -10,7 +11,9 @@ from engrammar.edit.building import build_patch, conflicts, diff, merge
 from engrammar.edit.facts import Fact, Refused, read_facts
 from engrammar.edit.files import read_patch, write_patch
 from engrammar.edit.gated import GatedSettings
+from engrammar.edit.hashed import RowSettings
 from engrammar.edit.learning import Learned, learn
+from engrammar.edit.multihop import MultiHop, read_multihop
 from engrammar.edit.overlay import replace_rows
 from engrammar.edit.patch import ExactEntry, Patch, Probe, base_of, subject_keys
 from engrammar.edit.uses import uses
@@ -22,9 +25,11 @@ __all__ = [
     "Fact",
     "GatedSettings",
     "Learned",
+    "MultiHop",
     "Patch",
     "Probe",
     "Refused",
+    "RowSettings",
     "VectorSettings",
     "applied_patches",
     "apply_patch",
@@ -37,6 +42,7 @@ __all__ = [
     "patch_folder",
     "patches_in",
     "read_facts",
+    "read_multihop",
     "read_patch",
     "replace_rows",
     "subject_keys",

@@ -99,6 +99,8 @@ def as_fact(row: Mapping[str, Any]) -> Fact:
 
 def _fact(row: Mapping[str, Any]) -> Fact:
     nested = row.get("requested_rewrite")
+    if isinstance(nested, list):
+        raise ValueError("it is a question of several hops: read the file with read_multihop.")
     if nested is not None:  # CounterFact as its authors wrote it
         prompt, words = nested["prompt"].replace("{}", nested["subject"]), nested["target_new"]["str"]
         return Fact(

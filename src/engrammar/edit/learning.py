@@ -7,18 +7,20 @@ from torch import nn
 
 from engrammar.edit.facts import Fact, Refused, as_fact
 from engrammar.edit.gated import GatedSettings, learn_gated
+from engrammar.edit.hashed import RowSettings, learn_rows
 from engrammar.edit.patch import Patch
 from engrammar.edit.vector import VectorSettings, learn_vector
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Method = Literal["gated", "vector"]
-Settings = GatedSettings | VectorSettings
+Method = Literal["gated", "vector", "rows"]
+Settings = GatedSettings | VectorSettings | RowSettings
 Learner = Callable[[nn.Module, Any, Sequence[Fact], str, Any], tuple[Patch, list[Refused]]]
 METHODS: Mapping[Method, tuple[Learner, type[Settings]]] = {
     "gated": (learn_gated, GatedSettings),
     "vector": (learn_vector, VectorSettings),
+    "rows": (learn_rows, RowSettings),
 }
 
 
@@ -47,7 +49,8 @@ def learn(
         facts: facts, or dicts with subject, prompt, object and, if there are any, paraphrases; as `read_facts` returns.
         name: what the patch is called in a model.
         method: "gated" writes the object where a probe of the relation opens, without a gradient. "vector" adds an
-            optimized value wherever the subject occurs.
+            optimized value wherever the subject occurs. "rows" writes into rows of the model's hashed table that the
+            subject's n-grams read, which other engines can serve.
         settings: of the method; None for its defaults.
 
     Raises:

@@ -17,7 +17,7 @@ from engrammar.attach.blocks import find_decoder, hidden_of, in_branches
 from engrammar.attach.passes import cache_in
 
 Adding = Callable[[nn.Module, "Added"], AbstractContextManager[object]]  # in its context a model's passes are changed
-LR, MOMENTS, DECAY = 0.15, (0.9, 0.99), 0.05  # of Adam, in sizes of what a value is added to
+MOMENTS, DECAY = (0.9, 0.99), 0.05  # of Adam
 
 
 @final
@@ -176,12 +176,14 @@ class Descent:
         stop: nats at which what is wanted is said surely enough.
         kl: how much a nat of change elsewhere counts.
         most: the largest size of a row of what is sought, in its scale.
+        lr: of Adam, in the same.
     """
 
     steps: int
     stop: float
     kl: float
     most: float
+    lr: float = 0.15
 
 
 @final
@@ -233,7 +235,7 @@ def descend(texts: Texts, sought: Sought, how: Descent) -> Found:
     """
     num_groups = int(texts.group_N.max()) + 1
     unit_PX = torch.zeros(len(sought.scale_P), sought.width, device=sought.scale_P.device)
-    optimizer = torch.optim.Adam([unit_PX.requires_grad_()], lr=LR, betas=MOMENTS)
+    optimizer = torch.optim.Adam([unit_PX.requires_grad_()], lr=how.lr, betas=MOMENTS)
     for step in range(how.steps + 1):
         logits_KV = texts.logits(sought.values(unit_PX))
         nats_G, kl_G, said_G = _by_group(texts, logits_KV, num_groups)
@@ -245,7 +247,7 @@ def descend(texts: Texts, sought: Sought, how: Descent) -> Found:
         with torch.no_grad():
             before_PX, done_P = unit_PX.clone(), done_G[sought.group_P]
             optimizer.step()
-            unit_PX.mul_(1 - DECAY * LR)
+            unit_PX.mul_(1 - DECAY * how.lr)
             size_P1 = unit_PX.square().mean(1, keepdim=True).sqrt()
             unit_PX.mul_((how.most / size_P1.clamp_min(1e-12)).clamp_max(1))
             unit_PX[done_P] = before_PX[done_P]
