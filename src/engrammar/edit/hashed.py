@@ -23,7 +23,7 @@ from engrammar.edit.facts import Fact, Refused
 from engrammar.edit.optimizing import Descent, Sought, Text, Texts, descend, frozen, one_value_a_group
 from engrammar.edit.overlay import TableOverlay, replace_rows, stored_rows, tables_of
 from engrammar.edit.patch import Patch, base_of
-from engrammar.edit.solving import Spread, after_memory, at_rows, find_site, solve_rows
+from engrammar.edit.solving import Solving, Spread, after_memory, at_rows, find_site, solve_rows
 from engrammar.edit.vector import NO_PLACE, UNSAID
 from engrammar.stores.serving import StoredTables
 from engrammar.tables.encodings import decode
@@ -227,8 +227,8 @@ class _Learner:
         one_value = [replace(text, values=(0,) * len(text.written)) for text in texts]
         read = Texts(self.model, one_value, after_memory(self.site))
         value_D = descend(read, one_value_a_group(read), self.how).found_PX[0] / self.site.scale
-        ridge, rounds = self.settings.ridge, self.settings.rounds
-        return solve_rows(self.model, self.site, texts, spread, value_D, ridge=ridge, rounds=rounds)
+        how = Solving(ridge=self.settings.ridge, rounds=self.settings.rounds)
+        return solve_rows(Texts(self.model, texts, at_rows(self.site)), self.site, spread, value_D, how)
 
     @torch.no_grad()
     def _unsaid(self, changed: Mapping[Subject, Mapping[int, Tensor]]) -> list[Subject]:

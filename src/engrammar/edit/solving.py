@@ -4,7 +4,7 @@ Letters: N texts, S tokens, W places at which a key ends, H columns, C row width
 width, U rows, Q equations.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, final
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from engrammar.attach.attached import AttachedMemory
 from engrammar.attach.blocks import find_decoder
-from engrammar.edit.optimizing import Added, Adding, Text, Texts
+from engrammar.edit.optimizing import Added, Adding, Texts
 from engrammar.fusion import Fusion
 from engrammar.memory import Memory
 
@@ -98,28 +98,31 @@ class Spread:
         return padded[self.index_KH.to(rows_UC.device)].flatten(1)
 
 
+@final
+@dataclass(frozen=True, kw_only=True)
+class Solving:
+    """How rows are solved: the ridge, as a share of the mean square of the derivative; how often it is taken anew."""
+
+    ridge: float
+    rounds: int
+
+
 @torch.no_grad()
-def solve_rows(
-    model: nn.Module, site: Site, texts: Sequence[Text], spread: Spread, value_D: Tensor, *, ridge: float, rounds: int
-) -> Tensor:
+def solve_rows(read: Texts, site: Site, spread: Spread, value_D: Tensor, how: Solving) -> Tensor:
     """The smallest rows_UC that, added to what the memory looks up, make it give `value_D` more at all written places.
 
     Each round linearizes the fusion anew where the last one ended, and solves by least squares with a ridge.
-
-    Args:
-        ridge: as a share of the mean square of the derivative.
     """
-    read = Texts(model, texts, at_rows(site))
     rows_UC = torch.zeros(spread.num_rows, spread.width, device=value_D.device)
     wanted_WMD: Tensor | None = None
-    for _ in range(rounds):
+    for _ in range(how.rounds):
         places = read_places(read, site, spread(rows_UC))
         output_WMD = fused(site.fusion, places)
         if wanted_WMD is None:
             wanted_WMD = output_WMD + value_D
         jacobian_QX = _in_rows(linearized(site.fusion, places), spread, read.added.number)
         square_XX = jacobian_QX.T @ jacobian_QX
-        square_XX.diagonal().add_(ridge * square_XX.diagonal().mean())
+        square_XX.diagonal().add_(how.ridge * square_XX.diagonal().mean())
         step_X = torch.linalg.solve(square_XX, jacobian_QX.T @ (wanted_WMD - output_WMD).flatten())
         rows_UC = rows_UC + step_X.view_as(rows_UC)
     return rows_UC
