@@ -33,7 +33,7 @@ from engrammar.stores.serving import look_ahead, stored_tables_of
 from engrammar.tables.convert import quantize
 from engrammar.tables.folder import TableFile
 from engrammar.train.data import TokenSet
-from engrammar.train.trainer import IGNORED
+from engrammar.train.scoring import IGNORED
 from engrammar_lab.machine import describe_run
 
 SHARES = (0.0, 0.01, 0.05, 0.2, 1.0)

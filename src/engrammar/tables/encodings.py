@@ -27,7 +27,7 @@ SMALLEST_SCALE = 2.0**-126  # the smallest fp32 number with all its bits
 LARGEST = 2.0**127  # the largest value with its own scale: rounding the scale up must not leave fp32
 # torch's dtype by its name in safetensors.
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F8_E4M3": FP8, "I32": torch.int32}
-DTYPES |= {"U8": torch.uint8}
+DTYPES |= {"U8": torch.uint8, "I64": torch.int64}
 NAME_OF = {dtype: name for name, dtype in DTYPES.items()}
 # The dtype of a table's tensor where its rows are plain numbers; rows of the other encodings are bytes, U8.
 DTYPE_OF: dict[Encoding, str] = {"fp32": "F32", "bf16": "BF16", "fp8": "F8_E4M3"}

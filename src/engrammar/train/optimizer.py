@@ -5,7 +5,8 @@ Letters: O output width, I input width, E experts of a stack, R rows of a table,
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -164,6 +165,21 @@ class MixedOptimizer(Optimizer):
                 table_RC.grad = None  # model.zero_grad() does not reach it
         return loss
 
+    @contextmanager
+    def without_rows(self) -> Iterator[None]:
+        """Leaves the row optimizer out for a while, for code that knows the model's parameters only."""
+        whole = self.inner
+        self.inner = tuple(optimizer for optimizer in whole if optimizer is not self.rows)
+        self._list_groups()
+        try:
+            yield
+        finally:
+            self.inner = whole
+            self._list_groups()
+
+    def _list_groups(self) -> None:
+        self.param_groups = [group for optimizer in self.inner for group in optimizer.param_groups]
+
     def clip_grad_norm(self, max_norm: float) -> Tensor:
         """Clips the gradients of all parameters and placed tables together, as the function `clip_grad_norm` does."""
         if self.placement is not None:
@@ -198,8 +214,7 @@ class MixedOptimizer(Optimizer):
             ids = [saved_id for group in groups for saved_id in group["params"]]
             state = {saved_id: state_dict["state"][saved_id] for saved_id in ids if saved_id in state_dict["state"]}
             optimizer.load_state_dict({"state": state, "param_groups": groups})
-        # Loading gave the inner optimizers new group dicts.
-        self.param_groups = [group for optimizer in self.inner for group in optimizer.param_groups]
+        self._list_groups()  # loading gave the inner optimizers new group dicts
 
 
 @dataclass(frozen=True, kw_only=True)

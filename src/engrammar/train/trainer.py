@@ -1,78 +1,43 @@
-"""transformers' Trainer with one optimizer for matrices, rows and the rest, expert balancing and sealed checkpoints.
-
-Letters: B rows of a batch, T tokens, V ids of the vocabulary.
-"""
+"""transformers' Trainer with one optimizer for matrices, rows and the rest, expert balancing and sealed checkpoints."""
 
 import inspect
 import logging
 import math
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from engrammar.memory import memory_of
 from engrammar.model.saving import WithoutTables
-from engrammar.stores.serving import look_ahead
 from engrammar.table import MemoryTable
 from engrammar.tables.checksums import MANIFEST, add_to_manifest, file_stamps
 from engrammar.tables.memory_json import finish_checkpoint
 from engrammar.tables.sealed import PARTIAL, clear_partials, last_good, rotate, seal, verify, writing
-from engrammar.tables.shards import load_backbone
+from engrammar.tables.shards import load_backbone, remove_checkpoint
+from engrammar.train.balancing import LoadBalancing
 from engrammar.train.optimizer import DEFAULTS, MixedOptimizer, OptimizerSettings, build_optimizer
 from engrammar.train.placement import place_tables, placement_of
+from engrammar.train.scoring import LookingAhead, sum_cross_entropy
+from engrammar.train.sharded import (
+    OPTIMIZER,
+    check_fsdp,
+    load_sharded_model,
+    load_sharded_optimizer,
+    preparing_without_rows,
+    save_sharded_model,
+    save_sharded_optimizer,
+)
 from engrammar.versions import check_can_train
 
-IGNORED = -100  # label of a position that is not scored
-
 logger = logging.getLogger(__name__)
-
-
-class LoadBalancing(TrainerCallback):
-    """Loss-free balancing (arXiv 2408.15664): after each step, an expert's bias moves against its load.
-
-    The bias affects only the choice of experts, never their weights, so no auxiliary loss is needed.
-    """
-
-    def __init__(self, model: nn.Module, rate: float) -> None:
-        self.rate = rate
-        self.routers = [module for module in model.modules() if isinstance(module, DeepseekV3TopkRouter)]
-        self.loads = [torch.zeros(router.num_experts) for router in self.routers]
-        self.hooks: list[torch.utils.hooks.RemovableHandle] = []
-
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        def count(index: int) -> Any:
-            def hook(router: nn.Module, _inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
-                if router.training and torch.is_grad_enabled():
-                    chosen = torch.bincount(output[2].flatten(), minlength=self.loads[index].numel())
-                    self.loads[index] = self.loads[index].to(chosen.device) + chosen
-
-            return hook
-
-        self.hooks = [router.register_forward_hook(count(index)) for index, router in enumerate(self.routers)]
-
-    @torch.no_grad()
-    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
-        for index, router in enumerate(self.routers):
-            load = self.loads[index] = self.loads[index].to(router.e_score_correction_bias.device)
-            if dist.is_initialized():
-                dist.all_reduce(load)
-            router.e_score_correction_bias += self.rate * torch.sign(load.mean() - load)
-            load.zero_()
-
-    def on_train_end(self, *_: Any, **__: Any) -> None:
-        for hook in self.hooks:
-            hook.remove()
 
 
 class EngrammarTrainer(Trainer):
@@ -108,14 +73,14 @@ class EngrammarTrainer(Trainer):
             raise ValueError(
                 "placement has group or reduce: leave them out, since this Trainer averages over all ranks."
             )
-        if args.fsdp:
-            raise ValueError("fsdp is not supported by this Trainer: leave it out for DDP, or see docs/placement.md.")
         if optimizer_settings.max_grad_norm is not None:
             raise ValueError(
                 f"optimizer_settings.max_grad_norm is {optimizer_settings.max_grad_norm}; allowed: None, since this "
                 "Trainer clips to the max_grad_norm of its TrainingArguments."
             )
         super().__init__(model=model, args=args, **kwargs)
+        if args.fsdp:
+            check_fsdp(self.accelerator, args, optimizer_settings)
         self.optimizer_settings = optimizer_settings
         self.bytes_per_eval_token = bytes_per_eval_token
         self.counts_bytes = False  # whether `bytes_per_eval_token` is that of the set being evaluated
@@ -140,6 +105,20 @@ class EngrammarTrainer(Trainer):
             )
             self.mixed_optimizer.exclude_rows = self.placement is not None
         return self.optimizer
+
+    def _prepare_for_training(self, *args: Any) -> Any:
+        """As in transformers, but FSDP2 sees no rows: accelerate maps the optimizer's parameters to the model's."""
+        if not self.is_fsdp_enabled:
+            return super()._prepare_for_training(*args)
+        with preparing_without_rows(self.accelerator, lambda: self.mixed_optimizer):
+            return super()._prepare_for_training(*args)
+
+    def _shard_to_evaluate(self) -> None:
+        """Shards a model that was not trained here: FSDP2 takes a model with its optimizer only."""
+        optimizer = self.create_optimizer()
+        with self.mixed_optimizer.without_rows():
+            self.model, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        self.model_wrapped = self.model
 
     def place(self, checkpoint: Path | None = None) -> None:
         """Takes the tables out of the model, and reads their rows from `checkpoint` if one is given."""
@@ -255,7 +234,10 @@ class EngrammarTrainer(Trainer):
         """As in transformers; every rank also writes its rows of placed tables, and in a checkpoint their state."""
         folder = Path(output_dir or self.args.output_dir)
         before = file_stamps(folder)
-        super().save_model(output_dir, _internal_call)
+        if self.is_fsdp_enabled:
+            self._save_sharded(folder)
+        else:
+            super().save_model(output_dir, _internal_call)
         if self.placement is not None:
             self.accelerator.wait_for_everyone()
             self.placement.save(folder)
@@ -267,27 +249,57 @@ class EngrammarTrainer(Trainer):
         if self.partial is None and self.args.should_save:  # the tokenizer and other files saved beside the model
             add_to_manifest(folder, since=before)
 
+    def _save_sharded(self, folder: Path) -> None:
+        """What transformers' `save_model` writes, each rank its rows."""
+        if self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            remove_checkpoint(folder)
+            for part in (self.model.config, self.model.generation_config, self.processing_class):
+                if part is not None:
+                    part.save_pretrained(str(folder))
+            torch.save(self.args, folder / "training_args.bin")
+        save_sharded_model(folder, self.model)
+        if self.placement is None and self.args.should_save:
+            finish_checkpoint(folder)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        save_sharded_optimizer(Path(output_dir), self.mixed_optimizer, self.model)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if state_dict is None and self.placement is not None:
             state_dict = WithoutTables(self.model.state_dict())  # `save_model` adds them
         super()._save(output_dir, state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.placement is None or self.is_fsdp_enabled:
+        if self.is_fsdp_enabled:
+            load_sharded_model(Path(resume_from_checkpoint), self.model if model is None else model)
+        elif self.placement is None:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             load_backbone(Path(resume_from_checkpoint), self.model if model is None else model)
 
     def _load_best_model(self) -> None:
         best = str(self.state.best_model_checkpoint)
-        if self.placement is None:
+        if self.placement is None and not self.is_fsdp_enabled:
             super()._load_best_model()
         else:
             self._load_from_checkpoint(best)
+        if self.placement is not None:
             self.placement.load(Path(best))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.is_fsdp_enabled and checkpoint is not None:
+            load_sharded_optimizer(Path(checkpoint), self.mixed_optimizer, self.model)
+            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
+        elif checkpoint is not None and (Path(checkpoint) / OPTIMIZER).exists():
+            raise ValueError(f"{checkpoint} was written with fsdp: resume it with fsdp, on any number of ranks.")
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.placement is not None and self.mixed_optimizer.rows is not None:
             self.placement.load_state(Path(checkpoint), self.mixed_optimizer.rows)
 
@@ -336,12 +348,14 @@ class EngrammarTrainer(Trainer):
         tables = [module for module in model.modules() if isinstance(module, MemoryTable)]
         if any(table.weight is None and table.source is None for table in tables):
             self.place()
+        if self.is_fsdp_enabled and not self.accelerator._models:
+            self._shard_to_evaluate()
         self.scored = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         started = time.perf_counter()
         loader: Any = dataloader
         if prediction_loss_only and self.accelerator.num_processes == 1:
             # With several processes accelerate must see the last batch in its turn: it drops repeated rows there.
-            loader = _LookingAhead(model, dataloader)
+            loader = LookingAhead(model, dataloader)
         output = super().evaluation_loop(loader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         nats, tokens = self.scored.tolist()
         if tokens:
@@ -373,27 +387,3 @@ class EngrammarTrainer(Trainer):
         self.scored += sums_B2.sum(0)
         loss = (sums_B2[:, 0].sum() / sums_B2[:, 1].sum()).float()
         return loss, *((None, None) if prediction_loss_only else (outputs, labels))
-
-
-class _LookingAhead:
-    """A loader that reads the rows of the next batch ahead; see `look_ahead`."""
-
-    def __init__(self, model: nn.Module, loader: DataLoader) -> None:
-        self.model, self.loader, self.dataset = model, loader, loader.dataset
-
-    def __iter__(self) -> Iterator[Mapping[str, Tensor]]:
-        return look_ahead(self.model, self.loader)
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-
-def sum_cross_entropy(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
-    """For each row, the sum of the next-token cross entropy in nats, and the number of scored tokens: float64 [B, 2].
-
-    Positions are scored as in transformers' training loss: every label except the first of a row and those that are
-    -100. So in packed rows, the labels of the documents' first tokens should be -100.
-    """
-    targets_BT = labels_BT[:, 1:]
-    losses_BT = F.cross_entropy(logits_BTV[:, :-1].mT.float(), targets_BT, ignore_index=IGNORED, reduction="none")
-    return torch.stack([losses_BT.double().sum(1), (targets_BT != IGNORED).sum(1).double()], dim=1)
