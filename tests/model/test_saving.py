@@ -1,8 +1,11 @@
 """A saved model is whole: every file of it is checked, and it is uploaded, copied and found with its tables."""
 
 import json
+import os
 import random
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -317,3 +320,30 @@ def test_the_trainer_lists_every_file_of_its_final_save(tmp_path):
     assert listed == names - {MANIFEST, "log.jsonl"} and {"training_args.bin", *TABLES} <= listed
     assert verify_folder(tmp_path).without_sums == ("log.jsonl",)
     logits_of(tmp_path, verify=True)
+
+
+@pytest.mark.slow
+def test_a_program_that_imported_nothing_loads_a_checkpoint_and_saves_it_again(saved, tmp_path):
+    """By transformers' own way, which asks first; the code that it runs is one line that imports us."""
+    script = f"""
+import sys, torch
+from transformers import AutoConfig, AutoModelForCausalLM
+folder, again = {str(saved)!r}, {str(tmp_path / "again")!r}
+try:
+    AutoConfig.from_pretrained(folder, trust_remote_code=False)
+except ValueError as error:
+    assert "trust_remote_code" in str(error), error
+assert "engrammar" not in sys.modules
+for name in (folder, again):
+    model = AutoModelForCausalLM.from_pretrained(name, memory="disk", trust_remote_code=True)
+    print(type(model).__module__, model(torch.arange(3, 29).view(2, 13)).logits.double().sum().item())
+    if name == folder:
+        model.save_pretrained(again)
+"""
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    expected = logits_of(saved).double().sum().item()
+    assert done.stdout.split() == ["engrammar.model.modeling", str(expected)] * 2
+    assert [path.name for path in (tmp_path / "again").glob("*.py")] == ["modeling_engrammar.py"]
+    assert (tmp_path / "again" / "config.json").read_bytes() == (saved / "config.json").read_bytes()

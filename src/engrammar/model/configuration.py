@@ -20,6 +20,15 @@ from engrammar.vocabulary import fingerprint
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# Beside a checkpoint, for programs that have not imported us: trust_remote_code=True runs this one line.
+CODE = "modeling_engrammar"
+CODE_LINE = "from engrammar import EngrammarConfig, EngrammarForCausalLM, EngrammarModel  # noqa: F401\n"
+CODE_CLASSES = {
+    "AutoConfig": "EngrammarConfig",
+    "AutoModel": "EngrammarModel",
+    "AutoModelForCausalLM": "EngrammarForCausalLM",
+}
+
 
 @strict
 class EngrammarConfig(DeepseekV3Config):
@@ -67,6 +76,18 @@ class EngrammarConfig(DeepseekV3Config):
         if self.memory is not None:
             self._resolve_memory()
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Does nothing: transformers would copy files of this package into each checkpoint that is saved again."""
+
+    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """transformers' `save_pretrained`; the folder also names our classes to programs that did not import us."""
+        if type(self) is EngrammarConfig:
+            self.auto_map = {auto: f"{CODE}.{name}" for auto, name in CODE_CLASSES.items()}
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            (Path(save_directory) / f"{CODE}.py").write_text(CODE_LINE)
+        super().save_pretrained(save_directory, push_to_hub, **kwargs)
 
     def _resolve_memory(self) -> None:
         memory = self.memory_config

@@ -64,6 +64,10 @@ class EngrammarPreTrainedModel(SavedModel):
         return model
 
     @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Does nothing: see `EngrammarConfig.register_for_auto_class`."""
+
+    @classmethod
     def is_custom_code(cls) -> bool:
         """Must be False: for custom code, transformers skips `_init_weights` on modules without missing weights.
 
