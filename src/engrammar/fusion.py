@@ -5,7 +5,7 @@ S = window + T positions.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -95,19 +95,6 @@ class Fusion(nn.Module):
                 same_BT = document_BS[:, seen] == document_BS[:, window:]
                 mixed = mixed + normed_BCS[..., seen] * same_BT[:, None] * self.conv_weight[:, 0, tap, None]
         return F.silu(mixed).transpose(1, 2).unflatten(-1, (self.num_branches, self.hidden_size))
-
-    def convolve_seen(self, seen: Iterable[Tensor]) -> Tensor:
-        """As `convolve`, for tokens of many sequences, whose earlier inputs do not stand beside each other.
-
-        Args:
-            seen: for each tap, from the earliest, the input [T, M*D] that it reads; zeros where there is none.
-
-        Returns:
-            [1, T, M, D].
-        """
-        taps = zip(seen, self.conv_weight[:, 0].unbind(-1), strict=True)
-        mixed_TC = sum((seen_TC * weight_C for seen_TC, weight_C in taps), torch.zeros(()))
-        return F.silu(mixed_TC).unflatten(-1, (self.num_branches, self.hidden_size))[None]
 
     def forward(
         self,

@@ -81,14 +81,14 @@ def test_other_ways_of_batching(settings):
 
 @pytest.mark.parametrize("dropped", ["history", "window"])
 def test_without_the_state_the_test_fails(dropped, monkeypatch):
-    model, seen = attached_model("llama"), PagedState._seen
+    model, seen = attached_model("llama"), PagedState.seen
 
     def without_past(state, values_P, places_T, missing):
         found = seen(state, values_P, places_T, missing)
         is_dropped = found.is_floating_point() == (dropped == "window")
         return torch.full_like(found, missing) if is_dropped else found
 
-    monkeypatch.setattr(PagedState, "_seen", without_past)
+    monkeypatch.setattr(PagedState, "seen", without_past)
     with pytest.raises(AssertionError, match="not close"):
         check(model, generate(model))
 

@@ -100,12 +100,13 @@ class AttachedMemory(nn.Module):
 
         streams_BTMD = in_branches(hidden, self.place.hidden_size).to(weight)
         given = streams_BTMD, local(embedding_BTE), local(dead_BT)
+        extend: Any
         if isinstance(state, PagedPass):
-            added_BTMD = state.fuse(layer, fusion, *given)
+            extend = partial(state.taps, self.config, layer)
         else:
             track = None if state is None else state.windows.get(layer)
             extend = None if track is None else partial(track.extend, keep_all=keep_all)
-            added_BTMD = fusion(*given, local(retrieved.starts_BT), extend)
+        added_BTMD = fusion(*given, local(retrieved.starts_BT), extend)
         scale = self.place.scales[self.config.layers.index(layer)]
         return hidden + (scale * added_BTMD).view_as(hidden).to(hidden)
 

@@ -3,10 +3,10 @@
 A memory's state is kept by slot of the paged cache, so prefixes that requests share and requests that begin anew need
 nothing. A slot also holds a stamp, some numbers of the key that the base cached there. If the base has moved a slot
 without the state (requests swapped to RAM), or filled one with the memory off, stamps differ, and the pass is refused.
-Letters: T flat tokens of a pass, P slots of the cache, S positions of history (N-1), C channels, F numbers of a stamp.
+Letters: T flat tokens of a pass, P slots of the cache, C channels, F numbers of a stamp.
 """
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, final
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from engrammar.config import MemoryConfig
-from engrammar.fusion import Fusion
 
 STATES = "engrammar_states"  # the attribute of a paged cache that holds the states
 STAMP = 4  # numbers of a key
@@ -88,18 +87,35 @@ def read_flat(given: Mapping[str, Any]) -> FlatTokens:
     )
 
 
+def flat_in(given: Mapping[str, Any]) -> FlatTokens | None:
+    """The tokens of a pass under continuous batching, from the arguments of a decoder's `forward`; None if it is none.
+
+    Our own models are called without the paged cache: what stands in for it has read the tokens.
+    """
+    tokens = getattr(given.get("past_key_values"), "flat_tokens", None)
+    if tokens is None and hasattr(given.get("cache"), "cache_allocators"):
+        tokens = read_flat(given)
+    return tokens
+
+
 @final
 class PagedState:
-    """What one memory keeps of the sequences in a paged cache, by slot."""
+    """What one memory, or a stack of patches, keeps of the sequences in a paged cache, by slot.
 
-    def __init__(self, config: MemoryConfig, cache: Any) -> None:
-        self.config = config
+    Attributes:
+        identity: whose it is.
+        num_back: ids that are looked back to.
+        longest: positions back at which anything is read.
+    """
+
+    def __init__(self, identity: Hashable, num_back: int, longest: int, cache: Any) -> None:
+        self.identity, self.num_back, self.longest = identity, num_back, longest
         self.allocator = cache.cache_allocators[GROUP]
         blocks, device = cache.cache_tensor.numel() // self.allocator.bytes_per_block, cache.cache_tensor.device
         self.num_slots = blocks * self.allocator.tokens_per_page
         self.ids_P = torch.full((self.num_slots,), -1, device=device)
         self.stamps_PF = torch.full((self.num_slots, STAMP), float("nan"), device=device)
-        self.windows: dict[int, Tensor] = {}  # for each layer [P, C]; C is known to its fusion only
+        self.windows: dict[Hashable, Tensor] = {}  # by layer [P, C], or by another name; made when first written
         self.keys = self.allocator._kv_token_views[self.allocator.layer_indices[-1]][0]
         self.allocator.copy_blocks = partial(self._copy_blocks, self.allocator.copy_blocks)
 
@@ -115,7 +131,15 @@ class PagedState:
         stride, page = self.allocator.block_physical_stride, self.allocator.tokens_per_page
         return torch.div(places, stride, rounding_mode="floor") * page + places % stride
 
-    def _seen(self, values_P: Tensor, places_T: Tensor, missing: int) -> Tensor:
+    def write(self, name: Hashable, tokens: FlatTokens, new_T: Tensor) -> Tensor:
+        """Keeps a number, or a vector, of each token of a pass; returns what is kept, by slot."""
+        if name not in self.windows:
+            self.windows[name] = new_T.new_zeros(self.num_slots, *new_T.shape[1:])
+        self.windows[name][self._slots(tokens.places(0)[tokens.live_T])] = new_T[tokens.live_T]
+        return self.windows[name]
+
+    def seen(self, values_P: Tensor, places_T: Tensor, missing: int) -> Tensor:
+        """What is kept at places of the cache, `missing` where there is no place."""
         seen_T = values_P[self._slots(places_T.clamp_min(0))]
         return seen_T.where((places_T >= 0).view(-1, *[1] * (values_P.ndim - 1)), missing)
 
@@ -138,11 +162,10 @@ class PagedState:
         Raises:
             ValueError: the cache holds tokens that this memory has not seen there.
         """
-        num_back = self.config.max_ngram_size - 1
-        for back in range(1, max(num_back, self.config.conv_window) + 1):
+        for back in range(1, self.longest + 1):
             self._check(tokens, back)
         self.ids_P[self._slots(tokens.places(0)[tokens.live_T])] = tokens.input_ids[0, tokens.live_T]
-        history = [self._seen(self.ids_P, tokens.places(back), -1) for back in range(num_back, 0, -1)]
+        history = [self.seen(self.ids_P, tokens.places(back), -1) for back in range(self.num_back, 0, -1)]
         return torch.stack(history, dim=-1)[None]
 
     def end(self, tokens: FlatTokens) -> None:
@@ -158,26 +181,25 @@ class PagedPass:
     state: PagedState
     tokens: FlatTokens
 
-    def fuse(
-        self, layer: int, fusion: Fusion, hidden_BTMD: Tensor, embedding_BTE: Tensor, dead_BT: Tensor | None
-    ) -> Tensor:
-        """`Fusion.forward` for these tokens; B is 1."""
-        value_BTMD = fusion.gated_value(hidden_BTMD, embedding_BTE, dead_BT)
-        config, tokens, state = fusion.config, self.tokens, self.state
-        if not config.conv_kernel:
-            return value_BTMD
-        normed_TC = fusion.normed_value(value_BTMD)[0].T
-        if layer not in state.windows:
-            state.windows[layer] = normed_TC.new_zeros(state.num_slots, normed_TC.shape[1])
-        window_PC = state.windows[layer]
-        window_PC[state._slots(tokens.places(0)[tokens.live_T])] = normed_TC[tokens.live_T]
+    def taps(self, config: MemoryConfig, layer: int, normed_BCT: Tensor) -> Tensor:
+        """`Fusion.forward`'s `extend` for these tokens: what each tap of the convolution reads, [1, C, T, kernel]."""
+        window_PC = self.state.write(layer, self.tokens, normed_BCT[0].T)
         backs = range(config.conv_window, -1, -config.max_ngram_size)
-        return value_BTMD + fusion.convolve_seen(state._seen(window_PC, tokens.places(back), 0) for back in backs)
+        read = [self.state.seen(window_PC, self.tokens.places(back), 0) for back in backs]
+        return torch.stack(read, dim=-1).transpose(0, 1)[None]
 
 
 def begin_paged(name: str, config: MemoryConfig, tokens: FlatTokens) -> tuple[PagedPass, Tensor]:
     """A memory's part in a pass, and the history [1, T, N-1] of its tokens; the cache carries the state."""
+    num_back = config.max_ngram_size - 1
+    state = paged_state(name, config, num_back, max(num_back, config.conv_window), tokens)
+    return PagedPass(state=state, tokens=tokens), state.begin(tokens)
+
+
+def paged_state(name: str, identity: Hashable, num_back: int, longest: int, tokens: FlatTokens) -> PagedState:
+    """The state called `name` in the cache of a pass; a new one if it is not of `identity`."""
     states = vars(tokens.cache).setdefault(STATES, {})
-    if name not in states or states[name].config != config:
-        states[name] = PagedState(config, tokens.cache)
-    return PagedPass(state=states[name], tokens=tokens), states[name].begin(tokens)
+    if name not in states or states[name].identity != identity:
+        states[name] = PagedState(identity, num_back, longest, tokens.cache)
+    found: PagedState = states[name]
+    return found

@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache
 from engrammar.attach.attached import AttachedMemory, first_tokens
 from engrammar.attach.blocks import Decoder, first_parameters, hidden_of
 from engrammar.attach.inputs import CACHES, Inputs, read_inputs
-from engrammar.attach.paged import FlatTokens, PagedPass, begin_paged, read_flat
+from engrammar.attach.paged import FlatTokens, PagedPass, begin_paged, flat_in
 from engrammar.attach.skipping import begin_skipping, end_skipping
 from engrammar.attach.state import MemoryState, keeps_all, positions_in, state_in
 from engrammar.memory import Retrieved
@@ -101,8 +101,8 @@ class Attachment(nn.ModuleDict):
         memories = {name: memory for name, memory in self.memories().items() if name not in self.off}
         begun = Pass(attachment=self)
         given = dict(zip(self.arguments, args)) | kwargs
-        if memories and hasattr(given.get("cache"), "cache_allocators"):  # continuous batching
-            tokens = read_flat(given)
+        tokens = flat_in(given) if memories else None
+        if tokens is not None:  # continuous batching
             begun = Pass(attachment=self, reads={n: _read_flat(n, memory, tokens) for n, memory in memories.items()})
         elif memories:
             inputs = read_inputs(decoder, given)
