@@ -73,6 +73,7 @@ ROOMS = {
         "lookup",
         "uses",
         "gating",
+        "sequences",
         "passes",
         "applying",
         "facts",
@@ -99,7 +100,8 @@ ROOMS = {
         "export",
         "serving",
     ),
-    "engrammar.serve.vllm": ("settings", "state", "heads", "reading", "backbone", "self_test", "model"),
+    "engrammar.serve.openai": ("asked", "text", "sampling", "loading", "engine", "metrics", "server"),
+    "engrammar.serve.vllm": ("settings", "patches", "state", "heads", "reading", "backbone", "self_test", "model"),
     "engrammar.attach": (
         "blocks",
         "state",

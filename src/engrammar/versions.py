@@ -9,7 +9,7 @@ import transformers
 from torch import Tensor
 from transformers import cache_utils, modeling_utils
 
-OLDEST_TO_TRAIN = (5, 23)
+NEWEST = (5, 23)  # what everything is tested with
 
 
 class _DummyLayer:
@@ -52,8 +52,17 @@ slice_logits_to_keep: Any = getattr(modeling_utils, "slice_logits_to_keep", _sli
 
 def check_can_train(installed: str = transformers.__version__) -> None:
     """Raises a ValueError if our Trainer was not tested with it: it overrides private methods of transformers' own."""
-    if tuple(map(int, installed.split(".")[:2])) < OLDEST_TO_TRAIN:
+    _require_newest("Training", "train", installed)
+
+
+def check_can_serve(installed: str = transformers.__version__) -> None:
+    """Raises a ValueError if our server was not tested with it: continuous batching changes from version to version."""
+    _require_newest("Serving", "serve", installed)
+
+
+def _require_newest(what: str, do: str, installed: str) -> None:
+    if tuple(map(int, installed.split(".")[:2])) < NEWEST:
         raise ValueError(
-            f"Training was tested with transformers {'.'.join(map(str, OLDEST_TO_TRAIN))}, and {installed} is "
-            "installed: train in an environment with the newer one."
+            f"{what} was tested with transformers {'.'.join(map(str, NEWEST))}, and {installed} is installed: {do} in "
+            "an environment with the newer one."
         )

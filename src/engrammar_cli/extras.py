@@ -6,11 +6,12 @@ from typing import Literal
 MODULES = {
     "lab": ("matplotlib", "scipy", "fpdf", "PIL"),
     "eval": ("lm_eval",),
+    "serve": ("starlette", "uvicorn"),
     "explore": ("starlette", "uvicorn", "anyio"),
 }
 
 
-def require(extra: Literal["lab", "eval", "explore"]) -> None:
+def require(extra: Literal["lab", "eval", "explore", "serve"]) -> None:
     """Checks that an extra is installed, so that a command does not fail for want of it after minutes of work.
 
     Raises:

@@ -20,6 +20,7 @@ from engrammar_cli import edit, lab, plan, table
 from engrammar_cli.evaluate import evaluate
 from engrammar_cli.explore import explore
 from engrammar_cli.extras import require
+from engrammar_cli.serve import serve
 from engrammar_cli.training import attach, train
 
 
@@ -250,6 +251,7 @@ COMMANDS: dict[str, Callable[..., None] | dict[str, Callable[..., None]]] = {
     "train": train,
     "attach": attach,
     "generate": generate,
+    "serve": serve,
     "data": data,
     "info": info,
     "verify": verify,

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from transformers import ContinuousBatchingConfig, GenerationConfig
 
+import batches
 from attached_models import attached_model, random_ids, randomize, tokenizer
+from batches import check
 from engrammar.attach import attach, disabled
 from engrammar.attach.attaching import attachment_of
 from engrammar.attach.paged import PagedState
@@ -21,40 +22,20 @@ def prompts() -> list[list[int]]:
     return [*found, [*found[1][:17], 3, 4, 5]]
 
 
-def generate(model, new_tokens: int = 8, **settings):
-    chosen = {"num_blocks": 48, "max_batch_tokens": 16, "page_size": 4, "return_logprobs": True, **settings}
-    sampling = {key: chosen.pop(key) for key in ("do_sample", "num_return_sequences") if key in chosen}
-    generation = GenerationConfig(
-        max_new_tokens=new_tokens, eos_token_id=-1, pad_token_id=0, **{"do_sample": False, **sampling}
-    )
-    return model.generate_batch(
-        prompts(),
-        generation_config=generation,
-        continuous_batching_config=ContinuousBatchingConfig(**chosen),
-        progress_bar=False,
-    ).values()
-
-
-def check(model, outputs) -> None:
-    for out in outputs:
-        assert out.error is None
-        ids = torch.tensor([[*out.prompt_ids, *out.generated_tokens]])
-        with torch.no_grad():
-            logits = model(ids, use_cache=False).logits[0, len(out.prompt_ids) - 1 : -1]
-        expected = logits.log_softmax(-1).gather(1, ids[0, len(out.prompt_ids) :, None])[:, 0]
-        torch.testing.assert_close(torch.tensor(out.logprobs), expected, rtol=0, atol=1e-5)
+def batches_of(model, **settings):
+    return batches.generate(model, prompts(), **settings)
 
 
 @pytest.fixture(autouse=True)
 def quiet(caplog):
-    caplog.set_level("CRITICAL", logger="ContinuousBatchingLogger")
+    caplog.set_level("CRITICAL", logger=batches.LOGGER)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_requests_of_all_lengths_in_one_batch(family):
     """Sixteen tokens a pass: prompts are cut into chunks, which stand beside requests that are decoding."""
     model = attached_model(family)
-    outputs = generate(model)
+    outputs = batches_of(model)
     assert [len(out.generated_tokens) for out in outputs] == [8] * (len(LENGTHS) + 1)
     check(model, outputs)
 
@@ -74,7 +55,7 @@ def test_other_ways_of_batching(settings):
     model = attached_model("llama", {"max_ngram_size": 4, "rows_per_head": (97, 101, 103)})
     attach(model, attachment_of(model)["default"].config, tokenizer(), "second")
     randomize(model)
-    outputs = generate(model, **settings)
+    outputs = batches_of(model, **settings)
     assert len(outputs) == (len(LENGTHS) + 1) * settings.get("num_return_sequences", 1)
     check(model, outputs)
 
@@ -90,7 +71,7 @@ def test_without_the_state_the_test_fails(dropped, monkeypatch):
 
     monkeypatch.setattr(PagedState, "seen", without_past)
     with pytest.raises(AssertionError, match="not close"):
-        check(model, generate(model))
+        check(model, batches_of(model))
 
 
 def test_slots_that_were_filled_without_the_memory_are_refused():
@@ -102,7 +83,7 @@ def test_slots_that_were_filled_without_the_memory_are_refused():
         attachment_of(model).off = frozenset({"default"} if len(calls) % 2 else ())
 
     with model.register_forward_pre_hook(every_other):
-        outputs = generate(model)
+        outputs = batches_of(model)
     attachment_of(model).off = frozenset()
     refused = [out.error for out in outputs if out.error]
     assert refused and all("has not seen there" in error for error in refused)
@@ -111,12 +92,12 @@ def test_slots_that_were_filled_without_the_memory_are_refused():
 def test_requests_that_fork_without_the_state_are_refused(monkeypatch):
     """The control of forking: blocks that are copied in the base's cache alone."""
     monkeypatch.setattr(PagedState, "_copy_blocks", lambda _, copy, source, copied: copy(source, copied))
-    refused = [out.error for out in generate(attached_model("llama"), **FORKS) if out.error]
+    refused = [out.error for out in batches_of(attached_model("llama"), **FORKS) if out.error]
     assert refused and all("has not seen there" in error for error in refused)
 
 
 def test_a_model_of_sliding_windows_only_is_refused():
     model = attached_model("mixtral", sliding_window=6)
-    assert all("without full attention" in out.error for out in generate(model))
+    assert all("without full attention" in out.error for out in batches_of(model))
     with disabled(model):
-        assert all(out.error is None for out in generate(model))
+        assert all(out.error is None for out in batches_of(model))

@@ -3,7 +3,6 @@
 import copy
 import threading
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -386,13 +385,6 @@ def test_peft_may_wrap_a_patched_model_and_the_other_way_round():
         assert not torch.equal(bits(wrapped, ids), base)
         undo_patch(model if one is wrapped else wrapped)
         assert torch.equal(bits(wrapped, ids), base)
-
-
-def test_continuous_batching_is_refused():
-    model = model_of_kind("llama")
-    apply_patch(model, rich_patch(model), tokenizer())
-    with pytest.raises(ValueError, match="Patches do not work under continuous batching yet"):
-        model(input_ids=spoken_ids(1, 9), cache=SimpleNamespace(cache_allocators={}))
 
 
 def test_two_facts_of_one_subject_are_no_conflict_if_their_probes_have_other_names():

@@ -28,8 +28,10 @@ from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 
 from engrammar import EngrammarForCausalLM
+from engrammar.edit import apply_patch
 from engrammar.serve.vllm import reading, settings, state
 from models import END, VOCABULARY, tiny_memory, tiny_model
+from row_patches import write_patches
 
 pytestmark = pytest.mark.vllm
 NEW = 16
@@ -71,9 +73,12 @@ def prompts() -> list[list[int]]:
     return short + long + [prefix + ids(1 + 3 * number) for number in range(20)]
 
 
-@torch.no_grad()
 def generated(folder: Path, asked: list[list[int]]) -> list[Answer]:
-    model = EngrammarForCausalLM.from_pretrained(folder)
+    return answers_of(EngrammarForCausalLM.from_pretrained(folder), asked)
+
+
+@torch.no_grad()
+def answers_of(model: EngrammarForCausalLM, asked: list[list[int]]) -> list[Answer]:
     model.generation_config.eos_token_id = None
     answers = []
     for prompt in asked:
@@ -231,6 +236,19 @@ def test_tables_are_neither_allocated_nor_read_as_weights(folder, monkeypatch):
     assert read == ["backbone.safetensors"]
 
 
+def test_patched_rows_are_read_and_other_patches_refused(folder, expected, tmp_path):
+    """From the start on, with prefix hits: answers are those of the patched model in transformers, twice."""
+    model, (rows, entries) = EngrammarForCausalLM.from_pretrained(folder, memory="ram"), write_patches(folder, tmp_path)
+    apply_patch(model, rows)
+    patched = answers_of(model, prompts())
+    assert num_equal(patched, expected) < len(expected)
+    with engine(folder, {"patches": [str(rows)]}) as llm:
+        for _ in range(2):
+            check_equal(served(llm, prompts()), patched)
+    with pytest.raises(ValueError, match="adds to hidden states"), engine(folder, {"patches": [str(entries)]}):
+        pass
+
+
 def test_vllms_own_transformers_backend_is_refused(folder, monkeypatch):
     """vLLM itself refuses a class that transformers does not name; one that is named there gets as far as ours."""
     monkeypatch.setattr("transformers.EngrammarForCausalLM", EngrammarForCausalLM, raising=False)
@@ -289,6 +307,7 @@ def test_what_would_be_wrong_or_was_never_compared_is_refused(changed, said):
         ({"memory": "remote"}, "memory='remote' and `name` go together"),
         ({"name": "nano"}, "memory='remote' and `name` go together"),
         ({"on_missing": "skip"}, "needs a deadline"),
+        ({"patches": "rows.safetensors"}, "patches is 'rows.safetensors'; allowed: a list of files"),
     ],
 )
 def test_settings_that_are_not_allowed_are_refused(given, said):

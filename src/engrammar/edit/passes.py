@@ -11,17 +11,14 @@ from typing import Any, final
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers.cache_utils import Cache
 
 from engrammar.attach.blocks import Decoder, first_parameters, hidden_of, in_branches
-from engrammar.attach.inputs import Inputs, read_inputs
-from engrammar.attach.passes import cache_in, continue_state
+from engrammar.attach.inputs import read_inputs
+from engrammar.attach.paged import flat_in
 from engrammar.attach.skipping import is_skipped
-from engrammar.attach.state import MemoryState, keeps_all, positions_in, state_in
-from engrammar.edit.exact import NOTHING, Ints
+from engrammar.edit.exact import Ints
 from engrammar.edit.gating import CODES, NO_WRITE, decide, margins
 from engrammar.edit.lookup import (
     NO_CANDIDATES,
@@ -31,18 +28,12 @@ from engrammar.edit.lookup import (
     candidates,
     direct_writes,
     find_keys,
-    text_of,
 )
 from engrammar.edit.rows import ReadRows
+from engrammar.edit.sequences import Requests, Rows
 from engrammar.edit.stack import Stack
-from engrammar.memory import masked_ids
 from engrammar.stores.base import RowStore
 
-STATE = "applied patches"  # the name of the state in a cache; no attached memory can have it
-FOUND, WRITTEN = (
-    "found",
-    "written",
-)  # what the state keeps besides ids: the key that ends at a token, and what is written
 _passes: ContextVar[tuple["EditPass", ...]] = ContextVar("engrammar_edit_passes", default=())
 
 
@@ -50,40 +41,17 @@ _passes: ContextVar[tuple["EditPass", ...]] = ContextVar("engrammar_edit_passes"
 class EditPass:
     """One pass of a decoder: which keys it holds, and what is to be added where."""
 
-    def __init__(self, hooks: "EditHooks", stack: Stack, inputs: Inputs) -> None:
-        self.hooks, self.stack, self.cache = hooks, stack, inputs.cache
-        self.keep_all = keeps_all(inputs.cache)
-        self.state = continue_state(inputs, begin_state(stack)) if inputs.caches else None
-        continued = self.state is not None and self.state.seen > 0
-        ids_BT, _, starts_BT = masked_ids(inputs.input_ids, inputs.mask_BT, inputs.position_ids, continued=continued)
-        history_BS = ids_BT.new_full((len(ids_BT), stack.num_back), -1)
-        if self.state is not None:
-            history_BS = self.state.history(ids_BT, self.keep_all)
-        self.text = text_of(_numpy(ids_BT), _numpy(history_BS), None if starts_BT is None else _numpy(starts_BT))
-        found_BP = self._found(find_keys(stack.table, hooks.classes_V, self.text))
+    def __init__(self, hooks: "EditHooks", stack: Stack, sequences: Rows | Requests) -> None:
+        self.hooks, self.stack, self.sequences = hooks, stack, sequences
+        text = self.text = sequences.text
+        found_BP = sequences.found(find_keys(stack.table, hooks.classes_V, text))
         self.writes, self.candidates = NO_WRITES, NO_CANDIDATES
         if (found_BP >= 0).any():
-            self.writes = direct_writes(stack, self.text, found_BP)
-            self.candidates = candidates(stack, self.text, found_BP)
+            self.writes = direct_writes(stack, text, found_BP)
+            self.candidates = candidates(stack, text, found_BP)
         self.margin_C = np.full(len(self.candidates.entry), -np.inf, np.float32)
-        self.codes_BH = self._codes()
+        self.codes_BH = sequences.codes()
         self.rows = ReadRows(stack.rows, self._wanted_rows())
-
-    def _found(self, found_BT: Ints) -> Ints:
-        """The keys that end at all positions of the text: those of the history are in the state."""
-        known = torch.from_numpy(found_BT)
-        if self.state is not None:
-            known = self.state.windows[FOUND].extend(known, self.keep_all)
-        found_BP = np.full(self.text.ids_BP.shape, NOTHING)
-        found_BP[:, -known.shape[1] :] = known.numpy()
-        return found_BP
-
-    def _codes(self) -> Ints:
-        """What was written at positions before the pass."""
-        latest = (
-            None if self.state is None or WRITTEN not in self.state.windows else self.state.windows[WRITTEN].latest()
-        )
-        return np.empty((len(self.text.ids_BP), 0), np.int64) if latest is None else latest.numpy()
 
     def _wanted_rows(self) -> Ints:
         """The value rows of everything that may be added in this pass."""
@@ -98,13 +66,12 @@ class EditPass:
 
     def at(self, block: int, hidden: Tensor) -> Tensor:
         """The input of a block, or of the final norm, with what is to be added; the tensor itself if nothing is."""
-        if hidden.shape[:2] != self.text.first_BT.shape:
-            raise RuntimeError(
-                f"Block {block} reads {list(hidden.shape)} in a pass of {list(self.text.first_BT.shape)}."
-            )
+        if hidden.shape[:2] != self.sequences.shape:
+            raise RuntimeError(f"Block {block} reads {list(hidden.shape)} in a pass of {list(self.sequences.shape)}.")
         streams_BTMD = in_branches(hidden, self.hooks.decoder.hidden_size)
         if len(self.candidates.entry):
-            read_C = margins(self.stack, self.candidates, block, streams_BTMD, self.rows).numpy()
+            each_BTMD = self.sequences.streams(streams_BTMD)
+            read_C = margins(self.stack, self.candidates, block, each_BTMD, self.rows).numpy()
             self.margin_C = np.where(np.isnan(read_C), self.margin_C, read_C)
         if block == self.stack.decided_at:
             self._decide()
@@ -116,8 +83,7 @@ class EditPass:
         if len(written.entry):
             pairs = {name: np.concatenate([getattr(self.writes, name), getattr(written, name)]) for name in WRITES}
             self.writes = Writes(**pairs)
-        if self.state is not None:
-            self.state.windows[WRITTEN].extend(torch.from_numpy(codes_BT), self.keep_all)
+        self.sequences.keep_codes(codes_BT)
 
     def _add(self, block: int, hidden: Tensor, streams_BTMD: Tensor) -> Tensor:
         writes, columns = self.writes, self.stack.columns
@@ -127,7 +93,8 @@ class EditPass:
         if not len(here):
             return hidden
         entry = writes.entry[here]
-        row, token = (torch.from_numpy(places[here]).to(hidden.device) for places in (writes.row, writes.token))
+        places = self.sequences.places(writes.row[here], writes.token[here])
+        row, token = (torch.from_numpy(place).to(hidden.device) for place in places)
         values_CD = self.rows.values(
             self.stack.steps[columns["first_step"][entry] + writes.step[here], 0], hidden.device
         )
@@ -140,16 +107,6 @@ class EditPass:
 
 
 STEPS, WRITES = ("first_step", "num_steps"), ("row", "token", "entry", "step")
-
-
-def begin_state(stack: Stack) -> MemoryState:
-    """What a stack keeps of a new sequence."""
-    windows = {FOUND: stack.window} | ({} if stack.decided_at is None else {WRITTEN: stack.window})
-    return MemoryState(STATE, stack.identity, stack.num_back, windows)
-
-
-def _numpy(x: Tensor) -> NDArray[Any]:
-    return x.detach().cpu().numpy()
 
 
 @final
@@ -219,9 +176,9 @@ class EditHooks:
         if not self.is_on or stack is None:
             return
         given: Mapping[str, Any] = dict(zip(self.arguments, args)) | kwargs
-        if hasattr(given.get("cache"), "cache_allocators"):
-            raise ValueError("Patches do not work under continuous batching yet: undo them, or use generate.")
-        begun = EditPass(self, stack, read_inputs(decoder, given))
+        tokens = flat_in(given)
+        sequences = Rows(stack, read_inputs(decoder, given)) if tokens is None else Requests(stack, tokens)
+        begun = EditPass(self, stack, sequences)
         with self.lock:
             self.under_way += 1
             self.threads.add(threading.get_ident())
@@ -265,9 +222,4 @@ class EditHooks:
         with self.lock:
             self.under_way -= 1
             self._tidy()
-        state = ended.state
-        cache: Cache | None = ended.cache if ended.cache is not None else cache_in(output)
-        if output is None or state is None or cache is None or state_in(cache, STATE) is not None:
-            return
-        if positions_in(cache) in (None, state.seen):
-            cache.layers.append(state)
+        ended.sequences.end(output)

@@ -1,1 +1,1 @@
-"""Engines that serve models with memory: `serve.vllm` is a plug-in of vLLM. The core imports none of this."""
+"""Engines that serve models with memory: our own server, and a plug-in of vLLM. The core imports none of this."""

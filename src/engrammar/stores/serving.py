@@ -142,6 +142,16 @@ class StoredTables(RowSource):
             done = "their gates closed" if self.on_missing == "skip" else "zeros in their place"
             logger.warning("%d of %d rows were missing so far, %s: %s", now, self.counts.rows, done, error)
 
+    def caches(self) -> dict[str, CachedStore]:
+        """The cache of each table that has one, under whatever stands in front of it."""
+        found = {}
+        for name, store in self.stores.items():
+            below = getattr(store, "store", store)  # of a patch's overlay
+            for one in (store, below):
+                if isinstance(one, CachedStore):
+                    found[name] = one
+        return found
+
     def check_save(self, directory: Path) -> None:
         """As `RowSource.check_save`: the files that the rows are read from cannot be overwritten."""
         if directory.resolve() == self.folder.path.resolve():

@@ -11,6 +11,7 @@ from vllm.model_executor.models.transformers import TransformersMoEForCausalLM
 from engrammar.model.saving import local_folder
 from engrammar.serve.vllm.backbone import state_name
 from engrammar.serve.vllm.heads import pad_heads, wide_heads, width_of
+from engrammar.serve.vllm.patches import replace_patched_rows
 from engrammar.serve.vllm.reading import Retriever
 from engrammar.serve.vllm.self_test import SelfTest
 from engrammar.serve.vllm.settings import check_engine, check_no_settings, memory_settings
@@ -55,4 +56,5 @@ class ServedForCausalLM(TransformersMoEForCausalLM):
         loaded = super().load_weights(weights)
         if self.model.memory is not None:
             self.source = serve_tables(self.model, self.folder, self.settings.serving)
+            replace_patched_rows(self.model.memory, self.settings.patches)
         return loaded

@@ -12,7 +12,7 @@ from engrammar.train.sample import pool_store
 KEY = "engrammar"  # our part of vLLM's additional config
 SERVING = {field.name for field in fields(ServingSettings)} - {"where"}
 POOL = {"name", "address"}
-ALLOWED = sorted({"memory", "self_test"} | SERVING | POOL)
+ALLOWED = sorted({"memory", "self_test", "patches"} | SERVING | POOL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,10 +22,12 @@ class MemorySettings:
     Attributes:
         serving: the stores and caches to open.
         self_test: whether a few tokens are compared with transformers' model before anything is served.
+        patches: files of patches.
     """
 
     serving: ServingSettings
     self_test: bool
+    patches: tuple[Path, ...] = ()
 
 
 def memory_settings(vllm_config: VllmConfig) -> MemorySettings:
@@ -44,18 +46,22 @@ def memory_settings(vllm_config: VllmConfig) -> MemorySettings:
     self_test, where = given.pop("self_test", True), given.pop("memory", "ram")
     if not isinstance(self_test, bool):
         raise ValueError(f"self_test is {self_test!r}; allowed: true or false.")
+    patches = given.pop("patches", [])
+    if not isinstance(patches, list) or not all(isinstance(path, str) for path in patches):
+        raise ValueError(f"patches is {patches!r}; allowed: a list of files.")
     pool = {key: given.pop(key) for key in sorted(POOL & given.keys())}
     if (where == "remote") != ("name" in pool) or ("address" in pool and "name" not in pool):
         raise ValueError("memory='remote' and `name` go together: name the tables as `engrammar table upload` did.")
     if where == "remote":
         where = pool_store(Path(vllm_config.model_config.model), pool["name"], pool.get("address", "127.0.0.1:50051"))
-    return MemorySettings(serving=ServingSettings(where=where, **given), self_test=self_test)
+    files = tuple(map(Path, patches))
+    return MemorySettings(serving=ServingSettings(where=where, **given), self_test=self_test, patches=files)
 
 
 def check_no_settings(vllm_config: VllmConfig) -> None:
     """Raises a ValueError if a model without memory is told where its rows are."""
     if (vllm_config.additional_config or {}).get(KEY):
-        raise ValueError(f"additional_config[{KEY!r}] says where rows are, but this model has no memory: leave it out.")
+        raise ValueError(f"additional_config[{KEY!r}] is about a memory, and this model has none: leave it out.")
 
 
 def check_engine(vllm_config: VllmConfig) -> None:

@@ -1,0 +1,160 @@
+"""The sequences of a pass, and what patches keep of them: rows with transformers' cache, or flat tokens of requests.
+
+Letters: B batch, T tokens, M residual branches, D hidden width, S positions of history, P = S + T positions, F flat
+tokens of many requests.
+"""
+
+from typing import Any, final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from engrammar.attach.inputs import Inputs
+from engrammar.attach.paged import FlatTokens, paged_state
+from engrammar.attach.passes import cache_in, continue_state
+from engrammar.attach.state import MemoryState, keeps_all, positions_in, state_in
+from engrammar.edit.exact import NOTHING, Ints
+from engrammar.edit.gating import NO_WRITE
+from engrammar.edit.lookup import text_of
+from engrammar.edit.stack import Stack
+from engrammar.memory import masked_ids
+
+STATE = "applied patches"  # the name of the state in a cache; no attached memory can have it
+FOUND, WRITTEN = "found", "written"  # what is kept besides ids: the key that ends at a token, and what is written
+
+
+@final
+class Rows:
+    """Rows of a batch, whose state is in the cache that was given.
+
+    Attributes:
+        text: their ids and what stands before them.
+        shape: what the hidden states of the pass begin with.
+    """
+
+    def __init__(self, stack: Stack, inputs: Inputs) -> None:
+        self.stack, self.cache, self.keep_all = stack, inputs.cache, keeps_all(inputs.cache)
+        self.state = continue_state(inputs, begin_state(stack)) if inputs.caches else None
+        continued = self.state is not None and self.state.seen > 0
+        ids_BT, _, starts_BT = masked_ids(inputs.input_ids, inputs.mask_BT, inputs.position_ids, continued=continued)
+        history_BS = ids_BT.new_full((len(ids_BT), stack.num_back), -1)
+        if self.state is not None:
+            history_BS = self.state.history(ids_BT, self.keep_all)
+        self.text = text_of(_numpy(ids_BT), _numpy(history_BS), None if starts_BT is None else _numpy(starts_BT))
+        self.shape = tuple(ids_BT.shape)
+
+    def found(self, found_BT: Ints) -> Ints:
+        """Keeps the keys that end in this pass; returns those that end at all positions of the text [B, P]."""
+        known = torch.from_numpy(found_BT)
+        if self.state is not None:
+            known = self.state.windows[FOUND].extend(known, self.keep_all)
+        return _at_the_end(self.text.ids_BP.shape, known.numpy())
+
+    def codes(self) -> Ints:
+        """What was written at positions before the pass, as far as it is known."""
+        latest = None
+        if self.state is not None and WRITTEN in self.state.windows:
+            latest = self.state.windows[WRITTEN].latest()
+        return np.empty((len(self.text.ids_BP), 0), np.int64) if latest is None else latest.numpy()
+
+    def keep_codes(self, codes_BT: Ints) -> None:
+        if self.state is not None:
+            self.state.windows[WRITTEN].extend(torch.from_numpy(codes_BT), self.keep_all)
+
+    def streams(self, streams_BTMD: Tensor) -> Tensor:
+        """The hidden states of the pass, a row for each sequence."""
+        return streams_BTMD
+
+    def places(self, row: Ints, token: Ints) -> tuple[Ints, Ints]:
+        """Where tokens of sequences stand in the hidden states of the pass."""
+        return row, token
+
+    def end(self, output: Any) -> None:
+        """A cache that the pass filled gets the state."""
+        cache: Cache | None = self.cache if self.cache is not None else cache_in(output)
+        if self.state is None or cache is None or state_in(cache, STATE) is not None:
+            return
+        if positions_in(cache) in (None, self.state.seen):
+            cache.layers.append(self.state)
+
+
+@final
+class Requests:
+    """Flat tokens of requests, whose state lies by slot of a paged cache. Short ones are padded on the right here.
+
+    Attributes: as those of `Rows`.
+    """
+
+    def __init__(self, stack: Stack, tokens: FlatTokens) -> None:
+        self.stack, self.tokens = stack, tokens
+        longest = max(stack.num_back, stack.window)
+        self.state = paged_state(STATE, stack.identity, stack.num_back, longest, tokens)
+        history_FS = self.state.begin(tokens)[0]
+        live_F = tokens.live_T
+        request, chunk = tokens.request_T[live_F], tokens.chunk_T[live_F]
+        index_BT = request.new_full((int(request.max()) + 1, int(chunk.max()) + 1), -1)
+        index_BT[request, chunk] = live_F.nonzero()[:, 0]
+        self.index_BT, self.is_real_BT = index_BT, index_BT >= 0
+        ids_BT = tokens.input_ids[0][index_BT.clamp_min(0)].where(self.is_real_BT, -1)
+        self.text = text_of(_numpy(ids_BT), _numpy(history_FS[index_BT[:, 0]]), None)
+        self.shape = tuple(tokens.input_ids.shape)
+
+    def found(self, found_BT: Ints) -> Ints:
+        """As `Rows.found`."""
+        before_BS = self._before(FOUND, NOTHING)
+        self._keep(FOUND, found_BT, NOTHING)
+        return _at_the_end(self.text.ids_BP.shape, np.concatenate([before_BS, found_BT], axis=1))
+
+    def codes(self) -> Ints:
+        """As `Rows.codes`."""
+        return self._before(WRITTEN, NO_WRITE)
+
+    def keep_codes(self, codes_BT: Ints) -> None:
+        self._keep(WRITTEN, codes_BT, NO_WRITE)
+
+    def _before(self, name: str, missing: int) -> Ints:
+        """What was kept of the positions before each request's first token in the pass."""
+        if name not in self.state.windows:
+            return np.empty((len(self.index_BT), 0), np.int64)
+        first_B, kept = self.index_BT[:, 0], self.state.windows[name]
+        backs = range(self.stack.window, 0, -1)
+        seen = [self.state.seen(kept, self.tokens.places(back), missing)[first_B] for back in backs]
+        return _numpy(torch.stack(seen, dim=1))
+
+    def _keep(self, name: str, new_BT: Ints, missing: int) -> None:
+        new_F = self.index_BT.new_full((self.shape[1],), missing)
+        new_F[self.index_BT[self.is_real_BT]] = torch.from_numpy(new_BT).to(new_F.device)[self.is_real_BT]
+        self.state.write(name, self.tokens, new_F)
+
+    def streams(self, streams_BTMD: Tensor) -> Tensor:
+        """As `Rows.streams`."""
+        return streams_BTMD[0][self.index_BT.clamp_min(0)]
+
+    def places(self, row: Ints, token: Ints) -> tuple[Ints, Ints]:
+        """As `Rows.places`."""
+        return np.zeros_like(row), _numpy(self.index_BT)[row, token]
+
+    def end(self, output: Any) -> None:
+        """Stamps the slots that the pass has written."""
+        if output is not None:
+            self.state.end(self.tokens)
+
+
+def begin_state(stack: Stack) -> MemoryState:
+    """What a stack keeps of a new sequence."""
+    windows = {FOUND: stack.window} | ({} if stack.decided_at is None else {WRITTEN: stack.window})
+    return MemoryState(STATE, stack.identity, stack.num_back, windows)
+
+
+def _at_the_end(shape: tuple[int, ...], known: Ints) -> Ints:
+    """Keys at the last positions that are known; `NOTHING` before them."""
+    found_BP = np.full(shape, NOTHING)
+    found_BP[:, -known.shape[1] :] = known
+    return found_BP
+
+
+def _numpy(x: Tensor) -> NDArray[Any]:
+    return x.detach().cpu().numpy()

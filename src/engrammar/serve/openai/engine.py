@@ -1,0 +1,220 @@
+"""Runs a model under transformers' continuous batching, and changes its patches between requests."""
+
+import asyncio
+import itertools
+import logging
+import math
+from collections.abc import AsyncIterator, Callable
+from contextlib import ExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, final
+
+from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProcessorList
+from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessorList
+
+from engrammar.edit import applied_patches, apply_patch, undo_patch
+from engrammar.serve.flat import batched_continuously
+from engrammar.serve.openai.asked import Asked, Ids, Limits, Refused
+from engrammar.serve.openai.sampling import Sampler
+from engrammar.versions import check_can_serve
+
+PAGE = 16  # tokens of a page of the cache; prefixes are shared page by page
+MOST_ROWS = 64  # requests of a pass
+NO_END = -1  # an id at which no text ends
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class Counts:
+    """What was served so far.
+
+    Attributes:
+        finished, cancelled, failed, refused: answers (refused: requests).
+        prompt_tokens, new_tokens: tokens of prompts, of answers.
+        changes: patches that were applied or undone.
+        starts: how often the engine was started; over 1 + changes after a failure.
+    """
+
+    finished: int = 0
+    cancelled: int = 0
+    failed: int = 0
+    refused: int = 0
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    changes: int = 0
+    starts: int = 0
+
+
+@final
+class Engine:
+    """One model, its requests, and its patches. All methods but `close` belong to one event loop.
+
+    A change of patches waits for the requests that are under way, and lets new ones wait. Then the model gets a new
+    cache, so no answer is read from before a change, and none is made of both.
+
+    Attributes:
+        held: answers under way or waiting.
+        running: requests under way.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, limits: Limits) -> None:
+        check_can_serve()
+        self.model, self.tokenizer, self.limits = model, tokenizer, limits
+        self.counts, self.sampler = Counts(), Sampler()
+        self.held = self.running = 0
+        self.changing, self.ended = asyncio.Lock(), asyncio.Condition()
+        self.numbers = itertools.count()
+        self.undo = ExitStack()
+        self.undo.enter_context(batched_continuously(model))
+        self.manager: Any = None
+        self._start()
+
+    def _start(self) -> None:
+        """Gives the model an empty cache, and a thread that runs it."""
+        config = ContinuousBatchingConfig(
+            page_size=PAGE,
+            # One block of reserve each: transformers begins no request where 15 % of the cache are not free.
+            num_blocks=math.ceil(self.limits.cache_tokens / PAGE) + MOST_ROWS,
+            max_batch_tokens=max(self.limits.batch_tokens, MOST_ROWS),
+            max_requests_per_batch=MOST_ROWS,
+            max_blocks_per_request=0,
+            use_async_batching=False,
+            use_cuda_graph=False,
+            auto_switch_to_flash=False,
+        )
+        greedy = GenerationConfig(do_sample=False, max_new_tokens=1, eos_token_id=NO_END, pad_token_id=0)
+        self.manager = self.model.init_continuous_batching(greedy, config)
+        processors = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([self.sampler]))
+        processors.tensors_required = 1  # the number of each request's drawing
+        self.manager.logit_processor = processors
+        self.manager.start()
+        self.counts.starts += 1
+
+    def _stop(self) -> None:
+        self.manager.stop(block=True)
+        self.manager.destroy()
+
+    @property
+    def failure(self) -> Exception | None:
+        """What has ended the thread that runs the model; it is started again for the next request."""
+        found: Exception | None = self.manager.background_thread_status.fatal_error
+        return found
+
+    def reserve(self, num_answers: int) -> None:
+        """Takes places for answers; `release` gives them back.
+
+        Raises:
+            Refused: there are not enough.
+        """
+        if self.held + num_answers > self.limits.max_requests:
+            raise Refused(
+                f"{self.held} answers are under way or waiting, and this server takes {self.limits.max_requests}: "
+                "try again later.",
+                429,
+                "rate_limit_exceeded",
+            )
+        self.held += num_answers
+
+    def release(self, num_answers: int) -> None:
+        self.held -= num_answers
+
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        """Holds off changes while a request is under way; waits while one is made."""
+        async with self.changing:
+            if self.failure is not None:
+                logger.error("the model is started again after: %s", self.failure)
+                await asyncio.to_thread(self._stop)
+                self._start()
+            self.running += 1
+        try:
+            yield
+        finally:
+            self.running -= 1
+            async with self.ended:
+                self.ended.notify_all()
+
+    async def tokens(self, prompt: Ids, asked: Asked, seed: int | None, ends: list[int]) -> AsyncIterator[Ids]:
+        """The tokens of one answer, as they come; they end with one of `ends`, or at `asked.max_tokens`.
+
+        Raises:
+            Refused: the model has failed.
+        """
+        name, given = f"answer-{next(self.numbers)}", self.manager
+        came: asyncio.Queue[Any] = asyncio.Queue()
+        drawing = self.sampler.begin(asked.temperature, asked.top_p, seed)
+        given.register_result_handler(name, came.put_nowait)
+        seen, outcome = 0, "cancelled"
+        try:
+            given.add_request(
+                prompt, name, asked.max_tokens, streaming=True, eos_token_id=ends or [NO_END], drawing=drawing
+            )
+            self.counts.prompt_tokens += len(prompt)
+            while outcome == "cancelled":
+                output = await self._next(came)
+                if output is None or output.error is not None:
+                    outcome = "failed"
+                    why = "it has stopped" if output is None else output.error
+                    raise Refused(f"The model failed ({why}): try again.", 503, "model_failed")
+                new, seen = output.generated_tokens[seen:], len(output.generated_tokens)
+                self.counts.new_tokens += len(new)
+                outcome = "finished" if output.is_finished() else outcome
+                if new:
+                    yield new
+        finally:
+            if outcome == "cancelled":
+                given.cancel_request(name)
+                given.output_router.result_handlers.pop(name, None)
+            self.sampler.end(drawing)
+            setattr(self.counts, outcome, getattr(self.counts, outcome) + 1)
+
+    async def _next(self, came: "asyncio.Queue[Any]") -> Any:
+        """What comes next; None if the thread that runs the model has died."""
+        while True:
+            try:
+                return await asyncio.wait_for(came.get(), timeout=1)
+            except TimeoutError:
+                if not self.manager.is_running() and came.empty():
+                    return None
+
+    async def change(self, make: Callable[[], None]) -> list[str]:
+        """Changes the model when no request is under way; returns the names of its patches.
+
+        Raises:
+            ValueError: as `make`. The patches are then as they were.
+        """
+        async with self.changing:
+            async with self.ended:
+                await self.ended.wait_for(lambda: not self.running)
+            await asyncio.to_thread(self._stop)
+            try:
+                await asyncio.to_thread(make)
+                self.counts.changes += 1
+            finally:
+                self._start()
+        return self.patches()
+
+    def patches(self) -> list[str]:
+        """The names of the patches that are applied."""
+        return applied_patches(self.model)
+
+    async def apply(self, path: str) -> list[str]:
+        """Applies the patch in a file, beside those that are applied."""
+        return await self.change(lambda: void(apply_patch(self.model, path, self.tokenizer)))
+
+    async def undo_patch(self, name: str) -> list[str]:
+        """Takes a patch back."""
+        if name not in self.patches():
+            raise Refused(f"No patch {name!r} is applied; applied are: {', '.join(self.patches()) or 'none'}.", 404)
+        return await self.change(lambda: void(undo_patch(self.model, name)))
+
+    def close(self) -> None:
+        """Ends what is under way, and leaves the model as it was."""
+        self.manager.stop(block=True, hard_stop=True)
+        self.manager.destroy()
+        self.undo.close()
+
+
+def void(_: object) -> None:
+    """Nothing."""

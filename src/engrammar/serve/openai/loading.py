@@ -1,0 +1,47 @@
+"""Loads what is served: a folder or a name on the Hub, ours or any causal language model, with what is added to it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from engrammar.edit import apply_patch
+from engrammar.model.configuration import EngrammarConfig, load_config
+from engrammar.model.saving import local_folder
+from engrammar.tables.headers import read_json
+from engrammar.train.attached import load_base
+from engrammar.train.recipe import BaseRecipe
+from engrammar.train.sample import load, load_with_adapter
+
+
+def load_served(
+    name: str, *, adapter: Path | None = None, patches: Sequence[Path] = (), **serving: Any
+) -> tuple[Any, Any]:
+    """Loads a model and its tokenizer.
+
+    Args:
+        name: a folder, or a name on the Hub.
+        adapter: the folder of a memory that was attached to it.
+        patches: files of patches, which are applied in this order.
+        serving: where the memory's tables are: see `ServingSettings`, whose `where` is `memory` here.
+
+    Raises:
+        ValueError: as `load`, `load_attached` and `apply_patch`; or settings of a memory are given without one.
+    """
+    if adapter is not None:
+        model, tokenizer = load_with_adapter(name, adapter, **serving)
+    elif not is_ours(name):
+        if serving.pop("memory", "ram") != "ram" or serving:
+            raise ValueError(f"{name} has no memory, so nothing is said about where it is: leave that out.")
+        model, tokenizer = load_base(BaseRecipe(model=name))
+    else:
+        folder = local_folder(name, {})
+        model, tokenizer = load(folder, **({} if load_config(folder).memory is None else serving))
+    for patch in patches:
+        apply_patch(model, patch, tokenizer)
+    return model.eval(), tokenizer
+
+
+def is_ours(name: str) -> bool:
+    """Whether a folder, or the Hub's model of a name, is one of our own checkpoints."""
+    config = local_folder(name, {}) / "config.json"
+    return config.is_file() and read_json(config).get("model_type") == EngrammarConfig.model_type

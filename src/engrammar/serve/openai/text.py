@@ -1,0 +1,37 @@
+"""Tokens to text, as they come: half a letter waits for the rest, and what may become a stop text waits too."""
+
+from typing import Any, final
+
+from tokenizers.decoders import DecodeStream  # type: ignore[attr-defined]
+
+CONTEXT = 8  # ids of the prompt before the answer: a tokenizer may leave out the space of a text's first word
+
+
+@final
+class TextStream:
+    """The text of one answer.
+
+    Attributes:
+        stopped: whether a stop text has come; what follows it is not read.
+    """
+
+    def __init__(self, tokenizer: Any, prompt: list[int], stop: tuple[str, ...]) -> None:
+        self.tokenizer, self.stop, self.stopped = tokenizer.backend_tokenizer, stop, False
+        self.decoding, self.held = DecodeStream(prompt[-CONTEXT:], skip_special_tokens=True), ""
+
+    def put(self, token: int) -> str:
+        """The text that is certain after one more token; it may be empty."""
+        self.held += self.decoding.step(self.tokenizer, token) or ""
+        found = [place for place in (self.held.find(one) for one in self.stop) if place >= 0]
+        if found:
+            self.stopped = True
+            self.held = self.held[: min(found)]
+            return self.end()
+        kept = max((size for one in self.stop for size in range(len(one)) if self.held.endswith(one[:size])), default=0)
+        certain, self.held = self.held[: len(self.held) - kept], self.held[len(self.held) - kept :]
+        return certain
+
+    def end(self) -> str:
+        """What was held back, when no more tokens come. Half a letter is left out."""
+        certain, self.held = self.held, ""
+        return certain

@@ -1,0 +1,83 @@
+"""`engrammar serve`: a model behind OpenAI's API. Imports are inside the function, as in `main.py`."""
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from tyro.conf import Positional
+
+from engrammar_cli.extras import require
+
+
+def serve(
+    model: Positional[str],
+    /,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    served_name: str | None = None,
+    memory: Literal["ram", "disk", "remote"] = "ram",
+    cache_rows: int = 0,
+    sharing: Literal["none", "processes"] = "none",
+    name: str | None = None,
+    address: str = "127.0.0.1:50051",
+    adapter: Path | None = None,
+    patch: tuple[Path, ...] = (),
+    max_length: int | None = None,
+    max_requests: int = 256,
+    cache_tokens: int = 8192,
+    batch_tokens: int = 512,
+    token_file: Path | None = None,
+) -> None:
+    """Serve a model behind OpenAI's API: completions, chat, streaming, many clients at once.
+
+    Args:
+        model: A folder, or a name on the Hub: of ours, or of any causal language model.
+        host: Address to listen at.
+        port: Port to listen at.
+        served_name: Name of the model in requests; by default as given.
+        memory: Where the memory's tables are: in RAM, on disk, or in a Mooncake pool of other machines.
+        cache_rows: Rows of each table kept in RAM in front of the disk or the pool.
+        sharing: processes: servers of one machine use one copy of the tables, and one cache.
+        name: Name that the tables were uploaded under, for --memory remote.
+        address: Address of mooncake_master, as HOST:PORT, for --memory remote.
+        adapter: The folder of a memory that was attached to the model; --memory says where its tables are.
+        patch: Files of patches to apply.
+        max_length: Tokens of a prompt and its answer; by default what the model was made for, and the cache keeps.
+        max_requests: Answers under way or waiting; more are refused.
+        cache_tokens: Positions that are kept of all requests together.
+        batch_tokens: Tokens of one pass.
+        token_file: A file with a token. Whoever has it may apply and undo patches; without it nobody may.
+    """
+    require("serve")
+    import asyncio
+
+    import uvicorn
+
+    from engrammar.serve.openai.asked import Limits
+    from engrammar.serve.openai.engine import Engine
+    from engrammar.serve.openai.loading import load_served
+    from engrammar.serve.openai.server import Server
+    from engrammar.train.sample import pool_store
+
+    if (memory == "remote") != (name is not None):
+        raise ValueError("--memory remote and --name go together: name the tables as `engrammar table upload` did.")
+    token = None if token_file is None else token_file.read_text().strip()
+    if token == "":
+        raise ValueError(f"{token_file} is empty: write a token into it.")
+    where: Any = memory if name is None else pool_store(adapter or Path(model), name, address)
+    serving = {"memory": where, "cache_rows": cache_rows, "sharing": sharing}
+    loaded, tokenizer = load_served(model, adapter=adapter, patches=patch, **serving)
+    longest = min(getattr(loaded.config, "max_position_embeddings", cache_tokens), cache_tokens)
+    limits = Limits(
+        max_length=max_length or longest,
+        max_requests=max_requests,
+        cache_tokens=cache_tokens,
+        batch_tokens=batch_tokens,
+    )
+
+    async def run() -> None:
+        app = Server(Engine(loaded, tokenizer, limits), served_name or model, token).app()
+        await uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level="warning")).serve()
+
+    print(f"Serving {served_name or model} at http://{host}:{port}/v1 (process {os.getpid()})", flush=True)
+    asyncio.run(run())
