@@ -2,7 +2,7 @@
 
 from typing import Any, final
 
-from tokenizers.decoders import DecodeStream  # type: ignore[attr-defined]
+from tokenizers.decoders import DecodeStream
 
 CONTEXT = 8  # ids of the prompt before the answer: a tokenizer may leave out the space of a text's first word
 
