@@ -72,14 +72,14 @@ FULL = Plan(preset="100m", rows_per_head=8_400_000, batches=(1, 16), rounds=5, s
 QUICK = Plan(preset="nano", rows_per_head=60_000, batches=(1, 4), rounds=2, steps=8, corpus="pocket:stdlib")
 
 
-def _config(plan: Plan) -> EngrammarConfig:
+def config_of(plan: Plan) -> EngrammarConfig:
     memory = preset(plan.preset).memory_config
     assert memory is not None
     rows = {"rows_per_head": [plan.rows_per_head] * len(memory.orders), "row_encoding": "bf16"}
     return preset(plan.preset, memory=memory.to_json() | rows)
 
 
-def _make_tables(config: EngrammarConfig, folder: Path) -> None:
+def make_tables(config: EngrammarConfig, folder: Path) -> None:
     """Tables of random bf16 rows in `folder`, unless they are there from an earlier run."""
     memory, geometry = config.memory_config, config.memory_geometry
     assert memory is not None
@@ -97,7 +97,7 @@ def _make_tables(config: EngrammarConfig, folder: Path) -> None:
                 writer.write(layer, block.roll(first // BLOCK_ROWS, 0)[:rows].view(torch.uint8))
 
 
-def _read_text(plan: Plan, vocab_size: int) -> Tensor:
+def read_text(plan: Plan, vocab_size: int) -> Tensor:
     """Ids of real text: as many as the run needs, or all. A word's id is its CRC-32 modulo the vocabulary size."""
     wanted = (plan.rounds + 1) * (PROMPT + plan.steps) * sum(plan.batches)
     ids: list[int] = []
@@ -251,12 +251,12 @@ def bench_decode(quick: bool, plan: Plan | None = None) -> dict[str, Any]:
         `batches`: per batch size and variant, tokens/s, step time and the share of RAM's tokens/s (medians of rounds).
     """
     plan = plan or (QUICK if quick else FULL)
-    config = _config(plan)
+    config = config_of(plan)
     memory = config.memory_config
     assert isinstance(memory, MemoryConfig)
     folder = bench_folder() / f"decode-{plan.preset}-{plan.rows_per_head}"
-    _make_tables(config, folder)
-    ids = _read_text(plan, config.vocab_size)
+    make_tables(config, folder)
+    ids = read_text(plan, config.vocab_size)
     torch.manual_seed(0)
     model = EngrammarForCausalLM(config, tables="external").eval()
     assert model.model.memory is not None
