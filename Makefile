@@ -3,7 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 PARALLEL := -n logical --maxprocesses 4 --dist worksteal
 
+<<<<<<< HEAD
 .PHONY: demo test test-vllm lint bench docs
+=======
+.PHONY: demo test test-serve lint bench
+>>>>>>> d167469 (The module of a checkpoint is one of its files; the command's parts fit their rules; make test-serve)
 
 demo: .venv/ready
 	$(BIN)/engrammar demo
@@ -12,8 +16,8 @@ test: .venv/ready lint
 	$(BIN)/pytest $(PARALLEL) -m "not slow"
 	$(BIN)/pytest $(PARALLEL) -m slow
 
-# vLLM wants an older transformers, so it has an environment of its own.
-test-vllm: .venv-vllm/ready
+# The tests of serving with vLLM, which wants an older transformers and so has an environment of its own. Our own server is in `make test`.
+test-serve: .venv-vllm/ready
 	.venv-vllm/bin/pytest tests/model/test_modeling.py tests/model/test_flat_tokens.py tests/test_versions.py \
 	    tests/test_memory.py tests/test_fusion.py tests/test_addressing.py tests/stores
 	.venv-vllm/bin/pytest tests/serve

@@ -1,6 +1,5 @@
 """`engrammar serve`: a model behind OpenAI's API. Imports are inside the function, as in `main.py`."""
 
-import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,35 +48,19 @@ def serve(
         token_file: A file with a token. Whoever has it may apply and undo patches; without it nobody may.
     """
     require("serve")
-    import asyncio
-
-    import uvicorn
-
     from engrammar.serve.openai.asked import Limits
     from engrammar.serve.openai.engine import Engine
-    from engrammar.serve.openai.loading import load_served
-    from engrammar.serve.openai.server import Server
+    from engrammar.serve.openai.loading import load_served, longest, read_token
+    from engrammar.serve.openai.server import Server, run
     from engrammar.train.sample import pool_store
 
     if (memory == "remote") != (name is not None):
         raise ValueError("--memory remote and --name go together: name the tables as `engrammar table upload` did.")
-    token = None if token_file is None else token_file.read_text().strip()
-    if token == "":
-        raise ValueError(f"{token_file} is empty: write a token into it.")
+    token = read_token(token_file)
     where: Any = memory if name is None else pool_store(adapter or Path(model), name, address)
     serving = {"memory": where, "cache_rows": cache_rows, "sharing": sharing}
-    loaded, tokenizer = load_served(model, adapter=adapter, patches=patch, **serving)
-    longest = min(getattr(loaded.config, "max_position_embeddings", cache_tokens), cache_tokens)
-    limits = Limits(
-        max_length=max_length or longest,
-        max_requests=max_requests,
-        cache_tokens=cache_tokens,
-        batch_tokens=batch_tokens,
-    )
-
-    async def run() -> None:
-        app = Server(Engine(loaded, tokenizer, limits), served_name or model, token).app()
-        await uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level="warning")).serve()
-
-    print(f"Serving {served_name or model} at http://{host}:{port}/v1 (process {os.getpid()})", flush=True)
-    asyncio.run(run())
+    loaded = load_served(model, adapter=adapter, patches=patch, **serving)
+    length = longest(loaded[0], cache_tokens) if max_length is None else max_length
+    sizes = {"max_requests": max_requests, "cache_tokens": cache_tokens, "batch_tokens": batch_tokens}
+    engine = Engine(*loaded, Limits(max_length=length, **sizes))
+    run(Server(engine, served_name or model, token), host, port)

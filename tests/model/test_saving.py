@@ -247,7 +247,7 @@ def test_a_name_on_the_hub_is_downloaded_with_its_tables(saved, monkeypatch, tmp
     assert name == "org/model" and {key: given[key] for key in ("revision", "cache_dir", "token")} == {
         key: where[key] for key in ("revision", "cache_dir", "token")
     }
-    assert given["allow_patterns"] == ["inner/*.json", "inner/*.safetensors"]
+    assert given["allow_patterns"] == ["inner/*.json", "inner/*.safetensors", "inner/modeling_engrammar.py"]
 
 
 def test_what_is_no_folder_and_no_name_is_said(tmp_path):

@@ -1,7 +1,7 @@
 """vLLM gives, in every mode that is served, the tokens and log-probabilities of `generate` in transformers.
 
 The model is tiny and random, with gates open and a convolution that is not zero. vLLM has an environment of its own:
-`make test-vllm`.
+`make test-serve`.
 """
 
 import gc
@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
-pytest.importorskip("vllm", reason="vLLM is not installed here: `make test-vllm` makes an environment with it")
+pytest.importorskip("vllm", reason="vLLM is not installed here: `make test-serve` makes an environment with it")
 os.environ |= {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in this process, where a control can change it
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -78,7 +78,7 @@ def generated(folder: Path, asked: list[list[int]]) -> list[Answer]:
 
 
 @torch.no_grad()
-def answers_of(model: EngrammarForCausalLM, asked: list[list[int]]) -> list[Answer]:
+def answers_of(model: Any, asked: list[list[int]]) -> list[Answer]:
     model.generation_config.eos_token_id = None
     answers = []
     for prompt in asked:
@@ -236,15 +236,16 @@ def test_tables_are_neither_allocated_nor_read_as_weights(folder, monkeypatch):
     assert read == ["backbone.safetensors"]
 
 
-def test_patched_rows_are_read_and_other_patches_refused(folder, expected, tmp_path):
+def test_patched_rows_are_read_and_other_patches_refused(folder, tmp_path):
     """From the start on, with prefix hits: answers are those of the patched model in transformers, twice."""
-    model, (rows, entries) = EngrammarForCausalLM.from_pretrained(folder, memory="ram"), write_patches(folder, tmp_path)
-    apply_patch(model, rows)
-    patched = answers_of(model, prompts())
-    assert num_equal(patched, expected) < len(expected)
+    asked, (rows, entries) = prompts()[::4], write_patches(folder, tmp_path)
+    model = EngrammarForCausalLM.from_pretrained(folder, memory="ram")
+    unpatched = answers_of(model, asked[:5])
+    patched = answers_of(apply_patch(model, rows), asked)
+    assert num_equal(unpatched, patched[:5]) < 5
     with engine(folder, {"patches": [str(rows)]}) as llm:
         for _ in range(2):
-            check_equal(served(llm, prompts()), patched)
+            check_equal(served(llm, asked), patched)
     with pytest.raises(ValueError, match="adds to hidden states"), engine(folder, {"patches": [str(entries)]}):
         pass
 

@@ -27,7 +27,10 @@ def test_patched_rows_are_those_of_a_running_model_and_other_patches_are_refused
     for delta in other.deltas.values():
         delta.stored_US[:] = 0
     write_patch(other, tmp_path / "other.safetensors")
-    for given, said in (([entries], "adds to hidden states"), ([rows, tmp_path / "other.safetensors"], "conflict")):
+    for given, said in (
+        ([entries], "adds to hidden states"),
+        ([rows, tmp_path / "other.safetensors"], "change the same differently"),
+    ):
         with pytest.raises(ValueError, match=said):
             replace_patched_rows(models[2].model.memory, given)
     assert torch.equal(models[2](ids).logits, base)

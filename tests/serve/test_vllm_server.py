@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-pytest.importorskip("vllm", reason="vLLM is not installed here: `make test-vllm` makes an environment with it")
+pytest.importorskip("vllm", reason="vLLM is not installed here: `make test-serve` makes an environment with it")
 
 from engrammar import EngrammarForCausalLM
 from models import save_micro

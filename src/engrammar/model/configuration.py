@@ -15,13 +15,13 @@ from transformers import DeepseekV3Config
 from engrammar.addressing import derive_geometry
 from engrammar.config import Geometry, MemoryConfig
 from engrammar.tables.headers import read_json
+from engrammar.tables.shards import CODE
 from engrammar.vocabulary import fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Beside a checkpoint, for programs that have not imported us: trust_remote_code=True runs this one line.
-CODE = "modeling_engrammar"
 CODE_LINE = "from engrammar import EngrammarConfig, EngrammarForCausalLM, EngrammarModel  # noqa: F401\n"
 CODE_CLASSES = {
     "AutoConfig": "EngrammarConfig",
@@ -84,9 +84,9 @@ class EngrammarConfig(DeepseekV3Config):
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
         """transformers' `save_pretrained`; the folder also names our classes to programs that did not import us."""
         if type(self) is EngrammarConfig:
-            self.auto_map = {auto: f"{CODE}.{name}" for auto, name in CODE_CLASSES.items()}
+            self.auto_map = {auto: f"{Path(CODE).stem}.{name}" for auto, name in CODE_CLASSES.items()}
             Path(save_directory).mkdir(parents=True, exist_ok=True)
-            (Path(save_directory) / f"{CODE}.py").write_text(CODE_LINE)
+            (Path(save_directory) / CODE).write_text(CODE_LINE)
         super().save_pretrained(save_directory, push_to_hub, **kwargs)
 
     def _resolve_memory(self) -> None:

@@ -20,7 +20,7 @@ from engrammar.tables.checksums import MANIFEST, check_files
 from engrammar.tables.encodings import PLAIN
 from engrammar.tables.folder import open_tables
 from engrammar.tables.memory_json import finish_checkpoint
-from engrammar.tables.shards import MEMORY, check_shards, is_table, model_files, remove_checkpoint, write_tables
+from engrammar.tables.shards import CODE, MEMORY, check_shards, is_table, model_files, remove_checkpoint, write_tables
 
 SERVING = {field.name for field in fields(ServingSettings)} - {"where"}
 SAVING = ("max_shard_size", "token", "save_peft_format", "save_original_format")  # other settings are the Hub's
@@ -173,7 +173,7 @@ def local_folder(name: str, kwargs: dict[str, Any]) -> Path:
     try:
         path = snapshot_download(
             name,
-            allow_patterns=[f"{inner}*.json", f"{inner}*.safetensors"],
+            allow_patterns=[f"{inner}*.json", f"{inner}*.safetensors", f"{inner}{CODE}"],
             ignore_patterns=[f"{inner}*/*", "*.optimizer.safetensors"],
             **{key: kwargs[key] for key in DOWNLOAD if kwargs.get(key) is not None},
         )

@@ -25,6 +25,7 @@ INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"
 BACKBONE = "backbone.safetensors"
 MEMORY = "memory.json"
+CODE = "modeling_engrammar.py"  # one line, which we never run: see `EngrammarConfig.save_pretrained`
 HOT_ROWS = "memory.hot.safetensors"  # for each layer, the rows that are read most, hottest first
 
 
@@ -171,6 +172,6 @@ def model_files(directory: Path) -> list[str]:
     """The names of the files that a model is loaded from, its tables and their checksums included."""
     tables = [path.name for path in directory.iterdir() if TABLE_SHARD.fullmatch(path.name)]
     sums = [page_sums_path(Path(shard)).name for shard in tables]
-    names = ("config.json", "generation_config.json", INDEX, WHOLE, MEMORY, *tables, *sums)
+    names = ("config.json", "generation_config.json", CODE, INDEX, WHOLE, MEMORY, *tables, *sums)
     there = [name for name in names if (directory / name).is_file()]
     return sorted({*there, *weight_map(directory).values()})

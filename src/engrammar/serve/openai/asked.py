@@ -137,11 +137,11 @@ def read_asked(raw: bytes, kind: Kind, name: str, tokenizer: Any, limits: Limits
     seed = body.get("seed")
     asked = Asked(
         prompts=prompts,
-        num_answers=_number(body, "n", 1, int, lambda n: 1 <= n <= 128, "1 to 128"),
+        num_answers=_number(body, "n", 1, lambda n: 1 <= n <= 128, "1 to 128"),
         max_tokens=_max_tokens(body, kind, limits.max_length - longest),
-        temperature=_number(body, "temperature", 1.0, float, lambda t: 0 <= t <= 2, "0 to 2"),
-        top_p=_number(body, "top_p", 1.0, float, lambda p: 0 < p <= 1, "over 0, up to 1"),
-        seed=None if seed is None else _number(body, "seed", 0, int, lambda s: abs(s) < 2**63, "64 bits"),
+        temperature=_number(body, "temperature", 1.0, lambda t: 0 <= t <= 2, "0 to 2"),
+        top_p=_number(body, "top_p", 1.0, lambda p: 0 < p <= 1, "over 0, up to 1"),
+        seed=None if seed is None else _number(body, "seed", 0, lambda s: abs(s) < 2**63, "64 bits"),
         stop=_stop(body),
         stream=_flag(body, "stream"),
         usage=bool(options.get("include_usage")),
@@ -167,10 +167,9 @@ def _object(raw: bytes) -> dict[str, Any]:
     return body
 
 
-def _number(
-    body: Mapping[str, Any], name: str, default: Any, kind: type, holds: Callable[[Any], bool], allowed: str
-) -> Any:
-    value = default if body.get(name) is None else body[name]
+def _number(body: Mapping[str, Any], name: str, default: Any, holds: Callable[[Any], bool], allowed: str) -> Any:
+    """A number of the kind of its default."""
+    value, kind = default if body.get(name) is None else body[name], type(default)
     fits = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
     if not fits or not holds(value):
         raise Refused(f"{name} is {json.dumps(value)[:80]}; allowed: {allowed}.")
@@ -188,7 +187,7 @@ def _max_tokens(body: Mapping[str, Any], kind: Kind, left: int) -> int:
     """Tokens of an answer; by default as OpenAI's: 16 for a completion, what fits for a chat."""
     name = "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
     default = 16 if kind == "completions" else max(left, 1)
-    found: int = _number(body, name, default, int, lambda n: n >= 1, "1 or more")
+    found: int = _number(body, name, default, lambda n: n >= 1, "1 or more")
     return found
 
 

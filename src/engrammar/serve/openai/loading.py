@@ -30,7 +30,7 @@ def load_served(
     if adapter is not None:
         model, tokenizer = load_with_adapter(name, adapter, **serving)
     elif not is_ours(name):
-        if serving.pop("memory", "ram") != "ram" or serving:
+        if serving.get("memory", "ram") != "ram" or serving.get("cache_rows"):
             raise ValueError(f"{name} has no memory, so nothing is said about where it is: leave that out.")
         model, tokenizer = load_base(BaseRecipe(model=name))
     else:
@@ -45,3 +45,20 @@ def is_ours(name: str) -> bool:
     """Whether a folder, or the Hub's model of a name, is one of our own checkpoints."""
     config = local_folder(name, {}) / "config.json"
     return config.is_file() and read_json(config).get("model_type") == EngrammarConfig.model_type
+
+
+def longest(model: Any, cache_tokens: int) -> int:
+    """Tokens that a model was made for, as far as the cache keeps them."""
+    return min(getattr(model.config, "max_position_embeddings", cache_tokens), cache_tokens)
+
+
+def read_token(path: Path | None) -> str | None:
+    """The token in a file; None without a file.
+
+    Raises:
+        ValueError: the file is empty.
+    """
+    token = None if path is None else path.read_text().strip()
+    if token == "":
+        raise ValueError(f"{path} is empty: write a token into it.")
+    return token

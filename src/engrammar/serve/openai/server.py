@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, final
 
+import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
@@ -206,6 +207,12 @@ class Server:
             return JSONResponse(refused.body(), refused.status)
 
         return Starlette(routes=routes, lifespan=lifespan, exception_handlers={ValueError: refuse})
+
+
+def run(server: Server, host: str, port: int) -> None:
+    """Serves until the process is told to end."""
+    print(f"Serving {server.name} at http://{host}:{port}/v1", flush=True)
+    uvicorn.run(server.app(), host=host, port=port, log_level="warning")
 
 
 class Stream(StreamingResponse):
