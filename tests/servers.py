@@ -32,6 +32,7 @@ def serving(model, tokenizer, token: str | None = TOKEN, **limits) -> Iterator[R
         server = uvicorn.Server(uvicorn.Config(Server(engine, NAME, token).app(), log_level="error"))
         with socket.socket() as listening:
             listening.bind(("127.0.0.1", 0))
+            listening.listen()
             found.append(Running(f"http://127.0.0.1:{listening.getsockname()[1]}", engine))
             ends.append(server)
             asyncio.get_running_loop().call_soon(ready.set)

@@ -156,6 +156,7 @@ def test_a_folder_without_manifest_loads_but_is_not_called_verified(saved, tmp_p
         "config.json",
         "generation_config.json",
         "model.safetensors.index.json",
+        "modeling_engrammar.py",
     )
     with pytest.raises(ValueError, match="neither manifest.json nor memory.json"):
         verify_folder(tmp_path)
