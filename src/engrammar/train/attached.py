@@ -29,6 +29,7 @@ from engrammar.train.data import TokenSet, prepare
 from engrammar.train.optimizer import OptimizerSettings
 from engrammar.train.recipe import AttachRecipe, BaseRecipe, to_yaml
 from engrammar.train.run import last_checkpoint, progress, training_arguments
+from engrammar.train.sparse import SparseRows, share_changed
 from engrammar.train.trainer import EngrammarTrainer
 
 if TYPE_CHECKING:
@@ -59,7 +60,18 @@ def memory_settings(recipe: AttachRecipe, num_blocks: int, tokenizer: "PreTraine
 
 
 class AttachedTrainer(EngrammarTrainer):
-    """As `EngrammarTrainer`; its checkpoints hold what is trained, and not the frozen base."""
+    """As `EngrammarTrainer`; its checkpoints hold what is trained, and not the frozen base.
+
+    Attributes:
+        sparse: chooses the rows that a step trains; None: all that it reads.
+    """
+
+    sparse: SparseRows | None = None
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        self.mixed_optimizer.sparse = self.sparse
+        return optimizer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes the trained weights, and a checkpoint's rows with their optimizer's state."""
@@ -173,6 +185,9 @@ def train_attached(recipe: AttachRecipe) -> dict[str, Any]:
         ready = prepare_attached(recipe)
         blocks = _blocks(recipe, ready)
     trainer = _trainer(recipe, ready, arguments, blocks)
+    background = _background(recipe, ready)
+    if background:
+        trainer.sparse = SparseRows(ready.model, background, recipe.sparse.rows)
     tokens_per_second = None
     if trained:
         assert checkpoint is not None
@@ -189,6 +204,9 @@ def train_attached(recipe: AttachRecipe) -> dict[str, Any]:
         "steps": trainer.state.global_step,
         "curve": [entry for entry in trainer.state.log_history if "loss" in entry],
     }
+    if trainer.sparse is not None:
+        trainer.sparse.remove()
+        result["background_reads_changed"] = share_changed(trainer.sparse.memory, background)
     with writing("the adapter", out):
         save_attached(ready.model, out / ADAPTER)  # every process gives its rows
         if arguments.should_save:
@@ -218,6 +236,19 @@ def _blocks(recipe: AttachRecipe, ready: Prepared) -> dict[str, Any]:
         split: keep_prefix(ready.model, items, out / f"{PREFIX}-{split}", batch_size=recipe.data.batch_size)
         for split, items in blocks.items()
     }
+
+
+def _background(recipe: AttachRecipe, ready: Prepared) -> list[Tensor]:
+    """Blocks [1, T] of the text that should stay as it is; none if every row is trained."""
+    if not recipe.sparse.rows:
+        return []
+    out, length = Path(recipe.out), recipe.data.sequence_length
+    source, enough = recipe.sparse.background, 4 * recipe.sparse.blocks
+    text = replace(recipe.data, source=source, limit_documents=enough, validation_share=0.0)
+    text = replace(text, tokenizer=str(out / "tokenizer"))
+    tokens = prepare(text, out=out / "background", cache=Path(recipe.data.folder) / "pocket")
+    blocks = tokens.blocks("train", length)
+    return [blocks[index]["input_ids"][None] for index in range(min(recipe.sparse.blocks, len(blocks)))]
 
 
 def _trainer(recipe: AttachRecipe, ready: Prepared, arguments: Any, blocks: dict[str, Any]) -> AttachedTrainer:

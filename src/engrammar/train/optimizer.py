@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,9 @@ from engrammar.train.row_optimizers import (
     evaluate,
     sum_by_row,
 )
+
+if TYPE_CHECKING:
+    from engrammar.train.sparse import SparseRows
 
 MatrixOptimizerKind = Literal["muon", "adamw"]
 MemoryOptimizerKind = Literal[RowOptimizerKind, "dense_adam"]
@@ -130,6 +133,7 @@ class MixedOptimizer(Optimizer):
         self.inner = tuple(inner)
         self.placement = placement
         self.max_grad_norm = max_grad_norm
+        self.sparse: SparseRows | None = None  # chooses the rows that take a step
         self.exclude_rows = False  # whether `state_dict` leaves out the rows' state, which the placement saves
         self.rows = next((optimizer for optimizer in inner if isinstance(optimizer, RowOptimizer)), None)
         if placement is not None and self.rows is not None:
@@ -156,10 +160,11 @@ class MixedOptimizer(Optimizer):
         loss = evaluate(closure)
         if self.max_grad_norm is not None:
             self.clip_grad_norm(self.max_grad_norm)
-        if self.placement is not None:
-            self.placement.collect()
+        self._collect()
         for optimizer in self.inner:
             optimizer.step()
+        if self.sparse is not None:
+            self.sparse.end_step()
         if self.placement is not None:
             for table_RC in self.placement.tables.values():
                 table_RC.grad = None  # model.zero_grad() does not reach it
@@ -180,10 +185,16 @@ class MixedOptimizer(Optimizer):
     def _list_groups(self) -> None:
         self.param_groups = [group for optimizer in self.inner for group in optimizer.param_groups]
 
-    def clip_grad_norm(self, max_norm: float) -> Tensor:
-        """Clips the gradients of all parameters and placed tables together, as the function `clip_grad_norm` does."""
+    def _collect(self) -> None:
+        """Brings the gradients of placed tables, and leaves those of the rows that are chosen."""
         if self.placement is not None:
             self.placement.collect()
+        if self.sparse is not None:
+            self.sparse.keep(self.placement)
+
+    def clip_grad_norm(self, max_norm: float) -> Tensor:
+        """Clips the gradients of all parameters and placed tables together, as the function `clip_grad_norm` does."""
+        self._collect()
         parameters = [param for group in self.param_groups for param in group["params"]]
         return clip_grad_norm(parameters, max_norm, self.placement)
 

@@ -153,6 +153,26 @@ class BaseRecipe:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SparseRecipe:
+    """Which rows a step trains (`train.sparse.SparseRows`).
+
+    Attributes:
+        rows: of each layer the most rows that a step trains: those that its text reads often and the background seldom;
+            0 trains every row that is read.
+        background: text that should stay as it is, as of `data.source`.
+        blocks: blocks of it.
+    """
+
+    rows: int = 0
+    background: str = "pocket:wiki"
+    blocks: int = 512
+
+    def __post_init__(self) -> None:
+        _require("sparse.rows", self.rows, self.rows >= 0, "1 or more, or 0 for all")
+        _require("sparse.blocks", self.blocks, self.blocks >= 1, "1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
 class AttachRecipe:
     """Everything that decides a run of `engrammar attach`: training a memory on a model that exists.
 
@@ -163,6 +183,7 @@ class AttachRecipe:
         train: the memory alone, or the model with it.
         keep_prefix: whether what lies below the memory is computed once and kept in `out` (docs/attach.md).
         optimizer: `lr` is that of the fusion (and of the model, if it is trained).
+        sparse: which rows a step trains.
         trainer: any of transformers' TrainingArguments.
     """
 
@@ -174,6 +195,7 @@ class AttachRecipe:
     train: Literal["memory", "joint"] = "memory"
     keep_prefix: bool = True
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
+    sparse: SparseRecipe = field(default_factory=SparseRecipe)
     placement: PlacementRecipe = field(default_factory=PlacementRecipe)
     trainer: Settings = field(default_factory=dict)
 
