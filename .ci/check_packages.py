@@ -22,7 +22,8 @@ def main() -> None:
     assert {name.split("/")[0] for name in code} == PACKAGES, sorted({name.split("/")[0] for name in code})
     assert not [name for name in code if Path(name).suffix not in KINDS], "files of other kinds"
     assert any(name.endswith("licenses/LICENSE") for name in about)
-    archived = tarfile.open(source).getnames()
+    with tarfile.open(source) as archive:
+        archived = archive.getnames()
     assert any(name.endswith("/LICENSE") for name in archived)
     assert not [name for name in archived if "/results/" in name or "/data/" in name or "/runs/" in name]
     for file in (wheel, source):
