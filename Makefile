@@ -3,11 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PARALLEL := -n logical --maxprocesses 4 --dist worksteal
 
-<<<<<<< HEAD
-.PHONY: demo test test-vllm lint bench docs
-=======
-.PHONY: demo test test-serve lint bench
->>>>>>> d167469 (The module of a checkpoint is one of its files; the command's parts fit their rules; make test-serve)
+.PHONY: demo test test-serve test-oldest lint bench docs
 
 demo: .venv/ready
 	$(BIN)/engrammar demo
@@ -21,6 +17,11 @@ test-serve: .venv-vllm/ready
 	.venv-vllm/bin/pytest tests/model/test_modeling.py tests/model/test_flat_tokens.py tests/test_versions.py \
 	    tests/test_memory.py tests/test_fusion.py tests/test_addressing.py tests/stores
 	.venv-vllm/bin/pytest tests/serve
+
+# The core on the oldest versions that pyproject.toml allows.
+test-oldest: .venv-oldest/ready
+	.venv-oldest/bin/pytest tests/test_addressing.py tests/test_fusion.py tests/test_memory.py tests/test_versions.py \
+	    tests/model/test_modeling.py tests/model/test_flat_tokens.py tests/stores -m "not slow"
 
 lint: .venv/ready
 	$(BIN)/ruff check src tests
@@ -45,4 +46,9 @@ bench: .venv/ready
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/pip install --quiet -c constraints-vllm.txt -e ".[vllm]" pytest pytest-timeout hypothesis
 	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+.venv-oldest/ready: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet -c constraints-oldest.txt -e . pytest pytest-timeout hypothesis
 	touch $@
