@@ -65,6 +65,7 @@ ROOMS = {
         "patch",
         "checking",
         "files",
+        "exported",
         "building",
         "overlay",
         "written",

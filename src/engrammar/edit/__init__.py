@@ -3,11 +3,12 @@
 Public: base_of, subject_keys, ExactEntry, Probe, replace_rows, build_patch, Patch; read_patch, write_patch;
 apply_patch, undo_patch, applied_patches, without_patches; patch_folder, unpatch_folder, patches_in; conflicts, diff,
 merge; uses; Fact, read_facts, learn, Learned, Refused, GatedSettings, VectorSettings,
-RowSettings; MultiHop, read_multihop.
+RowSettings; MultiHop, read_multihop; export_overlay.
 """
 
 from engrammar.edit.applying import applied_patches, apply_patch, undo_patch, without_patches
 from engrammar.edit.building import build_patch, conflicts, diff, merge
+from engrammar.edit.exported import export_overlay
 from engrammar.edit.facts import Fact, Refused, read_facts
 from engrammar.edit.files import read_patch, write_patch
 from engrammar.edit.gated import GatedSettings
@@ -37,6 +38,7 @@ __all__ = [
     "build_patch",
     "conflicts",
     "diff",
+    "export_overlay",
     "learn",
     "merge",
     "patch_folder",

@@ -103,7 +103,11 @@ class SparseRows:
             rows_U = gradient.indices()[0]
             is_chosen_U = torch.isin(rows_U, self.chosen(layer).to(rows_U.device))
             table_RC.grad = torch.sparse_coo_tensor(
-                rows_U[None, is_chosen_U], gradient.values()[is_chosen_U], table_RC.shape, is_coalesced=True
+                rows_U[None, is_chosen_U],
+                gradient.values()[is_chosen_U],
+                table_RC.shape,
+                is_coalesced=True,
+                check_invariants=False,
             )
 
     def end_step(self) -> None:
