@@ -23,7 +23,7 @@ const Draw = (() => {
 
   // Numbers.
   const share = (p) => p >= 0.9995 ? "100 %" : p >= 0.0005 ? `${(100 * p).toFixed(1)} %` : p > 0 ? "<0.1 %" : "0 %";
-  const signed = (p) => `${p >= 0 ? "+" : "−"}${(100 * Math.abs(p)).toFixed(1)}`;
+  const signed = (p) => Math.abs(p) < 0.0005 ? "0.0" : `${p > 0 ? "+" : "−"}${(100 * Math.abs(p)).toFixed(1)}`;
   const short = (x) => x === 0 ? "0" : Math.abs(x) >= 1000 ? Math.round(x).toLocaleString("en") :
     Math.abs(x) >= 0.01 ? x.toPrecision(3) : x.toExponential(1);
   const whole = (x) => x.toLocaleString("en");

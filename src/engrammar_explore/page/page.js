@@ -70,7 +70,7 @@
   async function work(act) {
     const buttons = [...document.querySelectorAll("#facts button, #export, #load")];
     for (const button of buttons) button.disabled = true;
-    const ticking = setTimeout(() => say("Working …"), 400);
+    const ticking = setTimeout(() => { if (id("progress").hidden) say("Working …"); }, 400);
     complain(null);
     try {
       return await act();
