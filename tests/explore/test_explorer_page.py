@@ -4,6 +4,7 @@ import json
 import os
 import re
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,7 @@ def test_a_fact_is_tried_applied_seen_undone_and_exported(page, tmp_path, monkey
 def read_exported(context, path: Path) -> None:
     page = open_page(context, path.as_uri())
     assert page.locator(".token").count() == 5 and not page.is_visible("#text") and not page.is_visible("#fact")
+    assert not page.is_visible("label[for=text]")
     page.click(".token[data-index='1']")
     until(page, "document.querySelector('#token-title').textContent.includes('token 2 of 5')")
     assert "w3-w4" in page.text_content("#patches") and "applied" in page.text_content("#patches")
@@ -158,6 +160,27 @@ def test_reload_second_tab_huge_paste_and_markup_behave(page):
     page.complaints.clear()
     type_text(page, "<img src=x onerror=alert(1)> w3", 4)
     assert page.is_hidden("#problem") and page.locator("#strip img, #token img").count() == 0
+
+
+def test_a_slow_model_is_said_to_be_reading_and_the_last_text_counts(page, monkeypatch):
+    type_text(page, TEXT, 5)
+    begun, go_on, look = threading.Event(), threading.Event(), page.server.session.look
+
+    def slow(text, compare):
+        begun.set()
+        assert go_on.wait(60)
+        return look(text, compare)
+
+    monkeypatch.setattr(page.server.session, "look", slow)
+    page.fill("#text", "w3 w4 w5")
+    assert begun.wait(60)
+    until(page, "document.getElementById('status').textContent.includes('reading')")
+    assert page.locator("#strip.stale .token").count() == 5  # the last text, faint
+    page.fill("#text", "w3 w4 w5 w6")
+    go_on.set()
+    until(page, "document.querySelectorAll('#strip:not(.stale) .token').length === 4")
+    until(page, "document.body.dataset.asking === '0'")
+    assert page.text_content("#status") == "" and page.is_hidden("#problem")
 
 
 def test_a_page_without_the_token_says_what_to_do(context):
