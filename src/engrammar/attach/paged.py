@@ -3,12 +3,12 @@
 A memory's state is kept by slot of the paged cache, so prefixes that requests share and requests that begin anew need
 nothing. A slot also holds a stamp, some numbers of the key that the base cached there. If the base has moved a slot
 without the state (requests swapped to RAM), or filled one with the memory off, stamps differ, and the pass is refused.
-Letters: T flat tokens of a pass, P slots of the cache, C channels, F numbers of a stamp.
+Letters: T flat tokens of a pass, K positions looked back at, P slots of the cache, C channels, F numbers of a stamp.
 """
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, final
 
 import torch
@@ -46,15 +46,22 @@ class FlatTokens:
     starts: Tensor
     cache: Any
 
-    def places(self, back: int) -> Tensor:
-        """For each token the place in the cache of the token `back` positions before it, [T], -1 for none."""
-        before_T = self.positions_T - back
+    def places(self, backs: Sequence[int]) -> Tensor:
+        """For each token the places in the cache of the tokens so many positions before it, [K, T], -1 for none."""
+        device = self.positions_T.device
+        backs_K1 = torch.tensor(backs, device=device)[:, None]
+        before_KT = self.positions_T - backs_K1
         if self.reads.numel():
-            index_T = self.starts[self.request_T] + before_T.clamp_min(0)
-            places_T = self.reads[index_T.clamp_max(self.reads.numel() - 1)]
+            index_KT = self.starts[self.request_T] + before_KT.clamp_min(0)
+            places_KT = self.reads[index_KT.clamp_max(self.reads.numel() - 1)]
         else:
-            places_T = self.writes[(torch.arange(len(before_T), device=before_T.device) - back).clamp_min(0)]
-        return places_T.where((before_T >= 0) & self.live_T, -1)
+            places_KT = self.writes[(torch.arange(before_KT.shape[1], device=device) - backs_K1).clamp_min(0)]
+        return places_KT.where((before_KT >= 0) & self.live_T, -1)
+
+    @cached_property
+    def own(self) -> Tensor:
+        """The places of the live tokens themselves."""
+        return self.places([0])[0, self.live_T]
 
 
 def read_flat(given: Mapping[str, Any]) -> FlatTokens:
@@ -135,21 +142,21 @@ class PagedState:
         """Keeps a number, or a vector, of each token of a pass; returns what is kept, by slot."""
         if name not in self.windows:
             self.windows[name] = new_T.new_zeros(self.num_slots, *new_T.shape[1:])
-        self.windows[name][self._slots(tokens.places(0)[tokens.live_T])] = new_T[tokens.live_T]
+        self.windows[name][self._slots(tokens.own)] = new_T[tokens.live_T]
         return self.windows[name]
 
-    def seen(self, values_P: Tensor, places_T: Tensor, missing: int) -> Tensor:
-        """What is kept at places of the cache, `missing` where there is no place."""
-        seen_T = values_P[self._slots(places_T.clamp_min(0))]
-        return seen_T.where((places_T >= 0).view(-1, *[1] * (values_P.ndim - 1)), missing)
+    def seen(self, values_P: Tensor, places: Tensor, missing: int) -> Tensor:
+        """What is kept at places of the cache, in the shape of the places; `missing` where there is no place."""
+        found = values_P[self._slots(places.clamp_min(0))]
+        return found.where((places >= 0).view(*places.shape, *[1] * (values_P.ndim - 1)), missing)
 
     def _stamp(self, places: Tensor) -> Tensor:
         return self.keys[places].flatten(1)[:, :STAMP].float()
 
-    def _check(self, tokens: FlatTokens, back: int) -> None:
-        """Compares the stamps of the tokens `back` positions before, as far as they are of earlier passes."""
-        places_T = tokens.places(back)
-        places = places_T[(places_T >= 0) & (tokens.chunk_T < back)]
+    def _check(self, tokens: FlatTokens, places_KT: Tensor, backs: Sequence[int]) -> None:
+        """Compares the stamps of tokens before those of a pass, as far as they are of earlier passes."""
+        earlier_KT = tokens.chunk_T < torch.tensor(backs, device=places_KT.device)[:, None]
+        places = places_KT[(places_KT >= 0) & earlier_KT]
         if not torch.equal(self.stamps_PF[self._slots(places)], self._stamp(places)):
             raise ValueError(
                 "The paged cache holds tokens that the memory has not seen there: leave out cpu_offload_space_gib, "
@@ -162,16 +169,15 @@ class PagedState:
         Raises:
             ValueError: the cache holds tokens that this memory has not seen there.
         """
-        for back in range(1, self.longest + 1):
-            self._check(tokens, back)
-        self.ids_P[self._slots(tokens.places(0)[tokens.live_T])] = tokens.input_ids[0, tokens.live_T]
-        history = [self.seen(self.ids_P, tokens.places(back), -1) for back in range(self.num_back, 0, -1)]
-        return torch.stack(history, dim=-1)[None]
+        backs = range(self.longest, 0, -1)
+        places_KT = tokens.places(backs)
+        self._check(tokens, places_KT, backs)
+        self.ids_P[self._slots(tokens.own)] = tokens.input_ids[0, tokens.live_T]
+        return self.seen(self.ids_P, places_KT[self.longest - self.num_back :], -1).T[None]
 
     def end(self, tokens: FlatTokens) -> None:
         """Stamps the slots that a pass has written."""
-        places = tokens.places(0)[tokens.live_T]
-        self.stamps_PF[self._slots(places)] = self._stamp(places)
+        self.stamps_PF[self._slots(tokens.own)] = self._stamp(tokens.own)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,9 +190,8 @@ class PagedPass:
     def taps(self, config: MemoryConfig, layer: int, normed_BCT: Tensor) -> Tensor:
         """`Fusion.forward`'s `extend` for these tokens: what each tap of the convolution reads, [1, C, T, kernel]."""
         window_PC = self.state.write(layer, self.tokens, normed_BCT[0].T)
-        backs = range(config.conv_window, -1, -config.max_ngram_size)
-        read = [self.state.seen(window_PC, self.tokens.places(back), 0) for back in backs]
-        return torch.stack(read, dim=-1).transpose(0, 1)[None]
+        places_KT = self.tokens.places(range(config.conv_window, -1, -config.max_ngram_size))
+        return self.state.seen(window_PC, places_KT, 0).permute(2, 1, 0)[None]
 
 
 def begin_paged(name: str, config: MemoryConfig, tokens: FlatTokens) -> tuple[PagedPass, Tensor]:

@@ -119,10 +119,8 @@ class Requests:
         """What was kept of the positions before each request's first token in the pass."""
         if name not in self.state.windows:
             return np.empty((len(self.index_BT), 0), np.int64)
-        first_B, kept = self.index_BT[:, 0], self.state.windows[name]
-        backs = range(self.stack.window, 0, -1)
-        seen = [self.state.seen(kept, self.tokens.places(back), missing)[first_B] for back in backs]
-        return _numpy(torch.stack(seen, dim=1))
+        places_KF = self.tokens.places(range(self.stack.window, 0, -1))
+        return _numpy(self.state.seen(self.state.windows[name], places_KF[:, self.index_BT[:, 0]], missing).T)
 
     def _keep(self, name: str, new_BT: Ints, missing: int) -> None:
         new_F = self.index_BT.new_full((self.shape[1],), missing)

@@ -20,6 +20,7 @@ from engrammar_lab.bench import (
     placement,
     remote,
     rows,
+    serve,
     sharded,
     step,
     store,
@@ -80,6 +81,7 @@ BENCHES = {
     "attach": Bench(
         attached.bench_attached, Part("An attached memory", attached.table, attached.verdict, 2), OF_ATTACH
     ),
+    "serve": Bench(serve.bench_serve, Part("Many requests at once", serve.table, serve.verdict, 2)),
 }
 
 

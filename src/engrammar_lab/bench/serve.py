@@ -37,7 +37,7 @@ COLUMNS = (
     Column("of plain MoE", "share", ".1%"),
 )
 PROMPT = 32
-FULL = Plan(preset="nano", rows_per_head=600_000, batches=(1, 8, 32), rounds=5, steps=24, corpus="pocket:wiki")
+FULL = Plan(preset="nano", rows_per_head=600_000, batches=(1, 8, 32), rounds=3, steps=24, corpus="pocket:wiki")
 QUICK = Plan(preset="nano", rows_per_head=60_000, batches=(1, 8), rounds=2, steps=8, corpus="pocket:stdlib")
 
 
