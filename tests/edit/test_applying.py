@@ -321,9 +321,16 @@ def test_patches_and_memories_come_and_go_beside_each_other():
 
 
 def test_kept_prefixes_of_a_patched_model_are_refused(tmp_path):
+    """A prefix is neither computed under a patch nor used under one that writes below it."""
     model, ids = attached_model("llama"), quiet_ids(2, 12)
-    kept = keep_prefix(model, [{"input_ids": row} for row in ids], tmp_path / "prefix")
-    apply_patch(model, small_patch(model, "low", (4,), block=0))
+    items, patch = [{"input_ids": row} for row in ids], small_patch(model, "low", (4,), block=0)
+    apply_patch(model, patch)
+    with pytest.raises(ValueError, match="what it writes would be kept: undo it"):
+        keep_prefix(model, items, tmp_path / "prefix")
+    assert not (tmp_path / "prefix").exists()
+    undo_patch(model)
+    kept = keep_prefix(model, items, tmp_path / "prefix")
+    apply_patch(model, patch)
     with pytest.raises(ValueError, match="Blocks that a patch writes at are skipped"):
         model(input_ids=ids[:1], kept_hidden=kept[0]["kept_hidden"][None])
 

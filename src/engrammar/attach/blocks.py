@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+PATCHES = "engrammar_patches"  # the attribute of a causal LM that holds what `engrammar.edit` has applied to it
 REFUSED = "memory is attached to causal language models of transformers."
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from engrammar.attach.attaching import disabled, require_attachment
-from engrammar.attach.blocks import Decoder, find_decoder, hidden_of
+from engrammar.attach.blocks import PATCHES, Decoder, find_decoder, hidden_of
 from engrammar.attach.skipping import KEPT, check_frozen
 from engrammar.tables.sealed import check_writable, written_beside
 
@@ -78,11 +78,16 @@ def keep_prefix(model: nn.Module, items: Items, folder: Path, *, batch_size: int
 
     Raises:
         ValueError: something below the memory is trained or drops numbers at random; the items have several lengths;
-            the folder holds another prefix; or the base hands more than hidden states from block to block.
+            the folder holds another prefix; a patch is applied; or the base hands more than hidden states from block
+            to block.
     """
     below = Below(model=model, decoder=find_decoder(model), layer=first_layer(model))
     if below.layer == 0:
         raise ValueError("A memory reads at block 0, so nothing lies below it: keep no prefix.")
+    if hasattr(below.decoder.host, PATCHES):
+        raise ValueError(
+            "A patch is applied, and what it writes would be kept: undo it, keep the prefix, apply it again."
+        )
     check_frozen(below.decoder, below.layer)
     about = _about(below, items)
     if folder.exists():

@@ -15,7 +15,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from engrammar.attach.blocks import REFUSED, Decoder, evaluating, find_decoder, first_parameters, hidden_of, host_of
+from engrammar.attach.blocks import (
+    PATCHES,
+    REFUSED,
+    Decoder,
+    evaluating,
+    find_decoder,
+    first_parameters,
+    hidden_of,
+    host_of,
+)
 from engrammar.attach.fingerprints import check_base
 from engrammar.edit.building import conflicts, in_conflict
 from engrammar.edit.checking import check_patch
@@ -34,7 +43,6 @@ from engrammar.vocabulary import compress_vocabulary, fingerprint, require_token
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-HOME = "engrammar_patches"  # the attribute of the causal LM that holds its patches
 Tier = Literal["ram", "disk"]
 OnConflict = Literal["refuse", "replace"]
 
@@ -171,7 +179,7 @@ def apply_patch(
         rows.store.close()
         raise
     if is_new:
-        setattr(decoder.host, HOME, edits)
+        setattr(decoder.host, PATCHES, edits)
     return model
 
 
@@ -193,7 +201,7 @@ def undo_patch(model: nn.Module, patch: Patch | str | None = None) -> nn.Module:
         raise ValueError(f"No patch {name!r} is applied; applied are {', '.join(edits.names())}.")
     edits.set([one for one in edits.applied if name is not None and one.patch.name != name])
     if not edits.applied:
-        delattr(host_of(model), HOME)
+        delattr(host_of(model), PATCHES)
     return model
 
 
@@ -220,7 +228,7 @@ def without_patches(model: nn.Module) -> Iterator[None]:
 
 def edits_of(model: nn.Module) -> Edits | None:
     """The patches of a model; None if it has none."""
-    return getattr(host_of(model), HOME, None)
+    return getattr(host_of(model), PATCHES, None)
 
 
 def _require_edits(model: nn.Module) -> Edits:
