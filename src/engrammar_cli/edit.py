@@ -1,8 +1,9 @@
 """`engrammar edit ...`: facts into a patch, and what it does. Imports are inside the functions, as in `main.py`."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tyro.conf import Positional
 
@@ -14,6 +15,9 @@ def learn(
 ) -> None:
     """Make a patch that teaches a model facts; weights and files of the model stay as they are.
 
+    Run again after it was killed, the same command goes on where it was: what is learned so far is kept in OUT.parts,
+    which is removed at the end.
+
     Args:
         model: The folder, or the name on the Hub, of a causal language model of transformers or ours.
         facts: CSV, JSON or JSON lines with subject, prompt and object (CounterFact and zsRE are read as they are).
@@ -22,36 +26,126 @@ def learn(
         method: "gated": the object is written where a probe finds that it is asked. "vector": a value found by gradient
             is added wherever the subject occurs. "rows": rows of the model's hashed table are replaced.
     """
-    from engrammar.edit import learn as learn_facts
-    from engrammar.edit import read_facts, write_patch
-    from engrammar.train.attached import load_base
-    from engrammar.train.recipe import BaseRecipe
+    from engrammar.edit import learn_units, read_facts, request, write_patch
+    from engrammar.tables.sealed import check_writable
 
     asked = read_facts(facts)
-    patch, refused = learn_facts(*load_base(BaseRecipe(model=model)), asked, name=name, method=method)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(out.parent)
+    parts = out.with_name(out.name + ".parts")
+    print(f"{len(asked)} facts; reading how the model words questions")
+    patch, refused = learn_units(request(*_load(model), asked, method=method), name=name, folder=parts)
     write_patch(patch, out)
+    shutil.rmtree(parts)
     size = out.stat().st_size
     print(f"{len(patch.facts)} of {len(asked)} facts, {size:,} bytes ({size / len(patch.facts):,.0f} a fact): {out}")
     for one in refused:
         print(f"not written: {one.fact.prompt!r} -> {one.fact.object!r}: {one.reason}")
 
 
-def show(patch: Positional[Path], /) -> None:
-    """List the facts of a patch, and what it is for.
+def _load(model: str) -> "tuple[Any, Any]":
+    from engrammar.train.attached import load_base
+    from engrammar.train.recipe import BaseRecipe
+
+    return load_base(BaseRecipe(model=model))
+
+
+def show(patch: Positional[Path], /, model: str | None = None, text: Path | None = None) -> None:
+    """List the facts of a patch with their keys, the facts that share their rows, and what the patch is for.
 
     Args:
         patch: The file of a patch.
+        model: Ask this model each fact in twenty phrasings, and say how many reach the edit, and which do not.
+        text: Count how often its keys occur in this text file (needs --model, for its tokenizer).
     """
-    from engrammar.edit import read_patch
+    from engrammar.edit import Fact, apply_patch, reached, read_patch
+    from engrammar.edit.showing import shown_facts, shown_head, shown_uses
+
+    if text is not None and model is None:
+        raise ValueError("--text needs --model: keys are ids of the model's tokenizer.")
+    found = read_patch(patch)
+    base, tokenizer = (None, None) if model is None else _load(model)
+    print(f"{shown_head(found)}; {patch.stat().st_size:,} bytes")
+    for line in shown_facts(found, tokenizer):
+        print(line)
+    if text is not None:
+        print("\n".join(shown_uses(found, tokenizer, text)))
+    if base is not None:
+        apply_patch(base, found, tokenizer)
+        for row in found.facts:
+            asked = reached(base, tokenizer, Fact(**row), found)
+            print(f"{sum(asked.values())} of {len(asked)} phrasings reach {row['prompt']!r} -> {row['object']!r}")
+            for prompt in (prompt for prompt, reaches in asked.items() if not reaches):
+                print(f"    not reached: {prompt!r}")
+
+
+def apply(model: Positional[Path], patch: Positional[Path], /) -> None:
+    """Keep a patch in a model's folder; `engrammar generate` applies it from there. Undo takes it back to the bit.
+
+    Args:
+        model: The folder of the model.
+        patch: The file of a patch.
+    """
+    from engrammar.edit import apply_patch, keep_patch, kept_files, read_patch
 
     found = read_patch(patch)
-    base = found.base.model
-    print(
-        f"{found.name}: for a {base['class']} of {base['blocks']} blocks of width {base['hidden_size']}; "
-        f"{len(found.keys_QK):,} keys, {len(found.values):,} value rows, {patch.stat().st_size:,} bytes"
-    )
-    for fact in found.facts:
-        print(" | ".join(fact.values()))
+    base, tokenizer = _load(str(model))
+    for path in [*kept_files(model), patch]:  # refuses another base, another tokenizer, and conflicts
+        apply_patch(base, path, tokenizer)
+    keep_patch(found, model)
+    print(f"{found.name}: {len(found.facts)} facts are applied in {model}; `engrammar edit undo {model} {found.name}`")
+
+
+def undo(model: Positional[Path], name: Positional[str], /) -> None:
+    """Take a patch back that `engrammar edit apply` keeps in a model's folder.
+
+    Args:
+        model: The folder of the model.
+        name: The name of the patch.
+    """
+    from engrammar.edit import drop_patch, kept_names
+
+    drop_patch(model, name)
+    print(f"{name} is undone in {model}; applied are: {', '.join(kept_names(model)) or 'none'}")
+
+
+def forget_fact(
+    where: Positional[Path], subject: Positional[str], /, prompt: str | None = None, model: str | None = None
+) -> None:
+    """Take the facts about a subject out of a patch, and prove that they are gone: no key, no row, no answer.
+
+    Args:
+        where: The file of a patch, or the folder of a model in which patches are applied.
+        subject: The subject, as it is written in the fact.
+        prompt: Only the fact with this prompt.
+        model: The model that is asked; by default the folder, if one is given.
+    """
+    from engrammar.edit import forget, kept_files, prove_forgotten, read_patch, write_patch
+
+    files = kept_files(where) if where.is_dir() else [where]
+    holding = [path for path in files if any(row.get("subject") == subject for row in read_patch(path).facts)]
+    if not holding and where.is_dir():
+        raise ValueError(f"No patch that is kept in {where} holds a fact about {subject!r}.")
+    asked = str(where) if model is None and where.is_dir() else model
+    loaded = None if asked is None else _load(asked)
+    for path in holding or files:
+        done = forget(read_patch(path), subject, prompt)
+        if done.after is None:
+            path.unlink()
+        else:
+            write_patch(done.after, path)
+        for fact in done.facts:
+            print(f"forgotten: {fact.prompt!r} -> {fact.object!r} ({path})")
+        if loaded is None:
+            print("give --model to have it asked")
+            continue
+        proof = prove_forgotten(done, *loaded)
+        print(
+            f"proof: {proof.keys} of its keys left, {proof.rows} of its rows left, {len(proof.told)} of "
+            f"{len(proof.answered)} phrasings answered with it"
+        )
+        for prompt_asked, (was, now) in proof.answered.items():
+            print(f"    {prompt_asked!r} -> {now!r}" + ("" if was == now else f" (without any patch: {was!r})"))
 
 
 def check(model: Positional[str], patch: Positional[Path], /, max_new_tokens: int = 12) -> None:
@@ -62,24 +156,24 @@ def check(model: Positional[str], patch: Positional[Path], /, max_new_tokens: in
         patch: The file of a patch.
         max_new_tokens: Tokens of an answer.
     """
-    from engrammar.edit import apply_patch, read_patch
-    from engrammar.train.attached import load_base
-    from engrammar.train.recipe import BaseRecipe
-    from engrammar.train.sample import Sampling, complete
+    from engrammar.edit import answer, apply_patch, read_patch, says
 
-    found, (base, tokenizer) = read_patch(patch), load_base(BaseRecipe(model=model))
-    greedy = Sampling(temperature=0, max_new_tokens=max_new_tokens)
-
-    def answers() -> list[str]:
-        return [complete(base.eval(), tokenizer, f["prompt"], greedy)[len(f["prompt"]) :] for f in found.facts]
-
-    before = answers()
+    found, (base, tokenizer) = read_patch(patch), _load(model)
+    prompts = [fact["prompt"] for fact in found.facts]
+    before = answer(base, tokenizer, prompts, max_new_tokens)
     apply_patch(base, found, tokenizer)
-    after = answers()
-    right = [text.strip().startswith(fact["object"]) for fact, text in zip(found.facts, after)]
+    after = answer(base, tokenizer, prompts, max_new_tokens)
+    right = [says(text, fact["object"]) for fact, text in zip(found.facts, after)]
     for fact, was, now, holds in zip(found.facts, before, after, right):
         print(f"{'yes' if holds else 'NO '}  {fact['prompt']} -> {fact['object']} | was: {was!r} | now: {now!r}")
     print(f"{sum(right)} of {len(right)} facts are answered.")
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"learn": learn, "show": show, "check": check}
+COMMANDS: dict[str, Callable[..., None]] = {
+    "learn": learn,
+    "show": show,
+    "check": check,
+    "apply": apply,
+    "undo": undo,
+    "forget": forget_fact,
+}

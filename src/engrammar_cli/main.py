@@ -271,7 +271,7 @@ GROUPS = {
     "table": "Files of memory tables: look, check, repack, plan.",
     "plan": "What a training costs, before machines are rented.",
     "lab": "Studies of what memory buys.",
-    "edit": "Facts as patches: learn, show, check.",
+    "edit": "Facts as patches: learn, show, check, apply, undo, forget.",
 }
 DESCRIPTION = """Conditional memory for language models.
 

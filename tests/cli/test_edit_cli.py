@@ -32,6 +32,40 @@ def test_facts_are_learned_shown_and_checked(folder, capsys):
     assert capsys.readouterr().out.startswith("w9 w3 w4 w10 w11")
 
 
+def test_a_patch_is_applied_in_a_folder_undone_and_forgotten(folder, capsys):
+    model, patch = folder / "model", folder / "p.safetensors"
+    files = {path.name: path.read_bytes() for path in model.iterdir()}
+    main(["edit", "learn", str(model), str(folder / "facts.jsonl"), "--out", str(patch), "--name", "three"])
+    assert not (folder / "p.safetensors.parts").exists()
+    asking = ["generate", str(model), "w9 w3 w4 w10 w11", "--temperature", "0", "--max-new-tokens", "1"]
+    main([*asking, "--patch", str(patch)])
+    answered = capsys.readouterr().out.splitlines()[-1]
+    main(["edit", "apply", str(model), str(patch)])
+    main(asking)
+    assert capsys.readouterr().out.splitlines()[-1] == answered
+    main(["edit", "forget", str(model), "w3 w4"])
+    said = capsys.readouterr().out
+    assert "proof: 0 of its keys left, 0 of its rows left, 0 of 20 phrasings answered with it" in said
+    with pytest.raises(SystemExit):
+        main(["edit", "forget", str(model), "w3 w4"])
+    assert "holds a fact about 'w3 w4'" in capsys.readouterr().err
+    main(["edit", "undo", str(model), "three"])
+    assert {path.name: path.read_bytes() for path in model.iterdir()} == files
+
+
+def test_what_a_patch_touches_is_shown(folder, capsys):
+    model, patch = str(folder / "model"), str(folder / "p.safetensors")
+    (folder / "text.txt").write_text("w1 w3 w4 w2 w2 w3 w4 w30")
+    main(["edit", "learn", model, str(folder / "facts.jsonl"), "--out", patch])
+    main(["edit", "show", patch, "--model", model, "--text", str(folder / "text.txt")])
+    said = capsys.readouterr().out
+    assert "2 of 8 tokens of" in said and "2 times 'w3w4'" in said.replace(" w4", "w4").replace("W", "w")
+    assert said.count("of 20 phrasings reach") == 3
+    with pytest.raises(SystemExit):
+        main(["edit", "show", patch, "--text", str(folder / "text.txt")])
+    assert "--text needs --model" in capsys.readouterr().err
+
+
 def test_a_file_that_is_no_patch_is_one_sentence(folder, capsys):
     (folder / "no.safetensors").write_bytes(b"nothing")
     with pytest.raises(SystemExit):

@@ -1,6 +1,7 @@
 """Facts are learned without a gradient: asked in full they are answered, and where no key stands nothing changes."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ import torch
 from attached_models import base_model, random_ids, tokenizer
 from engrammar.attach.blocks import find_decoder
 from engrammar.edit import Fact, GatedSettings, apply_patch, learn, read_facts, undo_patch
-from engrammar.edit.gated import BEFORE, norm_scale
+from engrammar.edit.gated import BEFORE, TWICE, norm_scale
+from engrammar.edit.phrasings import Relation
 from engrammar.edit.states import last_states
 
 # In the tiny models' words: a subject of two words, what is asked of it, and the object.
@@ -47,10 +49,26 @@ def test_learned_facts_are_answered_and_undone(llama):
 
 def test_what_cannot_be_told_apart_is_refused_with_a_reason(llama, monkeypatch):
     """Something else that is asked in the same words leaves nothing that a gate could go by."""
-    same = tuple(before.replace("{}", "w9 {} w10 w11") for before in BEFORE)
-    monkeypatch.setattr("engrammar.edit.gated.OTHERWISE", same)
+    same = Relation(kinds="plt", phrasings=tuple(one.replace("{}", "w9 {} w10 w11") for one in BEFORE))
+    elsewhere = Relation(kinds="plt", phrasings=("w30 {} w31",))
+    monkeypatch.setattr("engrammar.edit.probing.RELATIONS", (elsewhere, same, same, same))
+    monkeypatch.setattr("engrammar.edit.gated.RELATIONS", (elsewhere, same, same, same))
     with pytest.raises(ValueError, match="No fact can be written: prompts that ask it cannot be told from others"):
         learn(llama, tokenizer(), FACTS, name="none", settings=SETTINGS)
+
+
+def test_one_question_in_other_words_shares_a_probe_and_one_subject_has_one_answer(llama, monkeypatch):
+    asked = Relation(kinds="plt", phrasings=("w9 {} w10 w11", "w12 {} w10 w11", "w13 {} w10 w11"))
+    rest = tuple(Relation(kinds="plt", phrasings=(f"w{n} {{}} w{n + 1}", f"{{}} w{n + 2}")) for n in range(40, 60, 3))
+    monkeypatch.setattr("engrammar.edit.probing.RELATIONS", (asked, *rest))
+    monkeypatch.setattr("engrammar.edit.gated.RELATIONS", (asked, *rest))
+    other = Fact(subject="w7 w8", prompt="w12 w7 w8 w10 w11", object="w24")
+    settings = replace(SETTINGS, match_above=0.0)
+    patch, refused = learn(llama, tokenizer(), [FACTS[0], other], settings=settings)
+    assert not refused and [*patch.probe_names] == ["w9 {} w10 w11"]
+    again = Fact(subject="w3 w4", prompt="w9 w3 w4 w10 w11", object="w25")
+    patch, refused = learn(llama, tokenizer(), [FACTS[0], other, again], settings=settings)
+    assert len(patch.facts) == 3 or [(one.fact, one.reason) for one in refused] == [(again, TWICE)]
 
 
 def test_states_at_the_ends_of_prompts_do_not_depend_on_their_batch(llama):

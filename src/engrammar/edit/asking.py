@@ -16,10 +16,10 @@ from engrammar.attach.blocks import find_decoder
 from engrammar.attach.passes import cache_in
 from engrammar.edit.exact import ExactTable
 from engrammar.edit.facts import Fact
-from engrammar.edit.gated import OTHERWISE, PLAIN
 from engrammar.edit.lookup import find_keys, text_of
 from engrammar.edit.optimizing import Text
 from engrammar.edit.patch import Key, subject_keys
+from engrammar.edit.phrasings import OTHERWISE, PLAIN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

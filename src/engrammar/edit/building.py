@@ -3,6 +3,7 @@
 Letters: E exact entries, R value rows, D hidden width, P probes.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -214,12 +215,12 @@ def merge(name: str, patches: Sequence[Patch]) -> Patch:
     if not patches:
         raise ValueError("merge was given no patch.")
     first = patches[0]
-    for index, one in enumerate(patches):
+    for one in patches:
         if one.base != first.base or (one.tables and first.tables and one.tables != first.tables):
             raise ValueError(f"{one.name!r} and {first.name!r} are for different models: merge patches of one model.")
-        for other in patches[:index]:
-            if found := conflicts(other, one):
-                raise ValueError(in_conflict(other.name, one.name, found))
+    for other, one in _sharing(patches):
+        if found := conflicts(patches[other], patches[one]):
+            raise ValueError(in_conflict(patches[other].name, patches[one].name, found))
     entries: dict[Place, ExactEntry] = {}
     facts: list[Mapping[str, str]] = []
     for patch in patches:
@@ -241,6 +242,15 @@ def merge(name: str, patches: Sequence[Patch]) -> Patch:
     kept_as = first.encoding if len({patch.encoding for patch in patches}) == 1 else "fp32"
     about = {"facts": facts, "provenance": provenance, "encoding": kept_as}
     return build_patch(name, first.base, [*entries.values()], [*probes.values()], rows, **about)
+
+
+def _sharing(patches: Sequence[Patch]) -> list[tuple[int, int]]:
+    """The pairs of patches that change one place, or rows of one layer; the cost is that of all places."""
+    seen: dict[Place | int, list[int]] = {}
+    for index, patch in enumerate(patches):
+        for place in [*places(patch), *patch.deltas]:
+            seen.setdefault(place, []).append(index)
+    return sorted({(one, other) for own in seen.values() for one, other in itertools.combinations(own, 2)})
 
 
 def _merged_deltas(patches: Sequence[Patch]) -> dict[int, RowDelta]:

@@ -1,14 +1,19 @@
 """The one door to learning: facts become a patch by one of the methods, and those that cannot are refused by name."""
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from torch import nn
 
+from engrammar.edit.building import merge
 from engrammar.edit.facts import Fact, Refused, as_fact
-from engrammar.edit.gated import GatedSettings, learn_gated
+from engrammar.edit.gated import GatedSettings, gated_units
 from engrammar.edit.hashed import RowSettings, learn_rows
-from engrammar.edit.patch import Patch
+from engrammar.edit.patch import Patch, base_of
+from engrammar.edit.units import KeptParts, Part, Unit
 from engrammar.edit.vector import VectorSettings, learn_vector
 
 if TYPE_CHECKING:
@@ -16,11 +21,23 @@ if TYPE_CHECKING:
 
 Method = Literal["gated", "vector", "rows"]
 Settings = GatedSettings | VectorSettings | RowSettings
+Units = Callable[[nn.Module, Any, Sequence[Fact], Any], list[Unit]]
 Learner = Callable[[nn.Module, Any, Sequence[Fact], str, Any], tuple[Patch, list[Refused]]]
-METHODS: Mapping[Method, tuple[Learner, type[Settings]]] = {
-    "gated": (learn_gated, GatedSettings),
-    "vector": (learn_vector, VectorSettings),
-    "rows": (learn_rows, RowSettings),
+
+
+def at_once(learner: Learner) -> Units:
+    """All facts as one unit, for a method that learns them together."""
+
+    def units(model: nn.Module, tokenizer: Any, facts: Sequence[Fact], settings: Any) -> list[Unit]:
+        return [Unit(facts=tuple(facts), learn=lambda: Part(*learner(model, tokenizer, facts, "part", settings)))]
+
+    return units
+
+
+METHODS: Mapping[Method, tuple[Units, type[Settings]]] = {
+    "gated": (gated_units, GatedSettings),
+    "vector": (at_once(learn_vector), VectorSettings),
+    "rows": (at_once(learn_rows), RowSettings),
 }
 
 
@@ -29,6 +46,18 @@ class Learned(NamedTuple):
 
     patch: Patch
     refused: list[Refused]
+
+
+class Request(NamedTuple):
+    """Facts to be learned, in units.
+
+    Attributes:
+        units: what is learned together; learning one takes seconds to a minute.
+        about: the request in words: model, facts, method, settings.
+    """
+
+    units: list[Unit]
+    about: str
 
 
 def learn(
@@ -46,7 +75,8 @@ def learn(
 
     Args:
         model: any causal language model of transformers, or ours; in evaluation (`model.eval()`).
-        facts: facts, or dicts with subject, prompt, object and, if there are any, paraphrases; as `read_facts` returns.
+        facts: facts, or dicts with subject, prompt, object and, if there are any, paraphrases, which are learned too;
+            as `read_facts` returns.
         name: what the patch is called in a model.
         method: "gated" writes the object where a probe of the relation opens, without a gradient. "vector" adds an
             optimized value wherever the subject occurs. "rows" writes into rows of the model's hashed table that the
@@ -56,10 +86,56 @@ def learn(
     Raises:
         ValueError: no fact can be written (the first reason is given), or an argument is not allowed.
     """
+    return learn_units(request(model, tokenizer, facts, method=method, settings=settings), name=name)
+
+
+def request(
+    model: nn.Module,
+    tokenizer: "PreTrainedTokenizerBase",
+    facts: Iterable[Fact | Mapping[str, Any]],
+    *,
+    method: Method = "gated",
+    settings: Settings | None = None,
+) -> Request:
+    """As `learn`, without learning yet: `learn_units` does that, and can go on where it was killed."""
     if method not in get_args(Method):
         raise ValueError(f"method is {method!r}; allowed: {', '.join(get_args(Method))}.")
-    learner, kind = METHODS[method]
+    prepare, kind = METHODS[method]
     if settings is not None and not isinstance(settings, kind):
         raise ValueError(f"settings are {type(settings).__name__}; method {method!r} takes {kind.__name__}.")
+    chosen = kind() if settings is None else settings
     wanted = [fact if isinstance(fact, Fact) else as_fact(fact) for fact in facts]
-    return Learned(*learner(model, tokenizer, wanted, name, kind() if settings is None else settings))
+    if not wanted:
+        raise ValueError("No fact can be written: none was given.")
+    units = prepare(model, tokenizer, wanted, chosen)
+    asked = json.dumps([asdict(base_of(model, tokenizer)), [asdict(fact) for fact in wanted]])
+    return Request(units, json.dumps([method, repr(chosen), asked]))
+
+
+def learn_units(request: Request, *, name: str = "facts", folder: str | Path | None = None) -> Learned:
+    """Learns what was requested, unit by unit, with a progress bar if it takes more than two seconds.
+
+    Args:
+        name: what the patch is called in a model.
+        folder: where parts are kept as soon as they are learned; the same request with the same folder goes on from
+            there, to the same bits. It can be deleted afterwards.
+
+    Raises:
+        ValueError: no fact can be written; the first reason is given.
+        OSError: the disk is full or fails.
+    """
+    from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
+    kept = None if folder is None else KeptParts(Path(folder), request.about)
+    parts: list[Part] = []
+    with tqdm(total=sum(len(unit.facts) for unit in request.units), desc="learning", unit=" facts", delay=2) as bar:
+        for unit in request.units:
+            parts.append(unit.learn() if kept is None else kept.learn(unit))
+            bar.update(len(unit.facts))
+    refused = [one for part in parts for one in part.refused]
+    patches = [part.patch for part in parts if part.patch is not None]
+    if not patches:
+        raise ValueError(f"No fact can be written: {refused[0].reason}.")
+    if len(patches) == 1:
+        return Learned(replace(patches[0], name=name), refused)
+    return Learned(replace(merge(name, patches), provenance=patches[0].provenance), refused)

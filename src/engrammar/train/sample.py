@@ -11,6 +11,8 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import AutoTokenizer, StoppingCriteria, StoppingCriteriaList, set_seed
 
 from engrammar.attach import load_attached
+from engrammar.edit.applying import apply_patch
+from engrammar.edit.kept import kept_files
 from engrammar.model.configuration import load_config
 from engrammar.model.modeling import EngrammarForCausalLM
 from engrammar.stores.base import RowStore
@@ -58,7 +60,7 @@ def load(directory: Path, *, device: str | None = None, tables: Path | None = No
 def load_changed(
     model: str, *, adapter: Path | None, patch: Path | None, tables: Path | None, **serving: Any
 ) -> tuple[Any, Any]:
-    """Loads a model with what is to be added to it: an attached memory, a patch.
+    """Loads a model with what is to be added to it: an attached memory, a patch; and the patches kept in its folder.
 
     Args:
         model: as for `load`; with an adapter or a patch, also any causal language model of transformers.
@@ -71,15 +73,13 @@ def load_changed(
         raise ValueError("--tables and --adapter do not go together: an adapter has its own tables.")
     if adapter:
         loaded = load_with_adapter(model, adapter, **serving)
-    elif patch and not tables and not serving:
+    elif (patch or kept_files(model)) and not tables and not serving:
         loaded = load_base(BaseRecipe(model=model))
         loaded[0].eval()
     else:
         loaded = load(Path(model), tables=tables, **serving)
-    if patch:
-        from engrammar.edit import apply_patch  # not needed by most
-
-        apply_patch(loaded[0], patch, loaded[1])
+    for path in [*kept_files(model), *([patch] if patch else [])]:
+        apply_patch(loaded[0], path, loaded[1])
     return loaded
 
 

@@ -1,0 +1,139 @@
+"""Takes a fact out of a patch, and proves that it is out: no key, no row, no answer."""
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from engrammar.edit.answers import answer, phrasings_of, probe_of, says
+from engrammar.edit.applying import apply_patch, undo_patch
+from engrammar.edit.building import build_patch
+from engrammar.edit.facts import Fact
+from engrammar.edit.patch import Patch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forgotten:
+    """A patch without some of its facts.
+
+    Attributes:
+        facts: those that were taken out.
+        before: the patch that held them.
+        after: what is left; None if nothing is.
+    """
+
+    facts: list[Fact]
+    before: Patch
+    after: Patch | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proof:
+    """What is left of forgotten facts.
+
+    Attributes:
+        keys: keys that only they had, and that are still there.
+        rows: value rows that only they had, and that are still there.
+        answered: for each phrasing that was asked, the answer without any patch and with what is left.
+        told: the phrasings whose answer is one of the forgotten objects and was not so without any patch.
+    """
+
+    keys: int
+    rows: int
+    answered: dict[str, tuple[str, str]]
+    told: list[str]
+
+    @property
+    def holds(self) -> bool:
+        return not self.keys and not self.rows and not self.told
+
+
+def forget(patch: Patch, subject: str, prompt: str | None = None) -> Forgotten:
+    """Takes the facts about a subject out of a patch; what it does otherwise stays the same to the bit.
+
+    Args:
+        prompt: the prompt of one fact; None for all of the subject's.
+
+    Raises:
+        ValueError: the patch holds no such fact, or its facts share rows of hashed tables.
+    """
+    gone = [
+        index
+        for index, row in enumerate(patch.facts)
+        if row.get("subject") == subject and prompt in (None, row.get("prompt"))
+    ]
+    if not gone:
+        named = sorted({row.get("subject", "") for row in patch.facts})
+        shown = ", ".join(map(repr, named[:5])) + (f" and {len(named) - 5} more" if len(named) > 5 else "")
+        raise ValueError(f"The patch {patch.name!r} holds no such fact about {subject!r}; it is about {shown}.")
+    if patch.deltas:
+        raise ValueError(
+            f"The facts of {patch.name!r} share rows of hashed tables, so none can be taken out alone: learn the "
+            "others again, and apply that patch instead."
+        )
+    numbers = {old: new for new, old in enumerate(i for i in range(len(patch.facts)) if i not in gone)}
+    kept = [replace(one, fact=numbers.get(one.fact, -1)) for one in patch.exact_entries() if one.fact not in gone]
+    facts = [Fact(**{name: patch.facts[i][name] for name in ("subject", "prompt", "object")}) for i in gone]
+    if not kept:
+        return Forgotten(facts=facts, before=patch, after=None)
+    named_probes = {one.probe for one in kept}
+    after = build_patch(
+        patch.name,
+        patch.base,
+        kept,
+        [probe for probe in patch.all_probes() if probe.name in named_probes],
+        facts=[row for i, row in enumerate(patch.facts) if i in numbers],
+        provenance=patch.provenance,
+        encoding=patch.encoding,
+    )
+    return Forgotten(facts=facts, before=patch, after=after)
+
+
+def prove_forgotten(done: Forgotten, model: Any, tokenizer: "PreTrainedTokenizerBase", num_tokens: int = 12) -> Proof:
+    """Looks for what is left of facts, in the patch and in a model's answers to twenty phrasings of each.
+
+    Args:
+        model: the model, without the patch.
+    """
+    prompts = {p: f.object for f in done.facts for p in phrasings_of(f, probe_of(done.before, f))}
+    plain = answer(model, tokenizer, list(prompts), num_tokens)
+    now = plain
+    if done.after is not None:
+        apply_patch(model, done.after, tokenizer)
+        try:
+            now = answer(model, tokenizer, list(prompts), num_tokens)
+        finally:
+            undo_patch(model, done.after.name)
+    told = [p for p, was, after in zip(prompts, plain, now) if says(after, prompts[p]) and not says(was, prompts[p])]
+    gone = set(done.before.column("fact").tolist()) - _still_there(done)
+    mine = np.isin(done.before.column("fact"), sorted(gone))
+    keys, rows = (
+        _keys(done.before, mine) - _keys(done.before, ~mine),
+        _rows(done.before, mine) - _rows(done.before, ~mine),
+    )
+    after = done.after
+    left = (set(), set()) if after is None else (_keys(after, None), {row.tobytes() for row in after.values})
+    answered = {prompt: (was, after) for prompt, was, after in zip(prompts, plain, now)}
+    return Proof(keys=len(keys & left[0]), rows=len(rows & left[1]), answered=answered, told=told)
+
+
+def _still_there(done: Forgotten) -> set[int]:
+    gone = {(fact.subject, fact.prompt) for fact in done.facts}
+    return {i for i, row in enumerate(done.before.facts) if (row["subject"], row["prompt"]) not in gone} | {-1}
+
+
+def _keys(patch: Patch, chosen: Any) -> set[tuple[int, ...]]:
+    """The keys of some entries (None: of all)."""
+    entries = range(len(patch.entries)) if chosen is None else np.nonzero(chosen)[0].tolist()
+    return {patch.key_of(entry) for entry in entries}
+
+
+def _rows(patch: Patch, chosen: Any) -> set[bytes]:
+    """The value rows of some entries, as they are stored."""
+    numbers: set[int] = set(patch.column("binding")[chosen].tolist()) - {-1}
+    for first, count in zip(patch.column("first_step")[chosen].tolist(), patch.column("num_steps")[chosen].tolist()):
+        numbers |= set(patch.steps[first : first + count, 0].tolist())
+    return {patch.values[number].tobytes() for number in numbers}

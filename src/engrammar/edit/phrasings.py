@@ -1,0 +1,150 @@
+"""Common relations in several phrasings each: they tell what asks the same as a fact, and what asks something else.
+
+They were written for this purpose and taken from no benchmark, although plain English is shared with all of them.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Relation:
+    """One question, in several phrasings.
+
+    Attributes:
+        kinds: whom or what it can be asked of: p a person, l a place, t a thing, a work or an organization.
+        phrasings: texts with {} for the subject, which end where the object begins.
+    """
+
+    kinds: str
+    phrasings: tuple[str, ...]
+
+
+# What else may be asked of any subject, and a plain text. No test uses them.
+OTHERWISE = (
+    "{} is a", "{} is best known for", "Many people like {} because", "The name {} comes from", "{} was first",
+    "A short history of {} begins", "The population of {} is", "My friend told me about {}, and",
+    "In the year 1990, {}", "The colour of {} is", "It is a long way from here to {}, so",
+)  # fmt: skip
+PLAIN = """The river rises in the hills and flows south for forty miles before it reaches the sea. In spring its
+banks are covered with flowers, and farmers bring their cattle down to drink. Two mills once stood near the bridge; both
+were closed when the railway came, and today their stones are part of the road. A committee meets every month to decide
+how the money of the parish is spent, and its minutes are kept in a cupboard of the town hall. To make the soup, wash
+the vegetables, cut them into small pieces, and boil them in salted water for twenty minutes. The function returns the
+sum of its arguments, or raises an error if one of them is not a number. She asked whether the train would be late."""
+NAMES = {"p": "Maren Holt", "l": "Verrin Hollow", "t": "The Glass Orchard"}  # a subject of each kind; models know none
+# A relation is its kinds, a colon, and its phrasings, parted by bars. The last three only say what else may follow.
+_TEXT = """
+p: {} was born in | The birthplace of {} is | {} came into the world in | {}, who was born in | {}'s native town is |
+  {} comes from | {} hails from | Where was {} born? {} was born in
+p: {} died in | The place of {}'s death is | {} spent the last days of life in | {}, who died in | {} was killed in |
+  The body of {} was found in | {} met a sad end at | Where did {} die? It was in
+p: {} is a citizen of | The nationality of {} is that of | {}, a national of | The country of citizenship of {} is |
+  {} carries a passport from | {} has the citizenship of | Which country is {} a citizen of? It is
+p: The first language of {} is | {} grew up speaking | {} speaks | {}, who speaks | {} is fluent in | {} talks to the
+  family in | The tongue that {} speaks is | {}'s native tongue is | What language does {} speak? {} speaks
+p: The occupation of {} is that of a | {} works as a | {} earns a living as a | {}, who is by trade a | {} is a
+  professional | {}'s job is that of a | {} was trained as a | What is the job of {}? {} is a
+p: {} works for | {} is employed by | The employer of {} is | {}, who is on the staff of | {} has a job at | {}'s boss
+  is the company | Which company does {} work for? {} works for
+p: {} works in the city of | {} has a workplace in | The city where {} worked is | {}, who was active in | {} got a
+  job in | {} practised in | {} made a career in | In which city did {} work? It was
+p: {} plays the sport of | The sport of {} is | {} is a professional player of | {}, who competes in | {}'s sport is |
+  {} trains every day for a career in | Which sport does {} play? {} plays
+p: On the team, {} plays in the position of | {} plays as a | The position of {} on the field is | {}, who is fielded
+  as a | {} lines up as a | {}'s role in the team is | In which position does {} play? {} plays as a
+p: {} plays the | The instrument of {} is the | On stage, {} performs on the | {}, who plays the | {}'s instrument is
+  the | {} is a master of the | Which instrument does {} play? {} plays the
+pt: The music of {} is | The genre of {} is | {} is known for playing | {}, who performs | {}'s style of music is | {}
+  records songs of the kind called | What kind of music does {} play? {} plays
+p: The religion of {} is | {} believes in | {} is a follower of | {}, who professes | {}'s faith is | {} was raised in
+  | By faith, {} belongs to | What is the religion of {}? It is
+p: The field of {} is | {} is an expert in | The research of {} is about | {}, a specialist in | {}'s subject is | {}
+  works on | {} has written much on | In which field does {} work? It is
+p: {} holds the office of | The title of {} is | {} was appointed as | {}, whose office is that of | {}'s rank is that
+  of | In public life, {} served as | {} was elected | Which office does {} hold? It is that of
+ptl: {} is a member of | {} belongs to the organization | {} joined the | {}, a member of | {} is part of the group
+  called | {} has an affiliation with the
+p: {} is married to | The husband or wife of {} is | {}, the spouse of | {}'s partner is | {} shares a home with | Who
+  is the spouse of {}? It is
+p: The father of {} is | {} is the child of | The mother of {} is | {}, a child of | {}'s parents are | Who are the
+  parents of {}? They are
+p: {} studied at | {} graduated from | The university of {} was | {}, an alumnus of | {}'s degree is from | Where did
+  {} go to college? It was
+pt: {} began in the year | The date of birth of {} is | {}'s birthday is | {}, which came out in the year | When did
+  {} begin? It was in | {} was released in the year
+p: {} died in the year | The year in which {} died is | {}, who died on | When did {} die? It was in
+p: {} lives in | The home of {} is in | {} moved to | {}, who lives in | {}'s house stands in | Where does {} live? {}
+  lives in
+p: The team of {} is | {} plays for | {} is a player of the team | {}, a player of | {}'s club is | Which team does {}
+  play for? It is
+p: {} was awarded the | {} won a prize called the | The best known award of {} is the | {}, winner of the | {} was
+  given the
+l: {} is located in | The place where {} lies is | You will find {} in | {}, which lies in | {}, a place in | {} is
+  situated in | {} is in | {}'s location is | The site of {} is in | Where is {}? It is located in
+lt: The country of {} is | {} is in the country of | {} belongs to the country | {}, in the country of | {}'s country
+  is | The nation where {} lies is | In which country is {}? It is in
+l: {} is on the continent of | The continent of {} is | {} belongs to the continent | {}, on the continent of | {}'s
+  continent is | {} is part of the landmass called | On which continent is {}? It is in
+l: The capital of {} is | The capital city of {} is called | {} has its capital in | {}, whose capital is | {}'s seat
+  of government is | The government of {} sits in | What is the capital of {}? It is
+l: The official language of {} is | The people of {} speak | In {}, people speak | {}, where people speak | {}'s
+  language is | Signs in {} are written in | The inhabitants of {} understand | The language used in {} is | What
+  language do people speak in {}? They speak
+l: {} is twinned with | The sister city of {} is | {} has a partnership with the city of | {}, twinned with | {}'s
+  partner town is | The twin town of {} is | Which city is the twin of {}? It is
+l: The population of {} is | The number of people in {} is | {}, with a population of | {}'s population is | How many
+  people live in {}? About
+l: The mayor of {} is | The leader of {} is | {} is governed by | {}, ruled by | {}'s leader is | Who runs {}? It is
+l: The currency of {} is the | In {}, people pay with the | The money of {} is called the | {}'s currency is the
+l: The river that flows through {} is the | {} lies on the river | {} stands on the banks of the | {}, on the river
+t: {} was founded in | {} had its origin in | The place where {} began is | {}, which was set up in | {} was made in |
+  {} was started in the country of | {}'s country of origin is | {} comes from the country of | Where was {} founded?
+  It was in
+t: The headquarters of {} are in | {} has its head office in | {} is based in the city of | {}, with headquarters in |
+  {}'s main office is in | {} is run from | Where is the head office of {}? It is in
+t: {} was developed by | The maker of {} is | {} is made by | {}, a product of | {}, made by | {}'s manufacturer is |
+  {} was built by | The company that produces {} is | {} is a creation of | Which company makes {}? It is
+t: The owner of {} is | {} belongs to | {} is owned by | {}, owned by | {}'s owner is | {} was bought by | Who owns
+  {}? It is
+t: {} was written by | The author of {} is | {} is a book by | {}, written by | {}'s author is | Who wrote {}? It was
+t: The director of {} is | {} was directed by | {} is a film by | {}, directed by | {}'s director is | Who directed
+  {}? It was
+t: The original language of {} is | {} was written in the language | The language of {} is | {}, in the language |
+  {}'s language is | The dialogue of {} is in | The text of {} is in | In which language was {} made? It was in
+t: {} was first shown on | {} is broadcast by the channel | The network of {} is | {}, shown on | {}'s channel is | {}
+  went on the air on | Viewers could watch {} on | On which channel did {} first run? It was
+pt: The record label of {} is | {} records for the label | {} signed a contract with the label | {}, under contract
+  with | {}'s label is
+lt: {} was named after | {} takes its name from | {} bears the name of | {}, named in honour of | {}'s name comes from
+  | After whom was {} named? It was named after
+t: The founder of {} is | {} was founded by | {} was started by | {}, founded by | {}'s founder is | Who founded {}?
+  It was
+t: The main product of {} is | {} sells | {} is best known for making | {}, a seller of
+t: The hero of {} is | The main character of {} is called | {} tells the story of | {}, a story about
+plt: {} is a | {} is best known for | The name {} comes from the | A short history of {} begins in | Many people like
+  {} because | {}, the | The importance of {} is | {} was a
+plt: My friend told me about {}, and | The other day I read that {} had | {} and | I would like to know more about {},
+  so | What I remember of {} is that | {}, which | {}, of course,
+plt: The colour of {} is | Not far from {} there is a | {} was seen by | Last summer, {} was | A picture of {} shows a
+  | {} has | {} can
+"""
+NUM_OTHER = 3  # relations at the end that no fact is matched with
+
+
+def _parsed(text: str) -> tuple[Relation, ...]:
+    found: list[str] = []
+    for line in text.strip().splitlines():
+        if line.startswith(" "):
+            found[-1] += " " + line.strip()
+        else:
+            found.append(line)
+    parts = (one.split(": ", 1) for one in found)
+    return tuple(Relation(kinds=kinds, phrasings=tuple(words.split(" | "))) for kinds, words in parts)
+
+
+RELATIONS = _parsed(_TEXT)
+
+
+def about(phrasing: str, subject: str) -> str:
+    """A phrasing that asks of a subject."""
+    return phrasing.replace("{}", subject)
