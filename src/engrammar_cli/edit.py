@@ -58,7 +58,7 @@ def show(patch: Positional[Path], /, model: str | None = None, text: Path | None
         model: Ask this model each fact in twenty phrasings, and say how many reach the edit, and which do not.
         text: Count how often its keys occur in this text file (needs --model, for its tokenizer).
     """
-    from engrammar.edit import Fact, apply_patch, reached, read_patch
+    from engrammar.edit import apply_patch, reached, read_patch
     from engrammar.edit.showing import shown_facts, shown_head, shown_uses
 
     if text is not None and model is None:
@@ -73,7 +73,7 @@ def show(patch: Positional[Path], /, model: str | None = None, text: Path | None
     if base is not None:
         apply_patch(base, found, tokenizer)
         for row in found.facts:
-            asked = reached(base, tokenizer, Fact(**row), found)
+            asked = reached(base, tokenizer, as_fact(row), found)
             print(f"{sum(asked.values())} of {len(asked)} phrasings reach {row['prompt']!r} -> {row['object']!r}")
             for prompt in (prompt for prompt, reaches in asked.items() if not reaches):
                 print(f"    not reached: {prompt!r}")

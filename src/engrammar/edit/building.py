@@ -218,9 +218,9 @@ def merge(name: str, patches: Sequence[Patch]) -> Patch:
     for one in patches:
         if one.base != first.base or (one.tables and first.tables and one.tables != first.tables):
             raise ValueError(f"{one.name!r} and {first.name!r} are for different models: merge patches of one model.")
-    for other, one in _sharing(patches):
-        if found := conflicts(patches[other], patches[one]):
-            raise ValueError(in_conflict(patches[other].name, patches[one].name, found))
+    for early, late in _sharing(patches):
+        if found := conflicts(patches[early], patches[late]):
+            raise ValueError(in_conflict(patches[early].name, patches[late].name, found))
     entries: dict[Place, ExactEntry] = {}
     facts: list[Mapping[str, str]] = []
     for patch in patches:
@@ -248,7 +248,8 @@ def _sharing(patches: Sequence[Patch]) -> list[tuple[int, int]]:
     """The pairs of patches that change one place, or rows of one layer; the cost is that of all places."""
     seen: dict[Place | int, list[int]] = {}
     for index, patch in enumerate(patches):
-        for place in [*places(patch), *patch.deltas]:
+        changed: list[Place | int] = [*places(patch), *patch.deltas]
+        for place in changed:
             seen.setdefault(place, []).append(index)
     return sorted({(one, other) for own in seen.values() for one, other in itertools.combinations(own, 2)})
 

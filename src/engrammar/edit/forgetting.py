@@ -8,7 +8,7 @@ import numpy as np
 from engrammar.edit.answers import answer, phrasings_of, probe_of, says
 from engrammar.edit.applying import apply_patch, undo_patch
 from engrammar.edit.building import build_patch
-from engrammar.edit.facts import Fact
+from engrammar.edit.facts import Fact, as_fact
 from engrammar.edit.patch import Patch
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def forget(patch: Patch, subject: str, prompt: str | None = None) -> Forgotten:
         )
     numbers = {old: new for new, old in enumerate(i for i in range(len(patch.facts)) if i not in gone)}
     kept = [replace(one, fact=numbers.get(one.fact, -1)) for one in patch.exact_entries() if one.fact not in gone]
-    facts = [Fact(**{name: patch.facts[i][name] for name in ("subject", "prompt", "object")}) for i in gone]
+    facts = [as_fact(patch.facts[i]) for i in gone]
     if not kept:
         return Forgotten(facts=facts, before=patch, after=None)
     named_probes = {one.probe for one in kept}

@@ -113,7 +113,10 @@ def _learn(relation: "_Relation", facts: Sequence[Fact]) -> Part:
             return Part(None, refused)
         described = [{"subject": f.subject, "prompt": f.prompt, "object": f.object} for f in kept]
         base = base_of(reader.model, reader.tokenizer)
-        about = {"facts": described, "provenance": {"method": "gated", "settings": repr(reader.settings)}}
+        about: dict[str, Any] = {
+            "facts": described,
+            "provenance": {"method": "gated", "settings": repr(reader.settings)},
+        }
         return Part(build_patch("part", base, entries, probes, encoding="int8", **about), refused)
 
 
