@@ -59,6 +59,7 @@ def show(patch: Positional[Path], /, model: str | None = None, text: Path | None
         text: Count how often its keys occur in this text file (needs --model, for its tokenizer).
     """
     from engrammar.edit import apply_patch, reached, read_patch
+    from engrammar.edit.facts import as_fact
     from engrammar.edit.showing import shown_facts, shown_head, shown_uses
 
     if text is not None and model is None:
