@@ -8,6 +8,7 @@ import torch
 
 from attached_models import VOCABULARY, attached_model, random_ids, tokenizer
 from edited_models import OURS, WITH_MEMORY, classes, model_of_kind
+from engrammar.attach import detach, load_attached, save_attached
 from engrammar.edit import Fact, RowSettings, apply_patch, base_of, build_patch, learn, replace_rows, undo_patch, uses
 from engrammar.edit.asking import Asking, subjects_of
 from engrammar.edit.hashed import SHORT
@@ -186,3 +187,17 @@ def test_rows_are_not_learned_on_top_of_patched_rows():
         learn(model, tokenizer(), FACTS, method="rows", settings=SETTINGS)
     with pytest.raises(ValueError, match="by is 'magic'; allowed: gradient, solve"):
         RowSettings(by="magic")
+
+
+def test_rows_of_a_table_on_a_disk_are_learned_as_those_of_a_parameter(tmp_path):
+    model = steerable(WITH_MEMORY)
+    patch, _ = learn(model, tokenizer(), FACTS[:1], method="rows", settings=SETTINGS)
+    save_attached(model, tmp_path / "adapter")
+    load_attached(detach(model), tmp_path / "adapter", tokenizer(), memory="disk")
+    served, refused = learn(model, tokenizer(), FACTS[:1], method="rows", settings=SETTINGS)
+    ((layer, (rows_U, values_UC)),) = new_rows(patch).items()
+    rows_of_served, values_of_served = new_rows(served)[layer]
+    assert not refused and torch.equal(rows_of_served, rows_U) and torch.equal(values_of_served, values_UC)
+    assert not says(model, FACTS[0])
+    apply_patch(model, served, tokenizer())
+    assert says(model, FACTS[0])
