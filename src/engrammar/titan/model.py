@@ -1,0 +1,251 @@
+"""torchtitan's DeepSeek-V3 with memory and the multi-branch residual.
+
+Letters: B batch, T tokens, M branches, D hidden width.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchtitan.models.common import ComplexRoPE, Embedding, Linear, RMSNorm
+from torchtitan.models.deepseek_v3 import DeepSeekV3Model, DeepSeekV3TransformerBlock, _build_dsv3_layers
+from torchtitan.protocols.module import Module
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
+    DeepseekV4HyperConnection,
+    DeepseekV4HyperHead,
+    DeepseekV4UnweightedRMSNorm,
+)
+
+from engrammar.config import MemoryConfig
+from engrammar.fusion import Fusion
+from engrammar.model.configuration import EngrammarConfig
+from engrammar.titan.retrieval import Found, Retrieval, of_model
+
+
+def _normal(std: float) -> dict[str, Callable[[Tensor], Any]]:
+    return {"weight": lambda weight: nn.init.trunc_normal_(weight, std=std)}
+
+
+class TitanFusion(Fusion, Module):
+    """`Fusion` as a part of torchtitan."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Module.Config):
+        memory: MemoryConfig
+        dim: int
+        branches: int
+        std: float
+
+    def __init__(self, config: Config) -> None:
+        Fusion.__init__(self, config.memory, hidden_size=config.dim, num_branches=config.branches)
+        plain = self.projection
+        self.projection = Linear.Config(
+            in_features=plain.in_features,
+            out_features=plain.out_features,
+            bias=plain.bias is not None,
+            param_init={**_normal(config.std), "bias": nn.init.zeros_},
+        ).build()
+
+    def _init_self_parameters(self) -> None:
+        for name, parameter in self.named_parameters(recurse=False):
+            (nn.init.zeros_ if name == "conv_weight" else nn.init.ones_)(parameter)
+
+
+class _Norm(DeepseekV4UnweightedRMSNorm, Module):
+    pass
+
+
+def _hyper_settings(dim: int, branches: int, eps: float) -> SimpleNamespace:
+    """What transformers' hyper-connections read of a config."""
+    config = EngrammarConfig(hidden_size=dim, num_branches=branches, rms_norm_eps=eps)
+    names = ("hc_mult", "hc_sinkhorn_iters", "hc_eps", "rms_norm_eps", "hidden_size")
+    return SimpleNamespace(**{name: getattr(config, name) for name in names})
+
+
+def _init_hyper(module: nn.Module) -> None:
+    for name, parameter in module.named_parameters(recurse=False):
+        if name.endswith("fn"):
+            nn.init.normal_(parameter, std=0.02)
+        else:
+            (nn.init.zeros_ if name.endswith("base") else nn.init.ones_)(parameter)
+
+
+class Connection(DeepseekV4HyperConnection, Module):
+    """transformers' hyper-connection as a part of torchtitan."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Module.Config):
+        dim: int
+        branches: int
+        eps: float
+
+    def __init__(self, config: Config) -> None:
+        DeepseekV4HyperConnection.__init__(self, _hyper_settings(config.dim, config.branches, config.eps))
+        self.input_norm = _Norm(eps=config.eps)
+
+    def _init_self_parameters(self) -> None:
+        _init_hyper(self)
+
+
+class Head(DeepseekV4HyperHead, Module):
+    """Merges the branches at the end of the model."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Module.Config):
+        dim: int
+        branches: int
+        eps: float
+
+    def __init__(self, config: Config) -> None:
+        DeepseekV4HyperHead.__init__(self, _hyper_settings(config.dim, config.branches, config.eps))
+        self.input_norm = _Norm(eps=config.eps)
+
+    def _init_self_parameters(self) -> None:
+        _init_hyper(self)
+
+
+class MemoryBlock(DeepSeekV3TransformerBlock):
+    """A block of DeepSeek-V3, with memory where the layer has one, on one or more residual branches."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(DeepSeekV3TransformerBlock.Config):
+        fusion: TitanFusion.Config | None = None
+        connection: Connection.Config | None = None
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.fusion = None if config.fusion is None else config.fusion.build()
+        self.attn_connection = None if config.connection is None else config.connection.build()
+        self.ffn_connection = None if config.connection is None else config.connection.build()
+
+    def forward(self, streams_BTMD: Tensor, masks: Any, positions: Any = None, found: Found | None = None) -> Tensor:
+        if self.fusion is not None:
+            assert found is not None and found[0] is not None
+            streams_BTMD = streams_BTMD + self.fusion(streams_BTMD, found[0], *found[1:])
+
+        def attend(x_BTD: Tensor) -> Tensor:
+            return self.attention(self.attention_norm(x_BTD), masks, positions)
+
+        def feed(x_BTD: Tensor) -> Tensor:
+            return (self.moe if self.moe_enabled else self.feed_forward)(self.ffn_norm(x_BTD))
+
+        return _add(_add(streams_BTMD, self.attn_connection, attend), self.ffn_connection, feed)
+
+
+def _add(streams_BTMD: Tensor, connection: nn.Module | None, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
+    """As `engrammar.model.hyper.Residual`, whose names in checkpoints are other ones."""
+    if connection is None:
+        return streams_BTMD + sublayer(streams_BTMD.squeeze(2)).unsqueeze(2)
+    post_BTM, mix_BTMM, collapsed_BTD = connection(streams_BTMD)
+    output_BTD = sublayer(collapsed_BTD)
+    mixed_BTMD = torch.matmul(mix_BTMM.to(streams_BTMD.dtype).transpose(-1, -2), streams_BTMD)
+    return post_BTM.to(output_BTD.dtype)[..., None] * output_BTD[..., None, :] + mixed_BTMD
+
+
+class MemoryModel(DeepSeekV3Model):
+    """DeepSeek-V3 whose blocks read memory."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(DeepSeekV3Model.Config):
+        retrieval: Retrieval.Config
+        head: Head.Config | None = None
+        branches: int = 1
+
+        def update_from_config(self, *, config: Any, **kwargs: Any) -> None:
+            check_parallelism(config)
+            DeepSeekV3Model.Config.update_from_config(self, config=config, **kwargs)
+            if not self.retrieval.tokenizer:
+                self.retrieval.tokenizer = getattr(config, "hf_assets_path", "")
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.retrieval = config.retrieval.build()
+        self.branches = config.branches
+        self.head = None if config.head is None else config.head.build()
+
+    def forward(self, tokens: Tensor, positions: Any = None, attention_masks: Any = None) -> Tensor:
+        found = self.retrieval(tokens, positions)
+        streams_BTMD = self.tok_embeddings(tokens).unsqueeze(2).repeat(1, 1, self.branches, 1)
+        for name, layer in self.layers.items():
+            streams_BTMD = layer(streams_BTMD, attention_masks, positions, found.get(int(name)))
+        hidden_BTD = self.norm(streams_BTMD.squeeze(2) if self.head is None else self.head(streams_BTMD))
+        return hidden_BTD if self._skip_lm_head else self.lm_head(hidden_BTD)
+
+
+def check_parallelism(config: Any) -> None:
+    """Refuses what would read wrong rows, or was never shown to be right.
+
+    Raises:
+        ValueError: names the setting of torchtitan and what to set.
+    """
+    parallelism, training = config.parallelism, getattr(config, "training", None)
+    refused = {
+        "tensor_parallel_degree": "ids are not cut over ranks, and a row would be looked up by each",
+        "context_parallel_degree": "an n-gram would begin on another rank",
+        "pipeline_parallel_degree": "stages without the ids cannot look up rows",
+    }
+    for name, why in refused.items():
+        if getattr(parallelism, name) > 1:
+            raise ValueError(
+                f"parallelism.{name} is {getattr(parallelism, name)}, but with memory {why}: set it to 1, and use "
+                "data_parallel_shard_degree, data_parallel_replicate_degree and expert_parallel_degree."
+            )
+    if parallelism.spmd_backend != "partial_dtensor":
+        raise ValueError(f"parallelism.spmd_backend is {parallelism.spmd_backend!r}; allowed: 'partial_dtensor'.")
+    if training is not None and not training.disable_cuda_graphs:
+        raise ValueError("CUDA graphs cannot hold the exchange of rows: set --training.disable_cuda_graphs.")
+
+
+def titan_config(config: EngrammarConfig, *, attention: str = "flex", **retrieval: Any) -> MemoryModel.Config:
+    """The model of torchtitan that computes what `EngrammarForCausalLM(config)` does.
+
+    Args:
+        attention: torchtitan's `attn_backend`.
+        retrieval: settings of `Retrieval.Config`, such as `where`.
+    """
+    if config.memory_config is None:
+        raise ValueError("This config has no memory: use torchtitan's own deepseek_v3.")
+    dim, eps, std, branches = config.hidden_size, config.rms_norm_eps, config.initializer_range, config.num_branches
+    rope = ComplexRoPE.Config(
+        dim=config.qk_rope_head_dim,
+        max_seq_len=config.max_position_embeddings,
+        theta=config.rope_parameters["rope_theta"],
+    )
+    plain = _build_dsv3_layers(
+        n_layers=config.num_hidden_layers, n_dense_layers=config.first_k_dense_replace, dim=dim,
+        n_heads=config.num_attention_heads, q_lora_rank=config.q_lora_rank or 0, kv_lora_rank=config.kv_lora_rank,
+        qk_nope_head_dim=config.qk_nope_head_dim, qk_rope_head_dim=config.qk_rope_head_dim,
+        v_head_dim=config.v_head_dim, mscale=1.0, dense_hidden_dim=config.intermediate_size,
+        moe_hidden_dim=config.moe_intermediate_size, num_experts=config.n_routed_experts,
+        num_shared_experts=config.n_shared_experts, router_top_k=config.num_experts_per_tok,
+        router_score_func="sigmoid", router_route_norm=config.norm_topk_prob,
+        router_route_scale=config.routed_scaling_factor, attn_backend=attention, moe_comm_backend="standard",
+        non_blocking_capacity_factor=None, rope=rope,
+    )  # fmt: skip
+    fusion = TitanFusion.Config(memory=config.memory_config, dim=dim, branches=branches, std=std)
+    connection = Connection.Config(dim=dim, branches=branches, eps=eps) if branches > 1 else None
+    layers = [
+        MemoryBlock.Config(
+            **{field.name: getattr(layer, field.name) for field in fields(layer)},
+            fusion=fusion if index in config.memory_config.layers else None,
+            connection=connection,
+        )
+        for index, layer in enumerate(plain)
+    ]
+    model = MemoryModel.Config(
+        vocab_size=config.vocab_size,
+        dim=dim,
+        tok_embeddings=Embedding.Config(num_embeddings=config.vocab_size, embedding_dim=dim, param_init=_normal(std)),
+        norm=RMSNorm.Config(normalized_shape=dim, param_init={"weight": nn.init.ones_}),
+        lm_head=Linear.Config(in_features=dim, out_features=config.vocab_size, param_init=_normal(std)),
+        layers=layers,
+        retrieval=of_model(config, **retrieval),
+        head=Head.Config(dim=dim, branches=branches, eps=eps) if branches > 1 else None,
+        branches=branches,
+    )
+    for _, norm, _, _ in model.traverse(RMSNorm.Config):
+        norm.eps = eps
+    return model
