@@ -41,3 +41,8 @@ def test_no_function_of_the_core_has_over_five_arguments_besides_the_config():
 
 def test_no_file_is_over_400_lines():
     assert not {path.name: n for path in FILES if (n := len(path.read_text().splitlines())) > 400}
+
+
+def test_no_two_files_of_tests_have_one_name():
+    names = [path.name for path in Path(__file__).parent.rglob("*.py")]
+    assert len(names) == len(set(names)), "pytest imports them by name"
