@@ -27,7 +27,7 @@ SAVING = ("max_shard_size", "token", "save_peft_format", "save_original_format")
 DOWNLOAD = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 
 # What transformers raises if the settings or the weights are not those that were saved.
-DAMAGE = (SafetensorError, RuntimeError, TypeError, LookupError, AttributeError, ArithmeticError)
+DAMAGE = (SafetensorError, RuntimeError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError)
 
 
 class WithoutTables(dict[str, Tensor]):
