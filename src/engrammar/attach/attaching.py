@@ -175,9 +175,11 @@ def _save_pretrained(host: nn.Module, save_directory: str | Path, *args: Any, **
     if kwargs.get("push_to_hub"):
         raise ValueError("push_to_hub would leave the memories out: save to a folder, and upload that.")
     save_base(host, save_directory, *args, **kwargs)
-    if kwargs.get("is_main_process", True):
-        decoder = find_decoder(host)
-        for name, attached in require_attachment(host, None).memories().items():
+    decoder = find_decoder(host)
+    for name, attached in require_attachment(host, None).memories().items():
+        source = attached.memory.source
+        gives_rows = source is not None and not source.is_first  # to the first rank, which waits for them
+        if kwargs.get("is_main_process", True) or gives_rows:
             write_adapter(Path(save_directory, HOME, name), name, attached, fingerprint_of(decoder))
 
 
