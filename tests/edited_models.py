@@ -3,6 +3,7 @@
 import functools
 from contextlib import ExitStack, contextmanager
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -70,8 +71,8 @@ def rich_entries(gate: float = 1.0) -> list[ExactEntry]:
         ExactEntry(key=key(8), block=0, values=vectors(13, 1)),
         ExactEntry(key=key(10), block=3, values=vectors(14, 3), says=says[:2], relative=True, gate=0.3),
         ExactEntry(key=key(12), values=vectors(15, 3), says=says, probe="early", armed=5, **gated),
-        ExactEntry(key=key(12), values=vectors(16, 1), says=(33,), probe="late", armed=7, **gated),
-        ExactEntry(key=key(14), values=vectors(17, 2), says=says[:2], probe="late", armed=6, **gated),
+        ExactEntry(key=key(12), values=vectors(16, 1), says=(33,), probe="late", armed=7, until_name=True, **gated),
+        ExactEntry(key=key(14), values=vectors(17, 2), says=says[:2], probe="late", armed=6, until_name=True, **gated),
         ExactEntry(
             key=key(16),
             values=vectors(18, 1),
@@ -81,7 +82,7 @@ def rich_entries(gate: float = 1.0) -> list[ExactEntry]:
             binding_threshold=0.1,
             **gated,
         ),
-        ExactEntry(key=key(18, 16), values=vectors(20, 1), probe="early", armed=3, **gated),
+        ExactEntry(key=key(18, 16), values=vectors(20, 1), probe="early", armed=3, until_name=True, **gated),
         ExactEntry(key=key(20), values=vectors(21, 1), probe="late", armed=0, block=3),
     ]
 
@@ -110,8 +111,16 @@ def spoken_ids(rows: int, tokens: int, seed: int = 3) -> torch.Tensor:
     return ids
 
 
+def names() -> np.ndarray:
+    """The ids that begin a name: two keys, and some that occur by chance."""
+    names_V = np.zeros(len(classes()), np.bool_)
+    names_V[[4, 14, 25, 40, 41]] = True
+    return names_V
+
+
 def rich_patch(model, name: str = "rich", gate: float = 1.0, **about) -> Patch:
-    return build_patch(name, base_of(model, tokenizer()), rich_entries(gate), probes(), encoding="fp32", **about)
+    about = {"encoding": "fp32", "names_V": names(), **about}
+    return build_patch(name, base_of(model, tokenizer()), rich_entries(gate), probes(), **about)
 
 
 def small_patch(model, name: str, ids: tuple[int, ...], seed: int = 50, block: int = 2, **about) -> Patch:
@@ -153,7 +162,8 @@ def plain_armed(entries: list[ExactEntry], ids: list[int], found: list, place: i
         if at < 0 or min(ids[at : place + 1]) < 0:
             break
         for index, entry in enumerate(entries):
-            if entry.probe is not None and entry.key == found[at] and place - at <= entry.armed:
+            is_ended = entry.until_name and any(names()[one] for one in ids[at + 1 : place + 1])
+            if entry.probe is not None and entry.key == found[at] and place - at <= entry.armed and not is_ended:
                 armed.append((at, index))
         at -= len(found[at])
     return armed

@@ -127,7 +127,8 @@ def test_conflicts_are_named_key_by_key():
     first, second = rich_patch(model), small_patch(model, "second", (8,), seed=99)
     assert [str(one) for one in conflicts(first, second)] == [f"key {list(key(8))} at block 2"]
     other_probe = replace(probes()[1], threshold=0.25)
-    entries = [replace(rich_entries()[7], values=vectors(98, 2)), replace(rich_entries()[0], gate=0.5)]
+    entries = [replace(rich_entries()[7], until_name=False, values=vectors(98, 2))]
+    entries.append(replace(rich_entries()[0], gate=0.5))
     third = build_patch("third", base_of(model, tokenizer()), entries, [other_probe])
     named = {str(one) for one in conflicts(first, third)}
     assert named == {f"key {list(key(14))} at block 4 with probe 'late'", f"key {list(key(4))} at block 1"}
@@ -395,7 +396,7 @@ def test_peft_may_wrap_a_patched_model_and_the_other_way_round():
 
 
 def test_two_facts_of_one_subject_are_no_conflict_if_their_probes_have_other_names():
-    model, entry = model_of_kind("llama"), rich_entries()[7]
+    model, entry = model_of_kind("llama"), replace(rich_entries()[7], until_name=False)
     base, (early, late) = base_of(model, tokenizer()), probes()
     first = build_patch("first", base, [entry], [late])
     second = build_patch("second", base, [replace(entry, probe="early", gate=2.0)], [early])

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from edited_models import key, model_of_kind, probes, rich_entries, rich_patch, spoken_ids, tokenizer, vectors
+from edited_models import key, model_of_kind, names, probes, rich_entries, rich_patch, spoken_ids, tokenizer, vectors
 from engrammar.attach.attaching import attachment_of
 from engrammar.edit import (
     ExactEntry,
@@ -35,7 +35,8 @@ def whole_patch(model):
     rows = replace_rows(memory, {1: (torch.tensor([30, 4, 17]), torch.randn(3, 6))})
     about = {"facts": [{"subject": "Rome", "object": "w9"}], "provenance": {"method": "by hand"}, "scores": {"kl": 0.5}}
     entries = [replace(entry, fact=0) for entry in rich_entries()]
-    return build_patch("whole", base_of(model, tokenizer()), entries, probes(), rows, encoding="int8", **about)
+    about |= {"names_V": names(), "encoding": "int8"}
+    return build_patch("whole", base_of(model, tokenizer()), entries, probes(), rows, **about)
 
 
 def same(one, other) -> bool:
@@ -150,11 +151,15 @@ def array(patch, name: str, place, value) -> dict:
         (lambda p: array(p, "entries", (0, 0), 10**6), "its keys are not those of its entries"),
         (lambda p: array(p, "entries", (0, 0), -1), "its keys are not those of its entries"),
         (lambda p: array(p, "entries", (2, 1), 99), "block of an entry is"),
-        (lambda p: array(p, "entries", (2, 3), 2), "probe of an entry is"),
-        (lambda p: array(p, "entries", (2, 4), 10**6), "binding of an entry is"),
-        (lambda p: array(p, "entries", (2, 6), 1), "fact of an entry is"),
-        (lambda p: array(p, "entries", (2, 7), 10**6), "do not share out its steps"),
-        (lambda p: array(p, "entries", (2, 8), 10**6), "num_steps of an entry is"),
+        (lambda p: array(p, "entries", (2, 4), 2), "probe of an entry is"),
+        (lambda p: array(p, "entries", (2, 5), 10**6), "binding of an entry is"),
+        (lambda p: array(p, "entries", (2, 7), 1), "fact of an entry is"),
+        (lambda p: array(p, "entries", (2, 8), 10**6), "do not share out its steps"),
+        (lambda p: array(p, "entries", (2, 9), 10**6), "num_steps of an entry is"),
+        (lambda p: array(p, "entries", (2, 3), 2), "until_name of an entry is"),
+        (lambda p: {"name_ids": p.name_ids[:0]}, "entries that end at names, or ids of names, alone"),
+        (lambda p: {"name_ids": p.name_ids[:1]}, "name_ids is uint8"),
+        (lambda p: {"entries": np.where(np.arange(10) == 3, 0, p.entries)}, "ids of names, alone"),
         (lambda p: array(p, "steps", (1, 0), len(p.values)), "a step has a value row that is not there"),
         (lambda p: array(p, "steps", (1, 1), 61), "a step says an id that the tokenizer lacks"),
         (lambda p: array(p, "strengths", (1, 0), np.nan), "a gate or a threshold of an entry is not finite"),

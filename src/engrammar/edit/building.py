@@ -15,7 +15,18 @@ from engrammar.config import Encoding
 from engrammar.edit.checking import check_patch
 from engrammar.edit.exact import NOTHING
 from engrammar.edit.files import refuse
-from engrammar.edit.patch import COLUMNS, Base, ExactEntry, Key, Patch, Probe, Require, RowDelta, Tables
+from engrammar.edit.patch import (
+    COLUMNS,
+    Base,
+    ExactEntry,
+    Key,
+    Patch,
+    Probe,
+    Require,
+    RowDelta,
+    Tables,
+    require_same_names,
+)
 from engrammar.tables.encodings import encode
 
 Place = tuple[Key, int, str | None]  # of an exact entry: its key, its block, the name of its probe
@@ -37,12 +48,14 @@ def build_patch(
         entries: exact entries, in any order; equal value rows are kept once.
         probes: the probes that entries name.
         rows: row deltas, as `overlay.replace_rows` returns them.
-        about: `facts`, `provenance` and `scores` of `Patch`; `encoding` of value rows (default bf16).
+        about: `facts`, `provenance` and `scores` of `Patch`; `encoding` of value rows (default bf16); `names_V`,
+            whether each id begins a name, is kept if entries ask for it.
 
     Raises:
         ValueError: something is not allowed, or two entries have one key, block and probe.
     """
     encoding: Encoding = about.pop("encoding", "bf16")
+    names_V = about.pop("names_V", np.empty(0, np.bool_))
     values = _Values(base.hidden_size, encoding)
     names = [probe.name for probe in probes]
     exact = _exact_arrays(entries, names, values, refuse(name))
@@ -58,6 +71,7 @@ def build_patch(
         probe_blocks=np.array([probe.block for probe in probes], np.int32),
         probes=np.array(pairs, np.float32).reshape(-1, 2, base.hidden_size),
         thresholds=np.array([probe.threshold for probe in probes], np.float32),
+        name_ids=np.packbits(names_V if any(entry.until_name for entry in entries) else names_V[:0]),
         deltas={} if rows is None else dict(rows[1]),
         **about,
     )
@@ -82,6 +96,7 @@ def _exact_arrays(
             "key": numbers[entry.key],
             "block": entry.block,
             "armed": entry.armed,
+            "until_name": int(entry.until_name),
             "probe": -1 if entry.probe is None else names.index(entry.probe),
             "binding": -1 if entry.binding is None else values.add(entry.binding),
             "relative": int(entry.relative),
@@ -165,19 +180,20 @@ def conflicts(one: Patch, other: Patch) -> list[Conflict]:
     return found
 
 
-def _actions(patch: Patch, numbers: Mapping[Place, int], wanted: Sequence[Place]) -> dict[Place, tuple[Any, ...]]:
+def _actions(patch: Patch, entries: Mapping[Place, int], wanted: Sequence[Place]) -> dict[Place, tuple[Any, ...]]:
     """What the entries at some places do, comparable between patches."""
     decoded = patch.decoded().numpy() if wanted else np.empty((0, 0))
     found = {}
     for place in wanted:
-        index = numbers[place]
+        index = entries[place]
         of = dict(zip(COLUMNS, patch.entries[index].tolist()))
         steps = patch.steps[of["first_step"] : of["first_step"] + of["num_steps"]]
         written = tuple((decoded[row].tobytes(), int(says)) for row, says in steps)
         binding = b"" if of["binding"] < 0 else decoded[of["binding"]].tobytes()
         probe = b"" if of["probe"] < 0 else patch.probes[of["probe"]].tobytes()
         test = (probe, None if of["probe"] < 0 else float(patch.thresholds[of["probe"]]))
-        found[place] = (written, binding, test, of["relative"], of["armed"], *patch.strengths[index].tolist())
+        numbers = [of[name] for name in ("relative", "armed", "until_name")]
+        found[place] = (written, binding, test, *numbers, *patch.strengths[index].tolist())
     return found
 
 
@@ -218,6 +234,7 @@ def merge(name: str, patches: Sequence[Patch]) -> Patch:
     for one in patches:
         if one.base != first.base or (one.tables and first.tables and one.tables != first.tables):
             raise ValueError(f"{one.name!r} and {first.name!r} are for different models: merge patches of one model.")
+    require_same_names(patches)
     for early, late in _sharing(patches):
         if found := conflicts(patches[early], patches[late]):
             raise ValueError(in_conflict(patches[early].name, patches[late].name, found))
@@ -238,9 +255,11 @@ def merge(name: str, patches: Sequence[Patch]) -> Patch:
                 raise ValueError(f"{patch.name!r} and another patch have different probes {probe.name!r}: rename one.")
     tables = next((patch.tables for patch in patches if patch.tables), None)
     rows = None if tables is None else (tables, _merged_deltas(patches))
+    names = [patch.names_V() for patch in patches if len(patch.name_ids)]
     provenance = {"merged from": ", ".join(patch.name for patch in patches)}
     kept_as = first.encoding if len({patch.encoding for patch in patches}) == 1 else "fp32"
-    about = {"facts": facts, "provenance": provenance, "encoding": kept_as}
+    about: dict[str, Any] = {"facts": facts, "provenance": provenance, "encoding": kept_as}
+    about |= {"names_V": names[0]} if names else {}
     return build_patch(name, first.base, [*entries.values()], [*probes.values()], rows, **about)
 
 

@@ -45,6 +45,7 @@ def _check_shapes(patch: Patch, require: Require) -> None:
         "probe_blocks": (np.int32, (num_probes,)),
         "probes": (np.float32, (num_probes, 2, width)),
         "thresholds": (np.float32, (num_probes,)),
+        "name_ids": (np.uint8, (-(-patch.base.num_ids // 8) if len(patch.name_ids) else 0,)),
     }
     arrays = patch.arrays()
     for name, (dtype, shape) in wanted.items():
@@ -69,6 +70,7 @@ def _check_entries(patch: Patch, require: Require) -> None:
     most = {
         "block": (0, patch.base.num_blocks),
         "armed": (0, MOST_ARMED),
+        "until_name": (0, 1),
         "probe": (-1, len(patch.probe_names) - 1),
         "binding": (-1, len(patch.values) - 1),
         "relative": (0, 1),
@@ -82,8 +84,10 @@ def _check_entries(patch: Patch, require: Require) -> None:
     ends = np.cumsum(columns["num_steps"])
     in_order = np.array_equal(columns["first_step"], ends - columns["num_steps"])
     require(in_order and (ends[-1] if len(ends) else 0) == len(patch.steps), "its entries do not share out its steps")
+    asks = columns["until_name"].any()
+    require(bool(asks) == (len(patch.name_ids) > 0), "it has entries that end at names, or ids of names, alone")
     has_probe = columns["probe"] >= 0
-    unguarded = ~has_probe & ((columns["armed"] > 0) | (columns["binding"] >= 0))
+    unguarded = ~has_probe & ((columns["armed"] > 0) | (columns["binding"] >= 0) | (columns["until_name"] > 0))
     require(not unguarded.any(), "an entry is armed or bound without a probe, so it would be written everywhere")
     if has_probe.any():
         in_time = patch.probe_blocks.max() <= columns["block"][has_probe].min()

@@ -86,6 +86,7 @@ def forget(patch: Patch, subject: str, prompt: str | None = None) -> Forgotten:
         kept,
         [probe for probe in patch.all_probes() if probe.name in named_probes],
         facts=[row for i, row in enumerate(patch.facts) if i in numbers],
+        names_V=patch.names_V(),
         provenance=patch.provenance,
         encoding=patch.encoding,
     )

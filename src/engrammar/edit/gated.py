@@ -19,6 +19,7 @@ from engrammar.attach.blocks import find_decoder
 from engrammar.edit.applying import applied_patches, final_norm_of, without_patches
 from engrammar.edit.building import build_patch
 from engrammar.edit.facts import Fact, Refused
+from engrammar.edit.names import begins_name
 from engrammar.edit.patch import ExactEntry, Probe, base_of, subject_keys
 from engrammar.edit.phrasings import NAMES, PLAIN, RELATIONS, about
 from engrammar.edit.probing import Asked, Bank, Match, ProbeSettings, fit_probe
@@ -116,6 +117,7 @@ def _learn(relation: "_Relation", facts: Sequence[Fact]) -> Part:
         about: dict[str, Any] = {
             "facts": described,
             "provenance": {"method": "gated", "settings": repr(reader.settings)},
+            "names_V": reader.names_V,
         }
         return Part(build_patch("part", base, entries, probes, encoding="int8", **about), refused)
 
@@ -174,7 +176,7 @@ class _Reader:
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         self.decoder = find_decoder(model)
         self.block = min(round(settings.probe_depth * len(self.decoder.blocks)), len(self.decoder.blocks) - 1)
-        self.classes_V = compress_vocabulary(tokenizer)
+        self.classes_V, self.names_V = compress_vocabulary(tokenizer), begins_name(tokenizer)
         with self.unpatched():
             plain_ND = text_states(model, tokenizer, PLAIN, self.block)
             self.centre_D = plain_ND.mean(0)
@@ -216,11 +218,13 @@ class _Reader:
     def entries(self, fact: Fact, probe: Probe, *, index: int) -> list[ExactEntry]:
         """The entries of a fact, one for each key of its subject."""
         says = self.tokenizer(" " + fact.object.strip(), add_special_tokens=False).input_ids
+        after = self.tokenizer(fact.template.rpartition("{}")[2], add_special_tokens=False).input_ids
+        until_name = not self.names_V[after].any()  # the fact's own prompt must reach it
         values = self.settings.strength * self.writes_VD[torch.tensor(says)]
         return [
             ExactEntry(
                 key=key, block=len(self.decoder.blocks), values=values, says=tuple(says), relative=True,
-                probe=probe.name, armed=self.settings.armed, fact=index,
+                probe=probe.name, armed=self.settings.armed, until_name=until_name, fact=index,
             )
             for key in subject_keys(fact.subject, self.tokenizer, self.classes_V)
         ]  # fmt: skip

@@ -130,13 +130,15 @@ NO_CANDIDATES = Candidates(row=NONE, token=NONE, entry=NONE, place=NONE)
 def candidates(stack: Stack, text: Text, found_BP: Ints) -> Candidates:
     """The entries with a probe that are armed at each token, for up to `MOST_ARMED` keys before it.
 
-    A key that ends inside a longer one, such as "York" after "New", is not a subject of its own.
+    A key that ends inside a longer one, such as "York" after "New", is not a subject of its own. Entries may be
+    armed only up to the first id after their key that begins another name.
     """
     entries, starts = stack.of_key(gated=True)
     first_new = text.ids_BP.shape[1] - text.num_new
     last_BP = np.maximum.accumulate(np.where(found_BP >= 0, np.arange(found_BP.shape[1]), -1), axis=1)
     row, token = np.nonzero(~text.first_BT & (last_BP[:, first_new:] >= 0))
     place = last_BP[row, first_new + token]
+    named_BP = _names_so_far(stack, text)
     parts = [[NONE] * 4]
     for _ in range(MOST_ARMED):
         age = first_new + token - place
@@ -147,11 +149,21 @@ def candidates(stack: Stack, text: Text, found_BP: Ints) -> Candidates:
         key = found_BP[row, place]
         one, entry = _expand(entries, starts, key)
         armed = stack.columns["armed"][entry] >= (first_new + token - place)[one]
+        is_last_name = named_BP[row, first_new + token] == named_BP[row, place]
+        armed &= is_last_name[one] | (stack.columns["until_name"][entry] == 0)
         parts.append([row[one][armed], token[one][armed], entry[armed], place[one][armed]])
         before = place - stack.lengths_Q[key]
         place = np.where(before >= 0, last_BP[row, np.maximum(before, 0)], -1)
     row, token, entry, place = (np.concatenate(column) for column in zip(*parts, strict=True))
     return Candidates(row=row, token=token, entry=entry, place=place)
+
+
+def _names_so_far(stack: Stack, text: Text) -> Ints:
+    """How many ids up to each position begin a name, [B, P]."""
+    num_ids = len(stack.names_V)
+    is_known = (text.ids_BP >= 0) & (text.ids_BP < num_ids)
+    is_name = is_known & stack.names_V[np.where(is_known, text.ids_BP, 0)] if num_ids else np.zeros_like(is_known)
+    return np.cumsum(is_name, axis=1)
 
 
 def _expand(entries: Ints, starts: Ints, keys: Ints) -> tuple[Ints, Ints]:

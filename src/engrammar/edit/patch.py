@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MOST_CLASSES, MOST_STEPS, MOST_ARMED = 16, 16, 1024  # of a key; of an entry; tokens that a key stays armed
-COLUMNS = ("key", "block", "armed", "probe", "binding", "relative", "fact", "first_step", "num_steps")
+COLUMNS = ("key", "block", "armed", "until_name", "probe", "binding", "relative", "fact", "first_step", "num_steps")
 Require = Callable[[object, str], None]
 Key = tuple[int, ...]
 
@@ -69,6 +69,7 @@ class ExactEntry:
         relative: whether values are multiplied by the norm of the hidden state too.
         probe: the name of a probe of the patch.
         armed: tokens after the key's last one at which the probe may open.
+        until_name: whether another name ends that: the first id after the key that is one of the patch's `name_ids`.
         binding, binding_threshold: a second direction [D] on the probe's normalized hidden state, for this subject
             alone. Of several armed subjects, the nearest whose probe and binding open is written.
         fact: the index of its fact in `Patch.facts`, or -1.
@@ -82,6 +83,7 @@ class ExactEntry:
     relative: bool = False
     probe: str | None = None
     armed: int = 0
+    until_name: bool = False
     binding: Tensor | None = None
     binding_threshold: float = 0.0
     fact: int = -1
@@ -170,6 +172,7 @@ class Patch:
         probe_blocks: int32 [P].
         probes: float32 [P, 2, D], centre and direction.
         thresholds: float32 [P].
+        name_ids: uint8 [V / 8], a bit for each id that begins a name, or empty if no entry asks.
         deltas: replaced rows by layer.
     """
 
@@ -189,6 +192,7 @@ class Patch:
     probe_blocks: NDArray[np.int32]
     probes: NDArray[np.float32]
     thresholds: NDArray[np.float32]
+    name_ids: NDArray[np.uint8]
     deltas: Mapping[int, RowDelta] = field(default_factory=dict)
 
     def column(self, name: str) -> NDArray[np.int64]:
@@ -197,7 +201,7 @@ class Patch:
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """All arrays by their names in a file."""
-        names = ("keys", "entries", "strengths", "steps", "values", "probe_blocks", "probes", "thresholds")
+        names = ("keys", "entries", "strengths", "steps", "values", "probe_blocks", "probes", "thresholds", "name_ids")
         found = {name: getattr(self, "keys_QK" if name == "keys" else name) for name in names}
         for layer, delta in self.deltas.items():
             found |= {f"rows.{layer}": delta.rows_U, f"stored.{layer}": delta.stored_US}
@@ -234,12 +238,18 @@ class Patch:
                     relative=bool(of["relative"]),
                     probe=None if of["probe"] < 0 else self.probe_names[of["probe"]],
                     armed=of["armed"],
+                    until_name=bool(of["until_name"]),
                     binding=None if of["binding"] < 0 else values_RD[of["binding"]],
                     binding_threshold=float(self.strengths[index, 1]),
                     fact=of["fact"],
                 )
             )
         return found
+
+    def names_V(self) -> NDArray[np.bool_]:
+        """Whether each id begins a name, [V]; empty if no entry asks."""
+        num_ids = self.base.num_ids if len(self.name_ids) else 0
+        return np.unpackbits(self.name_ids, count=num_ids).astype(np.bool_)
 
     def all_probes(self) -> list[Probe]:
         """The probes as they were given to `build_patch`."""
@@ -286,6 +296,18 @@ def subject_keys(text: str, tokenizer: "PreTrainedTokenizerBase", classes_V: NDA
         if key not in found:
             found.append(key)
     return found
+
+
+def require_same_names(patches: Sequence[Patch]) -> None:
+    """Patches must take the same ids for names.
+
+    Raises:
+        ValueError: two do not.
+    """
+    asking = [patch for patch in patches if len(patch.name_ids)]
+    for one in asking[1:]:
+        if not np.array_equal(one.name_ids, asking[0].name_ids):
+            raise ValueError(f"{asking[0].name!r} and {one.name!r} take other ids for names: learn one of them again.")
 
 
 def classes_digest(classes_V: NDArray[np.int64]) -> str:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engrammar.edit.exact import Classes, ExactTable, Ints, distinct_rows, key_lengths, pad_keys
-from engrammar.edit.patch import COLUMNS, Patch
+from engrammar.edit.patch import COLUMNS, Patch, require_same_names
 from engrammar.edit.rows import StackedRows, ValueRows
 
 PLACE = [COLUMNS.index(name) for name in ("key", "block", "probe")]
@@ -32,6 +32,7 @@ class Stack:
         columns: the columns of `patch.COLUMNS` by name, [E]; numbers of keys, probes, rows and steps are the stack's.
         strengths: float32 [E, 2], gate and binding threshold.
         steps: [S, 2], value row and the id that is said.
+        names_V: whether each id begins a name; empty if no entry asks.
         probe_blocks: [P]; probes_P2D: centre and direction; thresholds_P.
         rows: the value rows.
     """
@@ -42,6 +43,7 @@ class Stack:
     columns: dict[str, Ints]
     strengths: NDArray[np.float32]
     steps: Ints
+    names_V: NDArray[np.bool_]
     probe_blocks: Ints
     probes_P2D: Tensor
     thresholds_P: Tensor
@@ -105,8 +107,9 @@ def stack_patches(patches: Sequence[Patch], parts: Sequence[ValueRows], identity
         width: D.
 
     Raises:
-        ValueError: a patch writes at a block before that of another one's probe.
+        ValueError: a patch writes at a block before that of another one's probe, or takes other ids for names.
     """
+    require_same_names(patches)
     keys_QK, places, first = _places(patches)
     kept = _last_of_each(places)
     order = kept[np.argsort(places[kept, 0], kind="stable")]
@@ -128,6 +131,7 @@ def stack_patches(patches: Sequence[Patch], parts: Sequence[ValueRows], identity
         columns=columns,
         strengths=np.concatenate([np.empty((0, 2), np.float32), *[patch.strengths for patch in patches]])[order],
         steps=steps,
+        names_V=next((patch.names_V() for patch in patches if len(patch.name_ids)), np.empty(0, np.bool_)),
         probe_blocks=_joined([patch.probe_blocks[:, None] for patch in patches], 1)[:, 0],
         probes_P2D=torch.from_numpy(probes),
         thresholds_P=torch.from_numpy(thresholds),

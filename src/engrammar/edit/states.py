@@ -41,17 +41,19 @@ def states(model: nn.Module, ids_NT: Tensor, mask_NT: Tensor, block: int) -> Ten
 
 def last_states(model: nn.Module, tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str], block: int) -> Tensor:
     """[N, D]: what `block` reads at the last token of each prompt, which stands at the beginning of a text."""
-    found = []
     device = next(model.parameters()).device
-    for first in range(0, len(prompts), BATCH):
-        ids = [tokenizer(prompt).input_ids for prompt in prompts[first : first + BATCH]]
-        longest = max(map(len, ids))
+    rows = [tokenizer(prompt).input_ids for prompt in prompts]
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))  # little padding
+    found = []
+    for first in range(0, len(order), BATCH):
+        ids = [rows[index] for index in order[first : first + BATCH]]
+        longest = len(ids[-1])
         ids_NT = torch.tensor([own + [own[-1]] * (longest - len(own)) for own in ids], device=device)
         lengths = torch.tensor([len(own) for own in ids], device=device)
         mask_NT = (torch.arange(longest, device=device) < lengths[:, None]).long()
         hidden_NTD = states(model, ids_NT, mask_NT, block)
         found.append(hidden_NTD[torch.arange(len(ids)), lengths - 1].cpu())
-    return torch.cat(found)
+    return torch.cat(found)[torch.tensor(order).argsort()]
 
 
 def text_states(model: nn.Module, tokenizer: "PreTrainedTokenizerBase", text: str, block: int) -> Tensor:

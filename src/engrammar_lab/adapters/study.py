@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from engrammar.tables.sealed import write_text
-from engrammar_lab.adapters.lessons import DOMAINS, Amount, fixed_questions, make_chats, make_lesson
-from engrammar_lab.adapters.smollm import fetch_smollm
+from engrammar_lab.adapters.lessons import DOMAINS, Amount, fixed_questions, make_lesson
+from engrammar_lab.adapters.smollm import base_chats, fetch_smollm, load_plain
 from engrammar_lab.adapters.variants import HOW, VARIANTS, How
 from engrammar_lab.machine import describe_run
 from engrammar_lab.studies import RESULTS
@@ -49,7 +49,7 @@ def run_attach(
     amount = amount or Amount()
     folder, path = base or fetch_smollm(cache), results / f"{NAME}.json"
     settings = json.loads(json.dumps({"base": folder.name, "amount": asdict(amount), "how": asdict(how)}))
-    found, chats = _done(path, settings), _chats(folder, cache, amount)
+    found, chats = _done(path, settings), base_chats(folder, cache, amount)
     lessons = [(domain, seed) for seed in range(seeds) for domain in DOMAINS]
     results.mkdir(parents=True, exist_ok=True)
 
@@ -90,24 +90,6 @@ def _done(path: Path, settings: dict[str, Any]) -> dict[Key, dict[str, Any]]:
     }
 
 
-def _chats(folder: Path, cache: Path, amount: Amount) -> list[tuple[str, str]]:
-    """The base's own answers, which every run is measured on; kept beside the pocket corpora."""
-    path = cache / f"chats-{folder.name}-{amount.num_chats}-{amount.chat_tokens}.json"
-    if not path.exists():
-        model, tokenizer = _load(folder)
-        write_text(path, json.dumps(make_chats(model, tokenizer, cache, amount)) + "\n")
-    return [(prompt, answer) for prompt, answer in json.loads(path.read_text())]
-
-
-def _load(folder: Path) -> tuple[Any, Any]:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    torch.set_num_threads(1)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return model.eval(), AutoTokenizer.from_pretrained(folder)
-
-
 def _teach(
     key: Key,
     folder: Path,
@@ -122,7 +104,7 @@ def _teach(
     from engrammar_lab.adapters.measures import measure
 
     domain, seed, variant = key
-    model, tokenizer = _load(folder)
+    model, tokenizer = load_plain(folder)
     lesson = make_lesson(domain, seed, tokenizer, cache, amount)
     taught = VARIANTS[variant](model, tokenizer, lesson.taught, seed, how, seconds)
     scores = measure(taught.model, tokenizer, lesson, chats, fixed_questions(cache, amount))

@@ -1,0 +1,118 @@
+"""Facts of CounterFact and zsRE to edit, and what is asked about each of them."""
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from engrammar.edit import Fact
+from engrammar_lab.editing.relations import asked_otherwise
+
+FIRST, LAST = 30, 60  # of CounterFact's rows: methods were developed on them, so no test asks them
+BESIDE = ("Apart from {}, {}", "Unlike {}, {}", "{} is not meant here. {}", "Near {}? {}")  # the subject, then another
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A fact to edit.
+
+    Attributes:
+        fact: without paraphrases, which are for testing.
+        true: what the object was.
+        rephrased: another prompt.
+        is_direct: whether that prompt asks the fact itself, not something that only follows from it.
+        neighbor: a prompt about another subject (CounterFact: of the same relation), whose answer is to stay.
+        is_test: whether no method was developed on it.
+    """
+
+    fact: Fact
+    true: str
+    rephrased: str
+    is_direct: bool
+    neighbor: str
+    is_test: bool
+
+
+class Question(NamedTuple):
+    """What is asked of an edited model: `about` the case of that number."""
+
+    about: int
+    prompt: str
+
+
+def read_cases(path: Path) -> list[Case]:
+    """The cases of a file in EasyEdit's form.
+
+    A paraphrase counts as direct if it ends like the prompt of some fact of the file: those are worded as the fact
+    itself. zsRE's are all rewordings. Rows without an object (zsRE has one) are left out.
+
+    Raises:
+        ValueError: the file cannot be read, or is of another form.
+    """
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+        rows = [row for row in rows if row["target_new"]]
+        facts = [Fact(subject=row["subject"], prompt=row["prompt"], object=row["target_new"]) for row in rows]
+        questions = all(fact.prompt.endswith("?") for fact in facts)
+        templates = tuple({fact.template for fact in facts})
+        return [
+            Case(
+                fact=fact,
+                true=row["ground_truth"],
+                rephrased=row["rephrase_prompt"],
+                is_direct=questions or row["rephrase_prompt"].replace(fact.subject, "{}").endswith(templates),
+                neighbor=row["locality_prompt"],
+                is_test=questions or FIRST <= number < len(rows) - LAST,
+            )
+            for number, (fact, row) in enumerate(zip(facts, rows))
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"cannot read cases from {path} ({error!r}): give JSON lines in EasyEdit's form.") from error
+
+
+def in_order(cases: Sequence[Case], seed: int, num: int) -> list[Case]:
+    """The first `num` cases in the order of a seed: those for testing, then, if they are not enough, the others.
+
+    Raises:
+        ValueError: there are not so many.
+    """
+    if num > len(cases):
+        raise ValueError(f"{num} edits were asked for; the file has {len(cases)}.")
+    shuffled = random.Random(seed).sample(list(cases), len(cases))
+    return sorted(shuffled, key=lambda case: not case.is_test)[:num]
+
+
+def questions(edited: Sequence[Case], most: int) -> dict[str, list[Question]]:
+    """What is asked after the edits, by kind: at most `most` questions of a kind, and none that a method saw."""
+    numbers = [number for number, case in enumerate(edited) if case.is_test]
+    direct = [number for number in numbers if edited[number].is_direct]
+    follows = [number for number in numbers if not edited[number].is_direct]
+    edited_subjects = {case.fact.subject for case in edited}
+    # What names an edited subject is allowed to change.
+    others = [n for n in numbers if not any(subject in edited[n].neighbor for subject in edited_subjects)]
+    relations = {n: asked_otherwise(edited[n].fact.template) for n in numbers}
+    return {
+        "prompt": [Question(n, edited[n].fact.prompt) for n in numbers[:most]],
+        "direct": [Question(n, edited[n].rephrased) for n in direct[:most]],
+        "follows": [Question(n, edited[n].rephrased) for n in follows[:most]],
+        "neighbor": [Question(n, edited[n].neighbor) for n in others[:most]],
+        "beside": [Question(n, beside(n, edited[n])) for n in others[:most]],
+        "subject": [
+            Question(n, relations[n][n % len(relations[n])].format(edited[n].fact.subject))
+            for n in [n for n in numbers if relations[n]][:most]
+        ],
+        "reverse": [Question(n, reverse(edited[n].fact)) for n in numbers[:most]],
+    }
+
+
+def beside(number: int, case: Case) -> str:
+    """The neighbor's prompt after words that name the edited subject."""
+    return BESIDE[number % len(BESIDE)].format(case.fact.subject, case.neighbor)
+
+
+def reverse(fact: Fact) -> str:
+    """Asks for the subject: what it is that has the object."""
+    left_out = fact.prompt.replace(fact.subject, "____")
+    return f"Fill in the name. {left_out} {fact.object}. The name left out is"

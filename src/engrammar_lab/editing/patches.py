@@ -1,0 +1,60 @@
+"""Our own ways to change facts: patches by each method of `engrammar.edit.learn`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, cast
+
+from engrammar.edit import Fact, Patch, Refused, apply_patch, learn, undo_patch, write_patch
+from engrammar.edit.learning import Method
+from engrammar_lab.editing.edited import Edited, Model, Way
+
+PART = 100  # facts that are learned at a time where they come in sequence
+
+
+def by_patch(method: str, *, in_parts: bool = False) -> Way:
+    """A patch of all facts; in parts, one patch after another, each learned while those before are applied."""
+
+    def way(model: Model, tokenizer: Any, facts: Sequence[Fact], seed: int) -> Edited:
+        refused: list[Refused] = []
+        names: list[str] = []
+        num_bytes = 0
+        size = PART if in_parts else len(facts)
+        for first in range(0, len(facts), size):
+            name = f"facts-{first}"
+            patch, left_out = _learned(model, tokenizer, facts[first : first + size], method, name)
+            refused += left_out
+            if patch is not None:
+                apply_patch(model, patch, tokenizer, on_conflict="replace")
+                names.append(name)
+                num_bytes += file_size(patch)
+
+        def undo() -> None:
+            for name in names:
+                undo_patch(model, name)
+
+        return Edited(
+            undo=undo,
+            num_bytes=num_bytes,
+            refused=[one.fact for one in refused],
+        )
+
+    return way
+
+
+def _learned(
+    model: Model, tokenizer: Any, facts: Sequence[Fact], method: str, name: str
+) -> tuple[Patch | None, list[Refused]]:
+    try:
+        return learn(model, tokenizer, facts, name=name, method=cast(Method, method))
+    except ValueError as error:
+        if not str(error).startswith("No fact can be"):
+            raise
+        return None, [Refused(fact=fact, reason=str(error)) for fact in facts]
+
+
+def file_size(patch: Patch) -> int:
+    """Bytes of a patch's file."""
+    with TemporaryDirectory() as folder:
+        write_patch(patch, Path(folder) / "patch.safetensors")
+        return (Path(folder) / "patch.safetensors").stat().st_size
