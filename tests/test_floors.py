@@ -62,6 +62,7 @@ ROOMS = {
     "engrammar.model": ("configuration", "presets", "hyper", "block", "saving", "pretrained", "modeling", "budget"),
     "engrammar.edit": (
         "exact",
+        "names",
         "patch",
         "checking",
         "files",

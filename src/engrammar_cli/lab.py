@@ -123,6 +123,35 @@ def attach(
     run_attach(seeds=seeds, jobs=jobs, base=base, results=results, cache=cache)
 
 
+def edit(
+    facts: tuple[Path, ...],
+    seeds: int = 3,
+    jobs: int = 2,
+    edits: tuple[int, ...] = (1, 10, 100, 1000),
+    ways: tuple[str, ...] = (),
+    base: Path | None = None,
+    results: Path = Path("results/lab"),
+    cache: Path = Path("data/pocket"),
+) -> None:
+    """Change facts of SmolLM2-135M by patches and by other ways, and ask what it says then.
+
+    Args:
+        facts: Files of CounterFact or zsRE as EasyEdit writes them; none is part of engrammar.
+        seeds: Orders of the facts.
+        jobs: Runs at the same time, one thread each.
+        edits: Numbers of facts that are changed.
+        ways: Some of the ways; none given means all.
+        base: The folder of another causal language model of transformers.
+        results: Folder for the study's JSON.
+        cache: Where fetched texts and the model are kept.
+    """
+    require("lab")
+    from engrammar_lab.editing.study import WAYS, run_edits
+
+    chosen = ways or tuple(WAYS)
+    run_edits(facts, edits=edits, seeds=seeds, jobs=jobs, ways=chosen, base=base, results=results, cache=cache)
+
+
 def report(results: Path = Path("results/lab"), check: bool = False) -> None:
     """Make the report from the results, or check that it follows from them.
 
@@ -160,6 +189,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "rerun": rerun,
     "measure": measure,
     "attach": attach,
+    "edit": edit,
     "advice": advice,
     "report": report,
 }

@@ -8,6 +8,7 @@ from PIL import Image
 from engrammar_lab.adapters.variants import VARIANTS
 from engrammar_lab.catalogue import HORIZONS, STUDIES
 from engrammar_lab.report import figures
+from engrammar_lab.report.editing import BESIDES, SHOWN
 
 MACHINE = {"cpu": "a CPU", "cores": 2, "torch": "2"}
 SEEDS = (0, 1, 2)
@@ -221,6 +222,19 @@ def made_attach(memory=0.6, seconds=0.2, chat=0.005):
     }
 
 
+def made_edit(said=0.97):
+    """One order of facts, two ways at two numbers of edits; the share said as given."""
+    shares = {name: 0.9 for name, _ in SHOWN} | {name: 0.5 for name, *_ in BESIDES} | {"free/prompt": said}
+    costs = {"bytes": 5000, "seconds": 20.0, "undo seconds": 0.1, "refused": 0, "undone to the bit": True}
+    runs = [
+        {"cases": "counterfact", "way": way, "edits": edits, "seed": 0, **shares, **costs}
+        for way in ("gated", "a rival")
+        for edits in (10, 1000)
+    ]
+    head = {"command": "engrammar lab edit FACTS...", "date": "2026-11-29", "machine": MACHINE, "base": "a model"}
+    return head | {"ask": {"questions": 100}, "facts": {}, "runs": runs}
+
+
 def everything():
     """A result for every section."""
     return {
@@ -231,6 +245,7 @@ def everything():
         "scaling": made_scaling(lambda rows: 2.2 - 0.03 * np.log10(rows)),
         "tasks": made_tasks(0.05),
         "attach": made_attach(),
+        "edit": made_edit(),
         "depth": made_depth(),
         "gates": made_gates(),
         "traffic": made_traffic(),

@@ -38,8 +38,10 @@ def answers(model: Any, tokenizer: Any, edited: Edited, prompts: Sequence[str], 
 
 def num_shared(rows: Sequence[list[int]]) -> int:
     """How many tokens all rows begin with, less the last one of the shortest; 0 if they are few."""
-    pairs = zip(min(rows), max(rows)) if len(rows) > 1 else ()
-    same = next((place for place, (a, b) in enumerate(pairs) if a != b), 0)
+    if len(rows) < 2:
+        return 0
+    pairs = list(zip(min(rows), max(rows)))  # of all rows, these two have the least in common
+    same = next((place for place, (a, b) in enumerate(pairs) if a != b), len(pairs))
     same = min(same, min(map(len, rows)) - 1)
     return same if same >= LONG else 0
 

@@ -42,12 +42,10 @@ class Ask:
     """How much is asked.
 
     Attributes:
-        edits: the numbers of edits.
         questions: of each kind, at most.
         neutral: tokens of neutral text.
     """
 
-    edits: tuple[int, ...] = (1, 10, 100, 1000)
     questions: int = 100
     neutral: int = 8192
 
@@ -55,6 +53,7 @@ class Ask:
 def run_edits(
     facts: Sequence[Path],
     *,
+    edits: Sequence[int] = (1, 10, 100, 1000),
     seeds: int = 3,
     jobs: int = 2,
     results: Path = RESULTS,
@@ -67,6 +66,7 @@ def run_edits(
 
     Args:
         facts: files of CounterFact or zsRE in EasyEdit's form; they are not part of the project.
+        edits: numbers of facts that are changed.
         seeds: orders of the facts.
         jobs: orders at the same time, each in a process with one thread.
         base: the folder of the model; None fetches SmolLM2-135M-Instruct.
@@ -86,12 +86,12 @@ def run_edits(
     ask = ask or Ask()
     folder, path = base or fetch_smollm(cache), results / f"{NAME}.json"
     files = {file.stem: hashlib.sha256(file.read_bytes()).hexdigest() for file in facts}
-    settings = json.loads(json.dumps({"base": folder.name, "ask": asdict(ask), "facts": files}))
+    settings: dict[str, Any] = {"base": folder.name, "ask": asdict(ask), "facts": files}
     found = _done(path, settings)
     base_chats(folder, cache, Amount())
     results.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
-        for num, file in ((num, file) for num in ask.edits for file in facts):
+        for num, file in ((num, file) for num in edits for file in facts):
             keys = [(file.stem, way, num, seed) for seed in range(seeds) for way in ways if _fits(way, num)]
             tasks = {pool.submit(_run, key, file, folder, cache, ask): key for key in keys if key not in found}
             for done in as_completed(tasks):
@@ -105,12 +105,14 @@ def _fits(way: str, num: int) -> bool:
     return LEAST.get(way, 0) <= num <= MOST.get(way, num)
 
 
-def _done(path: Path, settings: Mapping[str, Any]) -> dict[Key, dict[str, Any]]:
-    """The runs that stand in the results, if they were made with the same settings."""
+def _done(path: Path, settings: dict[str, Any]) -> dict[Key, dict[str, Any]]:
+    """The runs that stand in the results, if they were made with the same settings and facts."""
     made = json.loads(path.read_text()) if path.exists() else {}
-    if any(made.get(name) != value for name, value in settings.items()):
+    if any(made.get(name) != settings[name] for name in ("base", "ask")):
         return {}
-    return {tuple(run.pop(name) for name in KEY): run for run in made["runs"]}
+    kept = [run for run in made["runs"] if settings["facts"].get(run["cases"]) in (None, made["facts"][run["cases"]])]
+    settings["facts"].update({run["cases"]: made["facts"][run["cases"]] for run in kept})
+    return {tuple(run.pop(name) for name in KEY): run for run in kept}
 
 
 def _keep(path: Path, settings: Mapping[str, Any], found: Mapping[Key, Mapping[str, Any]]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from engrammar_lab.catalogue import STUDIES
 from engrammar_lab.report import analysis, tasks, traffic
 from engrammar_lab.report.adapters import ATTACH, attach_section
 from engrammar_lab.report.analysis import depth_section, gates_section
+from engrammar_lab.report.editing import EDIT, edit_section
 from engrammar_lab.report.figures import alike
 from engrammar_lab.report.horizon import HORIZON_TASKS, horizon_section, horizon_tasks_section, rates_section
 from engrammar_lab.report.page import figures_of, render_page, without_figures
@@ -31,6 +32,7 @@ SECTIONS: Mapping[str, Callable[[Mapping[str, Any]], Section]] = {
     "horizon-tasks": horizon_tasks_section,
     "tasks": tasks_section,
     "attach": attach_section,
+    "edit": edit_section,
     "depth": depth_section,
     "gates": gates_section,
     "traffic": traffic_section,
@@ -39,6 +41,7 @@ QUESTIONS = {name: study.question for name, study in STUDIES.items()} | {
     "horizon-tasks": HORIZON_TASKS,
     "tasks": tasks.QUESTION,
     "attach": ATTACH,
+    "edit": EDIT,
     "depth": analysis.DEPTH,
     "gates": analysis.GATES,
     "traffic": traffic.QUESTION,

@@ -200,6 +200,19 @@ def draw_lines(
         return to_png(figure)
 
 
+def draw_over_counts(lines: Mapping[str, Sequence[tuple[float, float]]], labels: tuple[str, str]) -> bytes:
+    """Draws named lines of shares over counts, the counts on a logarithmic axis."""
+    with style():
+        figure, axes = one_axes(3.4)
+        for number, (name, points) in enumerate(lines.items()):
+            x, y = zip(*points)
+            dashes = "-" if number < len(COLOURS) else "--"
+            axes.plot(x, y, dashes, color=COLOURS[number % len(COLOURS)], marker="o", markersize=4, label=name)
+        axes.set(xlabel=labels[0], ylabel=labels[1], xscale="log", ylim=(-0.03, 1.03))
+        axes.legend(fontsize=8)
+        return to_png(figure)
+
+
 def draw_similarity(cka_LK: np.ndarray, index_L: Sequence[float], labels: tuple[str, str]) -> bytes:
     """Draws CKA of the memory model's layers (down) and the plain model's (across), and the soft alignment index."""
     with style():
