@@ -28,27 +28,33 @@ class SparseRows:
     reads none of the chosen rows.
 
     Attributes:
-        num_rows: rows of a layer that take a step, at most.
+        num_rows: rows of a layer that take a step, at most; None for no limit.
         num_blocks: N.
     """
 
-    def __init__(self, model: nn.Module, background: Iterable[Tensor], num_rows: int) -> None:
+    def __init__(
+        self, model: nn.Module, background: Iterable[Tensor], num_rows: int | None, *, most_common: float = 1.0
+    ) -> None:
         """
         Args:
             model: a model with one memory, its own or attached.
             background: blocks of ids [B, T] of text that should stay as it is, each row a block.
+            most_common: the share of background blocks that may read a row which is trained; 0 leaves alone whatever
+                the background reads.
 
         Raises:
-            ValueError: the model has no memory or several, there is no background, or num_rows is below 1.
+            ValueError: the model has no memory or several, there is no background, or a number is not allowed.
         """
         decoder = find_decoder(model)
         memories = [module for module in decoder.host.modules() if isinstance(module, Memory)]
         if len(memories) != 1:
             raise ValueError(f"This model has {len(memories)} memories; rows are chosen in a model that has one.")
-        if num_rows < 1:
-            raise ValueError(f"num_rows is {num_rows}; allowed: 1 or more.")
+        if num_rows is not None and num_rows < 1:
+            raise ValueError(f"num_rows is {num_rows}; allowed: 1 or more, or None.")
+        if not 0 <= most_common <= 1:
+            raise ValueError(f"most_common is {most_common}; allowed: 0 to 1.")
         (self.memory,) = memories
-        self.num_rows, self.num_blocks = num_rows, 0
+        self.num_rows, self.most_common, self.num_blocks = num_rows, most_common, 0
         read: dict[int, list[Tensor]] = {layer: [] for layer in self.memory.config.layers}
         for ids_BT in background:
             self.num_blocks += len(ids_BT)
@@ -81,7 +87,7 @@ class SparseRows:
         place_U = torch.searchsorted(rows_R, rows_U).clamp_max(len(rows_R) - 1)
         blocks_U = torch.where(rows_R[place_U] == rows_U, blocks_R[place_U], 0)
         rarity_U = math.log(self.num_blocks + 1) - (blocks_U + 1).double().log()
-        score_U = count_U / count_U.sum() * rarity_U
+        score_U = count_U / count_U.sum() * rarity_U * (blocks_U <= self.most_common * self.num_blocks)
         best = score_U.argsort(descending=True, stable=True)[: self.num_rows]
         return rows_U[best[score_U[best] > 1e-12]].sort().values
 
