@@ -44,13 +44,12 @@ class GatedSettings(ProbeSettings):
 
     Attributes:
         probe_depth: where probes read, as a share of the depth. Early blocks confuse relations.
-        armed: tokens after the subject in which the probe may open. What is asked further on is seldom of it: the state
-            there does not tell two subjects of a text apart well enough.
+        armed: tokens after the subject in which the probe may open, if no other name comes before.
         strength: the size of a write, in norms of the hidden state before the final norm.
     """
 
     probe_depth: float = 0.93
-    armed: int = 10
+    armed: int = 16
     strength: float = 1.0
 
 

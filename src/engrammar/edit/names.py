@@ -1,6 +1,7 @@
 """Which ids begin a name: where another name stands after a subject, a question is not about the subject any more.
 
-A name is a word with a capital letter that is none of the common words that begin English sentences. In languages that
+A name is a word with a capital letter that is none of the common words that begin English sentences; single letters are
+not common, since names often begin with them as ids of their own. In languages that
 write all nouns so, or none, the rule closes too early, or never. Letter: V ids of the tokenizer.
 """
 
@@ -14,12 +15,12 @@ from engrammar.vocabulary import require_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_COMMON = """a about above according after again all almost also although always am among an and another answer any are
+_COMMON = """about above according after again all almost also although always am among an and another answer any are
 around as at be because been before being below beside besides between both but by can could despite did do does done
 down during each either even every few finally first for from further had has have he hence her here hers him his how
-however i if in indeed inside instead into is it its just last later least less like many may maybe me meanwhile might
+however if in indeed inside instead into is it its just last later least less like many may maybe me meanwhile might
 more moreover most much must my near nearly neither never next no none nor not note nothing now of off often on once one
-only or other others our out outside over own perhaps please question rather re s same say second see several shall she
+only or other others our out outside over own perhaps please question rather re same say second see several shall she
 should since so some someone something soon still such than thank thanks that the their them then there therefore these
 they third this those though through thus to today together too toward two under unless until up upon us very was we
 well were what whatever when whenever where whereas wherever whether which while who whoever whom whose why will with

@@ -2,13 +2,13 @@
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from engrammar.edit import Fact
-from engrammar_lab.editing.relations import asked_otherwise
+from engrammar_lab.editing.relations import asked_otherwise, relation_of
 
 FIRST, LAST = 30, 60  # of CounterFact's rows: methods were developed on them, so no test asks them
 BESIDE = ("Apart from {}, {}", "Unlike {}, {}", "{} is not meant here. {}", "Near {}? {}")  # the subject, then another
@@ -45,7 +45,7 @@ class Question(NamedTuple):
 def read_cases(path: Path) -> list[Case]:
     """The cases of a file in EasyEdit's form.
 
-    A paraphrase counts as direct if it ends like the prompt of some fact of the file: those are worded as the fact
+    A paraphrase counts as direct if it ends like the prompt of another fact of the same relation: those ask the fact
     itself. zsRE's are all rewordings. Rows without an object (zsRE has one) are left out.
 
     Raises:
@@ -56,13 +56,13 @@ def read_cases(path: Path) -> list[Case]:
         rows = [row for row in rows if row["target_new"]]
         facts = [Fact(subject=row["subject"], prompt=row["prompt"], object=row["target_new"]) for row in rows]
         questions = all(fact.prompt.endswith("?") for fact in facts)
-        templates = tuple({fact.template for fact in facts})
+        relations = {fact.template: relation_of(fact.template) for fact in facts}
         return [
             Case(
                 fact=fact,
                 true=row["ground_truth"],
                 rephrased=row["rephrase_prompt"],
-                is_direct=questions or row["rephrase_prompt"].replace(fact.subject, "{}").endswith(templates),
+                is_direct=questions or asks_the_same(fact, row["rephrase_prompt"], relations),
                 neighbor=row["locality_prompt"],
                 is_test=questions or FIRST <= number < len(rows) - LAST,
             )
@@ -70,6 +70,13 @@ def read_cases(path: Path) -> list[Case]:
         ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"cannot read cases from {path} ({error!r}): give JSON lines in EasyEdit's form.") from error
+
+
+def asks_the_same(fact: Fact, prompt: str, relations: Mapping[str, str | None]) -> bool:
+    """Whether a prompt ends like one of the templates whose relation, which is known, is that of the fact."""
+    own, asked = relations[fact.template], prompt.replace(fact.subject, "{}")
+    longest = max((template for template in relations if asked.endswith(template)), key=len, default=None)
+    return own is not None and longest is not None and relations[longest] == own
 
 
 def in_order(cases: Sequence[Case], seed: int, num: int) -> list[Case]:
