@@ -85,3 +85,12 @@ def test_files_that_are_not_code_are_part_of_the_wheel():
         folder, taken = ROOT / "src" / name, SETTINGS["tool"]["setuptools"]["package-data"].get(name, [])
         others = {path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
         assert others == {path for pattern in taken for path in folder.glob(pattern)}, name
+
+
+def test_the_version_is_written_in_one_place_and_said_in_two():
+    assert PROJECT["dynamic"] == ["version"] and "version" not in PROJECT
+    assert SETTINGS["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "engrammar.__version__"}
+    code = (ROOT / "src" / "engrammar" / "__init__.py").read_text()
+    version = re.search(r'^__version__ = "([\d.]+)"$', code, re.MULTILINE)[1]
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert (ROOT / "CHANGELOG.md").read_text().split("\n## ")[1].startswith(f"{version} ")

@@ -35,11 +35,14 @@ def test_facts_are_learned_shown_and_checked(folder, capsys):
 def test_a_patch_is_applied_in_a_folder_undone_and_forgotten(folder, capsys):
     model, patch = folder / "model", folder / "p.safetensors"
     files = {path.name: path.read_bytes() for path in model.iterdir()}
+    asking = ["generate", str(model), "w9 w3 w4 w10 w11", "--temperature", "0", "--max-new-tokens", "1"]
+    main(asking)
+    plain = capsys.readouterr().out.splitlines()[-1]
     main(["edit", "learn", str(model), str(folder / "facts.jsonl"), "--out", str(patch), "--name", "three"])
     assert not (folder / "p.safetensors.parts").exists()
-    asking = ["generate", str(model), "w9 w3 w4 w10 w11", "--temperature", "0", "--max-new-tokens", "1"]
     main([*asking, "--patch", str(patch)])
     answered = capsys.readouterr().out.splitlines()[-1]
+    assert answered != plain
     main(["edit", "apply", str(model), str(patch)])
     main(asking)
     assert capsys.readouterr().out.splitlines()[-1] == answered
@@ -51,6 +54,8 @@ def test_a_patch_is_applied_in_a_folder_undone_and_forgotten(folder, capsys):
     assert "holds a fact about 'w3 w4'" in capsys.readouterr().err
     main(["edit", "undo", str(model), "three"])
     assert {path.name: path.read_bytes() for path in model.iterdir()} == files
+    main(asking)
+    assert capsys.readouterr().out.splitlines()[-1] == plain
 
 
 def test_what_a_patch_touches_is_shown(folder, capsys):

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 from browser import browsing, open_page, screenshots, served, until, why_no_browser
+from PIL import Image
+from recording import Story, animate, record
 
 from attached_models import attached_model, tokenizer
 from edited_models import OURS, model_of_kind, small_patch
@@ -209,6 +211,18 @@ def test_screenshots_of_both_themes_at_two_widths_are_made(context, tmp_path):
     made = screenshots(context, (tmp_path / "page.html").as_uri(), tmp_path / "shots")
     assert [path.name for path in made] == ["light-wide.png", "light-narrow.png", "dark-wide.png", "dark-narrow.png"]
     assert len({path.read_bytes() for path in made}) == 4
+
+
+def test_a_session_is_recorded_and_leaves_the_model_as_it_was(context, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "try_fact", lambda *given: trying.try_fact(*given[:4], SHORT, given[5]))
+    session = new_session()
+    before = session.look(TEXT)["tokens"]
+    with served(session) as server:
+        seen = record(context, server.url, Story(text=TEXT, subject="w3 w4", prompt=TEXT, object="w20"))
+        assert not session.about()["patches"] and session.look(TEXT)["tokens"] == before
+    assert len({picture for _, picture in seen}) == len(seen) == 5
+    animate(seen, tmp_path / "session.gif")
+    assert Image.open(tmp_path / "session.gif").n_frames == 5
 
 
 def test_an_exported_page_loads_nothing_and_its_data_are_no_markup():

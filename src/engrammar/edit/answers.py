@@ -39,15 +39,18 @@ def phrasings_of(fact: Fact, asked: str = "") -> list[str]:
 def answer(model: Any, tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str], num_tokens: int = 12) -> list[str]:
     """What a model writes after each prompt, greedily, with the patches that are applied.
 
-    For the answers without them, ask `with without_patches(model)`.
+    For the answers without them, ask `with without_patches(model)`. Shows a progress bar if it takes more than two
+    seconds.
 
     Args:
         num_tokens: tokens of an answer, at most.
     """
+    from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
     host, found = host_of(model), []
     device = next(host.parameters()).device
     with evaluating(host):
-        for prompt in prompts:
+        for prompt in tqdm(prompts, desc="asking", unit=" prompts", delay=2, leave=False):
             ids = tokenizer(prompt, return_tensors="pt").to(device)
             pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
             out = model.generate(**ids, max_new_tokens=num_tokens, do_sample=False, pad_token_id=pad)

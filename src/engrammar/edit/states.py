@@ -40,12 +40,18 @@ def states(model: nn.Module, ids_NT: Tensor, mask_NT: Tensor, block: int) -> Ten
 
 
 def last_states(model: nn.Module, tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str], block: int) -> Tensor:
-    """[N, D]: what `block` reads at the last token of each prompt, which stands at the beginning of a text."""
+    """[N, D]: what `block` reads at the last token of each prompt, which stands at the beginning of a text.
+
+    Shows a progress bar if it takes more than two seconds.
+    """
+    from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
     device = next(model.parameters()).device
     rows = [tokenizer(prompt).input_ids for prompt in prompts]
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))  # little padding
     found = []
-    for first in range(0, len(order), BATCH):
+    starts = range(0, len(order), BATCH)
+    for first in tqdm(starts, desc="reading prompts", unit=f" x{BATCH}", delay=2, leave=False):
         ids = [rows[index] for index in order[first : first + BATCH]]
         longest = len(ids[-1])
         ids_NT = torch.tensor([own + [own[-1]] * (longest - len(own)) for own in ids], device=device)

@@ -13,17 +13,20 @@ from transformers import AutoTokenizer, StoppingCriteria, StoppingCriteriaList, 
 from engrammar.attach import load_attached
 from engrammar.edit.applying import apply_patch
 from engrammar.edit.kept import kept_files
-from engrammar.model.configuration import load_config
+from engrammar.model.configuration import EngrammarConfig, load_config
 from engrammar.model.modeling import EngrammarForCausalLM
 from engrammar.stores.base import RowStore
 from engrammar.stores.mooncake.pool import PoolServer
 from engrammar.stores.mooncake.store import RemoteStore
 from engrammar.tables.folder import TableFile, open_tables
+from engrammar.tables.headers import read_json
 from engrammar.train.attached import load_base
 from engrammar.train.recipe import BaseRecipe
 
 
-def load(directory: Path, *, device: str | None = None, tables: Path | None = None, **serving: Any) -> tuple[Any, Any]:
+def load(
+    directory: str | Path, *, device: str | None = None, tables: Path | None = None, **serving: Any
+) -> tuple[Any, Any]:
     """Loads the model and tokenizer of a folder that training wrote, or of a released Qwen4-Exp model.
 
     Args:
@@ -36,6 +39,7 @@ def load(directory: Path, *, device: str | None = None, tables: Path | None = No
         ValueError: the folder is not a checkpoint, a shard is damaged, or the tokenizer is not the model's.
     """
     model: Any
+    directory = Path(directory)
     if tables is None:
         load_config(directory)
         model = EngrammarForCausalLM.from_pretrained(directory, **serving)
@@ -63,7 +67,8 @@ def load_changed(
     """Loads a model with what is to be added to it: an attached memory, a patch; and the patches kept in its folder.
 
     Args:
-        model: as for `load`; with an adapter or a patch, also any causal language model of transformers.
+        model: as for `load`, or the folder of any other causal language model of transformers; with an adapter or a
+            patch, also its name on the Hub.
         adapter, patch: what `save_attached` and `edit.write_patch` wrote.
 
     Raises:
@@ -73,7 +78,7 @@ def load_changed(
         raise ValueError("--tables and --adapter do not go together: an adapter has its own tables.")
     if adapter:
         loaded = load_with_adapter(model, adapter, **serving)
-    elif (patch or kept_files(model)) and not tables and not serving:
+    elif (patch or kept_files(model) or _is_another(Path(model))) and not tables and not serving:
         loaded = load_base(BaseRecipe(model=model))
         loaded[0].eval()
     else:
@@ -81,6 +86,15 @@ def load_changed(
     for path in [*kept_files(model), *([patch] if patch else [])]:
         apply_patch(loaded[0], path, loaded[1])
     return loaded
+
+
+def _is_another(folder: Path) -> bool:
+    """Whether a folder holds a model of transformers that is not ours."""
+    try:
+        kind = read_json(folder / "config.json").get("model_type")
+    except ValueError:
+        return False  # `load` says what is wrong
+    return kind not in (None, EngrammarConfig.model_type)
 
 
 def load_with_adapter(model: str, adapter: Path, *, device: str | None = None, **serving: Any) -> tuple[Any, Any]:
