@@ -39,7 +39,7 @@ class TuneSettings:
     Attributes:
         block: whose down-projection is trained.
         lr: of Adam.
-        epochs: passes over the facts, at most.
+        steps: of Adam, at most.
         batch: facts of a step.
         stop: nats of a fact at which it counts as learned; all of them learned ends the training.
         most: how far a number of the weight may move (the norm constraint of FT+L); None: as far as it wants.
@@ -47,7 +47,7 @@ class TuneSettings:
 
     block: int
     lr: float
-    epochs: int
+    steps: int = 400
     batch: int = 32
     stop: float = 0.05
     most: float | None = None
@@ -59,7 +59,7 @@ class LoraSettings:
 
     Attributes:
         rank, alpha, targets: of LoRA, in every block.
-        lr, epochs, batch, stop: as in `TuneSettings`.
+        lr, steps, batch, stop: as in `TuneSettings`.
         kl: how much a nat of change at held prompts counts.
         num_held: held prompts altogether; `held_batch` of them are in a step.
     """
@@ -68,7 +68,7 @@ class LoraSettings:
     alpha: int = 16
     targets: tuple[str, ...] = ("down_proj", "up_proj")
     lr: float = 1e-3
-    epochs: int = 15
+    steps: int = 250
     batch: int = 32
     stop: float = 0.1
     kl: float = 1.0
@@ -86,20 +86,17 @@ def fine_tune(model: Model, tokenizer: Any, facts: Sequence[Fact], seed: int, se
         parts = [*_parts(facts, settings.batch, random.Random(seed))]
         batches = [fact_batch(tokenizer, part, weight.device) for part in parts]
         below = [states(model, one.ids, one.mask, settings.block) for one in batches]
-        order = random.Random(seed)
-        for _ in range(settings.epochs):
+        order, step, unlearned = random.Random(seed), 0, 1
+        while unlearned and step < settings.steps:
             unlearned = 0
             for number in order.sample(range(len(batches)), len(batches)):
                 nats_N = nats_of(logits_at(model, batches[number], **{KEPT: below[number]}), batches[number])
-                unlearned += int((nats_N > settings.stop).sum())
-                if not bool((nats_N > settings.stop).any()):
-                    continue
-                _step(optimizer, nats_N.mean())
-                if settings.most is not None:
-                    with torch.no_grad():
-                        weight.copy_(weight.clamp(before - settings.most, before + settings.most))
-            if not unlearned:
-                break
+                missed = int((nats_N > settings.stop).sum())
+                if missed and step < settings.steps:
+                    _step(optimizer, nats_N.mean())
+                    _clamp(weight, before, settings.most)
+                    step += 1
+                unlearned += missed
     return Edited(undo=undo, num_bytes=weight.numel() * weight.element_size())
 
 
@@ -141,7 +138,8 @@ Held = tuple[list[nn.Parameter], list[Batch], list[Tensor]]
 def _fit(host: Any, tokenizer: Any, facts: Sequence[Fact], rng: random.Random, how: LoraSettings, held: Held) -> None:
     trained, batches, expected = held
     optimizer = torch.optim.Adam(trained, lr=how.lr)
-    for _ in range(how.epochs):
+    step, unlearned = 0, 1
+    while unlearned and step < how.steps:
         unlearned = 0
         for part in _parts(facts, how.batch, rng):
             asked = fact_batch(tokenizer, part, trained[0].device)
@@ -149,9 +147,9 @@ def _fit(host: Any, tokenizer: Any, facts: Sequence[Fact], rng: random.Random, h
             number = rng.randrange(len(batches))
             loss = nats_N.mean() + how.kl * divergence(expected[number], logits_at(host, batches[number]))
             unlearned += int((nats_N > how.stop).sum())
-            _step(optimizer, loss)
-        if not unlearned:
-            return
+            if step < how.steps:
+                _step(optimizer, loss)
+            step += 1
 
 
 def held_prompts(facts: Sequence[Fact], num: int, seed: int) -> list[str]:
@@ -181,6 +179,13 @@ def _step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
+
+
+def _clamp(weight: Tensor, before: Tensor, most: float | None) -> None:
+    """Keeps each number of a weight within a distance of what it was."""
+    if most is not None:
+        with torch.no_grad():
+            weight.copy_(weight.clamp(before - most, before + most))
 
 
 def _parts(facts: Sequence[Fact], size: int, rng: random.Random) -> Iterator[list[Fact]]:

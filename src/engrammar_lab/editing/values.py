@@ -28,7 +28,7 @@ class ValueSettings:
     Attributes:
         steps: of Adam, at most.
         lr: of Adam, in the root mean square of the hidden state that a value is added to.
-        stop: loss at which a fact is done.
+        stop: loss, without the decay, at which a fact is done.
         kl: how much a nat of change at "SUBJECT is a" counts (lambda of ROME's eq. 4).
         decay: how much the value's squared length counts, in that of the hidden state.
         most: the largest length of a value, in that of the hidden state.
@@ -37,8 +37,8 @@ class ValueSettings:
         together: facts that are optimized at a time.
     """
 
-    steps: int = 25
-    lr: float = 0.2
+    steps: int = 20
+    lr: float = 0.3
     stop: float = 0.1
     kl: float = 0.0625
     decay: float = 0.01
@@ -153,8 +153,9 @@ def _descend(model: Model, texts: Sequence[Sequence[Text]], block: int, settings
     adam = _Adam(zeros_GD.clone(), zeros_GD.clone(), zeros_GD.clone())
     for number in range(1, settings.steps + 2):
         unit = adam.unit.detach().requires_grad_()
-        losses_R = _losses(read, read.logits(unit * scale_R[:, None]), unit, settings)
-        left = torch.nonzero(losses_R.detach() >= settings.stop)[:, 0]
+        far_R = _far(read, read.logits(unit * scale_R[:, None]), len(running), settings.kl)
+        losses_R = far_R + settings.decay * unit.square().mean(1)
+        left = torch.nonzero(far_R.detach() >= settings.stop)[:, 0]
         if number > settings.steps or len(left) == 0:
             break
         (grad,) = torch.autograd.grad(losses_R.sum(), [unit])
@@ -185,13 +186,12 @@ def _scale(read: Texts, num: int) -> Tensor:
     return _mean(size_N, torch.ones_like(size_N), read.group_N, num)
 
 
-def _losses(read: Texts, logits_KV: Tensor, unit_GD: Tensor, settings: ValueSettings) -> Tensor:
-    """[G], ROME's eq. 4 with the decay."""
+def _far(read: Texts, logits_KV: Tensor, num: int, kl: float) -> Tensor:
+    """[G], ROME's eq. 4: the nats of the object, and what changes elsewhere."""
     loss_N, _ = read.losses(logits_KV)
     wants_N = torch.tensor([text.says is not None for text in read.texts], device=loss_N.device)
-    num = len(unit_GD)
     nats_G, kl_G = (_mean(loss_N, one.float(), read.group_N, num) for one in (wants_N, ~wants_N))
-    return nats_G + settings.kl * kl_G + settings.decay * unit_GD.square().mean(1)
+    return nats_G + kl * kl_G
 
 
 def _mean(each_N: Tensor, counted_N: Tensor, group_N: Tensor, num: int) -> Tensor:

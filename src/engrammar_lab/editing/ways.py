@@ -20,12 +20,12 @@ def rivals(cache: Path) -> dict[str, Way]:
     keys = KeyText(cache=cache)
     return {
         "prompt": partial(tell, settings=PromptSettings()),
-        "retrieval": partial(retrieve, settings=RetrievalSettings()),
-        "fine-tuning": partial(fine_tune, settings=TuneSettings(block=4, lr=5e-4, epochs=25)),
-        "fine-tuning, bounded": partial(fine_tune, settings=TuneSettings(block=4, lr=5e-4, epochs=25, most=5e-3)),
+        "retrieval": partial(retrieve, settings=RetrievalSettings(least=0.4)),
+        "fine-tuning": partial(fine_tune, settings=TuneSettings(block=4, lr=2e-3)),
+        "fine-tuning, bounded": partial(fine_tune, settings=TuneSettings(block=4, lr=2e-3, most=5e-3)),
         "LoRA": partial(low_rank, settings=LoraSettings()),
         "ROME": partial(rome, settings=RomeSettings(block=5, keys=keys)),
-        "MEMIT": partial(memit, settings=MemitSettings(blocks=(3, 4, 5, 6, 7), held=1000.0, keys=keys)),
+        "MEMIT": partial(memit, settings=MemitSettings(blocks=(3, 4, 5, 6, 7), held=2000.0, keys=keys)),
         "codebook": partial(codebook, settings=CodebookSettings(block=20, radius=1.0)),
     }
 

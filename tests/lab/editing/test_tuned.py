@@ -9,8 +9,8 @@ from attached_models import random_ids, tokenizer
 from engrammar_lab.editing.tuned import LoraSettings, TuneSettings, divergence, fine_tune, held_prompts, low_rank
 from taught_facts import FACTS, all_bits, says, strong_model
 
-TUNE = TuneSettings(block=1, lr=5e-3, epochs=60, batch=3)
-LORA = LoraSettings(rank=3, lr=5e-2, epochs=60, batch=3, num_held=20, held_batch=7)
+TUNE = TuneSettings(block=1, lr=5e-3, steps=120, batch=3)
+LORA = LoraSettings(rank=3, lr=5e-2, steps=120, batch=3, num_held=20, held_batch=7)
 
 
 @pytest.mark.parametrize(("way", "settings"), [(fine_tune, TUNE), (low_rank, LORA)])
@@ -35,14 +35,14 @@ def test_facts_are_learned_and_taken_back_to_the_bit(way, settings):
 
 def test_what_is_kept_is_counted():
     model = strong_model()
-    assert fine_tune(model, tokenizer(), FACTS, 0, replace(TUNE, epochs=1)).num_bytes == 4 * 32 * 48
-    made = low_rank(model, tokenizer(), FACTS, 0, replace(LORA, epochs=1))
+    assert fine_tune(model, tokenizer(), FACTS, 0, replace(TUNE, steps=1)).num_bytes == 4 * 32 * 48
+    made = low_rank(model, tokenizer(), FACTS, 0, replace(LORA, steps=1))
     assert made.num_bytes == 4 * 4 * 2 * 3 * (32 + 48)  # four blocks, two layers each, of rank three
 
 
 def test_fine_tuning_changes_one_weight_and_equals_a_plain_loop():
     model, plain = strong_model(), strong_model()
-    one = replace(TUNE, epochs=3, batch=9, stop=0.0)
+    one = replace(TUNE, steps=3, batch=9, stop=0.0)
     fine_tune(model, tokenizer(), FACTS[:1], 0, one)
     weight = plain.model.layers[1].mlp.down_proj.weight
     optimizer = torch.optim.Adam([weight], lr=one.lr)
@@ -63,7 +63,7 @@ def test_a_bound_holds_and_without_one_it_is_passed():
     moved = {}
     for most in (0.004, None):
         model, before = strong_model(), strong_model().model.layers[1].mlp.down_proj.weight
-        fine_tune(model, tokenizer(), FACTS, 0, replace(TUNE, epochs=4, stop=0.0, most=most))
+        fine_tune(model, tokenizer(), FACTS, 0, replace(TUNE, steps=8, stop=0.0, most=most))
         moved[most] = float((model.model.layers[1].mlp.down_proj.weight - before).abs().max())
     assert moved[0.004] <= 0.004 + 1e-6 < moved[None]
 
@@ -75,7 +75,7 @@ def test_held_prompts_are_held():
         held = held_prompts(FACTS, LORA.num_held, 0)
         batch = tokenizer()(held[0], return_tensors="pt").input_ids
         expected = model(batch).logits[0].log_softmax(-1).detach()
-        low_rank(model, tokenizer(), FACTS, 0, replace(LORA, kl=kl, stop=0.0, epochs=20))
+        low_rank(model, tokenizer(), FACTS, 0, replace(LORA, kl=kl, stop=0.0, steps=40))
         far[kl] = float(divergence(expected, model(batch).logits[0]))
     assert far[5.0] < far[0.0]
 
