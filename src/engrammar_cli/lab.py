@@ -124,7 +124,7 @@ def attach(
 
 
 def edit(
-    facts: tuple[Path, ...],
+    facts: Positional[tuple[Path, ...]],
     seeds: int = 3,
     jobs: int = 2,
     edits: tuple[int, ...] = (1, 10, 100, 1000),

@@ -204,7 +204,7 @@ def check(
 
 def bench(
     what: Positional[
-        Literal["hash", "step", "optimizer", "sharded", "placement", "store", "decode", "attach", "serve"]
+        Literal["hash", "step", "optimizer", "sharded", "placement", "store", "decode", "attach", "edit", "serve"]
     ],
     /,
     quick: bool = False,
@@ -216,7 +216,8 @@ def bench(
         what: hash: ids to rows; step: a training step, with memory and without, and against rows per head; optimizer:
             updates of touched rows; sharded: tables over ranks; placement: tables on the device, in RAM and in a file;
             store: rows from RAM, disk, cache and other machines; decode: tokens/s with tables on disk;
-            attach: what a memory costs a model that it is attached to; serve: answers to many requests at once.
+            attach: what a memory costs a model that it is attached to; edit: what patches cost a model, by their keys;
+            serve: answers to many requests at once.
         quick: Finish within 50 seconds.
         json_output: Print JSON.
     """

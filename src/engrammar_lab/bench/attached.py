@@ -92,23 +92,24 @@ class Bases:
         return {**plan.memory, "layers": [layer], "fill_id": end, "end_ids": [end], "boundary": "end"}
 
 
-def _bases(plan: Plan, folder: Path) -> Bases:
+def load_bases(folder: Path, num_blocks: int) -> Bases:
+    """The model of a folder; its first blocks, or all (0)."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    if plan.num_blocks:
-        del model.model.layers[plan.num_blocks :]
-        model.config.num_hidden_layers = plan.num_blocks
+    if num_blocks:
+        del model.model.layers[num_blocks:]
+        model.config.num_hidden_layers = num_blocks
     return Bases(model=model, tokenizer=tokenizer)
 
 
-def _text(bases: Bases, plan: Plan, count: int) -> Tensor:
+def real_text(bases: Bases, corpus: str, count: int) -> Tensor:
     """Ids of real text."""
     ids: list[int] = []
-    for text in read_documents(plan.corpus, cache=Path("data/pocket")):
+    for text in read_documents(corpus, cache=Path("data/pocket")):
         ids += bases.tokenizer(text).input_ids
         if len(ids) >= count:
             return torch.tensor(ids[:count])
-    raise ValueError(f"{plan.corpus} has {len(ids)} tokens; this run needs {count}: name a longer one.")
+    raise ValueError(f"{corpus} has {len(ids)} tokens; this run needs {count}: name a longer one.")
 
 
 def _filled(model: Any) -> None:
@@ -223,10 +224,10 @@ def bench_attached(quick: bool, plan: Plan | None = None, base: Path | None = No
         is not in the training figures; a pass of the base's blocks below costs it.
     """
     plan = plan or (QUICK if quick else FULL)
-    bases = _bases(plan, base or fetch_smollm(Path("data/pocket")))
+    bases = load_bases(base or fetch_smollm(Path("data/pocket")), plan.num_blocks)
     longest = max(plan.batches) * (plan.prompt + plan.steps)
     trained = plan.train_batch * plan.length
-    ids = _text(bases, plan, plan.warm_tokens + longest + trained)
+    ids = real_text(bases, plan.corpus, plan.warm_tokens + longest + trained)
     settle_allocator()
     decoded: list[dict[str, Any]] = []
     with TemporaryDirectory() as folder:

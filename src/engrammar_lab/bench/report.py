@@ -17,6 +17,7 @@ from engrammar_lab.bench import (
     decode,
     footprint,
     optimizer,
+    patched,
     placement,
     remote,
     rows,
@@ -69,6 +70,7 @@ OF_STORE = {
 }
 ATTACH = Part("An attached memory", attached.table, attached.verdict, 2)
 OF_ATTACH = {"train": Part("Training an attached memory", attached.train_table, attached.train_verdict)}
+OF_EDIT = {"find": Part("Finding keys", patched.find_table, patched.find_verdict, 2)}
 STORE = Part("Rows from RAM, disk, cache and other machines", store.table, store.verdict, 2)
 BENCHES = {
     "hash": Bench(hashing.bench_hash, Part("Token ids to rows", hashing.table, hashing.verdict)),
@@ -78,9 +80,8 @@ BENCHES = {
     "placement": Bench(placement.bench_placement, Part("Tables off the device", placement.table, placement.verdict)),
     "store": Bench(store.bench_store, STORE, OF_STORE),
     "decode": Bench(decode.bench_decode, Part("Decoding with tables on disk", decode.table, decode.verdict, 2)),
-    "attach": Bench(
-        attached.bench_attached, Part("An attached memory", attached.table, attached.verdict, 2), OF_ATTACH
-    ),
+    "attach": Bench(attached.bench_attached, ATTACH, OF_ATTACH),
+    "edit": Bench(patched.bench_patched, Part("Patches on a model", patched.table, patched.verdict, 2), OF_EDIT),
     "serve": Bench(serve.bench_serve, Part("Many requests at once", serve.table, serve.verdict, 2)),
 }
 

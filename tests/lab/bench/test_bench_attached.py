@@ -16,9 +16,9 @@ from engrammar_lab.bench.attached import (
     QUICK,
     RAM,
     WHOLE,
-    _bases,
     _decoders,
     bench_attached,
+    load_bases,
     table,
     train_table,
     train_verdict,
@@ -40,7 +40,7 @@ def place(tmp_path):
 
 def test_every_contender_reads_the_same_rows(place, tmp_path):
     plan, folder = place
-    models = _decoders(_bases(plan, folder), plan, tmp_path / "adapter")
+    models = _decoders(load_bases(folder, 0), plan, tmp_path / "adapter")
     ids = torch.arange(5, 45).view(2, 20)
     with torch.no_grad():
         logits = {name: model(ids).logits for name, model in models.items()}
