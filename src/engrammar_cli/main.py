@@ -10,6 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -46,7 +47,7 @@ def generate(
     """Continue a prompt with a trained model, on an accelerator if there is one.
 
     Args:
-        model: The folder that training or save_pretrained wrote; with --adapter, a folder or name on the Hub.
+        model: The folder that training or save_pretrained wrote; with --adapter or --patch, a name on the Hub will do.
         prompt: Text to continue.
         max_new_tokens: Tokens to add.
         temperature: 0 is greedy.
@@ -276,12 +277,15 @@ GROUPS = {
 }
 DESCRIPTION = """Conditional memory for language models.
 
-A mistake is one sentence; ENGRAMMAR_TRACEBACK=1 shows the traceback too."""
+A mistake is one sentence; ENGRAMMAR_TRACEBACK=1 shows the traceback too. --version prints the version."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command that `args` name; by default `args` are the process's own."""
     args = sys.argv[1:] if args is None else args
+    if list(args) == ["--version"]:
+        print(version("engrammar"))
+        return
     try:
         check_commands(args)
         build_app(COMMANDS).cli(

@@ -50,6 +50,11 @@ def every_command() -> list[list[str]]:
     return [[], *([name] for name in COMMANDS), *([name, inner] for (name,) in groups for inner in COMMANDS[name])]
 
 
+def test_the_version_is_printed(call):
+    code, out, _ = call("--version")
+    assert code == 0 and re.fullmatch(r"\d+\.\d+\.\d+\S*\n", out)
+
+
 def test_help_imports_no_tensor_library():
     code = f"""
 import contextlib, io, sys
