@@ -118,6 +118,23 @@ def test_rows_that_every_background_block_reads_are_never_trained():
     assert sparse.counted == {}
 
 
+def test_rows_that_the_background_reads_too_often_are_left_alone():
+    """With none allowed, what the model says of the background stays the same to the bit; with all, it does not."""
+    logits = {}
+    for most_common in (0.0, 1.0):
+        model = fresh_model()
+        before = model.eval()(BACKGROUND, use_cache=False).logits
+        optimizer = build_optimizer(model, OptimizerSettings(memory="row_adam", max_grad_norm=1.0), **NUMBERS)
+        optimizer.sparse = SparseRows(model, [BACKGROUND], None, most_common=most_common)
+        for _ in range(5):
+            model.train()(TAUGHT, labels=TAUGHT, use_cache=False).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        logits[most_common] = model.eval()(BACKGROUND, use_cache=False).logits
+        optimizer.sparse.remove()
+    assert torch.equal(logits[0.0], before) and not torch.equal(logits[1.0], before)
+
+
 def test_evaluation_is_not_counted():
     model = fresh_model()
     sparse = SparseRows(model, [BACKGROUND], ROWS)
@@ -132,6 +149,7 @@ def test_evaluation_is_not_counted():
     [
         ({"num_rows": 0}, "num_rows is 0; allowed: 1 or more"),
         ({"background": []}, "There is no background text"),
+        ({"most_common": 1.5}, "most_common is 1.5; allowed: 0 to 1"),
         ({"model": base_model("llama")}, "This model has 0 memories"),
     ],
 )
