@@ -29,6 +29,8 @@ AMOUNT = Amount(
     num_questions=3,
     num_chats=2,
     chat_tokens=4,
+    background="wiki",
+    num_background=20,
 )
 SMALL = replace(
     HOW,

@@ -32,6 +32,7 @@ def test_each_way_stops_when_the_text_is_known(tmp_path):
         taught=blocks(0, 20, VOCABULARY),
         held=blocks(1, 20, VOCABULARY),
         other=blocks(2, 2, 30),
+        background=blocks(3, 2, 30),
         bytes_per_token={"taught": 3.0, "held": 3.0, "other": 3.0},
         facts={},
     )

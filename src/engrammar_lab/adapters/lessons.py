@@ -27,7 +27,7 @@ SETS = ("openbookqa", "piqa", "commonsenseqa")
 
 @dataclass(frozen=True, kw_only=True)
 class Amount:
-    """How much is taught and asked."""
+    """How much is taught and asked; `num_background` entries of `background` say which rows any text reads."""
 
     num_taught: int = 192
     num_held: int = 64
@@ -37,6 +37,8 @@ class Amount:
     num_questions: int = 100
     num_chats: int = 48
     chat_tokens: int = 48
+    background: str = "wordnet+gcide"
+    num_background: int = 12_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,7 @@ class Lesson:
 
     Attributes:
         taught, held, other: blocks [B, T] of entries that are taught, of others of the domain, and of other prose.
+        background: blocks of prose that is neither taught nor measured.
         bytes_per_token: of each of the three.
         facts: questions by task: recall and cloze (the model has to produce the words), choice; of taught entries, and
             of held-out ones.
@@ -53,6 +56,7 @@ class Lesson:
     taught: Tensor
     held: Tensor
     other: Tensor
+    background: Tensor
     bytes_per_token: dict[str, float]
     facts: dict[str, list[Question]]
 
@@ -72,6 +76,9 @@ def make_lesson(domain: str, seed: int, tokenizer: "PreTrainedTokenizerBase", ca
     blocks, per_token = {}, {}
     for name, entries in texts.items():
         blocks[name], per_token[name] = _blocks(entries, tokenizer, amount.length)
+    texts["background"] = [entry.text for entry in corpora.entries(amount.background, cache=cache)]
+    texts["background"] = rng.sample(texts["background"], min(len(texts["background"]), amount.num_background))
+    blocks["background"], _ = _blocks(texts["background"], tokenizer, amount.length)
     documents = [_document(DOMAINS[domain], entry, "seen") for entry in texts["taught"]]
     documents += [_document(DOMAINS[domain], entry, "unseen") for entry in texts["held"]]
     return Lesson(**blocks, bytes_per_token=per_token, facts=_facts(documents, tokenizer, amount, seed))

@@ -106,7 +106,7 @@ def _teach(
     domain, seed, variant = key
     model, tokenizer = load_plain(folder)
     lesson = make_lesson(domain, seed, tokenizer, cache, amount)
-    taught = VARIANTS[variant](model, tokenizer, lesson.taught, seed, how, seconds)
+    taught = VARIANTS[variant](model, tokenizer, lesson, seed, how, seconds)
     scores = measure(taught.model, tokenizer, lesson, chats, fixed_questions(cache, amount))
     rounded = {name: float(f"{value:.6g}") for name, value in scores.items()}
     sizes = {"trained": taught.trained, "stored": taught.stored, "seconds": round(taught.seconds, 3)}

@@ -16,6 +16,8 @@ from engrammar.attach import attach, detach, fill_rows, keep_prefix, set_trainab
 from engrammar.attach.attached import AttachedMemory
 from engrammar.attach.attaching import require_attachment
 from engrammar.train.optimizer import OptimizerSettings, build_optimizer
+from engrammar.train.sparse import SparseRows
+from engrammar_lab.adapters.lessons import Lesson
 
 Model = Any
 
@@ -29,6 +31,7 @@ class How:
         batch: blocks of a step.
         memory: the memory's settings; its block is at two thirds of the depth.
         memory_lr: rate of the fusion; rows get `memory_lr_scale` times it.
+        most_common: the share of background blocks that may read a row, where only rare rows are trained.
         lora_rank: of the LoRA that is trained beside a memory, or for equal seconds.
     """
 
@@ -40,6 +43,7 @@ class How:
     lora_rank: int = 8
     lora_lr: float = 2e-3
     full_lr: float = 5e-5
+    most_common: float = 0.005
 
 
 HOW = How(memory={"layers": [20], "rows_per_head": [50_000, 50_000], "num_heads": 4, "head_dim": 96, "conv_kernel": 0})
@@ -61,7 +65,7 @@ class Taught:
     seconds: float
 
 
-Teach = Callable[[Model, Any, Tensor, int, How, float], Taught]
+Teach = Callable[[Model, Any, Lesson, int, How, float], Taught]
 
 
 class Items:
@@ -85,13 +89,23 @@ def batches(items: Any, how: How, seed: int) -> Iterator[dict[str, Tensor]]:
             yield default_collate([items[int(index)] for index in chosen])
 
 
-def fit(model: Model, items: Any, *, how: How, lr: float, seed: int, seconds: float = math.inf) -> float:
+def fit(
+    model: Model,
+    items: Any,
+    *,
+    how: How,
+    lr: float,
+    seed: int,
+    seconds: float = math.inf,
+    sparse: SparseRows | None = None,
+) -> float:
     """Trains what is trainable for `how.epochs`, or until `seconds` of CPU are spent; returns the seconds spent.
 
-    It makes one step at least.
+    It makes one step at least; `sparse` says which rows it trains.
     """
     settings = OptimizerSettings(memory_lr_scale=how.memory_lr_scale, matrices="adamw", max_grad_norm=1.0)
     optimizer = build_optimizer(model, settings, lr=lr, weight_decay=0.0, betas=(0.9, 0.99), eps=1e-8)
+    optimizer.sparse = sparse
     num_steps = how.epochs * math.ceil(len(items) / how.batch) if math.isinf(seconds) else None
     started, stream = time.process_time(), batches(items, how, seed)
     model.train()
@@ -102,50 +116,67 @@ def fit(model: Model, items: Any, *, how: How, lr: float, seed: int, seconds: fl
         optimizer.zero_grad()
         step += 1
     model.eval()
+    if sparse is not None:
+        sparse.remove()
     return time.process_time() - started
 
 
-def teach_memory(model: Model, tokenizer: Any, ids_BT: Tensor, seed: int, how: How, _: float) -> Taught:
+def teach_memory(model: Model, tokenizer: Any, lesson: Lesson, seed: int, how: How, _: float) -> Taught:
     """A memory on the frozen model; what lies below it is computed once."""
-    return _memory(model, tokenizer, ids_BT, seed, how, filled=False)
+    return _memory(model, tokenizer, lesson, seed, how)
 
 
-def teach_filled(model: Model, tokenizer: Any, ids_BT: Tensor, seed: int, how: How, _: float) -> Taught:
+def teach_filled(model: Model, tokenizer: Any, lesson: Lesson, seed: int, how: How, _: float) -> Taught:
     """A memory whose rows come from the token embeddings of what follows; nothing is trained."""
     torch.manual_seed(seed)
     attach(model, _settings(how, tokenizer), tokenizer)
     started = time.process_time()
-    fill_rows(model, Items(ids_BT))
+    fill_rows(model, Items(lesson.taught))
     return Taught(model=model, trained=0, stored=_stored(model), seconds=time.process_time() - started)
 
 
-def teach_filled_first(model: Model, tokenizer: Any, ids_BT: Tensor, seed: int, how: How, _: float) -> Taught:
+def teach_filled_first(model: Model, tokenizer: Any, lesson: Lesson, seed: int, how: How, _: float) -> Taught:
     """As `teach_filled`, then trained as `teach_memory` trains."""
-    return _memory(model, tokenizer, ids_BT, seed, how, filled=True)
+    return _memory(model, tokenizer, lesson, seed, how, filled=True)
 
 
-def _memory(model: Model, tokenizer: Any, ids_BT: Tensor, seed: int, how: How, *, filled: bool) -> Taught:
+def teach_rare(model: Model, tokenizer: Any, lesson: Lesson, seed: int, how: How, _: float) -> Taught:
+    """As `teach_memory`, but rows that more than `how.most_common` of background text reads stay zero."""
+    return _memory(model, tokenizer, lesson, seed, how, most_common=how.most_common)
+
+
+def _memory(
+    model: Model,
+    tokenizer: Any,
+    lesson: Lesson,
+    seed: int,
+    how: How,
+    *,
+    filled: bool = False,
+    most_common: float = 1.0,
+) -> Taught:
     torch.manual_seed(seed)
     attach(model, _settings(how, tokenizer), tokenizer)
     started = time.process_time()
     if filled:
-        fill_rows(model, Items(ids_BT))
+        fill_rows(model, Items(lesson.taught))
     with TemporaryDirectory() as folder:
-        items = keep_prefix(model, Items(ids_BT), Path(folder) / "prefix", batch_size=how.batch)
+        items = keep_prefix(model, Items(lesson.taught), Path(folder) / "prefix", batch_size=how.batch)
+        sparse = SparseRows(model, [lesson.background], None, most_common=most_common) if most_common < 1 else None
         before = time.process_time() - started
-        seconds = fit(model, items, how=how, lr=how.memory_lr, seed=seed)
-    return Taught(model=model, trained=_read(model, ids_BT), stored=_stored(model), seconds=before + seconds)
+        seconds = fit(model, items, how=how, lr=how.memory_lr, seed=seed, sparse=sparse)
+    return Taught(model=model, trained=_read(model, lesson.taught), stored=_stored(model), seconds=before + seconds)
 
 
-def teach_one_row(model: Model, tokenizer: Any, ids_BT: Tensor, seed: int, how: How, seconds: float) -> Taught:
+def teach_one_row(model: Model, tokenizer: Any, lesson: Lesson, seed: int, how: How, seconds: float) -> Taught:
     """The control for what is stored: all n-grams share the one row of their head, as far as primes allow."""
     few = replace(how, memory={**how.memory, "rows_per_head": [2, 2]})
-    return teach_memory(model, tokenizer, ids_BT, seed, few, seconds)
+    return teach_memory(model, tokenizer, lesson, seed, few, seconds)
 
 
-def teach_shuffled(model: Model, tokenizer: Any, ids_BT: Tensor, seed: int, how: How, seconds: float) -> Taught:
+def teach_shuffled(model: Model, tokenizer: Any, lesson: Lesson, seed: int, how: How, seconds: float) -> Taught:
     """The control for what is read: the memory as trained, its rows in another order."""
-    taught = teach_memory(model, tokenizer, ids_BT, seed, how, seconds)
+    taught = teach_memory(model, tokenizer, lesson, seed, how, seconds)
     memory = _attached(model).memory
     with torch.no_grad():
         for layer in memory.config.layers:
@@ -155,26 +186,26 @@ def teach_shuffled(model: Model, tokenizer: Any, ids_BT: Tensor, seed: int, how:
     return taught
 
 
-def teach_lora(model: Model, tokenizer: Any, ids_BT: Tensor, seed: int, how: How, _: float) -> Taught:
+def teach_lora(model: Model, tokenizer: Any, lesson: Lesson, seed: int, how: How, _: float) -> Taught:
     """LoRA on all linear layers with at least the parameters that the memory trains."""
     attach(model, _settings(how, tokenizer), tokenizer)
-    trained = _read(model, ids_BT)
+    trained = _read(model, lesson.taught)
     detach(model)
     head = model.get_output_embeddings()
     linear = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
     per_rank = sum(module.in_features + module.out_features for module in linear)
-    return _lora(model, ids_BT, seed, how, rank=math.ceil(trained / per_rank))
+    return _lora(model, lesson.taught, seed, how, rank=math.ceil(trained / per_rank))
 
 
-def teach_lora_for_seconds(model: Model, tokenizer: Any, ids_BT: Tensor, seed: int, how: How, seconds: float) -> Taught:
+def teach_lora_for_seconds(model: Model, tokenizer: Any, lesson: Lesson, seed: int, how: How, seconds: float) -> Taught:
     """LoRA for as many CPU seconds as the memory took."""
-    return _lora(model, ids_BT, seed, how, rank=how.lora_rank, seconds=seconds)
+    return _lora(model, lesson.taught, seed, how, rank=how.lora_rank, seconds=seconds)
 
 
-def teach_both(model: Model, tokenizer: Any, ids_BT: Tensor, seed: int, how: How, seconds: float) -> Taught:
+def teach_both(model: Model, tokenizer: Any, lesson: Lesson, seed: int, how: How, seconds: float) -> Taught:
     """A memory first, then LoRA beside it, both trained."""
-    first = teach_memory(model, tokenizer, ids_BT, seed, how, seconds)
-    second = _lora(model, ids_BT, seed, how, rank=how.lora_rank)
+    first = teach_memory(model, tokenizer, lesson, seed, how, seconds)
+    second = _lora(model, lesson.taught, seed, how, rank=how.lora_rank)
     return Taught(
         model=second.model,
         trained=first.trained + second.trained,
@@ -183,11 +214,11 @@ def teach_both(model: Model, tokenizer: Any, ids_BT: Tensor, seed: int, how: How
     )
 
 
-def teach_full(model: Model, _: Any, ids_BT: Tensor, seed: int, how: How, __: float) -> Taught:
+def teach_full(model: Model, _: Any, lesson: Lesson, seed: int, how: How, __: float) -> Taught:
     """Every weight of the model."""
     model.requires_grad_(True)
     size = sum(parameter.numel() for parameter in model.parameters())
-    seconds = fit(model, Items(ids_BT), how=how, lr=how.full_lr, seed=seed)
+    seconds = fit(model, Items(lesson.taught), how=how, lr=how.full_lr, seed=seed)
     return Taught(model=model, trained=size, stored=size, seconds=seconds)
 
 
@@ -198,6 +229,7 @@ def teach_nothing(model: Model, *_: Any) -> Taught:
 VARIANTS: dict[str, Teach] = {
     "as it was": teach_nothing,
     "memory": teach_memory,
+    "memory, rare rows": teach_rare,
     "LoRA, equal parameters": teach_lora,
     "LoRA, equal seconds": teach_lora_for_seconds,
     "memory and LoRA": teach_both,
