@@ -67,20 +67,20 @@ def test_one_command_makes_an_adapter_that_loads_in_five_lines(base, text, tmp_p
 
 def test_sparse_training_says_how_much_of_the_background_it_changed(base, text, tmp_path):
     changed = {}
-    for rows in (3, 100_000):
-        out = tmp_path / str(rows)
+    for name, chosen in {"few": "rows=3", "many": "rows=100000", "none": "most_common=0"}.items():
+        out = tmp_path / name
         run(
             base,
             text,
             out,
-            f"sparse.rows={rows}",
+            f"sparse.{chosen}",
             f"sparse.background={text}",
             "sparse.blocks=30",
             "trainer.max_steps=4",
         )
         result = json.loads((out / "result.json").read_text())
-        changed[rows] = result["background_reads_changed"]
-    assert 0 < changed[3] < changed[100_000] < 1
+        changed[name] = result["background_reads_changed"]
+    assert changed["none"] == 0 < changed["few"] < changed["many"] < 1
 
 
 def test_the_kept_prefix_changes_no_number(base, text, tmp_path):

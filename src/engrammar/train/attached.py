@@ -187,7 +187,8 @@ def train_attached(recipe: AttachRecipe) -> dict[str, Any]:
     trainer = _trainer(recipe, ready, arguments, blocks)
     background = _background(recipe, ready)
     if background:
-        trainer.sparse = SparseRows(ready.model, background, recipe.sparse.rows)
+        rows, most_common = recipe.sparse.rows or None, recipe.sparse.most_common
+        trainer.sparse = SparseRows(ready.model, background, rows, most_common=most_common)
     tokens_per_second = None
     if trained:
         assert checkpoint is not None
@@ -239,8 +240,8 @@ def _blocks(recipe: AttachRecipe, ready: Prepared) -> dict[str, Any]:
 
 
 def _background(recipe: AttachRecipe, ready: Prepared) -> list[Tensor]:
-    """Blocks [1, T] of the text that should stay as it is; none if every row is trained."""
-    if not recipe.sparse.rows:
+    """Blocks [B, T] of the text that should stay as it is; none if every row is trained."""
+    if not recipe.sparse.rows and recipe.sparse.most_common == 1:
         return []
     out, length = Path(recipe.out), recipe.data.sequence_length
     source, enough = recipe.sparse.background, 4 * recipe.sparse.blocks
@@ -248,7 +249,8 @@ def _background(recipe: AttachRecipe, ready: Prepared) -> list[Tensor]:
     text = replace(text, tokenizer=str(out / "tokenizer"))
     tokens = prepare(text, out=out / "background", cache=Path(recipe.data.folder) / "pocket")
     blocks = tokens.blocks("train", length)
-    return [blocks[index]["input_ids"][None] for index in range(min(recipe.sparse.blocks, len(blocks)))]
+    read = [blocks[index]["input_ids"] for index in range(min(recipe.sparse.blocks, len(blocks)))]
+    return list(torch.stack(read).split(64))
 
 
 def _trainer(recipe: AttachRecipe, ready: Prepared, arguments: Any, blocks: dict[str, Any]) -> AttachedTrainer:

@@ -158,17 +158,20 @@ class SparseRecipe:
 
     Attributes:
         rows: of each layer the most rows that a step trains: those that its text reads often and the background seldom;
-            0 trains every row that is read.
+            0 for no limit.
+        most_common: the share of background blocks that may read a row which is trained; 1 for no limit.
         background: text that should stay as it is, as of `data.source`.
         blocks: blocks of it.
     """
 
     rows: int = 0
+    most_common: float = 1.0
     background: str = "pocket:wiki"
-    blocks: int = 512
+    blocks: int = 4096
 
     def __post_init__(self) -> None:
         _require("sparse.rows", self.rows, self.rows >= 0, "1 or more, or 0 for all")
+        _require("sparse.most_common", self.most_common, 0 <= self.most_common <= 1, "0 to 1")
         _require("sparse.blocks", self.blocks, self.blocks >= 1, "1 or more")
 
 

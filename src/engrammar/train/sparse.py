@@ -10,6 +10,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from engrammar.attach.blocks import find_decoder, first_parameters
 from engrammar.attach.inputs import read_inputs
@@ -56,7 +57,7 @@ class SparseRows:
         (self.memory,) = memories
         self.num_rows, self.most_common, self.num_blocks = num_rows, most_common, 0
         read: dict[int, list[Tensor]] = {layer: [] for layer in self.memory.config.layers}
-        for ids_BT in background:
+        for ids_BT in tqdm(background, desc="background text", unit=" batches", delay=2):
             self.num_blocks += len(ids_BT)
             for layer, rows_BTH in self.memory.addresses(ids_BT).items():
                 read[layer] += [rows.unique().cpu() for rows in rows_BTH]
