@@ -15,7 +15,7 @@ from engrammar.tables.sealed import write_text
 from engrammar_lab.adapters.lessons import Amount
 from engrammar_lab.adapters.smollm import base_chats, fetch_smollm, load_plain
 from engrammar_lab.editing.cases import in_order, read_cases
-from engrammar_lab.editing.edited import Model, Way
+from engrammar_lab.editing.edited import Edited, Model, Way
 from engrammar_lab.editing.measures import Unedited, asked_before, measure_edits
 from engrammar_lab.editing.neutral import Read, changed, neutral_blocks, read_block, read_blocks
 from engrammar_lab.editing.patches import by_patch
@@ -25,6 +25,7 @@ from engrammar_lab.studies import RESULTS
 
 NAME = "edit"
 WAYS: Mapping[str, Way] = {
+    "as it was": lambda model, tokenizer, facts, seed: Edited(undo=lambda: None, num_bytes=0),
     "gated": by_patch("gated"),
     "gated, in sequence": by_patch("gated", in_parts=True),
     "vector": by_patch("vector"),

@@ -194,5 +194,5 @@ def test_runs_leave_the_model_as_it_was_and_go_on_another_day(base, file, tmp_pa
     with pytest.raises(pytest.fail.Exception):  # other facts
         file.write_text("".join(json.dumps(row) + "\n" for row in rows(FIRST + LAST + 21)))
         study.run_edits([file], **where, **small)
-    with pytest.raises(ValueError, match="ways are by magic; allowed: gated"):
+    with pytest.raises(ValueError, match="ways are by magic; allowed: as it was, gated"):
         study.run_edits([file], **where, **{**small, "ways": ("by magic",)})
