@@ -10,7 +10,7 @@ from engrammar_lab.report.statistics import Difference, compare
 
 ATTACH = "What does a memory bring to a model that exists, beside LoRA?"
 PAPER = "no comparison: its memories are trained with their model"
-BASE, MEMORY, BOTH = "as it was", "memory", "memory and LoRA"
+BASE, MEMORY, RARE, BOTH = "as it was", "memory", "memory, rare rows", "memory and LoRA"
 LORA, LORA_SECONDS = "LoRA, equal parameters", "LoRA, equal seconds"
 RECALL, CHAT = "facts/recall/seen", "chat/nats"
 SHOWN = (
@@ -107,12 +107,13 @@ def _aims(domain: str, found: Scores) -> list[str]:
             f"{domain}: at equal seconds memory recalls {own:.3f} of the taught definitions, LoRA {other:.3f}; twice "
             f"was aimed at: {reached}."
         )
-    if {MEMORY, BASE} <= found.keys():
-        rise = compare({0: (found[MEMORY][CHAT], found[BASE][CHAT])})[0]
-        reached = "reached" if rise.mean <= CHAT_LIMIT else "missed"
-        words.append(
-            f"{domain}: with memory, chat moves by {interval(rise)} nats; at most +0.01 was aimed at: {reached}."
-        )
+    for variant in (MEMORY, RARE):
+        if {variant, BASE} <= found.keys():
+            rise = compare({0: (found[variant][CHAT], found[BASE][CHAT])})[0]
+            reached = "reached" if rise.mean <= CHAT_LIMIT else "missed"
+            words.append(
+                f"{domain}: with {variant}, chat moves by {interval(rise)} nats; at most +0.01 was aimed at: {reached}."
+            )
     if {MEMORY, LORA, BOTH} <= found.keys():
         best = max(mean(found[MEMORY][RECALL]), mean(found[LORA][RECALL]))
         held = min(mean(found[MEMORY]["held/nats"]), mean(found[LORA]["held/nats"]))
