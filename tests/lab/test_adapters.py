@@ -121,11 +121,12 @@ def test_aims_are_told_as_reached_or_missed(monkeypatch):
     section = attach_section(made_attach())
     told = " ".join(part for part in section.body if isinstance(part, str))
     assert "computing: at equal seconds memory recalls 0.610 of the taught definitions, LoRA 0.210" in told
-    assert told.count("reached.") == 6 and "missed" not in told
+    assert told.count("reached.") == 8 and "missed" not in told
     assert section.verdict.answer.startswith("Share of taught definitions recalled, memory less LoRA at equal seconds")
     assert section.verdict.sure == "computing and encyclopaedia"
     told = " ".join(part for part in attach_section(made_attach(memory=0.3, chat=0.02)).body if isinstance(part, str))
     assert told.count("missed.") == 4  # twice LoRA's recall, and chat
+    assert "computing: with memory, rare rows, chat moves by" in told
     some = made_attach()
     some["runs"] = [run for run in some["runs"] if (run["variant"], run["seed"]) != ("memory", 1)]
     assert attach_section(some).verdict.answer == "No lesson has memory and LoRA yet."
