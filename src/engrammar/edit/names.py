@@ -1,8 +1,8 @@
 """Which ids begin a name: where another name stands after a subject, a question is not about the subject any more.
 
-A name is a word with a capital letter that is none of the common words that begin English sentences; single letters are
-not common, since names often begin with them as ids of their own. In languages that
-write all nouns so, or none, the rule closes too early, or never. Letter: V ids of the tokenizer.
+A name is a word with a capital letter that is none of the common words that begin English sentences. A single letter
+counts as one, since names often begin with an id of one letter. In languages that write all nouns so, or none, the rule
+closes too early, or never. Letter: V ids of the tokenizer.
 """
 
 from typing import TYPE_CHECKING
