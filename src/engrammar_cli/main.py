@@ -21,7 +21,7 @@ from engrammar_cli import edit, lab, plan, table
 from engrammar_cli.evaluate import evaluate
 from engrammar_cli.explore import explore
 from engrammar_cli.extras import require
-from engrammar_cli.serve import serve
+from engrammar_cli.serve import serve, vllm
 from engrammar_cli.training import attach, train
 
 
@@ -256,6 +256,7 @@ COMMANDS: dict[str, Callable[..., None] | dict[str, Callable[..., None]]] = {
     "attach": attach,
     "generate": generate,
     "serve": serve,
+    "vllm": vllm,
     "data": data,
     "info": info,
     "verify": verify,

@@ -1,4 +1,4 @@
-"""`engrammar serve`: a model behind OpenAI's API. Imports are inside the function, as in `main.py`."""
+"""`engrammar serve` and `engrammar vllm`: serving a model. Imports are inside the functions, as in `main.py`."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -64,3 +64,17 @@ def serve(
     sizes = {"max_requests": max_requests, "cache_tokens": cache_tokens, "batch_tokens": batch_tokens}
     engine = Engine(*loaded, Limits(max_length=length, **sizes))
     run(Server(engine, served_name or model, token), host, port)
+
+
+def vllm(model: Positional[str], /, adapter: Path, out: Path) -> None:
+    """Write a folder from which vLLM serves a model with its attached memory. It holds links; nothing is copied.
+
+    Args:
+        model: The folder, or the name on the Hub, of the model that the memory was attached to.
+        adapter: The folder of the memory.
+        out: The folder to write.
+    """
+    from engrammar.serve.folder import link_folder
+
+    link_folder(model, adapter, out)
+    print(f"{out}: serve it with python -m vllm.entrypoints.openai.api_server --model {out}")

@@ -4,46 +4,35 @@ The model is tiny and random, with gates open and a convolution that is not zero
 `make test-serve`.
 """
 
-import gc
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 pytest.importorskip("vllm", reason="vLLM is not installed here: `make test-serve` makes an environment with it")
-os.environ |= {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in this process, where a control can change it
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",
-}
-
-from vllm import LLM, SamplingParams
-from vllm.distributed import cleanup_dist_env_and_memory
-
 from engrammar import EngrammarForCausalLM
 from engrammar.edit import apply_patch
-from engrammar.serve.vllm import reading, settings, state
-from models import END, VOCABULARY, tiny_memory, tiny_model
+from engrammar.serve.vllm import reading, settings
+from models import END, tiny_memory, tiny_model
 from row_patches import write_patches
+from vllm_engines import (
+    BLOCK,
+    Answer,
+    answers_of,
+    check_equal,
+    count,
+    engine,
+    forget_history,
+    forget_windows,
+    num_equal,
+    prompts,
+    served,
+)
 
 pytestmark = pytest.mark.vllm
-NEW = 16
-EXACT = 1e-4  # of a log-probability
-BLOCK = 32  # positions of a block of vLLM's cache
 HEADS = {"qk_nope_head_dim": 24, "qk_rope_head_dim": 8, "v_head_dim": 20}  # 32 numbers: vLLM has a kernel
 ODD_HEADS = {"qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32}  # 48, as in `nano`: it has none
-
-
-class Answer(NamedTuple):
-    tokens: list[int]
-    logprobs: list[float]
 
 
 def save(folder: Path, dialect: str | None, branches: int, **settings) -> Path:
@@ -57,92 +46,13 @@ def folder(tmp_path_factory) -> Path:
     return save(tmp_path_factory.mktemp("served") / "model", "paper", 2, memory=memory, **HEADS)
 
 
-def prompts() -> list[list[int]]:
-    """20 short, 20 long with ends of texts inside, 20 that begin alike."""
-    generator = torch.Generator().manual_seed(3)
-
-    def ids(length: int) -> list[int]:
-        return torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()
-
-    short = [ids(1 + number % 7) for number in range(20)]
-    long = [ids(60 + 9 * number) for number in range(20)]
-    for number, prompt in enumerate(long):
-        for place in (1, 20 + number, len(prompt) - 1 - number % 5):
-            prompt[place] = END
-    prefix = ids(3 * BLOCK + 5)
-    return short + long + [prefix + ids(1 + 3 * number) for number in range(20)]
-
-
 def generated(folder: Path, asked: list[list[int]]) -> list[Answer]:
     return answers_of(EngrammarForCausalLM.from_pretrained(folder), asked)
-
-
-@torch.no_grad()
-def answers_of(model: Any, asked: list[list[int]]) -> list[Answer]:
-    model.generation_config.eos_token_id = None
-    answers = []
-    for prompt in asked:
-        out = model.generate(
-            torch.tensor([prompt]),
-            max_new_tokens=NEW,
-            do_sample=False,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-        tokens = out.sequences[0, len(prompt) :].tolist()
-        logprobs = [logits[0].log_softmax(-1)[token].item() for token, logits in zip(tokens, out.logits)]
-        answers.append(Answer(tokens, logprobs))
-    return answers
 
 
 @pytest.fixture(scope="module")
 def expected(folder) -> list[Answer]:
     return generated(folder, prompts())
-
-
-@contextmanager
-def engine(folder: Path, memory: dict | None = None, **given) -> Iterator[LLM]:
-    """vLLM in this process, with 32 requests at once."""
-    chosen = {"max_num_seqs": 32, "max_num_batched_tokens": 128, "max_model_len": 512, "block_size": BLOCK}
-    llm = LLM(
-        str(folder),
-        skip_tokenizer_init=True,
-        dtype="float32",
-        disable_log_stats=False,
-        additional_config={"engrammar": memory or {}},
-        **{"enforce_eager": True, **chosen, **given},
-    )
-    try:
-        yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
-        cleanup_dist_env_and_memory()
-
-
-def served(llm: LLM, asked: list[list[int]]) -> list[Answer]:
-    sampling = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, logprobs=0, detokenize=False)
-    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in asked], sampling, use_tqdm=False)
-    return [
-        Answer(list(one.token_ids), [step[token].logprob for token, step in zip(one.token_ids, one.logprobs)])
-        for one in (output.outputs[0] for output in outputs)
-    ]
-
-
-def num_equal(found: list[Answer], expected: list[Answer]) -> int:
-    return sum(one.tokens == other.tokens for one, other in zip(found, expected))
-
-
-def check_equal(found: list[Answer], expected: list[Answer]) -> None:
-    assert num_equal(found, expected) == len(expected)
-    for one, other in zip(found, expected):
-        torch.testing.assert_close(one.logprobs, other.logprobs, atol=EXACT, rtol=0)
-
-
-def count(llm: LLM, name: str) -> float:
-    """The value of one of vLLM's metrics."""
-    return sum(metric.value for metric in llm.get_metrics() if metric.name == name)
 
 
 PLACES = {
@@ -187,26 +97,6 @@ def test_other_dialects_and_heads(tmp_path, dialect, branches, heads):
     with engine(folder) as llm:
         check_equal(served(llm, asked), generated(folder, asked))
         check_equal(served(llm, asked), generated(folder, asked))
-
-
-def forget_history(monkeypatch) -> None:
-    read = state.StateLayer.read
-
-    def read_no_ids(self, cached, positions_T, back, where):
-        found, exists = read(self, cached, positions_T, back, where)
-        return found, exists & (cached.dtype != torch.int32)
-
-    monkeypatch.setattr(state.StateLayer, "read", read_no_ids)
-
-
-def forget_windows(monkeypatch) -> None:
-    read = state.StateLayer.read
-
-    def read_only_here(self, cached, positions_T, back, where):
-        found, exists = read(self, cached, positions_T, back, where)
-        return found, exists & ((cached.dtype == torch.int32) | (torch.tensor(back) == 0))
-
-    monkeypatch.setattr(state.StateLayer, "read", read_only_here)
 
 
 @pytest.mark.parametrize(("forget", "at_most"), [(forget_history, 3), (forget_windows, 30)])
@@ -313,16 +203,17 @@ def test_what_would_be_wrong_or_was_never_compared_is_refused(changed, said):
 )
 def test_settings_that_are_not_allowed_are_refused(given, said):
     with pytest.raises(ValueError, match=said):
-        settings.memory_settings(engine_config(additional_config={"engrammar": given}))
+        settings.memory_settings(engine_config(additional_config={"engrammar": given}), Path("m"))
 
 
 def test_settings_are_those_of_from_pretrained():
     made = settings.memory_settings(
-        engine_config(additional_config={"engrammar": {"memory": "disk", "cache_rows": 7, "sharing": "processes"}})
+        engine_config(additional_config={"engrammar": {"memory": "disk", "cache_rows": 7, "sharing": "processes"}}),
+        Path("m"),
     )
     assert made.self_test and made.serving.where == "disk"
     assert (made.serving.cache_rows, made.serving.sharing) == (7, "processes")
-    assert settings.memory_settings(engine_config()).serving.where == "ram"
+    assert settings.memory_settings(engine_config(), Path("m")).serving.where == "ram"
 
 
 def test_operators_say_the_shapes_that_they_return():

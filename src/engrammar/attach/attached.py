@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engrammar.attach.blocks import in_branches
-from engrammar.attach.paged import PagedPass
+from engrammar.attach.paged import FlatPass
 from engrammar.attach.state import MemoryState
 from engrammar.config import Geometry, MemoryConfig
 from engrammar.fusion import Fusion
@@ -86,7 +86,7 @@ class AttachedMemory(nn.Module):
         return MemoryState(name, self.config, self.config.max_ngram_size - 1, windows)
 
     def add(
-        self, layer: int, hidden: Tensor, retrieved: Retrieved, state: MemoryState | PagedPass | None, keep_all: bool
+        self, layer: int, hidden: Tensor, retrieved: Retrieved, state: MemoryState | FlatPass | None, keep_all: bool
     ) -> Tensor:
         """The hidden states that block `layer` reads, in any of a block's shapes, with the memory added."""
         fusion = self.fusions[str(layer)]
@@ -101,7 +101,7 @@ class AttachedMemory(nn.Module):
         streams_BTMD = in_branches(hidden, self.place.hidden_size).to(weight)
         given = streams_BTMD, local(embedding_BTE), local(dead_BT)
         extend: Any
-        if isinstance(state, PagedPass):
+        if isinstance(state, FlatPass):
             extend = partial(state.taps, self.config, layer)
         else:
             track = None if state is None else state.windows.get(layer)

@@ -6,6 +6,7 @@ without the state (requests swapped to RAM), or filled one with the memory off, 
 Letters: T flat tokens of a pass, K positions looked back at, P slots of the cache, C channels, F numbers of a stamp.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -180,15 +181,23 @@ class PagedState:
         self.stamps_PF[self._slots(tokens.own)] = self._stamp(tokens.own)
 
 
+class FlatPass(ABC):
+    """A pass of flat tokens of many sequences, whose engine keeps the state of one memory (abstract)."""
+
+    @abstractmethod
+    def taps(self, config: MemoryConfig, layer: int, normed_BCT: Tensor) -> Tensor:
+        """`Fusion.forward`'s `extend` for these tokens: what each tap of the convolution reads, [1, C, T, kernel]."""
+
+
+@final
 @dataclass(frozen=True, kw_only=True)
-class PagedPass:
-    """A pass of flat tokens, and the state of one memory."""
+class PagedPass(FlatPass):
+    """A pass of flat tokens under transformers' continuous batching."""
 
     state: PagedState
     tokens: FlatTokens
 
     def taps(self, config: MemoryConfig, layer: int, normed_BCT: Tensor) -> Tensor:
-        """`Fusion.forward`'s `extend` for these tokens: what each tap of the convolution reads, [1, C, T, kernel]."""
         window_PC = self.state.write(layer, self.tokens, normed_BCT[0].T)
         places_KT = self.tokens.places(range(config.conv_window, -1, -config.max_ngram_size))
         return self.state.seen(window_PC, places_KT, 0).permute(2, 1, 0)[None]

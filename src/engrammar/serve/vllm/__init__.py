@@ -2,7 +2,8 @@
 
 vLLM's Transformers backend runs the backbone. What it lacks are the ids and the convolution's inputs before each of
 the flat tokens of a batch: they lie in vLLM's own KV cache (`state`), so whatever shares, drops or recomputes its
-blocks does the same to them. Rows come from our stores (`reading`).
+blocks does the same to them. Rows come from our stores (`reading`). A model with an attached memory (`attached`) is
+served from a folder of links (`serve.folder`).
 """
 
 ARCHITECTURE = "EngrammarForCausalLM"
@@ -13,8 +14,11 @@ def register() -> None:
     from transformers import AutoConfig, AutoModel
     from vllm import ModelRegistry
 
+    from engrammar.serve.folder import DENSE, EXPERTS
     from engrammar.serve.vllm.backbone import ServedConfig, ServedModel
 
     AutoConfig.register(ServedConfig.model_type, ServedConfig, exist_ok=True)
     AutoModel.register(ServedConfig, ServedModel, exist_ok=True)
     ModelRegistry.register_model(ARCHITECTURE, "engrammar.serve.vllm.model:ServedForCausalLM")
+    ModelRegistry.register_model(DENSE, "engrammar.serve.vllm.attached:AttachedForCausalLM")
+    ModelRegistry.register_model(EXPERTS, "engrammar.serve.vllm.attached:AttachedMoEForCausalLM")

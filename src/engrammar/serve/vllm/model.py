@@ -1,6 +1,6 @@
 """The model class that vLLM serves our checkpoints with: its Transformers backend, with rows from our stores."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import Any, final
 
@@ -8,6 +8,7 @@ from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.model_executor.models.transformers import TransformersMoEForCausalLM
 
+from engrammar.model.modeling import EngrammarForCausalLM
 from engrammar.model.saving import local_folder
 from engrammar.serve.vllm.backbone import state_name
 from engrammar.serve.vllm.heads import pad_heads, wide_heads, width_of
@@ -16,7 +17,9 @@ from engrammar.serve.vllm.reading import Retriever
 from engrammar.serve.vllm.self_test import SelfTest
 from engrammar.serve.vllm.settings import check_engine, check_no_settings, memory_settings
 from engrammar.serve.vllm.state import StateLayer
+from engrammar.stores.base import RowStore
 from engrammar.stores.serving import serve_tables
+from engrammar.tables.folder import TableFile
 from engrammar.tables.shards import is_table
 
 
@@ -33,8 +36,8 @@ class ServedForCausalLM(TransformersMoEForCausalLM):
         if memory is None:
             check_no_settings(vllm_config)
             return
-        self.settings = memory_settings(vllm_config)
         self.folder = local_folder(self.model_config.model, {"revision": self.model_config.revision})
+        self.settings = memory_settings(vllm_config, self.folder)
         self.ignore_unexpected_prefixes.append("model.memory.tables.")
         channels = self.config.num_branches * self.config.hidden_size if memory.conv_kernel else 0
         layers = memory.layers if memory.conv_kernel else memory.layers[:1]  # ids are kept once
@@ -58,3 +61,7 @@ class ServedForCausalLM(TransformersMoEForCausalLM):
             self.source = serve_tables(self.model, self.folder, self.settings.serving)
             replace_patched_rows(self.model.memory, self.settings.patches)
         return loaded
+
+    def plain_model(self, open_store: Callable[[TableFile], RowStore]) -> Any:
+        """The same checkpoint in transformers, with rows from these stores."""
+        return EngrammarForCausalLM.from_pretrained(self.folder, memory=open_store, dtype=self.model_config.dtype)

@@ -27,13 +27,16 @@ class Retriever:
     def __init__(self, memory: Memory, ids: StateLayer) -> None:
         self.memory, self.ids = memory, ids
 
-    def start(self, ids_T: Tensor, positions_T: Tensor, where: StateMetadata) -> Retrieved:
-        """Keeps the ids, and starts reading the rows of every layer for them."""
+    def history(self, ids_T: Tensor, positions_T: Tensor, where: StateMetadata) -> Tensor:
+        """Keeps the ids; returns those before each, [1, T, S], -1 where there are none."""
         back = range(self.memory.config.max_ngram_size - 1, 0, -1)
         self.ids.write(self.ids.ids, ids_T, where)
         before_TS, exists_TS = self.ids.read(self.ids.ids, positions_T, back, where)
-        history_TS = before_TS.long().where(exists_TS, -1)
-        return self.memory.retrieve(ids_T.long()[None], history=history_TS[None])
+        return before_TS.long().where(exists_TS, -1)[None]
+
+    def start(self, ids_T: Tensor, positions_T: Tensor, where: StateMetadata) -> Retrieved:
+        """Keeps the ids, and starts reading the rows of every layer for them."""
+        return self.memory.retrieve(ids_T.long()[None], history=self.history(ids_T, positions_T, where))
 
 
 def layer_of(context: ForwardContext, name: str) -> tuple[Any, StateMetadata | None]:

@@ -15,7 +15,6 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import compute_layer_kv_cache_shape_bytes
 
-from engrammar.model.modeling import EngrammarForCausalLM
 from engrammar.serve.vllm.state import StateLayer
 
 LENGTHS = (29, 17)  # tokens of two requests
@@ -42,7 +41,7 @@ class SelfTest:
         if self.done:
             return
         self.done = True
-        vocab_size = self.served.config.vocab_size
+        vocab_size = self.served.text_config.vocab_size
         generator = torch.Generator().manual_seed(0)
         requests = [torch.randint(vocab_size, (length,), generator=generator) for length in LENGTHS]
         expected = self._plain(requests)
@@ -68,11 +67,7 @@ class SelfTest:
 
     def _plain(self, requests: list[Tensor]) -> list[Tensor]:
         stores = self.served.source.stores
-        model = EngrammarForCausalLM.from_pretrained(
-            self.served.folder,
-            memory=lambda table: stores[table.name],
-            dtype=self.served.model_config.dtype,
-        ).eval()
+        model = self.served.plain_model(lambda table: stores[table.name]).eval()
         return [model(ids_T[None], use_cache=False).logits[0].float() for ids_T in requests]
 
     def _served(self, requests: list[Tensor]) -> list[Tensor]:
@@ -82,7 +77,7 @@ class SelfTest:
             for name, layer in config.compilation_config.static_forward_context.items()
             if isinstance(layer, AttentionLayerBase)
         }
-        logits = [torch.empty(len(ids_T), self.served.config.vocab_size) for ids_T in requests]
+        logits = [torch.empty(len(ids_T), self.served.text_config.vocab_size) for ids_T in requests]
         with own_caches(layers, config) as builders:
             for parts in PASSES:
                 batch = [(requests[which], first, end) for which, first, end in parts]

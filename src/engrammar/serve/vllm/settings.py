@@ -30,11 +30,11 @@ class MemorySettings:
     patches: tuple[Path, ...] = ()
 
 
-def memory_settings(vllm_config: VllmConfig) -> MemorySettings:
+def memory_settings(vllm_config: VllmConfig, tables: Path) -> MemorySettings:
     """Reads `--additional-config '{"engrammar": {"memory": "disk", ...}}'`; without it the rows are in RAM.
 
     The settings are those of `from_pretrained`. For tables on other machines, `memory` is "remote", and `name` and
-    `address` are those of `engrammar generate`.
+    `address` are those of `engrammar generate`. `tables` is the folder whose tables they are.
 
     Raises:
         ValueError: a setting is unknown or not allowed.
@@ -53,7 +53,7 @@ def memory_settings(vllm_config: VllmConfig) -> MemorySettings:
     if (where == "remote") != ("name" in pool) or ("address" in pool and "name" not in pool):
         raise ValueError("memory='remote' and `name` go together: name the tables as `engrammar table upload` did.")
     if where == "remote":
-        where = pool_store(Path(vllm_config.model_config.model), pool["name"], pool.get("address", "127.0.0.1:50051"))
+        where = pool_store(tables, pool["name"], pool.get("address", "127.0.0.1:50051"))
     files = tuple(map(Path, patches))
     return MemorySettings(serving=ServingSettings(where=where, **given), self_test=self_test, patches=files)
 
@@ -95,4 +95,4 @@ def _split_widths(vllm_config: VllmConfig) -> str:
     """The settings of the model that tensor parallelism splits and cannot split evenly."""
     config, size = vllm_config.model_config.hf_config, vllm_config.parallel_config.tensor_parallel_size
     split = ("num_attention_heads", "intermediate_size", "moe_intermediate_size")
-    return ", ".join(f"{name}={getattr(config, name)}" for name in split if getattr(config, name) % size)
+    return ", ".join(f"{name}={getattr(config, name)}" for name in split if getattr(config, name, 0) % size)
