@@ -74,7 +74,7 @@ def test_preempted_requests_go_on_with_the_same_tokens(llama, expected):
 
 
 @pytest.mark.slow
-def test_compiled_as_vllm_compiles_by_default(llama, expected):
+def test_with_vllms_defaults_where_the_base_is_not_compiled_either(llama, expected):
     with engine(llama[1], enforce_eager=False) as llm:
         check_equal(served(llm, asked()), expected)
 
