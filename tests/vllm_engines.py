@@ -71,21 +71,23 @@ def answers_of(model: Any, asked: list[list[int]]) -> list[Answer]:
 def engine(folder: Path, memory: dict | None = None, **given) -> Iterator[LLM]:
     """vLLM in this process, with 32 requests at once."""
     chosen = {"max_num_seqs": 32, "max_num_batched_tokens": 128, "max_model_len": 512, "block_size": BLOCK}
-    llm = LLM(
-        str(folder),
-        skip_tokenizer_init=True,
-        dtype="float32",
-        disable_log_stats=False,
-        additional_config={"engrammar": memory or {}},
-        **{"enforce_eager": True, **chosen, **given},
-    )
+    llm = None
     try:
+        llm = LLM(
+            str(folder),
+            skip_tokenizer_init=True,
+            dtype="float32",
+            disable_log_stats=False,
+            additional_config={"engrammar": memory or {}},
+            **{"enforce_eager": True, **chosen, **given},
+        )
         yield llm
     finally:
-        llm.llm_engine.engine_core.shutdown()
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
         del llm
         gc.collect()
-        cleanup_dist_env_and_memory()
+        cleanup_dist_env_and_memory()  # also of an engine that refused: its groups would be taken for the next one's
 
 
 def served(llm: LLM, asked: list[list[int]]) -> list[Answer]:
