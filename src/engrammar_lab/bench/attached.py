@@ -144,26 +144,48 @@ def _misses(model: Any) -> int | None:
     return sum(counted) if counted else None
 
 
+Caches = dict[str, DynamicCache]
+
+
 @torch.no_grad()
-def _decode(models: dict[str, Any], ids_BT: Tensor, plan: Plan) -> list[dict[str, Any]]:
-    """Seconds of a step of each model, the models in turn, at every position the same tokens."""
+def filled_caches(models: dict[str, Any], ids_BT: Tensor) -> Caches:
+    """A cache for each model that has read the prompts."""
     caches = {name: DynamicCache(config=model.config) for name, model in models.items()}
     for name, model in models.items():
-        model(ids_BT[:, : plan.prompt], past_key_values=caches[name], use_cache=True, logits_to_keep=1)
-    before = {name: _misses(model) for name, model in models.items()}
+        model(ids_BT, past_key_values=caches[name], use_cache=True, logits_to_keep=1)
+    return caches
+
+
+@torch.no_grad()
+def step_times(
+    models: dict[str, Any], caches: Caches, ids_BT: Tensor
+) -> tuple[dict[str, list[float]], dict[str, Tensor]]:
+    """Seconds of a step of each model, the models in turn, at every position the same tokens; their last logits."""
     times: dict[str, list[float]] = {name: [] for name in models}
-    for turn, _, name in in_turn(models, plan.steps):
-        token = ids_BT[:, plan.prompt + turn, None]
+    said: dict[str, Tensor] = {}
+    for turn, _, name in in_turn(models, ids_BT.shape[1]):
+        token = ids_BT[:, turn, None]
         started = time.perf_counter()
-        models[name](token, past_key_values=caches[name], use_cache=True, logits_to_keep=1)
+        said[name] = models[name](token, past_key_values=caches[name], use_cache=True, logits_to_keep=1).logits
         times[name].append(time.perf_counter() - started)
+    return times, said
+
+
+def over_base(times: dict[str, list[float]], name: str) -> float:
+    """What a model takes beyond the base, by pairs: both steps of a pair saw the same load of the machine."""
+    return median(own / of_base for own, of_base in zip(times[name], times[BASE], strict=True)) - 1
+
+
+def _decode(models: dict[str, Any], ids_BT: Tensor, plan: Plan) -> list[dict[str, Any]]:
+    """A line for each model: its steps, and what they take beyond the base's."""
+    caches = filled_caches(models, ids_BT[:, : plan.prompt])
+    before = {name: _misses(model) for name, model in models.items()}
+    times, _ = step_times(models, caches, ids_BT[:, plan.prompt : plan.prompt + plan.steps])
     base, lines = median(times[BASE]), []
     for name, model in models.items():
-        # By pairs: both steps of a pair saw the same load of the machine.
-        over = median(own / of_base for own, of_base in zip(times[name], times[BASE], strict=True)) - 1
         missed = _misses(model)
         misses = None if missed is None else missed - (before[name] or 0)
-        figures = {"milliseconds": 1e3 * median(times[name]), "over": over, "misses": misses}
+        figures = {"milliseconds": 1e3 * median(times[name]), "over": over_base(times, name), "misses": misses}
         lines.append({"batch": len(ids_BT), "variant": name, **figures, "over_median": median(times[name]) / base - 1})
     return lines
 

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from engrammar.cells import Column, Lines, cells, titles
 from engrammar.edit import Patch, apply_patch, base_of
@@ -24,8 +23,8 @@ from engrammar.edit.patch import COLUMNS as ENTRY
 from engrammar.tables.encodings import encode
 from engrammar.vocabulary import compress_vocabulary
 from engrammar_lab.adapters.smollm import fetch_smollm
-from engrammar_lab.bench.attached import BASE, Bases, load_bases, real_text
-from engrammar_lab.bench.turns import in_turn, settle_allocator
+from engrammar_lab.bench.attached import BASE, Bases, filled_caches, load_bases, over_base, real_text, step_times
+from engrammar_lab.bench.turns import settle_allocator
 from engrammar_lab.machine import describe_run
 
 PROBES, VALUES, LONGEST = 32, 64, 4  # of a patch; the longest key
@@ -114,25 +113,20 @@ def patch_of(keys_QK: np.ndarray, name: str, bases: Bases) -> Patch:
     )
 
 
-@torch.no_grad()
 def _decode(models: dict[str, Any], ids_BT: Tensor, plan: Plan) -> list[dict[str, Any]]:
-    """Seconds of a step of each model, the models in turn, at every position the same tokens."""
-    caches = {name: DynamicCache(config=model.config) for name, model in models.items()}
-    for name, model in models.items():
-        model(ids_BT[:, : plan.prompt], past_key_values=caches[name], use_cache=True, logits_to_keep=1)
-    times: dict[str, list[float]] = {name: [] for name in models}
-    said: dict[str, Tensor] = {}
-    for turn, _, name in in_turn(models, plan.steps):
-        token = ids_BT[:, plan.prompt + turn, None]
-        started = time.perf_counter()
-        said[name] = models[name](token, past_key_values=caches[name], use_cache=True, logits_to_keep=1).logits
-        times[name].append(time.perf_counter() - started)
+    """A line for each model: its steps, and what they take beyond the base's. All have to say the same."""
+    caches = filled_caches(models, ids_BT[:, : plan.prompt])
+    times, said = step_times(models, caches, ids_BT[:, plan.prompt : plan.prompt + plan.steps])
     assert all(torch.equal(logits, said[BASE]) for logits in said.values())
-    lines = []
-    for name, own in times.items():
-        over = median(mine / of_base for mine, of_base in zip(own, times[BASE], strict=True)) - 1
-        lines.append({"batch": len(ids_BT), "variant": name, "milliseconds": 1e3 * median(own), "over": over})
-    return lines
+    return [
+        {
+            "batch": len(ids_BT),
+            "variant": name,
+            "milliseconds": 1e3 * median(own),
+            "over": over_base(times, name),
+        }
+        for name, own in times.items()
+    ]
 
 
 def _find(keys_QK: np.ndarray, classes_T: Tensor, num_windows: int, plan: Plan) -> dict[str, Any]:
