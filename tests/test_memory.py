@@ -44,6 +44,18 @@ def test_flat_tokens_of_many_sequences_read_the_rows_of_whole_texts(dialect):
         assert not torch.equal(without.wait(layer)[0], expected)  # the history is what tells them apart
 
 
+def test_a_part_of_a_model_reads_the_rows_of_its_own_layers():
+    memory, ids = tiny("paper"), some_ids()
+    first, *others = memory.config.layers
+    whole = memory.retrieve(ids)
+    memory.keep(others)
+    kept = memory.retrieve(ids)
+    assert others and memory.layers == others and kept.wait(first) == (None, None)
+    for layer in others:
+        assert torch.equal(kept.wait(layer)[0], whole.wait(layer)[0])
+    assert not torch.equal(kept.wait(others[0])[0], whole.wait(first)[0])  # numbered as in the whole model
+
+
 def test_rows_of_vllm_for_texts_with_pads_and_images_whole_and_in_chunks(golden, v4_tokenizer):
     """The pad is hashed like any token; the image id breaks look-back, is never seen, and adds nothing."""
     reference = json.loads((golden / "deepseek_v41_dead_ids.json").read_text())

@@ -4,7 +4,7 @@ This module knows nothing of hidden states, and fusion knows nothing of ids. Onl
 Letters: B batch, T tokens, S = N-1 positions of history, V ids, H columns, E width of a token's rows.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -101,9 +101,20 @@ class Memory(nn.Module):
         return table
 
     @property
+    def layers(self) -> list[int]:
+        """The layers whose tables are here: all, but for a stage of a pipeline."""
+        return [layer for layer in self.config.layers if str(layer) in self.tables]
+
+    def keep(self, layers: Collection[int]) -> None:
+        """Drops the tables of all other layers."""
+        for layer in self.layers:
+            if layer not in layers:
+                del self.tables[str(layer)]
+
+    @property
     def source(self) -> RowSource | None:
         """The source of the rows; None if they are the tables' own parameters."""
-        return self.table(self.config.layers[0]).source
+        return self.table(self.layers[0]).source
 
     @torch.no_grad()
     def set_classes(self, classes_V: Tensor) -> None:
@@ -208,7 +219,7 @@ class Memory(nn.Module):
 
     def _read(self, passes: list[dict[int, Tensor]]) -> list[dict[int, Callable[[], Rows]]]:
         """Starts the reads of every table. A source outside the model gets those of all tables and passes at once."""
-        tables = {layer: self.table(layer) for layer in self.config.layers}
+        tables = {layer: self.table(layer) for layer in self.layers}
         if self.source is None:
             return [{layer: partial(Rows, tables[layer](rows)) for layer, rows in one.items()} for one in passes]
         reads = self.source.read([{tables[layer].name: rows for layer, rows in one.items()} for one in passes])
@@ -248,6 +259,7 @@ class Memory(nn.Module):
         rows = {
             layer: hash_ngrams(looked_back, layer_index=index, **chosen).view(*ids_BT.shape, -1)  # type: ignore[arg-type]
             for index, layer in enumerate(self.config.layers)
+            if layer in self.layers
         }
         dead_BT = None if mask_BT is None else ~mask_BT
         if self.config.dead_ids and self.config.dead_positions == "silent":

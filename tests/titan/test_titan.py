@@ -20,32 +20,41 @@ import torch
 
 from engrammar.model.presets import preset
 from engrammar.titan import config_registry as configs
-from engrammar.titan.names import ours_of, to_ours, to_titan
+from engrammar.titan.names import ours_at, ours_of, to_ours, to_titan
+from engrammar.train.data import TokenSet
 from processes import environment
 from token_sets import token_set
 
 pytestmark = [pytest.mark.titan, pytest.mark.timeout(1800)]
 STEPS, SAVED = 5, 3
-LAYOUTS = {
-    "one rank": (1, ()),
-    "FSDP2 on 2": (2, ()),
-    "HSDP on 2": (2, ("--parallelism.data_parallel_replicate_degree=2", "--parallelism.data_parallel_shard_degree=1")),
-    "experts over 2": (2, ("--parallelism.expert_parallel_degree=2",)),
+ROWS = 2e-3  # the rows' norm: the gate's root is steep where a score is near 0, and rounding shows there
+DEBUG = configs.debug_model()
+# The number of ranks, and settings of torchtitan; FSDP2 shards over the ranks that are left.
+LAYOUTS: dict[str, tuple[int, dict[str, int | str]]] = {
+    "one rank": (1, {}),
+    "FSDP2 on 2": (2, {}),
+    "HSDP on 2": (2, {"data_parallel_replicate_degree": 2}),
+    "experts over 2": (2, {"expert_parallel_degree": 2}),
+    "pipeline 2": (2, {"pipeline_parallel_degree": 2, "pipeline_parallel_schedule": "Interleaved1F1B"}),
+    "all three on 4": (4, {"pipeline_parallel_degree": 2, "expert_parallel_degree": 2}),
 }
 
 
-def launch(folder: Path, name: str, num_ranks: int, *arguments: str) -> subprocess.CompletedProcess:
-    """torchtitan's own training of `debug` on a CPU; the same 8 sequences a step on any number of ranks."""
+def launch(folder: Path, name: str, layout: str, *arguments: str) -> subprocess.CompletedProcess:
+    """torchtitan's own training of `debug` on a CPU; the same 8 sequences a step in every layout."""
+    num_ranks, settings = LAYOUTS[layout]
+    data_ranks = num_ranks // int(settings.get("pipeline_parallel_degree", 1))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
     command += [titan_cpu.__file__, str(folder / f"{name}.json"), *arguments, "--module=engrammar.titan"]
     command += ["--config=debug", f"--dataloader.dataset_path={folder / 'tokens'}", f"--dump_folder={folder / name}"]
-    command += [f"--training.local_batch_size={8 // num_ranks}", f"--training.steps={STEPS}"]
-    command += ["--optimizer.rows_eps=1e-3", "--training.mixed_precision_param=float32"]
+    command += [f"--parallelism.{name}={value}" for name, value in settings.items()]
+    command += [f"--training.local_batch_size={8 // data_ranks}", f"--training.steps={STEPS}"]
+    command += ["--optimizer.rows_eps=1e-3", "--training.mixed_precision_param=float32", "--debug.seed=1"]
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=900, cwd=folder)
 
 
-def steps(folder: Path, name: str, num_ranks: int, *arguments: str) -> list[dict[str, float]]:
-    done = launch(folder, name, num_ranks, *arguments)
+def steps(folder: Path, name: str, layout: str, *arguments: str) -> list[dict[str, float]]:
+    done = launch(folder, name, layout, *arguments)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads((folder / f"{name}.json").read_text())
 
@@ -62,9 +71,21 @@ def folder(tmp_path_factory):
     chances = 1 / torch.arange(1, 510)
     ids = torch.multinomial(chances, 20_000, replacement=True, generator=generator) + 3
     write_tokens(place / "tokens", ids.numpy())
-    seeded = launch(place, "seed", 1, "--checkpoint.enable", "--checkpoint.create_seed_checkpoint")
+    seeded = launch(place, "seed", "one rank", "--checkpoint.enable", "--checkpoint.create_seed_checkpoint")
     assert seeded.returncode == 0, seeded.stderr[-4000:]
     return place
+
+
+def checkpoint(folder: Path, layout: str) -> Path:
+    return folder / layout.replace(" ", "-") / "checkpoint" / f"step-{SAVED}"
+
+
+def sequences(folder: Path, step: int, length: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
+    """The 8 sequences that torchtitan reads in the step after `step` steps, and those of the step after it."""
+    tokens = TokenSet.open(folder / "tokens")
+    starts = [length * (8 * step + index) for index in range(16)]
+    ids = torch.stack([torch.from_numpy(tokens.read("train", start, start + length + 1)) for start in starts])
+    return ids[:8], ids[8:]
 
 
 def write_tokens(folder: Path, ids) -> None:
@@ -86,10 +107,7 @@ def from_seed(folder: Path) -> tuple[str, ...]:
 
 @pytest.fixture(scope="module")
 def runs(folder):
-    found = {}
-    for name, (num_ranks, settings) in LAYOUTS.items():
-        found[name] = steps(folder, name.replace(" ", "-"), num_ranks, *from_seed(folder), *settings)
-    return found
+    return {layout: steps(folder, layout.replace(" ", "-"), layout, *from_seed(folder)) for layout in LAYOUTS}
 
 
 def test_every_layout_trains_as_one_rank_does(runs):
@@ -99,28 +117,42 @@ def test_every_layout_trains_as_one_rank_does(runs):
         for found, expected in zip(run, one, strict=True):
             assert found["loss"] == pytest.approx(expected["loss"], abs=2e-5), name
             assert found["norm"] == pytest.approx(expected["norm"], rel=2e-5), name
-        assert row_norms(run) == pytest.approx(row_norms(one), rel=2e-4), name
+        assert row_norms(run) == pytest.approx(row_norms(one), rel=ROWS), name
+
+
+def test_tables_lie_with_the_layers_that_read_them(runs):
+    assert runs["one rank"][0]["tables"] == runs["FSDP2 on 2"][0]["tables"] == ["1", "2"]
+    assert runs["all three on 4"][0]["tables"] == ["2"]  # on the last rank
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", ["one rank", "all three on 4"])
+def test_a_checkpoint_of_any_layout_becomes_our_model(folder, runs, layout):
+    """Its loss on the next step's sequences is the loss that torchtitan had there."""
+    ours = ours_at(checkpoint(folder, layout), DEBUG).eval()
+    found = [float(ours(ids, labels=ids).loss) for ids in sequences(folder, step=SAVED)]
+    assert found[0] == pytest.approx(runs[layout][SAVED]["loss"], abs=1e-4)
+    assert abs(found[1] - found[0]) > 1e-3  # the control: other sequences
 
 
 def test_rows_that_are_averaged_are_told_by_their_norm(folder, runs):
     """The control: torchtitan's loss is divided by the tokens of all ranks, so gradients are summed."""
-    averaged = steps(folder, "averaged", 2, "--averaged", *from_seed(folder))
+    averaged = steps(folder, "averaged", "FSDP2 on 2", "--averaged", *from_seed(folder))
     assert averaged[0]["loss"] == pytest.approx(runs["one rank"][0]["loss"], abs=2e-4)  # the loss does not show it
     assert row_norms(averaged)[0] == pytest.approx(row_norms(runs["one rank"])[0] / 2, rel=1e-2)
 
 
 def test_a_checkpoint_goes_on_in_other_layouts(folder, runs):
-    source = folder / "FSDP2-on-2" / "checkpoint" / f"step-{SAVED}"
+    source = checkpoint(folder, "all three on 4")
     assert source.is_dir()
-    for name in ("one rank", "experts over 2", "FSDP2 on 2"):
-        num_ranks, settings = LAYOUTS[name]
+    for name in ("one rank", "experts over 2", "pipeline 2"):
         again = f"again-{name.replace(' ', '-')}"
         (folder / again / "checkpoint").mkdir(parents=True)
         os.symlink(source, folder / again / "checkpoint" / source.name)
-        found = steps(folder, again, num_ranks, "--checkpoint.enable", "--checkpoint.interval=100", *settings)
+        found = steps(folder, again, name, "--checkpoint.enable", "--checkpoint.interval=100")
         assert [step["step"] for step in found] == list(range(SAVED + 1, STEPS + 1))
-        straight = runs["FSDP2 on 2"][SAVED:]
-        assert row_norms(found) == pytest.approx(row_norms(straight), rel=2e-4), (
+        straight = runs["all three on 4"][SAVED:]
+        assert row_norms(found) == pytest.approx(row_norms(straight), rel=ROWS), (
             name
         )  # of rows, their state and their lr
         for here, expected in zip(found, straight, strict=True):
@@ -131,10 +163,7 @@ def test_a_checkpoint_goes_on_in_other_layouts(folder, runs):
 @pytest.mark.parametrize("branches", [1, 2])
 @torch.no_grad()
 def test_weights_are_ours_and_back(branches):
-    memory = {"dialect": "paper", "compression": "none", "layers": [1, 2], "num_heads": 2, "head_dim": 16,
-              "rows_per_head": [1000, 1000], "fill_id": 0}  # fmt: skip
-    sizes = {"vocab_size": 512, "num_classes": 512, "fill_class": 0, "num_branches": branches}
-    config = preset("micro", memory=memory, **sizes)
+    config = configs.debug_model(num_branches=branches)
     model = configs.spec("debug", configs.titan_config(config)).model.build()
     model.init_weights()
     generator = torch.Generator().manual_seed(1)
@@ -159,7 +188,7 @@ def test_weights_are_ours_and_back(branches):
         table.zero_()
     assert (model(ids, positions=torch.arange(40).expand(2, -1)) - expected).abs().max() > 1e-2
     with pytest.raises(ValueError, match="of another model"):
-        ours_of(model, preset("micro", memory={**memory, "layers": [1]}, **sizes))
+        ours_of(model, configs.debug_model(num_branches=branches, memory={**config.memory, "layers": [1]}))
 
 
 @pytest.mark.parametrize(
@@ -167,13 +196,24 @@ def test_weights_are_ours_and_back(branches):
     [
         ("tensor_parallel_degree", "ids are not cut over ranks"),
         ("context_parallel_degree", "an n-gram would begin on another rank"),
-        ("pipeline_parallel_degree", "stages without the ids"),
     ],
 )
 def test_what_would_read_wrong_rows_is_refused(setting, sentence):
     config = configs.debug()
     setattr(config.parallelism, setting, 2)
     with pytest.raises(ValueError, match=sentence):
+        config.model_spec.model.update_from_config(config=config)
+
+
+def test_pipelines_that_would_leave_rows_without_gradients_are_refused():
+    config = configs.debug()
+    config.parallelism.pipeline_parallel_degree = 2
+    config.model_spec.model.update_from_config(config=config)
+    config.validator.enable = True
+    with pytest.raises(ValueError, match="gives later stages no ids"):
+        config.model_spec.model.update_from_config(config=config)
+    config.parallelism.pipeline_parallel_schedule = "ZBVZeroBubble"
+    with pytest.raises(ValueError, match="'ZBVZeroBubble' may compute gradients .* to one of 1F1B"):
         config.model_spec.model.update_from_config(config=config)
 
 

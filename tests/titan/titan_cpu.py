@@ -1,7 +1,7 @@
 """Runs torchtitan's own `train.main` on a CPU over gloo: what it takes for granted of an accelerator is replaced.
 
 usage: titan_cpu.py NOTES [--averaged] TORCHTITAN-ARGUMENTS
-The first rank writes losses and norms of each step to NOTES.
+The last rank writes losses and norms of each step to NOTES.
 """
 
 import json
@@ -114,10 +114,10 @@ def main() -> None:
 
     def noted(self, step, *losses, extra_metrics=None):
         norm = float(self.optimizers.norm.item())
-        lines.append(
-            {"step": step, "loss": losses[0], "norm": norm, "row_norm": float(self.optimizers.row_norm.item())}
-        )
-        if dist.get_rank() == 0:
+        row_norm = float(self.optimizers.row_norm.item())
+        tables = [name for placement in self.optimizers._placements() for name in placement.tables]
+        lines.append({"step": step, "loss": losses[0], "norm": norm, "row_norm": row_norm, "tables": tables})
+        if dist.get_rank() == dist.get_world_size() - 1:  # the last stage of a pipeline has the loss
             notes.write_text(json.dumps(lines))
         log(self, step, *losses, extra_metrics=extra_metrics)
 

@@ -1,5 +1,7 @@
 """What `--config` can name: `debug`, `m100` (100m), `engrammar_27b` and `engrammar_40b`."""
 
+from typing import Any
+
 from torchtitan.components.checkpoint import CheckpointManager
 from torchtitan.components.loss import CrossEntropyLoss
 from torchtitan.components.optimizer import LRSchedulersContainer, default_adamw
@@ -30,12 +32,16 @@ def trainer_config(name: str, config: EngrammarConfig, *, lr: float, sequence: i
     )
 
 
-def debug() -> MemoryTrainer.Config:
+def debug_model(**settings: Any) -> EngrammarConfig:
     """`micro` with a vocabulary of 512 ids that are not compressed."""
     memory = {"dialect": "paper", "compression": "none", "layers": [1, 2], "num_heads": 2, "head_dim": 16,
               "rows_per_head": [1000, 1000], "fill_id": 0}  # fmt: skip
-    config = preset("micro", memory=memory, vocab_size=NUM_IDS, num_classes=NUM_IDS, fill_class=0)
-    return trainer_config("debug", config, lr=3e-3, sequence=64, batch=8)
+    sizes = {"vocab_size": NUM_IDS, "num_classes": NUM_IDS, "fill_class": 0}
+    return preset("micro", **{"memory": memory, **sizes, **settings})
+
+
+def debug() -> MemoryTrainer.Config:
+    return trainer_config("debug", debug_model(), lr=3e-3, sequence=64, batch=8)
 
 
 def m100() -> MemoryTrainer.Config:

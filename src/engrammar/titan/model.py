@@ -24,6 +24,8 @@ from engrammar.fusion import Fusion
 from engrammar.model.configuration import EngrammarConfig
 from engrammar.titan.retrieval import Found, Retrieval, of_model
 
+SCHEDULES = ("1F1B", "Interleaved1F1B", "GPipe", "LoopedBFS")  # of pipelines: one backward pass of everything
+
 
 def _normal(std: float) -> dict[str, Callable[[Tensor], Any]]:
     return {"weight": lambda weight: nn.init.trunc_normal_(weight, std=std)}
@@ -166,11 +168,18 @@ class MemoryModel(DeepSeekV3Model):
         self.branches = config.branches
         self.head = None if config.head is None else config.head.build()
 
-    def forward(self, tokens: Tensor, positions: Any = None, attention_masks: Any = None) -> Tensor:
-        found = self.retrieval(tokens, positions)
-        streams_BTMD = self.tok_embeddings(tokens).unsqueeze(2).repeat(1, 1, self.branches, 1)
+    def forward(
+        self, tokens: Tensor, positions: Any = None, attention_masks: Any = None, ids: Tensor | None = None
+    ) -> Tensor:
+        """In a later stage of a pipeline, `tokens` are the streams of the stage before, and `ids` are given too."""
+        found = {} if self.retrieval is None else self.retrieval(tokens if ids is None else ids, positions)
+        streams_BTMD = tokens
+        if self.tok_embeddings is not None:
+            streams_BTMD = self.tok_embeddings(tokens).unsqueeze(2).repeat(1, 1, self.branches, 1)
         for name, layer in self.layers.items():
             streams_BTMD = layer(streams_BTMD, attention_masks, positions, found.get(int(name)))
+        if self.norm is None:
+            return streams_BTMD
         hidden_BTD = self.norm(streams_BTMD.squeeze(2) if self.head is None else self.head(streams_BTMD))
         return hidden_BTD if self._skip_lm_head else self.lm_head(hidden_BTD)
 
@@ -182,21 +191,41 @@ def check_parallelism(config: Any) -> None:
         ValueError: names the setting of torchtitan and what to set.
     """
     parallelism, training = config.parallelism, getattr(config, "training", None)
+    check_pipeline(config)
     refused = {
         "tensor_parallel_degree": "ids are not cut over ranks, and a row would be looked up by each",
         "context_parallel_degree": "an n-gram would begin on another rank",
-        "pipeline_parallel_degree": "stages without the ids cannot look up rows",
     }
     for name, why in refused.items():
         if getattr(parallelism, name) > 1:
             raise ValueError(
                 f"parallelism.{name} is {getattr(parallelism, name)}, but with memory {why}: set it to 1, and use "
-                "data_parallel_shard_degree, data_parallel_replicate_degree and expert_parallel_degree."
+                "data_parallel_shard_degree, data_parallel_replicate_degree, expert_parallel_degree and "
+                "pipeline_parallel_degree."
             )
     if parallelism.spmd_backend != "partial_dtensor":
         raise ValueError(f"parallelism.spmd_backend is {parallelism.spmd_backend!r}; allowed: 'partial_dtensor'.")
     if training is not None and not training.disable_cuda_graphs:
         raise ValueError("CUDA graphs cannot hold the exchange of rows: set --training.disable_cuda_graphs.")
+
+
+def check_pipeline(config: Any) -> None:
+    """Refuses schedules that leave rows without gradients.
+
+    Raises:
+        ValueError: names the setting and what to set.
+    """
+    parallelism = config.parallelism
+    if parallelism.pipeline_parallel_degree == 1:
+        return
+    schedule = parallelism.pipeline_parallel_schedule_csv or parallelism.pipeline_parallel_schedule
+    if schedule not in SCHEDULES:
+        raise ValueError(
+            f"The pipeline schedule {schedule!r} may compute gradients of parameters apart from those of inputs, and "
+            f"rows are neither: set --parallelism.pipeline_parallel_schedule to one of {', '.join(SCHEDULES)}."
+        )
+    if config.validator.enable:
+        raise ValueError("torchtitan's validator gives later stages no ids: set no --validator.enable with a pipeline.")
 
 
 def titan_config(config: EngrammarConfig, *, attention: str = "flex", **retrieval: Any) -> MemoryModel.Config:

@@ -4,15 +4,19 @@ Letters: E experts, F inner width of an expert, D hidden width.
 """
 
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader, load
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torchtitan.protocols.state_dict_adapter import StateDictAdapter
 
 from engrammar.model.configuration import EngrammarConfig
 from engrammar.model.modeling import EngrammarForCausalLM, model_class
 from engrammar.titan.model import MemoryModel
+from engrammar.titan.retrieval import classes_of
 
 # Parts of names, torchtitan's and ours; a longer one stands before one that it contains.
 PARTS = (
@@ -42,6 +46,7 @@ PARTS = (
 OUTSIDE = ((r"^layers\.", "model.layers."), (r"^norm\.", "model.norm."), (r"^head\.", "model.collapse.head."))
 EXPERTS, OUR_EXPERTS = ".moe.routed_experts.inner_experts.", ".mlp.experts."
 NOT_WEIGHTS = re.compile(r"tokens_per_expert|rope|class_of_id")
+NOT_OF_MODEL = re.compile(r"(optimizer|lr_scheduler|dataloader|train_state)\b")  # in torchtitan's checkpoints
 
 
 def to_ours(state: dict[str, Any]) -> dict[str, Any]:
@@ -105,10 +110,39 @@ def ours_of(model: MemoryModel, config: EngrammarConfig) -> EngrammarForCausalLM
         ValueError: the weights are not those of `config`.
     """
     ours = model_class(config)(config)
-    state: dict[str, Tensor] = to_ours(model.state_dict())
+    memory, classes_V = ours.model.memory, model.retrieval.class_of_id
+    if memory is not None and memory.class_of_id is not None and classes_V is not None:
+        memory.class_of_id.copy_(classes_V)
+    return _filled(ours, model.state_dict())
+
+
+def ours_at(checkpoint: Path, config: EngrammarConfig, tokenizer: str = "") -> EngrammarForCausalLM:
+    """As `ours_of`, from a checkpoint that torchtitan wrote in any layout, such as `outputs/checkpoint/step-1000`.
+
+    Its list of contents is a pickle: read checkpoints of your own only.
+
+    Args:
+        tokenizer: the folder of the tokenizer whose ids are compressed.
+    """
+    reader = FileSystemReader(checkpoint)
+    state = {
+        name: torch.empty(about.size, dtype=about.properties.dtype)
+        for name, about in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(about, TensorStorageMetadata) and not NOT_OF_MODEL.match(name)
+    }
+    load(state, storage_reader=reader, no_dist=True)
+    ours = model_class(config)(config)
+    memory = ours.model.memory
+    if memory is not None and memory.config.compression != "none":
+        memory.set_classes(torch.from_numpy(classes_of(tokenizer)))
+    return _filled(ours, state)
+
+
+def _filled(ours: EngrammarForCausalLM, weights: dict[str, Any]) -> EngrammarForCausalLM:
+    state: dict[str, Tensor] = to_ours(weights)
     memory = ours.model.memory
     if memory is not None and memory.class_of_id is not None:
-        state["model.memory.class_of_id"] = model.retrieval.class_of_id
+        state["model.memory.class_of_id"] = memory.class_of_id
     given, own = state.keys(), ours.state_dict().keys()
     if given != own:
         raise ValueError(f"The weights are of another model than config: they differ in {min(given ^ own)}.")

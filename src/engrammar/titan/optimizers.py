@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.components.optimizer import OptimizersContainer, register_moe_load_balancing_hook
@@ -63,8 +64,11 @@ class MemoryOptimizers(OptimizersContainer):
         with_experts = self.dims is not None and self.dims.ep_enabled
         dense_norm = clip_grad_norm_(dense, math.inf, foreach=True, pp_mesh=pp, ep_enabled=with_experts)
         own = [clip_grad_norm(placement.tables.values(), math.inf, placement) for placement in self._placements()]
-        self.row_norm = sum((norm.square() for norm in own), torch.zeros(())).sqrt()
-        self.norm = norm = torch.hypot(dense_norm, self.row_norm.to(dense_norm.device))
+        squares = sum((norm.square() for norm in own), torch.zeros(())).to(dense_norm.device)
+        if pp is not None:
+            dist.all_reduce(squares, group=pp.get_group())
+        self.row_norm = squares.sqrt()
+        self.norm = norm = torch.hypot(dense_norm, self.row_norm)
         if self.max_norm < norm.item() < math.inf:
             scale = self.max_norm / (norm + 1e-6)
             for param in dense:
@@ -95,8 +99,8 @@ class MemoryOptimizers(OptimizersContainer):
         state = super().state_dict()
         for name, key, whole, _ in self._row_states():
             state[f"state.{name}.{key}"] = whole
-        for index, rows in enumerate(self.rows):
-            state[f"rows.{index}.lr"] = torch.tensor(rows.param_groups[0]["lr"], dtype=torch.float64)
+        for rows in self.rows[:1]:  # all have the same
+            state["rows.lr"] = torch.tensor(rows.param_groups[0]["lr"], dtype=torch.float64)
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -105,8 +109,8 @@ class MemoryOptimizers(OptimizersContainer):
             given = own_values(state_dict[f"state.{name}.{key}"])
             if given.data_ptr() != own.data_ptr():
                 own.copy_(given)
-        for index, rows in enumerate(self.rows):  # torchtitan's schedules do not set it before their next step
-            rows.param_groups[0]["lr"] = float(state_dict[f"rows.{index}.lr"])
+        for rows in self.rows:  # torchtitan's schedules do not set it before their next step
+            rows.param_groups[0]["lr"] = float(state_dict["rows.lr"])
 
     def _row_states(self) -> Iterator[tuple[str, str, Tensor, Tensor]]:
         """For each state of each table its name, its key, the whole and this rank's part."""

@@ -3,6 +3,7 @@
 Letters: B batch, T tokens, H columns, E width of a token's rows, R rows of a table.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from engrammar.addressing import derive_geometry
 from engrammar.config import Geometry, MemoryConfig
 from engrammar.memory import Memory
 from engrammar.model.configuration import EngrammarConfig
-from engrammar.train.exchange import share
+from engrammar.train.exchange import Traffic, share
 from engrammar.train.placement import TablePlacement, Where
 from engrammar.vocabulary import compress_vocabulary
 
@@ -55,13 +56,15 @@ class Retrieval(Module):
         self.mesh: DeviceMesh | None = None  # of the ranks that share the tables
         self.device = torch.device("cpu")
         self.placement: TablePlacement | None = None
+        self.layers = list(config.memory.layers)  # those whose tables are here
         self._hidden: tuple[Memory, ...] = ()  # a tuple: not a submodule
         self.register_state_dict_post_hook(_add_rows)
         self.register_load_state_dict_pre_hook(_take_rows)
 
-    def join(self, mesh: DeviceMesh | None, device: torch.device) -> None:
-        """Says which ranks share the tables (None: this one alone), and where the model is."""
+    def join(self, mesh: DeviceMesh | None, device: torch.device, blocks: Collection[str]) -> None:
+        """Says which ranks share the tables (None: this one alone), where the model is, and which blocks are here."""
         self.mesh, self.device = mesh, device
+        self.layers = [layer for layer in self.layers if str(layer) in blocks]
 
     def init_states(self, *, buffer_device: torch.device | None = None) -> None:
         """Draws the rows, the same ones for any number of ranks."""
@@ -75,11 +78,12 @@ class Retrieval(Module):
                 tables="external",
             )
             if config.memory.compression != "none":
-                memory.set_classes(torch.from_numpy(_classes(config)))
+                memory.set_classes(torch.from_numpy(classes_of(config.tokenizer)))
+        for index, layer in enumerate(memory.layers):
+            memory.table(layer).init_seed = config.seed + index * SEED_STEP
+        memory.keep(self.layers)
         memory.to(self.device)
-        tables = {str(layer): memory.table(layer) for layer in config.memory.layers}
-        for index, table in enumerate(tables.values()):
-            table.init_seed = config.seed + index * SEED_STEP
+        tables = {str(layer): memory.table(layer) for layer in memory.layers}
         group = None if self.mesh is None or self.mesh.size() == 1 else self.mesh.get_group()
         shared = share(on_device=config.where == "device", group=group, reduce="sum") if group else _ALONE
         self._hidden = (memory,)
@@ -92,7 +96,13 @@ class Retrieval(Module):
         """The rows of each memory layer, by its index in the model. All ranks must call it together."""
         (memory,) = self._hidden
         retrieved = memory.retrieve(ids_BT, None, positions_BT)
-        return {layer: (*retrieved.wait(layer), retrieved.starts_BT) for layer in memory.config.layers}
+        return {layer: (*retrieved.wait(layer), retrieved.starts_BT) for layer in memory.layers}
+
+    def forget(self) -> None:
+        """Drops what was read and counted so far in this step."""
+        assert self.placement is not None
+        self.placement.open.clear()
+        self.placement.traffic = Traffic()
 
     @property
     def class_of_id(self) -> Tensor | None:
@@ -132,15 +142,20 @@ def of_model(config: EngrammarConfig, **settings: Any) -> Retrieval.Config:
     )
 
 
-def _classes(config: Retrieval.Config) -> Any:
+def classes_of(tokenizer: str) -> Any:
+    """The class of each id of the tokenizer in this folder.
+
+    Raises:
+        ValueError: no folder is given.
+    """
     from transformers import AutoTokenizer
 
-    if not config.tokenizer:
+    if not tokenizer:
         raise ValueError(
             "This memory compresses ids, which needs the tokenizer: give its folder with "
             "--hf_assets_path, or a memory with compression='none'."
         )
-    return compress_vocabulary(AutoTokenizer.from_pretrained(config.tokenizer))
+    return compress_vocabulary(AutoTokenizer.from_pretrained(tokenizer))
 
 
 def own_values(given: Tensor) -> Tensor:
