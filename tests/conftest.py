@@ -82,3 +82,14 @@ def mount(tmp_path):
     yield resize
     if disk.is_mount():
         subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.fixture(scope="session")
+def titan_folder(tmp_path_factory) -> Path:
+    """Tokens, and a seed checkpoint from which every run of torchtitan starts."""
+    import launching  # in tests/titan
+
+    place = tmp_path_factory.mktemp("titan")
+    launching.make_tokens(place / "tokens")
+    launching.launch(place, "seed", "one rank", "--checkpoint.enable", "--checkpoint.create_seed_checkpoint")
+    return place

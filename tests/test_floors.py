@@ -122,7 +122,7 @@ ROOMS = {
         "model",
         "attached",
     ),
-    "engrammar.titan": ("retrieval", "model", "names", "optimizers", "training", "config_registry"),
+    "engrammar.titan": ("retrieval", "model", "names", "optimizers", "metrics", "training", "config_registry"),
     "engrammar.attach": (
         "blocks",
         "state",

@@ -1,7 +1,7 @@
 """Runs torchtitan's own `train.main` on a CPU over gloo: what it takes for granted of an accelerator is replaced.
 
 usage: titan_cpu.py NOTES [--averaged] TORCHTITAN-ARGUMENTS
-The last rank writes losses and norms of each step to NOTES.
+The last rank adds a line of losses and norms to NOTES for each step.
 """
 
 import json
@@ -59,7 +59,7 @@ from torchtitan.models.common.moe import GroupedExperts  # noqa: E402
 
 
 class Causal(ScaledDotProductAttention):
-    """Plain causal attention, of whole rows."""
+    """Plain causal attention, of whole rows, or of what a mask of booleans allows."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(ScaledDotProductAttention.Config):
@@ -67,7 +67,8 @@ class Causal(ScaledDotProductAttention):
 
     def forward(self, q_BLNH, k_BLNH, v_BLNH, *, attention_masks=None, scale=None, **_):
         heads = (x.transpose(1, 2) for x in (q_BLNH, k_BLNH, v_BLNH))
-        return F.scaled_dot_product_attention(*heads, scale=scale, is_causal=True).transpose(1, 2)
+        causal = attention_masks is None
+        return F.scaled_dot_product_attention(*heads, attention_masks, scale=scale, is_causal=causal).transpose(1, 2)
 
 
 def exact_experts(self, x, counts):
@@ -84,8 +85,10 @@ def exact_experts(self, x, counts):
 
 GroupedExperts.forward = exact_experts
 
+from torchtitan.components.metrics import BaseLogger, LoggerContainer  # noqa: E402
+
 import engrammar.titan.config_registry as configs  # noqa: E402
-from engrammar.titan.optimizers import MemoryMetrics  # noqa: E402
+from engrammar.titan.metrics import MemoryMetrics  # noqa: E402
 from engrammar.train.placement import TablePlacement  # noqa: E402
 
 # A large eps: with a small one a gradient that rounding alone makes non-zero moves a weight by a whole lr.
@@ -110,18 +113,20 @@ def main() -> None:
         arguments.remove("--averaged")
         start = TablePlacement.__init__
         TablePlacement.__init__ = lambda self, *a, **k: start(self, *a, **{**k, "reduce": "mean"})
-    log, lines = MemoryMetrics.log, []
+    log, tables = MemoryMetrics.log, []
 
     def noted(self, step, *losses, extra_metrics=None):
-        norm = float(self.optimizers.norm.item())
-        row_norm = float(self.optimizers.row_norm.item())
-        tables = [name for placement in self.optimizers._placements() for name in placement.tables]
-        lines.append({"step": step, "loss": losses[0], "norm": norm, "row_norm": row_norm, "tables": tables})
-        if dist.get_rank() == dist.get_world_size() - 1:  # the last stage of a pipeline has the loss
-            notes.write_text(json.dumps(lines))
+        tables[:] = [name for placement in self.optimizers.placements() for name in placement.tables]
         log(self, step, *losses, extra_metrics=extra_metrics)
 
-    MemoryMetrics.log = noted
+    def note(self, metrics, step):
+        memory = {name.removeprefix("memory/"): value for name, value in metrics.items() if name.startswith("memory/")}
+        loss, norm = metrics["loss_metrics/global_avg_loss"], metrics["grad_norm"]
+        if dist.get_rank() == dist.get_world_size() - 1:  # the last stage of a pipeline has the loss
+            with notes.open("a") as file:
+                print(json.dumps({"step": step, "loss": loss, "norm": norm, "tables": tables, **memory}), file=file)
+
+    MemoryMetrics.log, BaseLogger.log, LoggerContainer.log = noted, note, note
     sys.argv = ["train", *arguments]
     from torchtitan.train import main as train
 

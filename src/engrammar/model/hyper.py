@@ -24,12 +24,17 @@ class Residual(nn.Module):
         self.connection = DeepseekV4HyperConnection(config) if config.num_branches > 1 else None
 
     def forward(self, streams_BTMD: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
-        if self.connection is None:
-            return streams_BTMD + sublayer(self.norm(streams_BTMD.squeeze(2))).unsqueeze(2)
-        post_BTM, mix_BTMM, collapsed_BTD = self.connection(streams_BTMD)
-        output_BTD = sublayer(self.norm(collapsed_BTD))
-        mixed_BTMD = torch.matmul(mix_BTMM.to(streams_BTMD.dtype).transpose(-1, -2), streams_BTMD)
-        return post_BTM.to(output_BTD.dtype)[..., None] * output_BTD[..., None, :] + mixed_BTMD
+        return add_sublayer(streams_BTMD, self.connection, lambda x_BTD: sublayer(self.norm(x_BTD)))
+
+
+def add_sublayer(streams_BTMD: Tensor, connection: nn.Module | None, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
+    """The streams with the sub-layer's output added, through a hyper-connection if there are several."""
+    if connection is None:
+        return streams_BTMD + sublayer(streams_BTMD.squeeze(2)).unsqueeze(2)
+    post_BTM, mix_BTMM, collapsed_BTD = connection(streams_BTMD)
+    output_BTD = sublayer(collapsed_BTD)
+    mixed_BTMD = torch.matmul(mix_BTMM.to(streams_BTMD.dtype).transpose(-1, -2), streams_BTMD)
+    return post_BTM.to(output_BTD.dtype)[..., None] * output_BTD[..., None, :] + mixed_BTMD
 
 
 class Collapse(nn.Module):

@@ -9,8 +9,9 @@ from torchtitan.config import ParallelismConfig, TrainingConfig
 
 from engrammar.model.configuration import EngrammarConfig
 from engrammar.model.presets import preset
+from engrammar.titan.metrics import MemoryMetrics
 from engrammar.titan.model import titan_config
-from engrammar.titan.optimizers import MemoryMetrics, with_rows
+from engrammar.titan.optimizers import with_rows
 from engrammar.titan.training import MemoryTrainer, NoTokenizer, PreparedTokens, spec
 
 NUM_IDS = 512  # of `debug`

@@ -3,6 +3,7 @@
 Letters: B batch, T tokens, M branches, D hidden width.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
 from engrammar.config import MemoryConfig
 from engrammar.fusion import Fusion
 from engrammar.model.configuration import EngrammarConfig
+from engrammar.model.hyper import add_sublayer
 from engrammar.titan.retrieval import Found, Retrieval, of_model
 
 SCHEDULES = ("1F1B", "Interleaved1F1B", "GPipe", "LoopedBFS")  # of pipelines: one backward pass of everything
@@ -33,6 +35,8 @@ def _normal(std: float) -> dict[str, Callable[[Tensor], Any]]:
 
 class TitanFusion(Fusion, Module):
     """`Fusion` as a part of torchtitan."""
+
+    gate_total: Tensor
 
     @dataclass(kw_only=True, slots=True)
     class Config(Module.Config):
@@ -51,62 +55,68 @@ class TitanFusion(Fusion, Module):
             param_init={**_normal(config.std), "bias": nn.init.zeros_},
         ).build()
 
+        self.register_buffer("gate_total", torch.zeros(2), persistent=False)
+
+    def gate(self, hidden_BTMD: Tensor, embedding_BTE: Tensor) -> tuple[Tensor, Tensor]:
+        """As `Fusion.gate`; its mean over tokens and branches, and the number of means, are summed for the logs."""
+        gate_BTM, value_BTD = super().gate(hidden_BTMD, embedding_BTE)
+        with torch.no_grad():
+            mean = gate_BTM.float().mean()
+            self.gate_total.add_(torch.stack([mean, torch.ones_like(mean)]))
+        return gate_BTM, value_BTD
+
     def _init_self_parameters(self) -> None:
         for name, parameter in self.named_parameters(recurse=False):
-            (nn.init.zeros_ if name == "conv_weight" else nn.init.ones_)(parameter)
+            if name != "conv_weight":
+                nn.init.ones_(parameter)
+            elif self.config.conv_init == "zero":
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
+
+    def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:
+        self.gate_total = torch.zeros(2, device=buffer_device or self.gate_total.device)
 
 
 class _Norm(DeepseekV4UnweightedRMSNorm, Module):
     pass
 
 
-def _hyper_settings(dim: int, branches: int, eps: float) -> SimpleNamespace:
-    """What transformers' hyper-connections read of a config."""
-    config = EngrammarConfig(hidden_size=dim, num_branches=branches, rms_norm_eps=eps)
-    names = ("hc_mult", "hc_sinkhorn_iters", "hc_eps", "rms_norm_eps", "hidden_size")
-    return SimpleNamespace(**{name: getattr(config, name) for name in names})
-
-
-def _init_hyper(module: nn.Module) -> None:
-    for name, parameter in module.named_parameters(recurse=False):
-        if name.endswith("fn"):
-            nn.init.normal_(parameter, std=0.02)
-        else:
-            (nn.init.zeros_ if name.endswith("base") else nn.init.ones_)(parameter)
-
-
-class Connection(DeepseekV4HyperConnection, Module):
-    """transformers' hyper-connection as a part of torchtitan."""
+class _Hyper(Module):
+    """What torchtitan asks of transformers' hyper-connections: `settings` are what they read of a config."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(Module.Config):
-        dim: int
-        branches: int
-        eps: float
+        settings: dict[str, Any]
+        std: float
 
     def __init__(self, config: Config) -> None:
-        DeepseekV4HyperConnection.__init__(self, _hyper_settings(config.dim, config.branches, config.eps))
-        self.input_norm = _Norm(eps=config.eps)
+        super().__init__(SimpleNamespace(**config.settings))
+        self.std = config.std
+        self.input_norm = _Norm(eps=config.settings["rms_norm_eps"])
 
     def _init_self_parameters(self) -> None:
-        _init_hyper(self)
+        for name, parameter in self.named_parameters(recurse=False):
+            if name.endswith("fn"):
+                nn.init.normal_(parameter, std=self.std)
+            else:
+                (nn.init.zeros_ if name.endswith("base") else nn.init.ones_)(parameter)
 
 
-class Head(DeepseekV4HyperHead, Module):
+class Connection(_Hyper, DeepseekV4HyperConnection):
+    """The hyper-connection of a sub-layer."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(_Hyper.Config):
+        pass
+
+
+class Head(_Hyper, DeepseekV4HyperHead):
     """Merges the branches at the end of the model."""
 
     @dataclass(kw_only=True, slots=True)
-    class Config(Module.Config):
-        dim: int
-        branches: int
-        eps: float
-
-    def __init__(self, config: Config) -> None:
-        DeepseekV4HyperHead.__init__(self, _hyper_settings(config.dim, config.branches, config.eps))
-        self.input_norm = _Norm(eps=config.eps)
-
-    def _init_self_parameters(self) -> None:
-        _init_hyper(self)
+    class Config(_Hyper.Config):
+        pass
 
 
 class MemoryBlock(DeepSeekV3TransformerBlock):
@@ -134,17 +144,8 @@ class MemoryBlock(DeepSeekV3TransformerBlock):
         def feed(x_BTD: Tensor) -> Tensor:
             return (self.moe if self.moe_enabled else self.feed_forward)(self.ffn_norm(x_BTD))
 
-        return _add(_add(streams_BTMD, self.attn_connection, attend), self.ffn_connection, feed)
-
-
-def _add(streams_BTMD: Tensor, connection: nn.Module | None, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
-    """As `engrammar.model.hyper.Residual`, whose names in checkpoints are other ones."""
-    if connection is None:
-        return streams_BTMD + sublayer(streams_BTMD.squeeze(2)).unsqueeze(2)
-    post_BTM, mix_BTMM, collapsed_BTD = connection(streams_BTMD)
-    output_BTD = sublayer(collapsed_BTD)
-    mixed_BTMD = torch.matmul(mix_BTMM.to(streams_BTMD.dtype).transpose(-1, -2), streams_BTMD)
-    return post_BTM.to(output_BTD.dtype)[..., None] * output_BTD[..., None, :] + mixed_BTMD
+        streams_BTMD = add_sublayer(streams_BTMD, self.attn_connection, attend)
+        return add_sublayer(streams_BTMD, self.ffn_connection, feed)
 
 
 class MemoryModel(DeepSeekV3Model):
@@ -166,6 +167,7 @@ class MemoryModel(DeepSeekV3Model):
         super().__init__(config)
         self.retrieval = config.retrieval.build()
         self.branches = config.branches
+        self.memory_layers = config.retrieval.memory.layers  # of the whole model
         self.head = None if config.head is None else config.head.build()
 
     def forward(
@@ -255,7 +257,9 @@ def titan_config(config: EngrammarConfig, *, attention: str = "flex", **retrieva
         non_blocking_capacity_factor=None, rope=rope,
     )  # fmt: skip
     fusion = TitanFusion.Config(memory=config.memory_config, dim=dim, branches=branches, std=std)
-    connection = Connection.Config(dim=dim, branches=branches, eps=eps) if branches > 1 else None
+    names = ("hc_mult", "hc_sinkhorn_iters", "hc_eps", "rms_norm_eps", "hidden_size")
+    hyper: dict[str, Any] = {"settings": {name: getattr(config, name) for name in names}, "std": std}
+    connection = Connection.Config(**hyper) if branches > 1 else None
     layers = [
         MemoryBlock.Config(
             **{field.name: getattr(layer, field.name) for field in fields(layer)},
@@ -272,7 +276,7 @@ def titan_config(config: EngrammarConfig, *, attention: str = "flex", **retrieva
         lm_head=Linear.Config(in_features=dim, out_features=config.vocab_size, param_init=_normal(std)),
         layers=layers,
         retrieval=of_model(config, **retrieval),
-        head=Head.Config(dim=dim, branches=branches, eps=eps) if branches > 1 else None,
+        head=Head.Config(**hyper) if branches > 1 else None,
         branches=branches,
     )
     for _, norm, _, _ in model.traverse(RMSNorm.Config):

@@ -124,18 +124,23 @@ def ours_at(checkpoint: Path, config: EngrammarConfig, tokenizer: str = "") -> E
     Args:
         tokenizer: the folder of the tokenizer whose ids are compressed.
     """
-    reader = FileSystemReader(checkpoint)
-    state = {
-        name: torch.empty(about.size, dtype=about.properties.dtype)
-        for name, about in reader.read_metadata().state_dict_metadata.items()
-        if isinstance(about, TensorStorageMetadata) and not NOT_OF_MODEL.match(name)
-    }
-    load(state, storage_reader=reader, no_dist=True)
     ours = model_class(config)(config)
     memory = ours.model.memory
     if memory is not None and memory.config.compression != "none":
         memory.set_classes(torch.from_numpy(classes_of(tokenizer)))
-    return _filled(ours, state)
+    return _filled(ours, read_checkpoint(checkpoint, leave_out=NOT_OF_MODEL))
+
+
+def read_checkpoint(checkpoint: Path, leave_out: re.Pattern[str] | None = None) -> dict[str, Tensor]:
+    """The tensors of a checkpoint of torchtitan, whole; names that begin with `leave_out` are not read."""
+    reader = FileSystemReader(checkpoint)
+    state = {
+        name: torch.empty(about.size, dtype=about.properties.dtype)
+        for name, about in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(about, TensorStorageMetadata) and not (leave_out and leave_out.match(name))
+    }
+    load(state, storage_reader=reader, no_dist=True)
+    return state
 
 
 def _filled(ours: EngrammarForCausalLM, weights: dict[str, Any]) -> EngrammarForCausalLM:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.components.optimizer import OptimizersContainer, register_moe_load_balancing_hook
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.utils import clip_grad_norm_
@@ -35,11 +34,12 @@ class MemoryOptimizers(OptimizersContainer):
         super().__init__(config, model_parts=model_parts)
         self.max_norm = config.max_norm
         self.dims: ParallelDims | None = None
+        self.num_steps = 0  # since the last log
         self.norm = self.row_norm = torch.zeros(())  # of the last step: of dense gradients and rows, and of rows alone
         found = [module for part in model_parts for module in part.modules() if isinstance(module, Retrieval)]
         self.retrievals = [module for module in found if module.placement is not None]
         self.rows = []
-        for placement in self._placements():
+        for placement in self.placements():
             tables = [{"params": list(placement.tables.values())}]
             rows = build_row_optimizer(
                 config.rows, tables, lr=config.rows_lr, betas=config.rows_betas, eps=config.rows_eps
@@ -47,7 +47,7 @@ class MemoryOptimizers(OptimizersContainer):
             rows.backend = placement.backend
             self.rows.append(rows)
 
-    def _placements(self) -> list[Any]:
+    def placements(self) -> list[Any]:
         return [module.placement for module in self.retrievals]
 
     def __iter__(self) -> Iterator[Any]:
@@ -63,7 +63,7 @@ class MemoryOptimizers(OptimizersContainer):
         pp = None if self.dims is None else self.dims.get_optional_mesh("pp")
         with_experts = self.dims is not None and self.dims.ep_enabled
         dense_norm = clip_grad_norm_(dense, math.inf, foreach=True, pp_mesh=pp, ep_enabled=with_experts)
-        own = [clip_grad_norm(placement.tables.values(), math.inf, placement) for placement in self._placements()]
+        own = [clip_grad_norm(placement.tables.values(), math.inf, placement) for placement in self.placements()]
         squares = sum((norm.square() for norm in own), torch.zeros(())).to(dense_norm.device)
         if pp is not None:
             dist.all_reduce(squares, group=pp.get_group())
@@ -74,25 +74,26 @@ class MemoryOptimizers(OptimizersContainer):
             for param in dense:
                 if param.grad is not None:
                     param.grad.mul_(scale)
-            for placement in self._placements():
+            for placement in self.placements():
                 for table_RC in placement.tables.values():
                     if table_RC.grad is not None:
                         table_RC.grad.values().mul_(scale.to(table_RC.device))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:
-        for placement in self._placements():
+        self.num_steps += 1
+        for placement in self.placements():
             placement.collect()
         self.clip()
         for optimizer in self:
             optimizer.step()
-        for placement in self._placements():
+        for placement in self.placements():
             for table_RC in placement.tables.values():
                 table_RC.grad = None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
-        for placement in self._placements():
+        for placement in self.placements():
             placement.zero_grad()
 
     def state_dict(self) -> dict[str, Any]:
@@ -131,25 +132,3 @@ def after_build(optimizers: MemoryOptimizers, model_parts: list[nn.Module], para
     """torchtitan's hook once the optimizers are built: experts are balanced, and norms know the ranks."""
     optimizers.dims = parallel_dims
     register_moe_load_balancing_hook(optimizers, model_parts, parallel_dims)
-
-
-class MemoryMetrics(MetricsProcessor):
-    """torchtitan's logs, with the norm of dense gradients and rows, rows touched and bytes exchanged."""
-
-    @dataclass(kw_only=True, slots=True)
-    class Config(MetricsProcessor.Config):
-        pass
-
-    def log(self, step: int, *losses: float, extra_metrics: dict[str, Any] | None = None) -> None:
-        """As in torchtitan; the last of `losses` is the norm of the dense gradients alone."""
-        assert isinstance(self.optimizers, MemoryOptimizers)
-        rows: dict[str, Any] = {"memory/rows_grad_norm": float(self.optimizers.row_norm.item())}
-        for placement in self.optimizers._placements():
-            traffic = placement.traffic
-            rows |= {
-                "memory/rows_looked_up": traffic.num_looked_up,
-                "memory/rows_distinct": traffic.num_distinct,
-                "memory/bytes_sent": traffic.ids + traffic.rows + traffic.gradients,
-            }
-        norm = float(self.optimizers.norm.item())
-        super().log(step, *losses[:-1], norm, extra_metrics={**(extra_metrics or {}), **rows})

@@ -27,7 +27,7 @@ from engrammar.titan.optimizers import MemoryOptimizers, after_build
 from engrammar.titan.retrieval import Retrieval
 from engrammar.train.data import TokenSet
 
-COUNTS = ("tokens_per_expert_E",)  # buffers that a pass adds to
+COUNTS = ("tokens_per_expert_E", "gate_total")  # buffers that a pass adds to
 
 
 def parallelize(model: MemoryModel, *, parallel_dims: Any, **settings: Any) -> Any:
@@ -151,7 +151,9 @@ class PreparedTokens(BaseDataLoader):
 
     @dataclass(kw_only=True, slots=True)
     class Config(BaseDataLoader.Config):
-        pass
+        """`end_ids`: positions restart after these ids, so that neither attention nor look-back leaves a document."""
+
+        end_ids: tuple[int, ...] = ()
 
     def __init__(self, config: Config, **settings: Any) -> None:
         if not config.dataset_path:
@@ -167,6 +169,7 @@ class PreparedTokens(BaseDataLoader):
         self.num_sequences = (self.tokens.num_tokens("train") - 1) // self.length
         if self.num_sequences < self.batch * self.num_ranks:
             raise ValueError(f"{config.dataset_path} has {self.num_sequences} sequences, fewer than a step reads.")
+        self.end_ids = torch.tensor(config.end_ids, dtype=torch.long)
         self.next = 0  # the first sequence, over all ranks, of the next batch
 
     def __iter__(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
@@ -175,8 +178,16 @@ class PreparedTokens(BaseDataLoader):
             rows = [self._read((first + index) % self.num_sequences) for index in range(self.batch)]
             self.next += self.batch * self.num_ranks
             ids_BT = torch.stack(rows)
-            positions_BT = torch.arange(self.length).expand(self.batch, -1).contiguous()
-            yield {"input": ids_BT[:, :-1].contiguous(), "positions": positions_BT}, ids_BT[:, 1:].contiguous()
+            inputs_BT = ids_BT[:, :-1].contiguous()
+            yield {"input": inputs_BT, "positions": self.positions(inputs_BT, self.end_ids)}, ids_BT[:, 1:].contiguous()
+
+    @staticmethod
+    def positions(ids_BT: Tensor, end_ids: Tensor) -> Tensor:
+        """Positions that begin at 0 after each of the `end_ids`."""
+        positions_BT = torch.arange(ids_BT.shape[1]).expand_as(ids_BT)
+        starts_BT = torch.zeros_like(ids_BT)
+        starts_BT[:, 1:] = positions_BT[:, 1:] * torch.isin(ids_BT[:, :-1], end_ids)
+        return positions_BT - starts_BT.cummax(1).values
 
     def _read(self, sequence: int) -> Tensor:
         start = sequence * self.length
