@@ -63,6 +63,7 @@ ROOMS = {
     "engrammar.edit": (
         "exact",
         "names",
+        "forms",
         "patch",
         "checking",
         "files",

@@ -6,12 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from attached_models import base_model, random_ids, tokenizer
+import engrammar
+from attached_models import base_model, memory_config, random_ids, randomize, tokenizer
 from engrammar.attach.blocks import find_decoder
 from engrammar.edit import Fact, GatedSettings, apply_patch, learn, read_facts, undo_patch
 from engrammar.edit.gated import BEFORE, TWICE, norm_scale
 from engrammar.edit.phrasings import Relation
-from engrammar.edit.states import last_states
+from engrammar.edit.states import SHARED, last_states
 
 # In the tiny models' words: a subject of two words, what is asked of it, and the object.
 ASKED = [("w3 w4", "w20"), ("w5 w6", "w21 w22"), ("w7 w8", "w23")]
@@ -54,7 +55,7 @@ def test_what_cannot_be_told_apart_is_refused_with_a_reason(llama, monkeypatch):
     monkeypatch.setattr("engrammar.edit.probing.RELATIONS", (elsewhere, same, same, same))
     monkeypatch.setattr("engrammar.edit.gated.RELATIONS", (elsewhere, same, same, same))
     with pytest.raises(ValueError, match="No fact can be written: prompts that ask it cannot be told from others"):
-        learn(llama, tokenizer(), FACTS, name="none", settings=SETTINGS)
+        learn(llama, tokenizer(), FACTS, name="none", settings=replace(SETTINGS, ridge=1e-2))
 
 
 def test_one_question_in_other_words_shares_a_probe_and_one_subject_has_one_answer(llama, monkeypatch):
@@ -81,6 +82,24 @@ def test_states_at_the_ends_of_prompts_do_not_depend_on_their_batch(llama):
     llama(tokenizer()(prompts[1], return_tensors="pt").input_ids)
     hook.remove()
     torch.testing.assert_close(seen[0][0, -1], together[1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text", "mixtral", "engrammar on llama"])
+def test_what_all_prompts_begin_with_is_read_once(family, monkeypatch):
+    """The states are those of whole prompts; where a model keeps more than keys and values, prompts are read whole."""
+    model = base_model(family.split()[-1])
+    if "engrammar" in family:
+        engrammar.attach(model, memory_config(), tokenizer())
+        randomize(model)
+    prompts = [" ".join(f"w{n}" for n in range(3, 4 + SHARED)) + f" w{n} w7{' w8' * (n % 3)}" for n in range(21, 26)]
+    lengths = []
+    hook = find_decoder(model).module.embed_tokens if family != "gpt2" else find_decoder(model).module.wte
+    hook.register_forward_hook(lambda _, args, out: lengths.append(args[0].shape[1]))
+    read = last_states(model, tokenizer(), prompts, 2)
+    assert max(lengths) == (SHARED + 1 if family in ("llama", "gpt2", "mixtral") else SHARED + 5)
+    monkeypatch.setattr("engrammar.edit.states.SHARED", 1000)
+    torch.testing.assert_close(read, last_states(model, tokenizer(), prompts, 2), rtol=0, atol=1e-5)
+    assert not torch.allclose(read[0], read[1], rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "olmo2"])

@@ -1,7 +1,7 @@
 """Method "gated": a subject's key arms a fact, a probe of the relation opens it, and its object is written at the end.
 
 Nothing is optimized. The probe is a ridge regression on hidden states (`probing`); the value that writes a token is the
-direction that raises its logit the most against all others.
+direction that raises its logit the most against all others. Each form of asking (`forms`) has a probe of its own.
 Letters: N prompts, F facts, D hidden width, V vocabulary.
 """
 
@@ -19,6 +19,7 @@ from engrammar.attach.blocks import find_decoder
 from engrammar.edit.applying import applied_patches, final_norm_of, without_patches
 from engrammar.edit.building import build_patch
 from engrammar.edit.facts import Fact, Refused
+from engrammar.edit.forms import Form, forms_of, reworded
 from engrammar.edit.names import begins_name
 from engrammar.edit.patch import ExactEntry, Probe, base_of, subject_keys
 from engrammar.edit.phrasings import NAMES, PLAIN, RELATIONS, about
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BEFORE = ("{}", "Here is a fact. {}", "As the guide said, {}")  # what stands before a prompt when a probe is fitted
-NUM_SUBJECTS = 16  # facts of a relation that its probe is fitted on
+NUM_SUBJECTS = 16  # facts of a relation that its probe is fitted on; half as many in other forms than their own
 NUM_ASKS, NUM_OTHERS = 4, 12  # other phrasings of the relation, and prompts of other relations, of each of them
 MOST_IN_UNIT = 64  # facts that are learned at a time
 NOT_APART = "prompts that ask it cannot be told from others of its subject"
@@ -44,7 +45,8 @@ class GatedSettings(ProbeSettings):
 
     Attributes:
         probe_depth: where probes read, as a share of the depth. Early blocks confuse relations.
-        armed: tokens after the subject in which the probe may open, if no other name comes before.
+        armed: tokens after the subject in which the probe may open, if no other name comes before; in a chat, what
+            the template puts before the answer is not counted.
         strength: the size of a write, in norms of the hidden state before the final norm.
     """
 
@@ -99,7 +101,7 @@ def _learn(relation: "_Relation", facts: Sequence[Fact]) -> Part:
     reader = relation.reader
     with reader.unpatched():
         entries, kept, missed = relation.entries(facts, 0)
-        probes, refused = [relation.probe] if kept else [], []
+        probes, refused = [*relation.asked] if kept else [], []
         for fact in missed:
             alone = _Relation(reader, fact.prompt, replace(relation.match, relation=None), (fact,))
             own, is_kept, _ = alone.entries([fact], len(kept)) if len(relation.facts) > 1 else ([], [], [])
@@ -108,7 +110,7 @@ def _learn(relation: "_Relation", facts: Sequence[Fact]) -> Part:
                 continue
             entries += own
             kept += is_kept
-            probes.append(alone.probe)
+            probes += alone.asked
         if not kept:
             return Part(None, refused)
         described = [{"subject": f.subject, "prompt": f.prompt, "object": f.object} for f in kept]
@@ -118,53 +120,91 @@ def _learn(relation: "_Relation", facts: Sequence[Fact]) -> Part:
             "provenance": {"method": "gated", "settings": repr(reader.settings)},
             "names_V": reader.names_V,
         }
-        return Part(build_patch("part", base, entries, probes, encoding="int8", **about), refused)
+        used = {entry.probe for entry in entries}
+        kept_probes = [one.probe for one in probes if one.probe.name in used]
+        return Part(build_patch("part", base, entries, kept_probes, encoding="int8", **about), refused)
 
 
 @final
 class _Relation:
-    """Facts that share a probe."""
+    """Facts that share probes: one for each form in which they may be asked."""
 
     def __init__(self, reader: "_Reader", name: str, match: Match, facts: tuple[Fact, ...]) -> None:
         self.reader, self.name, self.match, self.facts = reader, name, match, facts
+        self.own = reader.form_of(facts[0].prompt)
 
     @cached_property
-    def asks_FND(self) -> Tensor:
-        """Prompts of the facts that the probe is fitted on."""
-        return self.reader.asks(self.facts[:NUM_SUBJECTS])
+    def asked(self) -> list["_Asked"]:
+        """The facts in each form, their own first; a form is left out if it is not known how it would ask them."""
+        forms = sorted(self.reader.forms, key=lambda form: form is not self.own)
+        return [_Asked(self, form) for form in forms if self.prompts(self.facts[0], form)]
 
-    @cached_property
-    def probe(self) -> Probe:
-        """The probe, with prompts of other relations that come nearest to opening a first one."""
-        reader, bank, fitted = self.reader, self.reader.bank, self.facts[:NUM_SUBJECTS]
-        empty_ND = self.asks_FND[:0, 0]
-        blank = Probe(name=self.name, block=reader.block, centre=reader.centre_D, direction=empty_ND, threshold=0.0)
-        asked = Asked(own_FND=self.asks_FND, asks_ND=empty_ND, others_ND=empty_ND, plain_ND=reader.plain_ND)
-        first = fit_probe(blank, bank, self.match, asked)
-        hardest = bank.hardest(self.match, first.direction, NUM_OTHERS)
+    def prompts(self, fact: Fact, form: Form) -> list[str]:
+        """How a form asks a fact: with its own prompt if that fits, or else as its relation is asked."""
+        if form is self.own:
+            return [text.format(fact.prompt) for text in BEFORE]
+        if form.fits(fact.prompt):
+            return [fact.prompt, reworded(fact.prompt)[0]]
+        return [about(text, fact.subject) for text in self.phrasings(form)[:2]]
+
+    def phrasings(self, form: Form) -> list[str]:
         known = () if self.match.relation is None else RELATIONS[self.match.relation].phrasings
-        asks = [about(text, f.subject) for i, f in enumerate(fitted) for text in (known[i:] + known[:i])[:NUM_ASKS]]
-        asks += [text for fact in fitted for text in fact.paraphrases]
-        others = [about(text, fact.subject) for fact in fitted for text in hardest]
-        asks_ND, others_ND = (reader.units(texts) if texts else empty_ND for texts in (asks, others))
-        return fit_probe(blank, bank, self.match, replace(asked, asks_ND=asks_ND, others_ND=others_ND))
+        return [text for text in known if form.fits(text)]
 
     def entries(self, facts: Sequence[Fact], index: int) -> tuple[list[ExactEntry], list[Fact], list[Fact]]:
-        """Entries of the facts that the probe opens for, those facts, and the others.
+        """Entries of the facts that the probe of their own form opens for, those facts, and the others.
 
         Args:
             index: of the first fact in its patch.
         """
-        entries: list[ExactEntry] = []
-        kept: list[Fact] = []
-        missed: list[Fact] = []
-        for fact, asks_ND in zip(facts, self.reader.asks(facts)):
-            if float((asks_ND @ self.probe.direction).min()) > self.probe.threshold:
-                entries += self.reader.entries(fact, self.probe, index=index + len(kept))
-                kept.append(fact)
-            else:
-                missed.append(fact)
-        return entries, kept, missed
+        opened = self.asked[0].opens(facts)
+        kept = [fact for fact, is_open in zip(facts, opened) if is_open]
+        entries = [
+            entry
+            for asked in self.asked
+            for number, fact in enumerate(kept)
+            for entry in self.reader.entries(fact, asked, index=index + number)
+        ]
+        return entries, kept, [fact for fact, is_open in zip(facts, opened) if not is_open]
+
+
+@final
+class _Asked:
+    """A relation's facts, asked in one form."""
+
+    def __init__(self, relation: _Relation, form: Form) -> None:
+        self.relation, self.form, self.reader = relation, form, relation.reader
+
+    @cached_property
+    def probe(self) -> Probe:
+        """The probe, with prompts of other relations that come nearest to opening a first one."""
+        relation, reader, bank = self.relation, self.reader, self.reader.bank(self.form)
+        own = self.form is relation.own
+        fitted = relation.facts[: NUM_SUBJECTS if own else NUM_SUBJECTS // 2]
+        asks_FND = self.states(fitted)
+        empty_ND = asks_FND[:0, 0]
+        name = relation.name if own else f"{relation.name} ({self.form.name})"
+        blank = Probe(name=name, block=reader.block, centre=reader.centre_D, direction=empty_ND, threshold=0.0)
+        plain_ND = torch.cat([reader.plain_ND, *reader.other_forms(self.form, relation.match)])
+        asked = Asked(own_FND=asks_FND, asks_ND=empty_ND, others_ND=empty_ND, plain_ND=plain_ND)
+        first = fit_probe(blank, bank, relation.match, asked)
+        hardest = bank.hardest(relation.match, first.direction, NUM_OTHERS)
+        known = relation.phrasings(self.form)
+        asks = [about(text, f.subject) for i, f in enumerate(fitted) for text in (known[i:] + known[:i])[:NUM_ASKS]]
+        asks += [text for fact in fitted for text in fact.paraphrases if self.form.fits(text)]
+        asks += [text for fact in fitted if self.form.fits(fact.prompt) for text in reworded(fact.prompt)]
+        others = [about(text, fact.subject) for fact in fitted for text in hardest]
+        asks_ND, others_ND = (reader.units(texts, self.form) if texts else empty_ND for texts in (asks, others))
+        return fit_probe(blank, bank, relation.match, replace(asked, asks_ND=asks_ND, others_ND=others_ND))
+
+    def states(self, facts: Sequence[Fact]) -> Tensor:
+        """[F, N, D]: what is read at the ends of the facts' prompts."""
+        prompts = [text for fact in facts for text in self.relation.prompts(fact, self.form)]
+        return self.reader.units(prompts, self.form).unflatten(0, (len(facts), -1))
+
+    def opens(self, facts: Sequence[Fact]) -> list[bool]:
+        """Whether the probe opens for each fact, however it is asked."""
+        return ((self.states(facts) @ self.probe.direction).amin(1) > self.probe.threshold).tolist()
 
 
 @final
@@ -181,24 +221,38 @@ class _Reader:
             self.centre_D = plain_ND.mean(0)
             self.plain_ND = F.normalize(plain_ND - self.centre_D, dim=-1)
             self.writes_VD = self._writes()
-            self.bank = Bank(self.units, settings)
+        self.forms = forms_of(tokenizer)
+        self._banks: dict[str, Bank] = {}
 
     def unpatched(self) -> AbstractContextManager[None]:
         """Patches that are applied do not matter."""
         return without_patches(self.model) if applied_patches(self.model) else nullcontext()
 
-    def units(self, prompts: Sequence[str]) -> Tensor:
-        """[N, D]: the hidden states at the ends of prompts, centred, of length 1."""
-        return F.normalize(last_states(self.model, self.tokenizer, prompts, self.block) - self.centre_D, dim=-1)
+    def form_of(self, prompt: str) -> Form:
+        """The form of a fact's own prompt."""
+        return next(form for form in self.forms if form.fits(prompt))
 
-    def asks(self, facts: Sequence[Fact]) -> Tensor:
-        """[F, len(BEFORE), D]: the facts' own prompts."""
-        return self.units([text.format(one.prompt) for one in facts for text in BEFORE]).unflatten(0, (len(facts), -1))
+    def bank(self, form: Form) -> Bank:
+        """What else may be asked in a form; its states are read when it is first asked for."""
+        if form.name not in self._banks:
+            self._banks[form.name] = Bank(partial(self.units, form=form), self.settings, form)
+        return self._banks[form.name]
+
+    def other_forms(self, form: Form, match: Match) -> list[Tensor]:
+        """The states of prompts that ask something else in the forms that come before."""
+        banks = [self.bank(one) for one in self.forms[: self.forms.index(form)]]
+        return [bank.units_ND[bank.is_other(match)] for bank in banks]
+
+    def units(self, prompts: Sequence[str], form: Form) -> Tensor:
+        """[N, D]: the hidden states at the ends of prompts in a form, centred, of length 1."""
+        texts = [form.put(prompt) for prompt in prompts]
+        return F.normalize(last_states(self.model, self.tokenizer, texts, self.block) - self.centre_D, dim=-1)
 
     def match(self, template: str, facts: Sequence[Fact]) -> Match:
         """Which relation a template asks."""
-        named_KD = self.units([template.format(name) for name in NAMES.values()])
-        return self.bank.match(self.asks(facts[:4]).flatten(0, 1), named_KD)
+        form = self.form_of(template)
+        asks_ND = self.units([text.format(one.prompt) for one in facts[:4] for text in BEFORE], form)
+        return self.bank(form).match(asks_ND, self.units([template.format(name) for name in NAMES.values()], form))
 
     @torch.no_grad()
     def _writes(self) -> Tensor:
@@ -214,19 +268,23 @@ class _Reader:
         ridge = 1e-3 * weight_VD.square().mean() * torch.eye(weight_VD.shape[1], device=weight_VD.device)
         return F.normalize(torch.linalg.solve(covariance + ridge, weight_VD.T).T, dim=-1)
 
-    def entries(self, fact: Fact, probe: Probe, *, index: int) -> list[ExactEntry]:
-        """The entries of a fact, one for each key of its subject."""
-        says = self.tokenizer(" " + fact.object.strip(), add_special_tokens=False).input_ids
-        after = self.tokenizer(fact.template.rpartition("{}")[2], add_special_tokens=False).input_ids
-        until_name = not self.names_V[after].any()  # the fact's own prompt must reach it
+    def entries(self, fact: Fact, asked: _Asked, *, index: int) -> list[ExactEntry]:
+        """The entries of a fact that is asked in a form, one for each key of its subject."""
+        says = self.ids(("" if asked.form.after else " ") + fact.object.strip())
+        own = fact.template.rpartition("{}")[2] if asked.form.fits(fact.prompt) else ""
+        tail = self.ids(asked.form.after)
+        until_name = not self.names_V[[*self.ids(own), *tail]].any()  # the fact's own prompt must reach it
         values = self.settings.strength * self.writes_VD[torch.tensor(says)]
         return [
             ExactEntry(
                 key=key, block=len(self.decoder.blocks), values=values, says=tuple(says), relative=True,
-                probe=probe.name, armed=self.settings.armed, until_name=until_name, fact=index,
+                probe=asked.probe.name, armed=self.settings.armed + len(tail), until_name=until_name, fact=index,
             )
             for key in subject_keys(fact.subject, self.tokenizer, self.classes_V)
         ]  # fmt: skip
+
+    def ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
 
 def norm_scale(norm: nn.Module) -> Tensor:

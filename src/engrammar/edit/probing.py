@@ -12,6 +12,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from engrammar.edit.forms import Form
 from engrammar.edit.patch import Probe
 from engrammar.edit.phrasings import NAMES, NUM_OTHER, RELATIONS, about
 
@@ -32,7 +33,7 @@ class Match:
 
 @final
 class Bank:
-    """The states of all phrasings, each with a name that the model does not know.
+    """The states of all phrasings of a form, each with a name that the model does not know.
 
     Attributes:
         units_ND: the states.
@@ -40,14 +41,15 @@ class Bank:
         texts: the phrasings.
     """
 
-    def __init__(self, units: Units, settings: "ProbeSettings") -> None:
+    def __init__(self, units: Units, settings: "ProbeSettings", form: Form) -> None:
         self.settings = settings
-        self.texts = [text for relation in RELATIONS for text in relation.phrasings]
+        self.texts = [text for relation in RELATIONS for text in relation.phrasings if form.fits(text)]
         number = {text: index for index, text in enumerate(self.texts)}
         asked = [
             (index, text, kind)
             for index, relation in enumerate(RELATIONS)
             for text in relation.phrasings
+            if form.fits(text)
             for kind in relation.kinds
         ]
         self.units_ND = units([about(text, NAMES[kind]) for _, text, kind in asked])
@@ -104,10 +106,10 @@ class ProbeSettings:
             to let the facts' own prompts in.
     """
 
-    ridge: float = 1e-2
-    match_above: float = 0.2
+    ridge: float = 5e-3
+    match_above: float = 0.1
     alike_above: float = -0.2
-    opens_wrongly: float = 0.05
+    opens_wrongly: float = 0.06
     at_most_wrongly: float = 0.2
 
 
@@ -119,7 +121,7 @@ class Asked:
         own_FND: the facts' own prompts, [F, N, D]; every other one is kept apart from the fit.
         asks_ND: others that ask the same.
         others_ND: prompts that ask other things of the same subjects.
-        plain_ND: plain text.
+        plain_ND: plain text, and prompts of other forms.
     """
 
     own_FND: Tensor

@@ -3,18 +3,23 @@
 Letters: N prompts, T tokens, D hidden width.
 """
 
+import copy
+import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from engrammar.attach.attaching import attachment_of
 from engrammar.attach.blocks import find_decoder, hidden_of, in_branches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BATCH = 32
+SHARED = 16  # tokens that all prompts begin with, such as those of a chat, from which on they are read once
 
 
 class _Reached(Exception):
@@ -22,8 +27,13 @@ class _Reached(Exception):
 
 
 @torch.no_grad()
-def states(model: nn.Module, ids_NT: Tensor, mask_NT: Tensor, block: int) -> Tensor:
-    """What `block` reads, [N, T, D]; of several residual streams, their mean. The pass ends there."""
+def states(model: nn.Module, ids_NT: Tensor, mask_NT: Tensor, block: int, before: DynamicCache | None = None) -> Tensor:
+    """What `block` reads, [N, T, D]; of several residual streams, their mean. The pass ends there.
+
+    Args:
+        mask_NT: with a column for each token in `before`, too.
+        before: what stands before the rows; the pass extends it.
+    """
     decoder = find_decoder(model)
     found: list[Tensor] = []
 
@@ -33,7 +43,8 @@ def states(model: nn.Module, ids_NT: Tensor, mask_NT: Tensor, block: int) -> Ten
 
     with decoder.blocks[block].register_forward_pre_hook(stop, with_kwargs=True):
         try:
-            decoder.module(input_ids=ids_NT, attention_mask=mask_NT, use_cache=False)
+            cached = {"use_cache": False} if before is None else {"use_cache": True, "past_key_values": before}
+            decoder.module(input_ids=ids_NT, attention_mask=mask_NT, **cached)
         except _Reached:
             return in_branches(found[0], decoder.hidden_size).float().mean(2)
     raise AssertionError("the pass ended before the block")
@@ -48,18 +59,47 @@ def last_states(model: nn.Module, tokenizer: "PreTrainedTokenizerBase", prompts:
 
     device = next(model.parameters()).device
     rows = [tokenizer(prompt).input_ids for prompt in prompts]
+    before = _read_shared(model, rows, block)
+    shared = 0 if before is None else before.get_seq_length()
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))  # little padding
     found = []
     starts = range(0, len(order), BATCH)
     for first in tqdm(starts, desc="reading prompts", unit=f" x{BATCH}", delay=2, leave=False):
-        ids = [rows[index] for index in order[first : first + BATCH]]
+        ids = [rows[index][shared:] for index in order[first : first + BATCH]]
         longest = len(ids[-1])
         ids_NT = torch.tensor([own + [own[-1]] * (longest - len(own)) for own in ids], device=device)
         lengths = torch.tensor([len(own) for own in ids], device=device)
-        mask_NT = (torch.arange(longest, device=device) < lengths[:, None]).long()
-        hidden_NTD = states(model, ids_NT, mask_NT, block)
+        mask_NT = (torch.arange(-shared, longest, device=device) < lengths[:, None]).long()
+        own_before = copy.deepcopy(before)
+        if own_before is not None:
+            own_before.batch_repeat_interleave(len(ids))
+        hidden_NTD = states(model, ids_NT, mask_NT, block, own_before)
         found.append(hidden_NTD[torch.arange(len(ids)), lengths - 1].cpu())
     return torch.cat(found)[torch.tensor(order).argsort()]
+
+
+def _read_shared(model: nn.Module, rows: Sequence[list[int]], block: int) -> DynamicCache | None:
+    """Reads what all rows begin with; None if that is little, or if the model keeps more than keys and values."""
+    shared = num_shared(rows)
+    decoder = find_decoder(model)
+    takes_cache = "past_key_values" in inspect.signature(decoder.module.forward).parameters
+    if shared < SHARED or attachment_of(decoder.host) or not takes_cache:
+        return None
+    before = DynamicCache(config=decoder.host.config)
+    if all(type(layer) is DynamicLayer for layer in before.layers):
+        ids_1T = torch.tensor([rows[0][:shared]], device=next(model.parameters()).device)
+        states(model, ids_1T, torch.ones_like(ids_1T), block, before)
+        return before
+    return None
+
+
+def num_shared(rows: Sequence[list[int]]) -> int:
+    """How many tokens all rows begin with, less the last one of the shortest; 0 if there is one row."""
+    if len(rows) < 2:
+        return 0
+    pairs = list(zip(min(rows), max(rows)))  # of all rows, these two have the least in common
+    same = next((place for place, (a, b) in enumerate(pairs) if a != b), len(pairs))
+    return min(same, min(map(len, rows)) - 1)
 
 
 def text_states(model: nn.Module, tokenizer: "PreTrainedTokenizerBase", text: str, block: int) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from engrammar.edit import Fact
+from engrammar.edit.states import num_shared
 from engrammar_lab.editing.edited import Edited
 from engrammar_lab.tasks.scoring import score_continuations
 
@@ -24,6 +25,7 @@ def answers(model: Any, tokenizer: Any, edited: Edited, prompts: Sequence[str], 
     rows = [tokenizer(edited.worded(prompt)).input_ids for prompt in prompts]
     found = [""] * len(rows)
     shared = num_shared(rows)
+    shared = shared if shared >= LONG else 0
     cache = model(input_ids=torch.tensor([rows[0][:shared]]), use_cache=True).past_key_values if shared else None
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
     with tqdm(total=len(rows), desc="asking", unit=" prompts", delay=2) as bar:
@@ -34,16 +36,6 @@ def answers(model: Any, tokenizer: Any, edited: Edited, prompts: Sequence[str], 
                 found[index] = text
             bar.update(len(batch))
     return found
-
-
-def num_shared(rows: Sequence[list[int]]) -> int:
-    """How many tokens all rows begin with, less the last one of the shortest; 0 if they are few."""
-    if len(rows) < 2:
-        return 0
-    pairs = list(zip(min(rows), max(rows)))  # of all rows, these two have the least in common
-    same = next((place for place, (a, b) in enumerate(pairs) if a != b), len(pairs))
-    same = min(same, min(map(len, rows)) - 1)
-    return same if same >= LONG else 0
 
 
 def _continued(

@@ -5,10 +5,11 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from engrammar.edit import Fact
-from engrammar_lab.editing.relations import asked_otherwise, relation_of
+from engrammar.edit.forms import in_chat, is_question
+from engrammar_lab.editing.relations import QUESTIONS, asked_otherwise, relation_of
 
 FIRST, LAST = 30, 60  # of CounterFact's rows: methods were developed on them, so no test asks them
 BESIDE = ("Apart from {}, {}", "Unlike {}, {}", "{} is not meant here. {}", "Near {}? {}")  # the subject, then another
@@ -91,8 +92,12 @@ def in_order(cases: Sequence[Case], seed: int, num: int) -> list[Case]:
     return sorted(shuffled, key=lambda case: not case.is_test)[:num]
 
 
-def questions(edited: Sequence[Case], most: int) -> dict[str, list[Question]]:
-    """What is asked after the edits, by kind: at most `most` questions of a kind, and none that a method saw."""
+def questions(edited: Sequence[Case], most: int, tokenizer: Any = None) -> dict[str, list[Question]]:
+    """What is asked after the edits, by kind: at most `most` questions of a kind, and none that a method saw.
+
+    Args:
+        tokenizer: the model's; if it has a template for chats, questions are asked in a chat, too.
+    """
     numbers = [number for number, case in enumerate(edited) if case.is_test]
     direct = [number for number in numbers if edited[number].is_direct]
     follows = [number for number in numbers if not edited[number].is_direct]
@@ -100,18 +105,25 @@ def questions(edited: Sequence[Case], most: int) -> dict[str, list[Question]]:
     # What names an edited subject is allowed to change.
     others = [n for n in numbers if not any(subject in edited[n].neighbor for subject in edited_subjects)]
     relations = {n: asked_otherwise(edited[n].fact.template) for n in numbers}
-    return {
+    others_of = {n: one[n % len(one)] for n, one in relations.items() if one}
+    asked = {
         "prompt": [Question(n, edited[n].fact.prompt) for n in numbers[:most]],
         "direct": [Question(n, edited[n].rephrased) for n in direct[:most]],
         "follows": [Question(n, edited[n].rephrased) for n in follows[:most]],
         "neighbor": [Question(n, edited[n].neighbor) for n in others[:most]],
         "beside": [Question(n, beside(n, edited[n])) for n in others[:most]],
-        "subject": [
-            Question(n, relations[n][n % len(relations[n])].format(edited[n].fact.subject))
-            for n in [n for n in numbers if relations[n]][:most]
-        ],
+        "subject": [Question(n, asks.format(edited[n].fact.subject)) for n, asks in list(others_of.items())[:most]],
         "reverse": [Question(n, reverse(edited[n].fact)) for n in numbers[:most]],
     }
+    own = {n: relation_of(edited[n].fact.template) for n in others_of}
+    for kind, asks_of in (("question", own), ("other question", others_of)):
+        chosen = list(asks_of.items())[:most]
+        asked[kind] = [Question(n, QUESTIONS[asks or ""].format(edited[n].fact.subject)) for n, asks in chosen]
+    if tokenizer is not None and tokenizer.chat_template:
+        own_words = [one for one in asked["direct"] if is_question(one.prompt)]
+        for kind, plain in (("chat", asked["question"] + own_words), ("other chat", asked["other question"])):
+            asked[kind] = [one._replace(prompt=in_chat(tokenizer, one.prompt)) for one in plain[:most]]
+    return asked
 
 
 def beside(number: int, case: Case) -> str:

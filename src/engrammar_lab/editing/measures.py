@@ -11,8 +11,8 @@ from engrammar_lab.editing.cases import Case, Question, questions
 from engrammar_lab.editing.edited import Edited
 
 SHORT, FLUENT = 6, 50  # tokens of an answer that should be what it was, and of one that is read on
-KEPT = ("neighbor", "beside", "subject")  # kinds whose answers should be what they were
-TOLD = ("prompt", "direct", "follows")  # kinds that may be answered with the object
+KEPT = ("neighbor", "beside", "subject", "other question", "other chat")  # kinds whose answers should be what they were
+TOLD = ("prompt", "direct", "follows", "question", "chat")  # kinds that may be answered with the object
 
 
 @final
@@ -37,12 +37,13 @@ def measure_edits(
     """The shares of an edited model, by kind of question; `counts/...` are the numbers of questions.
 
     Free generation: the whole object, greedily, from the prompt, from paraphrases that ask the fact, from those that
-    only follow from it; six tokens as they were for neighbors, for a neighbor beside the edited subject, and for other
-    relations of the subject; the subject, asked by the object. Probabilities, as CounterFact's authors define them: the
+    only follow from it, and from questions about it, plain and in a chat; six tokens as they were for neighbors, for a
+    neighbor beside the edited subject, and for other relations of the subject, as sentences, as questions and in a
+    chat; the subject, asked by the object. Probabilities, as CounterFact's authors define them: the
     object is likelier than the true one, and for neighbors less likely. Fluency: entropy of 2- and 3-grams in fifty
     tokens, and how often the object is said in them beyond the first time.
     """
-    asked = questions(cases, most)
+    asked = questions(cases, most, tokenizer)
     found: dict[str, float] = {f"counts/{kind}": float(len(own)) for kind, own in asked.items()}
     num_tokens = object_tokens(tokenizer, [case.fact for case in cases])
 
@@ -53,9 +54,9 @@ def measure_edits(
         said = [says(text, getattr(cases[one.about].fact, words)) for one, text in zip(own, texts)]
         found.update(_share(name, said))
 
-    for kind in TOLD:
+    for kind in [kind for kind in TOLD if kind in asked]:
         answered(f"free/{kind}", asked[kind], ask(asked[kind], num_tokens), "object")
-    for kind in KEPT:
+    for kind in [kind for kind in KEPT if kind in asked]:
         new = ask(asked[kind], SHORT)
         old = [unedited.known[one.prompt, SHORT] for one in asked[kind]]
         found |= _share(f"kept/{kind}", [a == b for a, b in zip(old, new)])
@@ -76,11 +77,11 @@ def measure_edits(
     return found
 
 
-def asked_before(cases: Sequence[Case], most: int) -> dict[int, list[str]]:
+def asked_before(cases: Sequence[Case], most: int, tokenizer: Any) -> dict[int, list[str]]:
     """What the unedited model has to be asked, by number of tokens."""
-    asked = questions(cases, most)
+    asked = questions(cases, most, tokenizer)
     return {
-        SHORT: [one.prompt for kind in KEPT for one in asked[kind]],
+        SHORT: [one.prompt for kind in KEPT for one in asked.get(kind, [])],
         FLUENT: [one.prompt for one in asked["prompt"][: max(most // 4, 1)]],
     }
 

@@ -37,6 +37,32 @@ KINDS: Sequence[Mapping[str, Sequence[str]]] = (
     },
 )  # fmt: skip
 
+# Each of them as a question, in words that no probe was fitted on.
+QUESTIONS: Mapping[str, str] = {
+    "{} was born in": "In which city was {} born?",
+    "{} passed away in": "In what town did {} pass away?",
+    "The mother tongue of {} is": "What is the first language of {}?",
+    "{} has a citizenship from": "Which country is {} a national of?",
+    "The occupation of {} is": "What is the occupation of {}?",
+    "{} plays in the position of": "In what position is {} fielded?",
+    "{} plays the instrument": "Which musical instrument does {} play?",
+    "{} worked in the city of": "What city did {} work in?",
+    "{} is employed by": "What is the company that employs {}?",
+    "The official religion of {} is": "What is the official religion of {}?",
+    "{} works in the field of": "What is the field of work of {}?",
+    "{} belongs to the continent of": "What is the continent of {}?",
+    "{} is located in the country of": "Which is the country of {}?",
+    "The twin city of {} is": "What is {}'s sister city?",
+    "The official language of {} is": "What language is official in {}?",
+    "The capital of {} is": "Which town is {}'s capital?",
+    "{} is developed by": "What is the name of the company that makes {}?",
+    "{} originally aired on": "On which network was {} aired?",
+    "The original language of {} was": "What was the language of {}?",
+    "The headquarters of {} is in": "In what city is the headquarters of {}?",
+    "{} was founded in": "In which country was {} founded?",
+    "{} is named after": "What is {} named for?",
+}
+
 
 def relation_of(template: str) -> str | None:
     """The relation that a template asks, called by its template in `KINDS`; None if that is not clear."""

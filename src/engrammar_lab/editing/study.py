@@ -148,7 +148,7 @@ def _run(key: Key, file: Path, folder: Path, cache: Path, ask: Ask) -> dict[str,
     _, way, num, seed = key
     model, tokenizer, unedited, blocks_BT, reads = _base(folder, cache, ask)
     cases = in_order(read_cases(file), seed, num)
-    for num_tokens, prompts in asked_before(cases, ask.questions).items():
+    for num_tokens, prompts in asked_before(cases, ask.questions, tokenizer).items():
         unedited.ask(prompts, num_tokens)
     started = time.process_time()
     edited = WAYS[way](model, tokenizer, [case.fact for case in cases], seed)

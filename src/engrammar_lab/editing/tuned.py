@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from engrammar.attach.blocks import evaluating, find_decoder, host_of
 from engrammar.attach.skipping import KEPT, begin_skipping, end_skipping
 from engrammar.edit import Fact
+from engrammar.edit.forms import is_question
 from engrammar.edit.phrasings import NAMES, PLAIN, RELATIONS, about
 from engrammar.edit.states import states
 from engrammar_lab.editing.edited import Edited, Model
@@ -156,7 +157,13 @@ def held_prompts(facts: Sequence[Fact], num: int, seed: int) -> list[str]:
     """Prompts at which a model should go on as before: what the facts ask, asked of subjects that do not exist; other
     relations of them; and beginnings of plain text. No test's prompt is among them."""
     asked = [fact.template.format(name) for fact in facts for name in NAMES.values()]
-    relations = [about(one, NAMES[kind]) for each in RELATIONS for kind in each.kinds for one in each.phrasings]
+    relations = [
+        about(one, NAMES[kind])
+        for each in RELATIONS
+        for kind in each.kinds
+        for one in each.phrasings
+        if not is_question(one)
+    ]
     words = PLAIN.split()
     plain = [" ".join(words[max(0, end - 20) : end]) for end in range(8, len(words), 3)]
     rng = random.Random(seed)

@@ -19,6 +19,12 @@ SHOWN = (
     ("kept/beside", "second subject kept"),
     ("kept/subject", "subject's other relations kept"),
 )
+ASKED = (
+    ("free/question", "as a question"),
+    ("free/chat", "in a chat"),
+    ("kept/other question", "other questions kept"),
+    ("kept/other chat", "in a chat, kept"),
+)
 BESIDES = (
     ("probability/prompt", "efficacy", 3),
     ("probability/direct", "paraphrases", 3),
@@ -52,7 +58,7 @@ def edit_section(result: Mapping[str, Any]) -> Section:
     for cases in dict.fromkeys(run["cases"] for run in result["runs"]):
         runs = [with_shares(run) for run in result["runs"] if run["cases"] == cases]
         points = by_point(runs)
-        body += [_reached(cases, points), _besides(cases, points), _costs(cases, points)]
+        body += [_reached(cases, points), *_asked(cases, points), _besides(cases, points), _costs(cases, points)]
         for name, title in (("free/prompt", "whole object said"), ("kept/subject", "subject's other relations kept")):
             lines = _lines(points, name)
             if any(len(line) > 1 for line in lines.values()):
@@ -110,6 +116,19 @@ def _reached(cases: str, points: Mapping[Point, Runs]) -> Table:
         "whole object (reverse: with the subject). The last three: shares of prompts that go on with the same six "
         "tokens as before. “Second subject”: a neighbor's prompt after words that name the edited subject.",
     )
+
+
+def _asked(cases: str, points: Mapping[Point, Runs]) -> list[Table]:
+    """What questions reach, of the runs that were asked any."""
+    asked = {point: runs for point, runs in points.items() if any(_values(runs, name) for name, _ in ASKED)}
+    table = Table(
+        columns=(cases, "edits", *(title for _, title in ASKED)),
+        rows=_rows(asked, [(name, 3) for name, _ in ASKED]),
+        caption="Asked as a question, and as a user asks it in a chat (the model's own template): shares answered "
+        "with the whole object; and of the same subject's other questions those that go on with the same six tokens as "
+        "before. Runs without a row were made before these questions were asked.",
+    )
+    return [table] if asked else []
 
 
 def _besides(cases: str, points: Mapping[Point, Runs]) -> Table:

@@ -1,5 +1,6 @@
 """The study of fact editing: cases, answers in batches, measures, and runs that leave the model as it was."""
 
+import copy
 import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -11,15 +12,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from base_folder import write_base
 from engrammar.edit import answer
+from engrammar.edit.phrasings import RELATIONS
+from engrammar.edit.states import num_shared
 from engrammar.train import parsers
 from engrammar.train.corpora import POCKET
 from engrammar_lab.adapters import smollm
 from engrammar_lab.editing import measures, neutral, study
-from engrammar_lab.editing.answering import answers, num_shared
+from engrammar_lab.editing.answering import answers
 from engrammar_lab.editing.cases import BESIDE, FIRST, LAST, in_order, questions, read_cases
 from engrammar_lab.editing.edited import Edited
 from engrammar_lab.editing.measures import Unedited, asked_before, entropy, measure_edits
-from engrammar_lab.editing.relations import KINDS, asked_otherwise
+from engrammar_lab.editing.relations import KINDS, QUESTIONS, asked_otherwise
 from engrammar_lab.report.editing import edit_section
 from texts import WORDS
 
@@ -82,6 +85,20 @@ def test_a_neighbor_that_names_an_edited_subject_is_not_asked(file):
     assert all(case.fact.subject not in cases[n].neighbor for n in asked for case in cases)
 
 
+def test_questions_are_asked_plainly_and_in_a_chat_in_words_that_no_probe_knows(file, loaded):
+    cases, tokenizer = in_order(read_cases(file), 0, 20), copy.deepcopy(loaded[1])
+    tokenizer.chat_template = None
+    assert "chat" not in questions(cases, 100, tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.content }}>{% endfor %}so: "
+    asked = questions(cases, 100, tokenizer)
+    for kind, in_chat in (("question", "chat"), ("other question", "other chat")):
+        assert [f"<{one.prompt}>so: " for one in asked[kind]] == [one.prompt for one in asked[in_chat]] != []
+    assert set(QUESTIONS) == {asks for kind in KINDS for asks in kind}
+    assert not set(QUESTIONS.values()) & {text for relation in RELATIONS for text in relation.phrasings}
+    for question, sentence in zip(asked["other question"], asked["subject"]):
+        assert question.about == sentence.about and cases[question.about].fact.subject in question.prompt
+
+
 def test_what_stands_beside_a_subject_names_it_first(file):
     cases = in_order(read_cases(file), 0, 20)
     for number, prompt in questions(cases, 100)["beside"]:
@@ -124,7 +141,7 @@ def test_what_all_prompts_begin_with_is_read_once(loaded, monkeypatch):
     assert answers(model, tokenizer, told, prompts, 4) == expected
     assert sum(lengths) < 2 * len(tokenizer(told.worded("")).input_ids) + 200
     assert num_shared([[1] * 60 + [2], [1] * 60 + [3, 4]]) == 60 and num_shared([[1] * 60, [1] * 60 + [3]]) == 59
-    assert num_shared([[1, 2], [1, 3]]) == 0 and num_shared([[1] * 60]) == 0
+    assert num_shared([[1, 2], [1, 3]]) == 1 and num_shared([[1] * 60]) == 0
 
 
 def test_entropy_is_that_of_its_authors():
@@ -135,10 +152,10 @@ def test_entropy_is_that_of_its_authors():
 def test_measures_of_an_unedited_model_say_that_nothing_has_changed(loaded, file):
     model, tokenizer = loaded
     cases, unedited = in_order(read_cases(file), 0, 12), Unedited(model, tokenizer)
-    for num_tokens, prompts in asked_before(cases, 12).items():
+    for num_tokens, prompts in asked_before(cases, 12, tokenizer).items():
         unedited.ask(prompts, num_tokens)
     found = measure_edits(model, tokenizer, PLAIN, cases, unedited, 12)
-    assert {found[f"kept/{kind}"] for kind in ("neighbor", "beside", "subject")} == {1.0}
+    assert {found[f"kept/{kind}"] for kind in ("neighbor", "beside", "subject", "other question")} == {1.0}
     assert found["fluency/entropy"] == found["fluency/entropy before"]
     unedited.known = {key: text + "!" for key, text in unedited.known.items()}  # the control: other answers before
     assert measure_edits(model, tokenizer, PLAIN, cases, unedited, 12)["kept/neighbor"] == 0.0
