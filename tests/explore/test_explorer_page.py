@@ -145,6 +145,8 @@ def test_a_patch_is_loaded_and_compared(page, tmp_path):
     page.wait_for_selector("#problem:not([hidden])")
     assert "change the same differently" in page.text_content("#problem")
     page.complaints.clear()  # the browser notes the refusal
+    type_text(page, "w3 w4 w5", 3)  # a reading that ends well does not take the refusal back
+    assert "change the same differently" in page.text_content("#problem:not([hidden])")
 
 
 def test_reload_second_tab_huge_paste_and_markup_behave(page):

@@ -60,8 +60,11 @@
 
   const say = (text) => { id("status").textContent = text; };
 
-  function complain(error) {
+  // A reading that ends well takes back what a reading complained of, not why a patch was refused.
+  function complain(error, from = "work") {
     const problem = id("problem");
+    if (!error && from === "reading" && problem.dataset.from !== from) return;
+    problem.dataset.from = from;
     problem.hidden = !error;
     problem.textContent = error ? error.message : "";
   }
@@ -106,13 +109,13 @@
         throw new Error(`The text has ${Draw.whole(text.length)} characters; allowed: ${Draw.whole(MOST_CHARACTERS)}.`);
       }
       const seen = await ask("look", { text, compare: state.compare }, { signal: asked.signal });
-      complain(null);
+      complain(null, "reading");
       const isLonger = !state.look || seen.tokens.length !== state.look.tokens.length;
       const position = isLonger ? seen.tokens.length - 1 : Math.min(state.position, seen.tokens.length - 1);
       show(seen, position);
       await choose(position, false);
     } catch (error) {
-      if (error.name !== "AbortError") complain(error);
+      if (error.name !== "AbortError") complain(error, "reading");
     } finally {
       clearTimeout(slow);
       if (state.asked === asked) { state.asked = null; say(""); }
@@ -147,7 +150,7 @@
       const told = await ask("token", { text: seen.text, compare: seen.compare || "first", position });
       if (told.version !== seen.version) { await look(); return; }
       if (state.position === position && state.look === seen) Draw.token(seen, told, state.about);
-    } catch (error) { complain(error); }
+    } catch (error) { complain(error, "reading"); }
   }
 
   function move(event) {
