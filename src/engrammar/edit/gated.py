@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BEFORE = ("{}", "Here is a fact. {}", "As the guide said, {}")  # what stands before a prompt when a probe is fitted
-NUM_SUBJECTS = 16  # facts of a relation that its probe is fitted on; half as many in other forms than their own
+NUM_SUBJECTS = 16  # facts of a relation that its probe is fitted on; a quarter in other forms than their own
 NUM_ASKS, NUM_OTHERS = 4, 12  # other phrasings of the relation, and prompts of other relations, of each of them
 MOST_IN_UNIT = 64  # facts that are learned at a time
 NOT_APART = "prompts that ask it cannot be told from others of its subject"
@@ -180,7 +180,7 @@ class _Asked:
         """The probe, with prompts of other relations that come nearest to opening a first one."""
         relation, reader, bank = self.relation, self.reader, self.reader.bank(self.form)
         own = self.form is relation.own
-        fitted = relation.facts[: NUM_SUBJECTS if own else NUM_SUBJECTS // 2]
+        fitted = relation.facts[: NUM_SUBJECTS if own else NUM_SUBJECTS // 4]
         asks_FND = self.states(fitted)
         empty_ND = asks_FND[:0, 0]
         name = relation.name if own else f"{relation.name} ({self.form.name})"
