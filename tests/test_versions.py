@@ -1,5 +1,9 @@
 """What older versions of transformers lack is the same as what newer ones have."""
 
+import importlib
+import sys
+from importlib import metadata
+
 import pytest
 import torch
 from transformers import cache_utils, modeling_utils
@@ -37,3 +41,10 @@ def test_training_is_refused_where_it_was_not_tested():
     with pytest.raises(ValueError, match=r"tested with transformers 5\.23, and 5\.19\.0 is installed"):
         versions.check_can_train("5.19.0")
     versions.check_can_train("5.23.0")
+
+
+def test_another_torchtitan_is_refused(monkeypatch):
+    monkeypatch.setattr(metadata, "version", lambda name: "0.2.2")
+    monkeypatch.delitem(sys.modules, "engrammar.titan", raising=False)
+    with pytest.raises(ImportError, match=r"works with torchtitan 0.3.0, and 0.2.2 is installed: pip install"):
+        importlib.import_module("engrammar.titan")

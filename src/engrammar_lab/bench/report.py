@@ -1,7 +1,7 @@
 """What the benches found, on the terminal and as docs/measurements.md, made from the JSON under results/bench.
 
-Remake: engrammar bench hash --json > results/bench/hash.json; the same for the others of `BENCHES`; then
-python -m engrammar_lab.bench.report
+Remake: engrammar bench hash --json > results/bench/hash.json; the same for the others of `BENCHES`; the command in
+results/bench/titan.json; then python -m engrammar_lab.bench.report
 """
 
 import json
@@ -25,10 +25,9 @@ from engrammar_lab.bench import (
     sharded,
     step,
     store,
+    titan,
 )
 from engrammar_lab.bench import hash as hashing
-
-PICTURE = "rows.png"
 
 
 class Part(NamedTuple):
@@ -37,14 +36,14 @@ class Part(NamedTuple):
     Attributes:
         table: gives the header and lines of its figures.
         num_keys: number of columns at the left that name what a line is about.
-        picture: the caption of its picture, if it has one.
+        picture: the file and the caption of its picture, if it has one.
     """
 
     title: str
     table: Callable[[dict[str, Any]], tuple[list[str], Lines]]
     verdict: Callable[[dict[str, Any]], str]
     num_keys: int = 1
-    picture: str = ""
+    picture: tuple[str, str] | None = None
 
 
 class Bench(NamedTuple):
@@ -60,8 +59,11 @@ class Bench(NamedTuple):
             yield part, result[name]
 
 
+ROWS = ("rows.png", "step time against rows per head")
+CURVES = ("titan.png", "losses of both, and how far they are apart")
+TITAN = Part("The same training in torchtitan", titan.table, titan.verdict, 2, CURVES)
 OF_STEP = {
-    "rows": Part("A step against rows per head", rows.table, rows.verdict, 2, "step time against rows per head"),
+    "rows": Part("A step against rows per head", rows.table, rows.verdict, 2, ROWS),
 }
 OF_STORE = {
     "cold": Part("Cold rows", cold.table, cold.verdict),
@@ -105,30 +107,41 @@ def show(name: str, result: dict[str, Any]) -> None:
 
 def load_results(results: Path) -> dict[str, dict[str, Any]]:
     """The results in a folder, by bench."""
-    return {name: json.loads((results / f"{name}.json").read_text()) for name in BENCHES}
+    return {name: _load(results, name) for name in BENCHES}
+
+
+def _load(results: Path, name: str) -> dict[str, Any]:
+    return dict(json.loads((results / f"{name}.json").read_text()))
 
 
 def render(results: Path, document: Path) -> str:
     """The whole page; its links are relative to `document`."""
     page = ["# Measurements", "", "Made by `python -m engrammar_lab.bench.report` from `results/bench`.", ""]
-    for name, result in load_results(results).items():
-        for part, figures in BENCHES[name].parts(result):
-            page += [f"## {part.title}: `{result['command']}`", "", _conditions(result, figures), ""]
-            page += [*as_markdown(*part.table(figures)), "", part.verdict(figures), ""]
-            if part.picture:
-                page += [f"![{part.picture}]({os.path.relpath(results / PICTURE, document.parent)})", ""]
+    shown = [
+        (result, part, figures)
+        for name, result in load_results(results).items()
+        for part, figures in BENCHES[name].parts(result)
+    ]
+    side_by_side = _load(results, "titan")
+    for result, part, figures in [*shown, (side_by_side, TITAN, side_by_side)]:
+        page += [f"## {part.title}: `{result['command']}`", "", _conditions(result, figures), ""]
+        page += [*as_markdown(*part.table(figures)), "", part.verdict(figures), ""]
+        if part.picture:
+            file, caption = part.picture
+            page += [f"![{caption}]({os.path.relpath(results / file, document.parent)})", ""]
     return "\n".join(page)
 
 
 def write_page(results: Path = Path("results/bench"), document: Path = Path("docs/measurements.md")) -> None:
-    """Write the page of measurements, and the picture beside the results.
+    """Write the page of measurements, and the pictures beside the results.
 
     Args:
         results: The folder with the JSON of every bench.
         document: The page to write.
     """
     document.write_text(render(results, document))
-    rows.draw(load_results(results)["step"]["rows"], results / PICTURE)
+    rows.draw(_load(results, "step")["rows"], results / ROWS[0])
+    titan.draw(_load(results, "titan"), results / CURVES[0])
 
 
 if __name__ == "__main__":

@@ -31,8 +31,18 @@ def test_the_terminal_shows_the_cells_of_the_page(name, capsys, monkeypatch):
         assert all(f"| {' | '.join(line)} |" in DOCUMENT.read_text() for line in [header, *lines])
 
 
-def test_the_page_shows_the_rows_picture():
-    assert "](../results/bench/rows.png)" in DOCUMENT.read_text() and (FOLDER / "rows.png").stat().st_size > 10_000
+@pytest.mark.parametrize("name", ["rows.png", "titan.png"])
+def test_the_page_shows_its_pictures(name):
+    assert f"](../results/bench/{name})" in DOCUMENT.read_text() and (FOLDER / name).stat().st_size > 10_000
+
+
+def test_how_far_torchtitan_and_our_trainer_part_is_what_their_losses_say():
+    for run in json.loads((FOLDER / "titan.json").read_text())["runs"]:
+        first = run["losses"]["torchtitan"]
+        for name, apart in run["largest_difference_to_torchtitan"].items():
+            assert apart["all_steps"] == max(abs(a - b) for a, b in zip(run["losses"][name], first, strict=True)) > 0
+        for name, loss in run["mean_of_last_20_steps"].items():
+            assert loss == pytest.approx(mean(run["losses"][name][-20:]))
 
 
 def test_the_page_is_written_where_the_caller_is(tmp_path, monkeypatch):
@@ -43,7 +53,7 @@ def test_the_page_is_written_where_the_caller_is(tmp_path, monkeypatch):
         (tmp_path / "results" / "bench" / path.name).write_text(path.read_text())
     write_page()
     assert (tmp_path / "docs" / "measurements.md").read_text() == DOCUMENT.read_text()
-    assert (tmp_path / "results" / "bench" / "rows.png").exists()
+    assert all((tmp_path / "results" / "bench" / name).exists() for name in ("rows.png", "titan.png"))
 
 
 def test_the_readme_states_the_committed_figures():
