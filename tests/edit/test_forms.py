@@ -89,6 +89,23 @@ def test_a_sentence_is_learned_as_its_relation_is_asked(llama, chatting, monkeyp
         undo_patch(llama, "one")
 
 
+def test_one_relation_in_two_forms_has_probes_of_two_names(llama, chatting, monkeypatch):
+    asked = Relation(kinds="plt", phrasings=("w9 {} w10 w11", "w12 {} w10 w11", "w13 {} w14 ?"))
+    rest = tuple(Relation(kinds="plt", phrasings=(f"w{n} {{}} w{n + 1}", f"w{n + 1} {{}} ?")) for n in range(15, 19))
+    silent = Relation(kinds="plt", phrasings=("w1 {} w2",))  # no question asks it, so none is taken for it
+    for module in ("probing", "gated"):
+        monkeypatch.setattr(f"engrammar.edit.{module}.RELATIONS", (asked, silent, *rest))
+    facts = [replace(FACTS[0], prompt="w9 w3 w4 w10 w11"), replace(FACTS[1], prompt="w13 w5 w6 w14 ?")]
+    patch, refused = learn(llama, chatting, facts, settings=replace(SETTINGS, match_above=-5.0))
+    assert not refused
+    forms = {"w9 {} w10 w11": ("question", "chat"), "w13 {} w14 ?": ("chat", "sentence")}
+    assert set(patch.probe_names) == {
+        f"{n}{add}" for n, more in forms.items() for add in ("", *(f" ({m})" for m in more))
+    }
+    apply_patch(llama, patch, chatting)
+    assert all(continued(llama, fact.prompt, 2).startswith(fact.object) for fact in facts)
+
+
 def test_a_chat_is_read_as_its_template_has_it():
     """With and without a token that the tokenizer puts before every text."""
     for is_put in (False, True):

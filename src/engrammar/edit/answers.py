@@ -27,9 +27,9 @@ def phrasings_of(fact: Fact, asked: str = "") -> list[str]:
     """Twenty ways to ask a fact: its prompt, its paraphrases, a relation's phrasings, its prompt after other words.
 
     Args:
-        asked: the name of its probe; those of known relations are called by their first phrasing.
+        asked: the name of its probe; those of known relations are called by one of their phrasings.
     """
-    known = next((one.phrasings for one in RELATIONS if one.phrasings[0] == asked), ())
+    known = next((one.phrasings for one in RELATIONS if asked in one.phrasings), ())
     words = [fact.prompt, *fact.paraphrases, *(about(text, fact.subject) for text in known)]
     after = [form.format(fact.prompt) for form in FORMS]
     return list(dict.fromkeys([*words, *after]))[:NUM_PHRASINGS]

@@ -75,7 +75,7 @@ def gated_units(
 
 
 def _relations(reader: "_Reader", facts: Sequence[Fact]) -> tuple[list["_Relation"], list[Refused]]:
-    """Facts by what they ask: one of the known relations in whatever words, or else one template."""
+    """Facts by what they ask: in one form, one of the known relations in whatever words, or else one template."""
     templates: dict[str, list[Fact]] = {}
     for fact in facts:
         templates.setdefault(fact.template, []).append(fact)
@@ -83,8 +83,9 @@ def _relations(reader: "_Reader", facts: Sequence[Fact]) -> tuple[list["_Relatio
     matches: dict[str, Match] = {}
     refused = []
     for template, own in templates.items():
-        match = reader.match(template, own)
-        name = template if match.relation is None else RELATIONS[match.relation].phrasings[0]
+        match, form = reader.match(template, own), reader.form_of(template)
+        known = () if match.relation is None else RELATIONS[match.relation].phrasings
+        name = next((text for text in known if form.fits(text)), template)
         for fact in own:
             place = next((one for one in (name, template) if fact.subject not in groups.get(one, {})), None)
             if place is None:

@@ -59,6 +59,8 @@ class Bank:
 
     def _classifier(self, relation: int) -> Tensor:
         is_own_N = self.relation_N == relation
+        if not is_own_N.any():  # it has no phrasing of this form
+            return torch.tensor([0.0] * self.units_ND.shape[1] + [-torch.inf])
         return ridge([self.units_ND[is_own_N], self.units_ND[~is_own_N]], self.settings.ridge)
 
     def match(self, asks_ND: Tensor, named_KD: Tensor) -> Match:
