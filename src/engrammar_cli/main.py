@@ -43,6 +43,7 @@ def generate(
     address: str = "127.0.0.1:50051",
     adapter: Path | None = None,
     patch: Path | None = None,
+    chat: bool = False,
 ) -> None:
     """Continue a prompt with a trained model, on an accelerator if there is one.
 
@@ -65,11 +66,12 @@ def generate(
         address: Address of mooncake_master, as HOST:PORT, for --memory remote.
         adapter: The folder of a memory that was attached to the model; --memory says where its tables are.
         patch: The file of a patch to apply.
+        chat: Ask the prompt in the model's chat template, and print the answer alone.
     """
     from engrammar.train.sample import Sampling, complete, load_changed, pool_store
 
     sampling = Sampling(
-        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, num_beams=num_beams, seed=seed
+        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, num_beams=num_beams, seed=seed, chat=chat
     )
     if (memory == "remote") != (name is not None):
         raise ValueError("--memory remote and --name go together: name the tables as `engrammar table upload` did.")

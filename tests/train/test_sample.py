@@ -72,3 +72,14 @@ def test_a_bar_counts_the_tokens_and_changes_none(folder, num_beams, monkeypatch
     ids = model.generate(**inputs, max_new_tokens=5, num_beams=num_beams, do_sample=False)
     said = complete(model, tokenizer, "To be", sampling)
     assert said == tokenizer.decode(ids[0], skip_special_tokens=True) and bars[0].count == 5
+
+
+def test_a_chat_asks_in_the_template_and_shows_the_answer_alone(folder):
+    model, tokenizer = load(folder)
+    greedy = Sampling(max_new_tokens=4, temperature=0, chat=True)
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="has no chat template: ask without a chat"):
+        complete(model, tokenizer, "to be", greedy)
+    tokenizer.chat_template = "user: {{ messages[0].content }}\nanswer:"
+    whole = complete(model, tokenizer, "user: to be\nanswer:", Sampling(max_new_tokens=4, temperature=0))
+    assert whole == "user: to be\nanswer:" + complete(model, tokenizer, "to be", greedy)

@@ -72,7 +72,14 @@ def in_chat(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> str:
     """What a chat model reads when a user asks something, up to where its answer begins.
 
     A token that the tokenizer puts before every text is left out: it comes when the text becomes ids.
+
+    Raises:
+        ValueError: the tokenizer has no template for chats.
     """
+    if not tokenizer.chat_template:
+        raise ValueError(
+            "The tokenizer has no chat template: ask without a chat, or use a model that was made for chats."
+        )
     chat = [{"role": "user", "content": prompt}]
     text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     assert isinstance(text, str)

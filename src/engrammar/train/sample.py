@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, StoppingCriteria, StoppingCriteriaList, 
 
 from engrammar.attach import load_attached
 from engrammar.edit.applying import apply_patch
+from engrammar.edit.forms import in_chat
 from engrammar.edit.kept import kept_files
 from engrammar.model.configuration import EngrammarConfig, load_config
 from engrammar.model.modeling import EngrammarForCausalLM
@@ -132,13 +133,14 @@ def pool_store(directory: Path, name: str, address: str) -> Callable[[TableFile]
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How to continue a prompt; `temperature` 0 is greedy."""
+    """How to continue a prompt; `temperature` 0 is greedy, `chat` asks it in the chat template of the model."""
 
     max_new_tokens: int = 60
     temperature: float = 0.8
     top_p: float = 0.95
     num_beams: int = 1
     seed: int = 0
+    chat: bool = False
 
     def __post_init__(self) -> None:
         for name, holds, allowed in (
@@ -152,8 +154,9 @@ class Sampling:
 
 
 def complete(model: Any, tokenizer: Any, prompt: str, sampling: Sampling) -> str:
-    """Returns the prompt and its continuation."""
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    """Returns the prompt and its continuation; in a chat, the answer alone."""
+    text = in_chat(tokenizer, prompt) if sampling.chat else prompt
+    inputs = tokenizer(text, return_tensors="pt").to(model.device)
     if inputs.input_ids.numel() == 0:
         raise ValueError("The prompt is empty: give at least one token to continue.")
     set_seed(sampling.seed)
@@ -167,7 +170,8 @@ def complete(model: Any, tokenizer: Any, prompt: str, sampling: Sampling) -> str
             stopping_criteria=StoppingCriteriaList([_Advance(bar)]),
             **(how if sampling.temperature > 0 else {"do_sample": False}),
         )
-    return tokenizer.decode(ids[0], skip_special_tokens=True)
+    first = inputs.input_ids.shape[1] if sampling.chat else 0
+    return tokenizer.decode(ids[0, first:], skip_special_tokens=True)
 
 
 @final
