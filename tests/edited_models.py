@@ -71,8 +71,12 @@ def rich_entries(gate: float = 1.0) -> list[ExactEntry]:
         ExactEntry(key=key(8), block=0, values=vectors(13, 1)),
         ExactEntry(key=key(10), block=3, values=vectors(14, 3), says=says[:2], relative=True, gate=0.3),
         ExactEntry(key=key(12), values=vectors(15, 3), says=says, probe="early", armed=5, **gated),
-        ExactEntry(key=key(12), values=vectors(16, 1), says=(33,), probe="late", armed=7, until_name=True, **gated),
-        ExactEntry(key=key(14), values=vectors(17, 2), says=says[:2], probe="late", armed=6, until_name=True, **gated),
+        ExactEntry(
+            key=key(12), values=vectors(16, 1), says=(33,), probe="late", armed=7, until_name=True, fact=0, **gated
+        ),
+        ExactEntry(
+            key=key(14), values=vectors(17, 2), says=says[:2], probe="late", armed=6, until_name=True, fact=0, **gated
+        ),
         ExactEntry(
             key=key(16),
             values=vectors(18, 1),
@@ -82,7 +86,7 @@ def rich_entries(gate: float = 1.0) -> list[ExactEntry]:
             binding_threshold=0.1,
             **gated,
         ),
-        ExactEntry(key=key(18, 16), values=vectors(20, 1), probe="early", armed=3, until_name=True, **gated),
+        ExactEntry(key=key(18, 16), values=vectors(20, 1), probe="early", armed=3, until_name=True, after=16, **gated),
         ExactEntry(key=key(20), values=vectors(21, 1), probe="late", armed=0, block=3),
     ]
 
@@ -119,7 +123,7 @@ def names() -> np.ndarray:
 
 
 def rich_patch(model, name: str = "rich", gate: float = 1.0, **about) -> Patch:
-    about = {"encoding": "fp32", "names_V": names(), **about}
+    about = {"encoding": "fp32", "names_V": names(), "facts": [{"subject": "w12"}], **about}
     return build_patch(name, base_of(model, tokenizer()), rich_entries(gate), probes(), **about)
 
 
@@ -163,7 +167,8 @@ def plain_armed(entries: list[ExactEntry], ids: list[int], found: list, place: i
             break
         for index, entry in enumerate(entries):
             is_ended = entry.until_name and any(names()[one] for one in ids[at + 1 : place + 1])
-            if entry.probe is not None and entry.key == found[at] and place - at <= entry.armed and not is_ended:
+            is_here = entry.key == found[at] and place - at <= entry.armed and entry.after in (None, ids[place])
+            if entry.probe is not None and is_here and not is_ended:
                 armed.append((at, index))
         at -= len(found[at])
     return armed
@@ -176,6 +181,10 @@ def plain_writes(entries: list[ExactEntry], ids: list[int], margin) -> list[tupl
         margin: of a token and an entry with a probe, how far it is open; not open at 0 or below.
     """
     found, writes, before, said = plain_found(entries, ids), [], None, {}
+
+    def fact(index: int) -> int:
+        return entries[index].fact if entries[index].fact >= 0 else -1 - index
+
     for place, token in enumerate(ids):
         is_first = token < 0 or place == 0 or ids[place - 1] < 0
         if is_first:
@@ -197,12 +206,12 @@ def plain_writes(entries: list[ExactEntry], ids: list[int], margin) -> list[tupl
             index, step = before
             now = (index, step + 1)
             if step + 1 == len(entries[index].values):
-                said[index], now = place, None
+                said[fact(index)], now = place, None
                 before = None
                 continue
         else:
             opened = [(at, margin(place, index), index) for at, index in plain_armed(entries, ids, found, place)]
-            opened = [one for one in opened if one[1] > 0 and said.get(one[2], -1) < one[0]]
+            opened = [one for one in opened if one[1] > 0 and said.get(fact(one[2]), -1) < one[0]]
             if opened:
                 nearest = max(at for at, *_ in opened)
                 now = (max((one for one in opened if one[0] == nearest), key=lambda one: one[1])[2], 0)

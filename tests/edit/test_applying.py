@@ -127,7 +127,7 @@ def test_conflicts_are_named_key_by_key():
     first, second = rich_patch(model), small_patch(model, "second", (8,), seed=99)
     assert [str(one) for one in conflicts(first, second)] == [f"key {list(key(8))} at block 2"]
     other_probe = replace(probes()[1], threshold=0.25)
-    entries = [replace(rich_entries()[7], until_name=False, values=vectors(98, 2))]
+    entries = [replace(rich_entries()[7], until_name=False, fact=-1, values=vectors(98, 2))]
     entries.append(replace(rich_entries()[0], gate=0.5))
     third = build_patch("third", base_of(model, tokenizer()), entries, [other_probe])
     named = {str(one) for one in conflicts(first, third)}
@@ -180,7 +180,7 @@ def test_a_merged_patch_does_what_its_parts_do():
     expected = bits(model, ids)
     undo_patch(model)
     whole = merge("whole", parts)
-    assert whole.facts == [fact] * 4
+    assert whole.facts == [*parts[0].facts, *[fact] * 4]
     apply_patch(model, whole, tokenizer())
     assert torch.equal(bits(model, ids), expected)
     with pytest.raises(ValueError, match="'p40' and 'other' change the same differently"):
@@ -396,7 +396,7 @@ def test_peft_may_wrap_a_patched_model_and_the_other_way_round():
 
 
 def test_two_facts_of_one_subject_are_no_conflict_if_their_probes_have_other_names():
-    model, entry = model_of_kind("llama"), replace(rich_entries()[7], until_name=False)
+    model, entry = model_of_kind("llama"), replace(rich_entries()[7], until_name=False, fact=-1)
     base, (early, late) = base_of(model, tokenizer()), probes()
     first = build_patch("first", base, [entry], [late])
     second = build_patch("second", base, [replace(entry, probe="early", gate=2.0)], [early])

@@ -144,3 +144,18 @@ def test_states_of_a_chat_do_not_depend_on_patches(llama, chatting):
     apply_patch(llama, first, chatting)
     again, _ = learn(llama, chatting, FACTS, name="again", settings=SETTINGS)
     assert torch.equal(torch.from_numpy(first.probes), torch.from_numpy(again.probes))
+
+
+def test_a_fact_whose_object_was_said_is_not_said_again_in_another_form(llama, chatting):
+    """In a chat the question mark stands inside the armed tokens, and so does the end of the template after it."""
+    patch, _ = learn(llama, chatting, FACTS, settings=SETTINGS)
+    after = {patch.probe_names[p]: int(a) for p, a in zip(patch.column("probe"), patch.column("after"))}
+    ends = {"(chat)": chatting("w28").input_ids[0], "w11 ?": chatting("?").input_ids[0]}
+    assert all(after[name] == next(one for end, one in ends.items() if name.endswith(end)) for name in after)
+    apply_patch(llama, patch, chatting)
+    (fact, *_), said = FACTS, "w9 w3 w4 w10 w11 ? w20 w26 w27 w28"
+    assert continued(llama, fact.prompt, 1).startswith("w20")
+    with without_patches(llama):
+        expected = continued(llama, said, 1)
+    assert continued(llama, said, 1) == expected  # the chat's probe would open at w28
+    assert continued(llama, said.replace("? w20", "? w21"), 1).startswith("w20")  # the control: another word was said

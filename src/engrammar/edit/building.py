@@ -103,6 +103,7 @@ def _exact_arrays(
             "fact": entry.fact,
             "first_step": len(steps),
             "num_steps": len(entry.values),
+            "after": -1 if entry.after is None else entry.after,
         }
         table.append([row[column] for column in COLUMNS])
         strengths.append([entry.gate, entry.binding_threshold])
@@ -192,7 +193,7 @@ def _actions(patch: Patch, entries: Mapping[Place, int], wanted: Sequence[Place]
         binding = b"" if of["binding"] < 0 else decoded[of["binding"]].tobytes()
         probe = b"" if of["probe"] < 0 else patch.probes[of["probe"]].tobytes()
         test = (probe, None if of["probe"] < 0 else float(patch.thresholds[of["probe"]]))
-        numbers = [of[name] for name in ("relative", "armed", "until_name")]
+        numbers = [of[name] for name in ("relative", "armed", "until_name", "after")]
         found[place] = (written, binding, test, *numbers, *patch.strengths[index].tolist())
     return found
 

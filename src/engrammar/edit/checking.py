@@ -71,6 +71,7 @@ def _check_entries(patch: Patch, require: Require) -> None:
         "block": (0, patch.base.num_blocks),
         "armed": (0, MOST_ARMED),
         "until_name": (0, 1),
+        "after": (-1, patch.base.num_ids - 1),
         "probe": (-1, len(patch.probe_names) - 1),
         "binding": (-1, len(patch.values) - 1),
         "relative": (0, 1),
@@ -87,7 +88,9 @@ def _check_entries(patch: Patch, require: Require) -> None:
     asks = columns["until_name"].any()
     require(bool(asks) == (len(patch.name_ids) > 0), "it has entries that end at names, or ids of names, alone")
     has_probe = columns["probe"] >= 0
-    unguarded = ~has_probe & ((columns["armed"] > 0) | (columns["binding"] >= 0) | (columns["until_name"] > 0))
+    unguarded = ~has_probe & (
+        (columns["armed"] > 0) | (columns["binding"] >= 0) | (columns["until_name"] > 0) | (columns["after"] >= 0)
+    )
     require(not unguarded.any(), "an entry is armed or bound without a probe, so it would be written everywhere")
     if has_probe.any():
         in_time = patch.probe_blocks.max() <= columns["block"][has_probe].min()

@@ -19,7 +19,7 @@ from engrammar.attach.blocks import find_decoder
 from engrammar.edit.applying import applied_patches, final_norm_of, without_patches
 from engrammar.edit.building import build_patch
 from engrammar.edit.facts import Fact, Refused
-from engrammar.edit.forms import Form, forms_of, reworded
+from engrammar.edit.forms import MARK, Form, forms_of, reworded
 from engrammar.edit.names import begins_name
 from engrammar.edit.patch import ExactEntry, Probe, base_of, subject_keys
 from engrammar.edit.phrasings import NAMES, PLAIN, RELATIONS, about
@@ -274,12 +274,14 @@ class _Reader:
         says = self.ids(("" if asked.form.after else " ") + fact.object.strip())
         own = fact.template.rpartition("{}")[2] if asked.form.fits(fact.prompt) else ""
         tail = self.ids(asked.form.after)
+        after = (tail or self.ids(MARK))[-1] if asked.form.questions else None
         until_name = not self.names_V[[*self.ids(own), *tail]].any()  # the fact's own prompt must reach it
         values = self.settings.strength * self.writes_VD[torch.tensor(says)]
         return [
             ExactEntry(
                 key=key, block=len(self.decoder.blocks), values=values, says=tuple(says), relative=True,
-                probe=asked.probe.name, armed=self.settings.armed + len(tail), until_name=until_name, fact=index,
+                probe=asked.probe.name, armed=self.settings.armed + len(tail), until_name=until_name, after=after,
+                fact=index,
             )
             for key in subject_keys(fact.subject, self.tokenizer, self.classes_V)
         ]  # fmt: skip

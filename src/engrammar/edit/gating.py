@@ -96,11 +96,11 @@ def _opened(candidates: Candidates, margin_C: NDArray[np.float32]) -> dict[int, 
 def _follow(stack: Stack, text: Text, row: int, opened: Opened, codes_H: Ints) -> list[int]:
     """The codes [T] of one row."""
     first_new = text.ids_BP.shape[1] - text.num_new
-    num_steps, first_step = stack.columns["num_steps"], stack.columns["first_step"]
-    said: dict[int, int] = {}  # the position at which the object of an entry was last said
+    num_steps, first_step, fact = (stack.columns[name] for name in ("num_steps", "first_step", "fact"))
+    said: dict[int, int] = {}  # the position at which the object of a fact was last said
     for place, code in enumerate(codes_H.tolist(), start=first_new - len(codes_H)):
         if code != NO_WRITE and code % CODES == num_steps[code // CODES]:
-            said[code // CODES] = place
+            said[int(fact[code // CODES])] = place
     before = int(codes_H[-1]) if len(codes_H) else NO_WRITE
     codes = []
     for token in range(text.num_new):
@@ -110,9 +110,9 @@ def _follow(stack: Stack, text: Text, row: int, opened: Opened, codes_H: Ints) -
         if is_under_way and stack.steps[first_step[entry] + step, 1] == text.ids_BP[row, place]:
             code = before + 1
             if step + 1 == num_steps[entry]:
-                said[entry] = place
+                said[int(fact[entry])] = place
         else:
-            armed = (entry for since, entry in opened.get(token, ()) if said.get(entry, -1) < since)
+            armed = (entry for since, entry in opened.get(token, ()) if said.get(int(fact[entry]), -1) < since)
             code = next((entry * CODES for entry in armed), NO_WRITE)
         codes.append(code)
         before = code

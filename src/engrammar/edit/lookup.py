@@ -131,7 +131,7 @@ def candidates(stack: Stack, text: Text, found_BP: Ints) -> Candidates:
     """The entries with a probe that are armed at each token, for up to `MOST_ARMED` keys before it.
 
     A key that ends inside a longer one, such as "York" after "New", is not a subject of its own. Entries may be
-    armed only up to the first id after their key that begins another name.
+    armed only up to the first id after their key that begins another name, and only at one id.
     """
     entries, starts = stack.of_key(gated=True)
     first_new = text.ids_BP.shape[1] - text.num_new
@@ -151,6 +151,8 @@ def candidates(stack: Stack, text: Text, found_BP: Ints) -> Candidates:
         armed = stack.columns["armed"][entry] >= (first_new + token - place)[one]
         is_last_name = named_BP[row, first_new + token] == named_BP[row, place]
         armed &= is_last_name[one] | (stack.columns["until_name"][entry] == 0)
+        after = stack.columns["after"][entry]
+        armed &= (after < 0) | (after == text.ids_BP[row, first_new + token][one])
         parts.append([row[one][armed], token[one][armed], entry[armed], place[one][armed]])
         before = place - stack.lengths_Q[key]
         place = np.where(before >= 0, last_BP[row, np.maximum(before, 0)], -1)

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MOST_CLASSES, MOST_STEPS, MOST_ARMED = 16, 16, 1024  # of a key; of an entry; tokens that a key stays armed
-COLUMNS = ("key", "block", "armed", "until_name", "probe", "binding", "relative", "fact", "first_step", "num_steps")
+COLUMNS = (
+    "key", "block", "armed", "until_name", "probe", "binding", "relative", "fact", "first_step", "num_steps", "after",
+)  # fmt: skip
 Require = Callable[[object, str], None]
 Key = tuple[int, ...]
 
@@ -58,7 +60,7 @@ class ExactEntry:
     Without a probe, `values[0]` is added at the key's last token. With one, the key is armed there and for `armed`
     tokens after it, and `values[0]` is added at the tokens where the probe opens. Where a step says a token, and that
     token comes next, the next step's value is added at it, and so on: an object of several tokens is written token by
-    token. After its last token was said, the key is not armed any more, until it occurs again.
+    token. After its last token was said, the fact is not armed any more, until its key occurs again.
 
     Attributes:
         key: class ids, 1 to 16; the longest key that ends at a token is the one that occurs there.
@@ -70,6 +72,7 @@ class ExactEntry:
         probe: the name of a probe of the patch.
         armed: tokens after the key's last one at which the probe may open.
         until_name: whether another name ends that: the first id after the key that is one of the patch's `name_ids`.
+        after: the only id at which the probe may open, such as that of a question mark; None: any.
         binding, binding_threshold: a second direction [D] on the probe's normalized hidden state, for this subject
             alone. Of several armed subjects, the nearest whose probe and binding open is written.
         fact: the index of its fact in `Patch.facts`, or -1.
@@ -84,6 +87,7 @@ class ExactEntry:
     probe: str | None = None
     armed: int = 0
     until_name: bool = False
+    after: int | None = None
     binding: Tensor | None = None
     binding_threshold: float = 0.0
     fact: int = -1
@@ -239,6 +243,7 @@ class Patch:
                     probe=None if of["probe"] < 0 else self.probe_names[of["probe"]],
                     armed=of["armed"],
                     until_name=bool(of["until_name"]),
+                    after=None if of["after"] < 0 else of["after"],
                     binding=None if of["binding"] < 0 else values_RD[of["binding"]],
                     binding_threshold=float(self.strengths[index, 1]),
                     fact=of["fact"],

@@ -29,7 +29,8 @@ class Stack:
         identity: the digests of the patches; a cache that was filled with others is not continued.
         table: all keys.
         lengths_Q: classes of each key.
-        columns: the columns of `patch.COLUMNS` by name, [E]; numbers of keys, probes, rows and steps are the stack's.
+        columns: the columns of `patch.COLUMNS` by name, [E]; numbers of keys, probes, rows and steps are the stack's,
+            and so are those of facts: an entry without one has a number of its own.
         strengths: float32 [E, 2], gate and binding threshold.
         steps: [S, 2], value row and the id that is said.
         names_V: whether each id begins a name; empty if no entry asks.
@@ -120,6 +121,8 @@ def stack_patches(patches: Sequence[Patch], parts: Sequence[ValueRows], identity
     for name, counted in (("probe", "probes"), ("binding", "rows")):
         columns[name] = np.where(columns[name] < 0, -1, columns[name] + first[counted][patch_E])
     columns["first_step"] += first["steps"][patch_E]
+    alone = np.arange(len(order)) + first["facts"][-1]
+    columns["fact"] = np.where(columns["fact"] < 0, alone, columns["fact"] + first["facts"][patch_E])
     steps = _joined([patch.steps for patch in patches], 2)
     steps[:, 0] += first["rows"][_owners([len(patch.steps) for patch in patches])]
     probes = np.concatenate([np.empty((0, 2, width), np.float32), *[patch.probes for patch in patches]])
@@ -164,6 +167,7 @@ def _places(patches: Sequence[Patch]) -> tuple[Classes, Ints, dict[str, Ints]]:
         "probes": np.cumsum([0, *[len(patch.probe_names) for patch in patches]]),
         "steps": np.cumsum([0, *[len(patch.steps) for patch in patches]]),
         "rows": np.cumsum([0, *[len(patch.values) for patch in patches]]),
+        "facts": np.cumsum([0, *[len(patch.facts) for patch in patches]]),
     }
     longest = max((patch.keys_QK.shape[1] for patch in patches), default=1)
     padded = [pad_keys(patch.keys_QK, longest) for patch in patches]

@@ -87,6 +87,7 @@ def patch_of(keys_QK: np.ndarray, name: str, bases: Bases) -> Patch:
         "block": np.full(count, blocks),
         "armed": np.full(count, 16),
         "until_name": np.zeros(count),
+        "after": np.full(count, -1),
         "probe": rng.integers(0, PROBES, count),
         "binding": np.full(count, -1),
         "relative": np.ones(count),
