@@ -1,6 +1,6 @@
 """`nano` from one start, 200 steps on real text on a CPU, by torchtitan and by our Trainer.
 
-usage: PYTHONPATH=tests .venv-titan/bin/python tests/titan/side_by_side.py WORK-FOLDER RESULTS.json
+usage: PYTHONPATH=tests .venv-titan/bin/python tests/titan/side_by_side.py [WORK-FOLDER RESULTS.json]
 torchtitan on two ranks shows how far rounding alone takes two runs apart. A run that is in the work folder is kept.
 """
 
@@ -135,4 +135,5 @@ if __name__ == "__main__":
         configs.nano = lambda: configs.trainer_config("nano", nano(Path(place)), lr=LR, sequence=LENGTH, batch=BATCH)
         titan_cpu.main()
     else:
-        main(Path(sys.argv[1]), Path(sys.argv[2]))
+        work, results = sys.argv[1:] or ("runs/side-by-side", "results/bench/titan.json")
+        main(Path(work), Path(results))

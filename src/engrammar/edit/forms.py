@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+MARK = "?"  # what a question ends in
 # Words of a question that leave what it asks as it is when they are exchanged.
 SWAPS = (
     ("What", "Which"), ("Which", "What"), ("Who", "Which person"), ("Where", "In what place"), ("was", "is"),
@@ -20,7 +21,7 @@ BEFORE_QUESTION = ("Please tell me: ", "Do you know ")
 
 
 def is_question(prompt: str) -> bool:
-    return prompt.rstrip().endswith("?")
+    return prompt.rstrip().endswith(MARK)
 
 
 def reworded(prompt: str) -> list[str]:
@@ -55,9 +56,6 @@ class Form:
     def after(self) -> str:
         """What follows on a prompt."""
         return self.put(MARK).rpartition(MARK)[2]
-
-
-MARK = "?"
 
 
 def forms_of(tokenizer: "PreTrainedTokenizerBase") -> Sequence[Form]:

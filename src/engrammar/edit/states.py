@@ -86,11 +86,11 @@ def _read_shared(model: nn.Module, rows: Sequence[list[int]], block: int) -> Dyn
     if shared < SHARED or attachment_of(decoder.host) or not takes_cache:
         return None
     before = DynamicCache(config=decoder.host.config)
-    if all(type(layer) is DynamicLayer for layer in before.layers):
-        ids_1T = torch.tensor([rows[0][:shared]], device=next(model.parameters()).device)
-        states(model, ids_1T, torch.ones_like(ids_1T), block, before)
-        return before
-    return None
+    if not all(type(layer) is DynamicLayer for layer in before.layers):
+        return None
+    ids_1T = torch.tensor([rows[0][:shared]], device=next(model.parameters()).device)
+    states(model, ids_1T, torch.ones_like(ids_1T), block, before)
+    return before
 
 
 def num_shared(rows: Sequence[list[int]]) -> int:

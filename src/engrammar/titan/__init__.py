@@ -10,8 +10,10 @@ VERSION = "0.3.0"  # the lowest and the highest: 0.2.2 has neither `protocols.mo
 
 
 def require_torchtitan() -> None:
-    """Raises:
-    ImportError: torchtitan is installed, but not in the version that was tested.
+    """Refuses another torchtitan than the one that was tested.
+
+    Raises:
+        ImportError: another version is installed.
     """
     try:
         found = metadata.version("torchtitan")
