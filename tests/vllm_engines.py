@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,15 +72,19 @@ def answers_of(model: Any, asked: list[list[int]]) -> list[Answer]:
 def engine(folder: Path, memory: dict | None = None, **given) -> Iterator[LLM]:
     """vLLM in this process, with 32 requests at once."""
     chosen = {"max_num_seqs": 32, "max_num_batched_tokens": 128, "max_model_len": 512, "block_size": BLOCK}
-    llm = None
+    chosen |= {"enforce_eager": True, "skip_tokenizer_init": True}
+    llm, llvm = None, sys.modules.get("llvmlite.binding.ffi")
+    if (
+        llvm is not None
+    ):  # numba is loaded: vLLM looks for kernels in the `__dict__` of all there is, and falls over this one
+        llvm.lib._fntab["__dict__"] = {}
     try:
         llm = LLM(
             str(folder),
-            skip_tokenizer_init=True,
             dtype="float32",
             disable_log_stats=False,
             additional_config={"engrammar": memory or {}},
-            **{"enforce_eager": True, **chosen, **given},
+            **{**chosen, **given},
         )
         yield llm
     finally:

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 pytest.importorskip("vllm", reason="vLLM is not installed here: `make test-serve` makes an environment with it")
+from vllm.platforms import current_platform
+
 from engrammar import EngrammarForCausalLM
 from engrammar.edit import apply_patch
 from engrammar.serve.vllm import reading, settings
@@ -33,6 +35,8 @@ from vllm_engines import (
 pytestmark = pytest.mark.vllm
 HEADS = {"qk_nope_head_dim": 24, "qk_rope_head_dim": 8, "v_head_dim": 20}  # 32 numbers: vLLM has a kernel
 ODD_HEADS = {"qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32}  # 48, as in `nano`: it has none
+
+NGRAMS = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 
 
 def save(folder: Path, dialect: str | None, branches: int, **settings) -> Path:
@@ -86,6 +90,43 @@ def test_preempted_requests_go_on_with_the_same_tokens(folder, expected):
     with engine(folder, num_gpu_blocks_override=40) as llm:
         check_equal(served(llm, prompts()), expected)
         assert count(llm, "vllm:num_preemptions") > 0
+
+
+def test_speculation_by_ngrams(folder, expected):
+    with engine(folder, speculative_config=NGRAMS) as llm:
+        check_equal(served(llm, prompts()), expected)
+        assert count(llm, "vllm:spec_decode_num_accepted_tokens") > 0
+        rejected = count(llm, "vllm:spec_decode_num_draft_tokens") - count(llm, "vllm:spec_decode_num_accepted_tokens")
+        assert rejected > 0
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_asynchronous_scheduling_is_off_on_a_cpu_whatever_is_asked(folder, expected, asked):
+    with engine(folder, async_scheduling=asked) as llm:
+        assert llm.llm_engine.vllm_config.scheduler_config.async_scheduling is False
+        check_equal(served(llm, prompts()), expected)
+
+
+def test_asynchronous_scheduling_made_to_stay_on(folder, expected, monkeypatch):
+    """A pass is then prepared before the tokens of the one before it are known to the scheduler."""
+    platform = type(current_platform)
+    check = platform.check_and_update_config
+
+    def keep(config) -> None:
+        check(config)
+        config.scheduler_config.async_scheduling = True
+
+    monkeypatch.setattr(platform, "check_and_update_config", staticmethod(keep))
+    with engine(folder, async_scheduling=True) as llm:
+        assert llm.llm_engine.engine_core.engine_core.batch_queue_size == 2
+        for _ in range(2):
+            check_equal(served(llm, prompts()), expected)
+
+
+def test_asynchronous_scheduling_with_ngrams_is_refused_by_vllm(folder):
+    said = "async scheduling is only supported"
+    with pytest.raises(ValueError, match=said), engine(folder, async_scheduling=True, speculative_config=NGRAMS):
+        pass
 
 
 @pytest.mark.parametrize(
@@ -224,13 +265,3 @@ def test_operators_say_the_shapes_that_they_return():
     embedding, dead = reading._rows_shape(ids, ids, 1, 8, torch.float32)
     assert embedding.shape == (1, 5, 8) and dead.shape == (1, 5)
     assert reading._taps_shape(normed, ids, "", [6, 3, 0]).shape == (1, 6, 5, 3)
-
-
-def test_speculation_by_ngrams(folder, expected):
-    """Last: it loads numba, and vLLM cannot start another engine in a process that has."""
-    speculation = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
-    with engine(folder, speculative_config=speculation) as llm:
-        check_equal(served(llm, prompts()), expected)
-        assert count(llm, "vllm:spec_decode_num_accepted_tokens") > 0
-        rejected = count(llm, "vllm:spec_decode_num_draft_tokens") - count(llm, "vllm:spec_decode_num_accepted_tokens")
-        assert rejected > 0
