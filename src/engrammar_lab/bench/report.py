@@ -1,7 +1,7 @@
 """What the benches found, on the terminal and as docs/measurements.md, made from the JSON under results/bench.
 
-Remake: engrammar bench hash --json > results/bench/hash.json; the same for the others of `BENCHES`; the command in
-results/bench/titan.json; then python -m engrammar_lab.bench.report
+Remake: engrammar bench hash --json > results/bench/hash.json; the same for the others of `BENCHES`; the commands in
+results/bench/load.json and titan.json; then python -m engrammar_lab.bench.report
 """
 
 import json
@@ -16,6 +16,7 @@ from engrammar_lab.bench import (
     cold,
     decode,
     footprint,
+    load,
     optimizer,
     patched,
     placement,
@@ -61,6 +62,7 @@ class Bench(NamedTuple):
 
 ROWS = ("rows.png", "step time against rows per head")
 CURVES = ("titan.png", "losses of both, and how far they are apart")
+LOAD = Part("Half an hour of use, with faults", load.table, load.verdict, 2)
 TITAN = Part("The same training in torchtitan", titan.table, titan.verdict, 2, CURVES)
 OF_STEP = {
     "rows": Part("A step against rows per head", rows.table, rows.verdict, 2, ROWS),
@@ -122,8 +124,8 @@ def render(results: Path, document: Path) -> str:
         for name, result in load_results(results).items()
         for part, figures in BENCHES[name].parts(result)
     ]
-    side_by_side = _load(results, "titan")
-    for result, part, figures in [*shown, (side_by_side, TITAN, side_by_side)]:
+    alone = [(_load(results, name), part) for name, part in (("load", LOAD), ("titan", TITAN))]
+    for result, part, figures in [*shown, *((result, part, result) for result, part in alone)]:
         page += [f"## {part.title}: `{result['command']}`", "", _conditions(result, figures), ""]
         page += [*as_markdown(*part.table(figures)), "", part.verdict(figures), ""]
         if part.picture:
