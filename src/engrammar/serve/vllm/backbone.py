@@ -4,7 +4,7 @@ Letters: B one row, T flat tokens, C channels of the convolution.
 """
 
 from functools import partial
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
@@ -20,6 +20,13 @@ class ServedConfig(EngrammarConfig):
     """The settings of a checkpoint, read for vLLM."""
 
     model_type = "engrammar"
+    base_model_tp_plan: ClassVar[dict[str, str]] = {  # vLLM gives each process its share of the heads, too
+        **EngrammarConfig.base_model_tp_plan,
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.q_b_proj": "colwise",
+        "layers.*.self_attn.kv_b_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+    }
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
