@@ -165,7 +165,10 @@ def array(patch, name: str, place, value) -> dict:
         (lambda p: array(p, "steps", (1, 1), 61), "a step says an id that the tokenizer lacks"),
         (lambda p: array(p, "strengths", (1, 0), np.nan), "a gate or a threshold of an entry is not finite"),
         (lambda p: array(p, "values", (3, slice(-4, None)), 255), "value row 3 is not finite"),
-        (lambda p: array(p, "probes", (1, 0, 3), np.inf), "a probe is not finite"),
+        (lambda p: array(p, "centres", (0, 3), np.inf), "a probe is not finite"),
+        (lambda p: array(p, "directions", (1, 3), np.inf), "a probe is not finite"),
+        (lambda p: array(p, "probe_centres", 0, 9), "its centres are not those of its probes"),
+        (lambda p: array(p, "probe_centres", 1, -1), "its centres are not those of its probes"),
         (lambda p: array(p, "thresholds", 0, np.nan), "a probe is not finite"),
         (lambda p: array(p, "probe_blocks", 0, -1), "a probe is at a block that is not there"),
         (lambda p: {"probe_names": ["late", "late"]}, "two probes have one name"),
@@ -202,7 +205,8 @@ def test_numbers_changed_with_a_right_digest_are_refused_or_do_no_harm(model, pa
     """What passes every check is another patch, which a model can run."""
     rng, ids, ran = random.Random(2), spoken_ids(2, 19), 0
     for _ in range(600):
-        name = rng.choice(["keys_QK", "entries", "entries", "strengths", "steps", "probe_blocks", "thresholds"])
+        names = ["keys_QK", "entries", "entries", "strengths", "steps", "probe_blocks", "probe_centres", "thresholds"]
+        name = rng.choice(names)
         kept = getattr(patch, name)
         place = tuple(rng.randrange(size) for size in kept.shape)
         value = rng.choice([-1, 0, 1, 2, 3, 5, 17, 1024, 2**31 - 1, -(2**31)])

@@ -64,6 +64,20 @@ def test_a_sealed_folder_verifies_and_lists_every_file(folder):
     assert not list(folder.parent.glob(".*"))
 
 
+@pytest.mark.parametrize(("folder_mode", "file_mode"), [(0o755, 0o644), (0o750, 0o640), (0o700, 0o600)])
+def test_whoever_may_read_the_folder_may_read_its_files(tmp_path, folder_mode, file_mode):
+    """safetensors writes files that only their owner can read; a server often runs as another user."""
+    fill(tmp_path / "new", {"own": b"1"})
+    (tmp_path / "new").chmod(folder_mode)
+    (tmp_path / "elsewhere").write_bytes(b"2")
+    os.link(tmp_path / "elsewhere", tmp_path / "new" / "linked")
+    for name in ("own", "linked"):
+        (tmp_path / "new" / name).chmod(0o600)
+    seal(tmp_path / "new", tmp_path / "final", block_bytes=BLOCK)
+    assert (tmp_path / "final" / "own").stat().st_mode & 0o777 == file_mode
+    assert (tmp_path / "elsewhere").stat().st_mode & 0o777 == 0o600
+
+
 @pytest.mark.parametrize(("name", "byte"), [(n, i) for n, content in CONTENTS.items() for i in range(len(content))])
 @pytest.mark.parametrize("bit", [0, 7])
 def test_any_flipped_bit_is_found_in_its_block(copy, name, byte, bit):

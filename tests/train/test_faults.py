@@ -1,9 +1,11 @@
 """Kills and full disks cost time, never a checkpoint and never a bit."""
 
+import itertools
 import json
 import logging
 import os
 import random
+import threading
 import time
 from pathlib import Path
 
@@ -223,25 +225,28 @@ def trainer_of(recipe: Recipe) -> EngrammarTrainer:
 
 
 def test_training_goes_on_while_one_checkpoint_at_a_time_is_flushed(tmp_path, monkeypatch):
-    events = []
+    steps, ended, stepped = itertools.count(1), [], threading.Condition()
     seal, step = trainer_module.seal, EngrammarTrainer.training_step
+    begun = [0]
 
     def slow_seal(partial, final):
-        events.append("begin")
-        time.sleep(0.3)
+        """Lasts until the two steps up to the next save have begun, and a little longer."""
+        with stepped:
+            assert stepped.wait_for(lambda: begun[-1] >= min(int(final.name.rpartition("-")[2]) + 2, 8), timeout=60)
+        time.sleep(0.1)
         seal(partial, final)
-        events.append("end")
+        ended.append(begun[-1])
 
     def counted(self, *args, **kwargs):
-        events.append("step")
+        with stepped:
+            begun.append(next(steps))
+            stepped.notify_all()
         return step(self, *args, **kwargs)
 
     monkeypatch.setattr(trainer_module, "seal", slow_seal)
     monkeypatch.setattr(EngrammarTrainer, "training_step", counted)
     trainer_of(tiny_recipe(tmp_path, *SAVES)).train()
-    flushes = " ".join(events).split("begin")[1:]
-    assert len(flushes) == 4 and all(flush.count("end") == 1 for flush in flushes)
-    assert all(flush.split("end")[0].count("step") == 2 for flush in flushes[:-1])
+    assert ended == [4, 6, 8, 8]  # the next save, two steps on, waits for the flush
     assert last_good(tmp_path / "run").name == "checkpoint-8"
     verify(tmp_path / "run" / "checkpoint-8")
 

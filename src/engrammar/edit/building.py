@@ -59,7 +59,8 @@ def build_patch(
     values = _Values(base.hidden_size, encoding)
     names = [probe.name for probe in probes]
     exact = _exact_arrays(entries, names, values, refuse(name))
-    pairs = [torch.stack([probe.centre, probe.direction]).float().numpy() for probe in probes]
+    centres = [probe.centre.float().numpy() for probe in probes]
+    own = {centre.tobytes(): centre for centre in centres}
     patch = Patch(
         name=name,
         base=base,
@@ -69,7 +70,9 @@ def build_patch(
         **exact,
         values=values.encoded(),
         probe_blocks=np.array([probe.block for probe in probes], np.int32),
-        probes=np.array(pairs, np.float32).reshape(-1, 2, base.hidden_size),
+        probe_centres=np.array([[*own].index(centre.tobytes()) for centre in centres], np.int32),
+        centres=np.array([*own.values()], np.float32).reshape(-1, base.hidden_size),
+        directions=np.array([p.direction.float().numpy() for p in probes], np.float32).reshape(-1, base.hidden_size),
         thresholds=np.array([probe.threshold for probe in probes], np.float32),
         name_ids=np.packbits(names_V if any(entry.until_name for entry in entries) else names_V[:0]),
         deltas={} if rows is None else dict(rows[1]),
@@ -183,7 +186,7 @@ def conflicts(one: Patch, other: Patch) -> list[Conflict]:
 
 def _actions(patch: Patch, entries: Mapping[Place, int], wanted: Sequence[Place]) -> dict[Place, tuple[Any, ...]]:
     """What the entries at some places do, comparable between patches."""
-    decoded = patch.decoded().numpy() if wanted else np.empty((0, 0))
+    decoded, pairs_P2D = patch.decoded().numpy() if wanted else np.empty((0, 0)), patch.probe_pairs()
     found = {}
     for place in wanted:
         index = entries[place]
@@ -191,7 +194,7 @@ def _actions(patch: Patch, entries: Mapping[Place, int], wanted: Sequence[Place]
         steps = patch.steps[of["first_step"] : of["first_step"] + of["num_steps"]]
         written = tuple((decoded[row].tobytes(), int(says)) for row, says in steps)
         binding = b"" if of["binding"] < 0 else decoded[of["binding"]].tobytes()
-        probe = b"" if of["probe"] < 0 else patch.probes[of["probe"]].tobytes()
+        probe = b"" if of["probe"] < 0 else pairs_P2D[of["probe"]].tobytes()
         test = (probe, None if of["probe"] < 0 else float(patch.thresholds[of["probe"]]))
         numbers = [of[name] for name in ("relative", "armed", "until_name", "after")]
         found[place] = (written, binding, test, *numbers, *patch.strengths[index].tolist())

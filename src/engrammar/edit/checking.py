@@ -43,7 +43,9 @@ def _check_shapes(patch: Patch, require: Require) -> None:
         "steps": (np.int32, (num_steps, 2)),
         "values": (np.uint8, (len(patch.values), row_bytes(patch.encoding, width))),
         "probe_blocks": (np.int32, (num_probes,)),
-        "probes": (np.float32, (num_probes, 2, width)),
+        "probe_centres": (np.int32, (num_probes,)),
+        "centres": (np.float32, (len(patch.centres), width)),
+        "directions": (np.float32, (num_probes, width)),
         "thresholds": (np.float32, (num_probes,)),
         "name_ids": (np.uint8, (-(-patch.base.num_ids // 8) if len(patch.name_ids) else 0,)),
     }
@@ -107,8 +109,10 @@ def _check_probes(patch: Patch, require: Require) -> None:
     require(len(set(patch.probe_names)) == len(patch.probe_names), "two probes have one name")
     blocks = patch.probe_blocks
     require(((blocks >= 0) & (blocks < patch.base.num_blocks)).all(), "a probe is at a block that is not there")
-    finite = np.isfinite(patch.probes).all() and np.isfinite(patch.thresholds).all()
-    require(finite, "a probe is not finite")
+    used = np.unique(patch.probe_centres)
+    require(np.array_equal(used, np.arange(len(patch.centres))), "its centres are not those of its probes")
+    numbers = (patch.centres, patch.directions, patch.thresholds)
+    require(all(np.isfinite(one).all() for one in numbers), "a probe is not finite")
 
 
 def _check_deltas(patch: Patch, require: Require) -> None:

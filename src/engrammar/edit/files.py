@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engrammar.edit.checking import check_patch
-from engrammar.edit.patch import Base, Patch, RowDelta, Tables
+from engrammar.edit.patch import ARRAYS, Base, Patch, RowDelta, Tables
 from engrammar.tables.folder import Shard, TableFile
 from engrammar.tables.headers import Part, Requirement, header_bytes, is_count, load_json, parse_header
 from engrammar.tables.sealed import reason_of, written_beside
@@ -26,7 +26,6 @@ METADATA = "engrammar_patch"
 DTYPES = {"I32": "<i4", "I64": "<i8", "U64": "<u8", "F32": "<f4", "U8": "|u1"}
 DTYPE_OF = {np.dtype(code): name for name, code in DTYPES.items()}
 DELTA = re.compile(r"(rows|stored|replaced)\.(0|[1-9][0-9]{0,4})")
-ARRAYS = ("keys", "entries", "strengths", "steps", "values", "probe_blocks", "probes", "thresholds", "name_ids")
 KEYS = {"version", "name", "base", "facts", "provenance", "scores", "encoding", "probes", "tables", "sha256"}
 BASE = {"tokenizer_sha256", "classes_sha256", "num_ids", "num_classes", "model"}
 MODEL = {"class", "blocks", "hidden_size", "vocab_size", "weights"}
@@ -218,7 +217,7 @@ def _patch(content: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]], requi
         layers[int(match[2])] = layers.get(int(match[2]), 0) + 1
     require(set(ARRAYS) <= arrays.keys(), f"it lacks the tensor {min(set(ARRAYS) - arrays.keys(), default='')}")
     require(all(count == 3 for count in layers.values()), "a row delta lacks rows, stored or replaced")
-    ndims = dict.fromkeys(("keys", "entries", "strengths", "steps", "values"), 2) | {"probes": 3}
+    ndims = dict.fromkeys(("keys", "entries", "strengths", "steps", "values", "centres", "directions"), 2)
     for name, array in arrays.items():
         wanted = 2 if name.startswith("stored.") else ndims.get(name, 1)
         require(array.ndim == wanted, f"{name} is {[*array.shape]}")

@@ -3,7 +3,7 @@
 A patch holds two kinds of entry. An *exact entry* belongs to a key, the classes of a whole subject or phrase, and says
 what is added to the residual stream where the key occurs. A *row delta* replaces rows of a hashed table.
 Letters: Q keys, K the longest key, E exact entries, J steps of an entry, S steps of all entries, R value rows, D hidden
-width, P probes, U replaced rows of a table, V ids of the tokenizer.
+width, P probes, C centres, U replaced rows of a table, V ids of the tokenizer.
 """
 
 import hashlib
@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 MOST_CLASSES, MOST_STEPS, MOST_ARMED = 16, 16, 1024  # of a key; of an entry; tokens that a key stays armed
 COLUMNS = (
     "key", "block", "armed", "until_name", "probe", "binding", "relative", "fact", "first_step", "num_steps", "after",
+)  # fmt: skip
+ARRAYS = (
+    "keys", "entries", "strengths", "steps", "values", "probe_blocks", "probe_centres", "centres", "directions",
+    "thresholds", "name_ids",
 )  # fmt: skip
 Require = Callable[[object, str], None]
 Key = tuple[int, ...]
@@ -173,8 +177,9 @@ class Patch:
         strengths: float32 [E, 2], gate and binding threshold.
         steps: int32 [S, 2], value row and the id that is said (-1: none).
         values: uint8 [R, bytes of a row].
-        probe_blocks: int32 [P].
-        probes: float32 [P, 2, D], centre and direction.
+        probe_blocks, probe_centres: int32 [P]; the second is a row of `centres`.
+        centres: float32 [C, D]; probes mostly share one.
+        directions: float32 [P, D].
         thresholds: float32 [P].
         name_ids: uint8 [V / 8], a bit for each id that begins a name, or empty if no entry asks.
         deltas: replaced rows by layer.
@@ -194,7 +199,9 @@ class Patch:
     steps: NDArray[np.int32]
     values: NDArray[np.uint8]
     probe_blocks: NDArray[np.int32]
-    probes: NDArray[np.float32]
+    probe_centres: NDArray[np.int32]
+    centres: NDArray[np.float32]
+    directions: NDArray[np.float32]
     thresholds: NDArray[np.float32]
     name_ids: NDArray[np.uint8]
     deltas: Mapping[int, RowDelta] = field(default_factory=dict)
@@ -205,8 +212,7 @@ class Patch:
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """All arrays by their names in a file."""
-        names = ("keys", "entries", "strengths", "steps", "values", "probe_blocks", "probes", "thresholds", "name_ids")
-        found = {name: getattr(self, "keys_QK" if name == "keys" else name) for name in names}
+        found = {name: getattr(self, "keys_QK" if name == "keys" else name) for name in ARRAYS}
         for layer, delta in self.deltas.items():
             found |= {f"rows.{layer}": delta.rows_U, f"stored.{layer}": delta.stored_US}
             found[f"replaced.{layer}"] = delta.replaced_U
@@ -258,11 +264,16 @@ class Patch:
 
     def all_probes(self) -> list[Probe]:
         """The probes as they were given to `build_patch`."""
-        numbers = zip(self.probe_names, self.probe_blocks, torch.from_numpy(self.probes), self.thresholds)
+        pairs = torch.from_numpy(self.probe_pairs())
+        numbers = zip(self.probe_names, self.probe_blocks, pairs, self.thresholds)
         return [
             Probe(name=name, block=int(block), centre=pair[0], direction=pair[1], threshold=float(threshold))
             for name, block, pair, threshold in numbers
         ]
+
+    def probe_pairs(self) -> NDArray[np.float32]:
+        """The centre and the direction of each probe, [P, 2, D]."""
+        return np.stack([self.centres[self.probe_centres], self.directions], axis=1)
 
 
 def base_of(model: nn.Module, tokenizer: "PreTrainedTokenizerBase") -> Base:

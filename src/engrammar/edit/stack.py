@@ -125,7 +125,7 @@ def stack_patches(patches: Sequence[Patch], parts: Sequence[ValueRows], identity
     columns["fact"] = np.where(columns["fact"] < 0, alone, columns["fact"] + first["facts"][patch_E])
     steps = _joined([patch.steps for patch in patches], 2)
     steps[:, 0] += first["rows"][_owners([len(patch.steps) for patch in patches])]
-    probes = np.concatenate([np.empty((0, 2, width), np.float32), *[patch.probes for patch in patches]])
+    probes = np.concatenate([np.empty((0, 2, width), np.float32), *[patch.probe_pairs() for patch in patches]])
     thresholds = np.concatenate([np.empty(0, np.float32), *[patch.thresholds for patch in patches]])
     stack = Stack(
         identity=identity,

@@ -48,7 +48,8 @@ def write_manifest(folder: Path, names: Iterable[str] | None = None, *, block_by
     """Writes the manifest of a folder, with new sums of the named files (None: of all files).
 
     Sums of other files in the manifest are kept. The page checksums of table shards are made in the same reading, and
-    are then files of the folder like any other.
+    are then files of the folder like any other. Whoever may read the folder may read the files afterwards: safetensors
+    writes files that only their owner can read.
     """
     listed = read_manifest(folder).files if names is not None and (folder / MANIFEST).is_file() else {}
     sums: dict[str, list[int]] = {}
@@ -56,9 +57,12 @@ def write_manifest(folder: Path, names: Iterable[str] | None = None, *, block_by
     for path in sorted(path for path in paths if TABLE_SHARD.fullmatch(path.name)):
         sums[path.relative_to(folder).as_posix()], page_sums = _sums_and_page_sums(path, block_bytes)
         paths.append(_write_page_sums(path, page_sums))
+    readers = folder.stat().st_mode & 0o444
     for path in paths:
-        name = path.relative_to(folder).as_posix()
-        listed[name] = path.stat().st_size, tuple(sums.get(name) or _block_sums(path, block_bytes))
+        name, stat = path.relative_to(folder).as_posix(), path.stat()
+        if stat.st_mode & readers != readers and stat.st_nlink == 1:  # a link is a file of another folder too
+            path.chmod(stat.st_mode | readers)
+        listed[name] = stat.st_size, tuple(sums.get(name) or _block_sums(path, block_bytes))
     files = {name: {"bytes": size, "crc32": [*sums_B]} for name, (size, sums_B) in sorted(listed.items())}
     content: dict[str, Any] = {"version": VERSION, "block_bytes": block_bytes, "files": files}
     content["crc32"] = json_sum(content)

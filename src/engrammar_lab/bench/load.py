@@ -12,7 +12,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -31,14 +30,13 @@ from engrammar.cells import Lines
 from engrammar.edit import ExactEntry, apply_patch, base_of, build_patch, undo_patch, write_patch
 from engrammar.model.modeling import EngrammarForCausalLM
 from engrammar.off import memory_off
-from engrammar.stores.mooncake.upload import upload
 from engrammar.tables.folder import open_tables
-from engrammar.tables.headers import PAGE
 from engrammar.tables.sealed import write_text
 from engrammar.train.data import train_tokenizer
 from engrammar.train.documents import read_documents
 from engrammar.train.sample import load
 from engrammar_lab.bench.load_clients import NUM_NEW, Clients, Prompt, Tally
+from engrammar_lab.bench.load_faults import changing, damaged, killed, read_ms, replaced, send, slow_disk
 from engrammar_lab.bench.loopback import LoopbackPool, why_no_pool
 from engrammar_lab.machine import describe_run
 
@@ -47,8 +45,6 @@ CACHE_ROWS = "2000"  # fewer than the prompts read, so that the disk and the poo
 NAME, TOKEN = "load", "0123456789abcdef"
 LENGTHS = (1, 3, 8, 30, 60, 200)  # tokens of prompts
 APART = 1e-4  # how far the best token of a prompt's answer is at least above the second
-PATCHED_FOR = 5.0  # seconds between changes of patches
-DAMAGED = 8  # of so many pages one is damaged
 START_SECONDS = 120.0
 
 
@@ -205,120 +201,6 @@ def _answers(url: str) -> bool:
         return False
 
 
-@contextmanager
-def slow_disk(path: Path) -> Iterator[None]:
-    """Programs that read large pieces of a file all the time, past the page cache, so that others wait for the disk."""
-    code = (
-        "import mmap, os, random, sys; handle = os.open(sys.argv[1], os.O_RDONLY | os.O_DIRECT);"
-        "size, buffer = os.fstat(handle).st_size, mmap.mmap(-1, 1 << 22)\n"
-        "while True: os.preadv(handle, [buffer], random.randrange(max(size >> 22, 1)) << 22)"
-    )
-    readers = [subprocess.Popen([sys.executable, "-c", code, str(path)]) for _ in range(4)]
-    try:
-        yield
-    finally:
-        for reader in readers:
-            reader.kill()
-            reader.wait()
-
-
-def read_ms(path: Path, number: int = 200) -> float:
-    """Milliseconds that reading one page of a file takes past the page cache, the median."""
-    import mmap
-    import random
-    from statistics import median
-
-    handle, buffer = os.open(path, os.O_RDONLY | os.O_DIRECT), mmap.mmap(-1, PAGE)
-    took = []
-    try:
-        for _ in range(number):
-            place = random.randrange(os.fstat(handle).st_size // PAGE) * PAGE
-            started = time.perf_counter()
-            os.preadv(handle, [buffer], place)
-            took.append(time.perf_counter() - started)
-    finally:
-        os.close(handle)
-    return 1e3 * median(took)
-
-
-def damage(path: Path) -> None:
-    """Flips a bit in one of so many pages of a file; the same call again mends it."""
-    with path.open("r+b") as file:
-        for place in range(PAGE + PAGE // 2, path.stat().st_size, DAMAGED * PAGE):
-            file.seek(place)
-            byte = file.read(1)[0]
-            file.seek(place)
-            file.write(bytes([byte ^ 1]))
-
-
-@contextmanager
-def replaced(path: Path) -> Iterator[None]:
-    """A damaged copy in the place of a file; then the file itself again."""
-    kept, other = path.with_suffix(".kept"), path.with_suffix(".damaged")
-    os.link(path, kept)
-    other.write_bytes(path.read_bytes())
-    damage(other)
-    other.rename(path)
-    try:
-        yield
-    finally:
-        kept.rename(path)
-
-
-@contextmanager
-def damaged(path: Path) -> Iterator[None]:
-    """A file is damaged where it is, then mended."""
-    damage(path)
-    try:
-        yield
-    finally:
-        damage(path)
-
-
-@contextmanager
-def killed(pool: LoopbackPool, folder: Path) -> Iterator[None]:
-    """The pool's processes are killed, then started again; the rows are uploaded once more."""
-    pool.stop()
-    try:
-        yield
-    finally:
-        pool.start()
-        send(pool, folder)
-
-
-def send(pool: LoopbackPool, folder: Path) -> None:
-    opened = open_tables(folder)
-    for layer, table in opened.tables.items():
-        upload(table, f"{NAME}/{layer}", pool.server, geometry=opened.geometry)
-
-
-@contextmanager
-def changing(served: Served, patch: Path) -> Iterator[None]:
-    """A patch is applied and undone, again and again."""
-    ending, wrong = threading.Event(), []
-
-    def change() -> None:
-        while not ending.is_set():
-            for method, place, body in (("POST", "", patch.read_bytes()), ("DELETE", "/changes", None)):
-                headers = {"Authorization": f"Bearer {TOKEN}"}
-                request = urllib.request.Request(f"{served.url}/v1/patches{place}", body, headers, method=method)
-                try:
-                    urllib.request.urlopen(request).close()
-                except OSError as error:
-                    wrong.append(str(error))
-                ending.wait(PATCHED_FOR)
-
-    thread = threading.Thread(target=change)
-    thread.start()
-    try:
-        yield
-    finally:
-        ending.set()
-        thread.join()
-    if wrong:
-        raise OSError(f"A patch could not be changed: {wrong[0]}.")
-
-
 def run_phases(served: Served, prompts: Sequence[Prompt], plan: Plan, phases: Sequence[Phase], path: Path) -> list[Any]:
     """What clients got in each phase, and what the server's process held at its end."""
     found = []
@@ -353,12 +235,12 @@ def in_pool(folder: Path, prompts: Sequence[Prompt], plan: Plan) -> list[Any]:
     """Rows in a pool of other machines, which is killed and started again. Needs Mooncake."""
     (path,) = {shard.path for table in open_tables(folder).tables.values() for shard in table.shards}
     with LoopbackPool("1GB") as pool:
-        send(pool, folder)
+        send(pool, folder, NAME)
         settings = ("--memory", "remote", "--name", NAME, "--address", pool.server.address, "--cache-rows", CACHE_ROWS)
         with serving(folder, *settings) as served:
             phases = [
                 Phase("nothing wrong", 3 / 30, nullcontext()),
-                Phase("the pool is killed", 2 / 30, killed(pool, folder)),
+                Phase("the pool is killed", 2 / 30, killed(pool, folder, NAME)),
                 Phase("started again", 3 / 30, nullcontext()),
             ]
             return run_phases(served, prompts, plan, phases, path)
@@ -372,7 +254,7 @@ def patched(folder: Path, prompts: Sequence[Prompt], plan: Plan, patch: Path) ->
     with serving(folder, "--memory", "ram", "--token-file", str(token)) as served:
         phases = [
             Phase("nothing wrong", 3 / 30, nullcontext()),
-            Phase("a patch comes and goes", 2 / 30, changing(served, patch)),
+            Phase("a patch comes and goes", 2 / 30, changing(served.url, TOKEN, patch)),
             Phase("undone", 2 / 30, nullcontext()),
         ]
         return run_phases(served, prompts, plan, phases, path)

@@ -95,8 +95,7 @@ def patch_of(keys_QK: np.ndarray, name: str, bases: Bases) -> Patch:
         "first_step": np.arange(count),
         "num_steps": np.ones(count),
     }
-    probes = rng.standard_normal((PROBES, 2, base.hidden_size)).astype(np.float32)
-    probes[:, 1] /= np.linalg.norm(probes[:, 1], axis=-1, keepdims=True)
+    directions = rng.standard_normal((PROBES, base.hidden_size)).astype(np.float32)
     return Patch(
         name=name,
         base=base,
@@ -108,7 +107,9 @@ def patch_of(keys_QK: np.ndarray, name: str, bases: Bases) -> Patch:
         steps=np.stack([rng.integers(0, VALUES, count), np.full(count, -1)], axis=1).astype(np.int32),
         values=encode(torch.randn(VALUES, base.hidden_size), "int8").numpy(),
         probe_blocks=np.full(PROBES, blocks - blocks // 10 - 1, np.int32),
-        probes=probes,
+        probe_centres=np.zeros(PROBES, np.int32),
+        centres=rng.standard_normal((1, base.hidden_size)).astype(np.float32),
+        directions=directions / np.linalg.norm(directions, axis=-1, keepdims=True),
         thresholds=np.full(PROBES, NEVER, np.float32),
         name_ids=np.empty(0, np.uint8),
     )

@@ -8,8 +8,9 @@ from threading import Thread
 import pytest
 
 from engrammar_lab.bench import load
-from engrammar_lab.bench.load import Plan, damage, measure, replaced, table, verdict
+from engrammar_lab.bench.load import Plan, measure, table, verdict
 from engrammar_lab.bench.load_clients import CANCELLED, LOST, RIGHT, WRONG, Clients, Got, Prompt, Tally, ask
+from engrammar_lab.bench.load_faults import damage, replaced
 
 TINY = Plan(minutes=0.6, rows_per_head=4001, prompts=12, clients=4, pause=0.05)
 FAILED = {"error": {"code": "model_failed", "type": "server_error"}}
