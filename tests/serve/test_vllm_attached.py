@@ -74,9 +74,18 @@ def test_preempted_requests_go_on_with_the_same_tokens(llama, expected):
 
 
 @pytest.mark.slow
-def test_with_vllms_defaults_where_the_base_is_not_compiled_either(llama, expected):
-    with engine(llama[1], enforce_eager=False) as llm:
-        check_equal(served(llm, asked()), expected)
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_compiled_as_vllm_compiles_by_default_and_a_control(tmp_path, monkeypatch, family):
+    model, folder = save(tmp_path, family)
+    some = asked()[::4]
+    expected = answers_of(model, some)
+    with engine(folder, enforce_eager=False) as llm:
+        decoder = llm.llm_engine.model_executor.driver_worker.model_runner.model.model
+        assert decoder.compiled and type(decoder) is not type(model.model)
+        check_equal(served(llm, some), expected)
+        forget_history(monkeypatch)
+        llm.reset_prefix_cache()
+        assert num_equal(served(llm, some), expected) <= 2
 
 
 @pytest.mark.parametrize(

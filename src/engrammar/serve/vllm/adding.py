@@ -8,8 +8,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, final
 
+import torch
 from torch import Tensor
 from vllm.forward_context import get_forward_context
+from vllm.utils.torch_utils import direct_register_custom_op
 
 from engrammar.attach.attached import AttachedMemory
 from engrammar.attach.blocks import Decoder, hidden_of
@@ -17,7 +19,7 @@ from engrammar.attach.paged import FlatPass
 from engrammar.config import MemoryConfig
 from engrammar.memory import Retrieved
 from engrammar.serve.vllm.backbone import state_name
-from engrammar.serve.vllm.reading import RETRIEVED, Retriever, layer_of, taps
+from engrammar.serve.vllm.reading import RETRIEVED, Retriever, layer_of, library, taps
 from engrammar.serve.vllm.state import StateLayer
 
 
@@ -51,11 +53,12 @@ class Adder:
         first = next(iter(states))
         self.attached, self.name = attached, state_name(first)
         self.retriever = Retriever(attached.memory, states[first])
+        states[first].retriever = self
 
     def hook(self, decoder: Decoder) -> None:
         """Lets each block that the memory reads at have its rows added."""
         for layer in self.attached.config.layers:
-            before = partial(self.before_block, layer, decoder.argument)
+            before = partial(before_block, layer, decoder.argument, self.name)
             decoder.blocks[layer].register_forward_pre_hook(before, with_kwargs=True)
 
     def start(self, input_ids: Tensor, positions: Tensor) -> None:
@@ -73,15 +76,33 @@ class Adder:
         begun = ServedPass(retrieved=replace(retrieved, dead_BT=dead_BT), positions_T=positions_T)
         context.additional_kwargs[RETRIEVED] = begun
 
-    def before_block(
-        self, layer: int, argument: str, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """A hook on block `layer`: it reads hidden states [1, T, ...] to which the memory was added."""
-        begun = get_forward_context().additional_kwargs.get(RETRIEVED)
-        if begun is None:
-            return None
-        hidden, num_tokens = hidden_of(argument, args, kwargs).clone(), len(begun.positions_T)
-        hidden[:, :num_tokens] = self.attached.add(layer, hidden[:, :num_tokens], begun.retrieved, begun, False)
-        if args:
-            return (hidden, *args[1:]), kwargs
-        return args, {**kwargs, argument: hidden}
+
+def before_block(
+    layer: int, argument: str, name: str, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A hook on block `layer`: it reads hidden states [1, T, ...] to which the memory was added."""
+    hidden = torch.ops.engrammar.add(hidden_of(argument, args, kwargs), layer, name)
+    if args:
+        return (hidden, *args[1:]), kwargs
+    return args, {**kwargs, argument: hidden}
+
+
+def add(hidden: Tensor, layer: int, name: str) -> Tensor:
+    """Hidden states [1, T, ...] with the memory of `layer` added; `name` is that of the state that holds the ids.
+
+    An operator that torch.compile does not look into, like those of `reading`.
+    """
+    context, added = get_forward_context(), hidden.clone()
+    begun = context.additional_kwargs.get(RETRIEVED)
+    if begun is not None:
+        num_tokens = len(begun.positions_T)
+        attached = context.no_compile_layers[name].retriever.attached
+        added[:, :num_tokens] = attached.add(layer, added[:, :num_tokens], begun.retrieved, begun, False)
+    return added
+
+
+def _add_shape(hidden: Tensor, layer: int, name: str) -> Tensor:
+    return torch.empty_like(hidden)
+
+
+direct_register_custom_op(op_name="add", op_func=add, fake_impl=_add_shape, target_lib=library)

@@ -4,11 +4,12 @@ The base is any that this backend runs. Its weights are vLLM's; the memory is no
 """
 
 from collections.abc import Callable
+from copy import copy
 from typing import Any, final
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 from vllm.config import VllmConfig
 from vllm.model_executor.models.transformers import TransformersForCausalLM, TransformersMoEForCausalLM
 from vllm.model_executor.models.transformers.base import Base
@@ -31,6 +32,9 @@ from engrammar.tables.folder import TableFile
 
 class Attached(Base):
     """A base in vLLM with the memory of an adapter (abstract)."""
+
+    _pre_trained_model_classes: Any  # cached properties of vLLM's
+    _from_config_kwargs: Any
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         check_engine(vllm_config)
@@ -61,7 +65,21 @@ class Attached(Base):
             next(iter(states.values())).on_bound = SelfTest(self)
 
     def _decorate_for_torch_compile(self) -> None:
-        """Nothing: vLLM would change the base's class itself, which the plain model of the self-test is of as well."""
+        """Compiles a subclass: vLLM changes a class in place, and the plain model of the self-test is of the base's.
+
+        A base inside a model of several kinds of input is not compiled.
+        """
+        if self.config is not self.text_config:
+            return
+        classes, given = self._pre_trained_model_classes, self._from_config_kwargs
+        theirs, config = classes.decoder, copy(given["config"])
+        config_class = type(type(config).__name__, (type(config),), {})
+        own = type(theirs.__name__, (theirs,), {"config_class": config_class})
+        config.__class__ = config_class  # by which transformers finds the class of a model
+        AutoModel.register(config_class, own, exist_ok=True)
+        self._pre_trained_model_classes = classes._replace(decoder=own)
+        self._from_config_kwargs = {**given, "config": config}
+        super()._decorate_for_torch_compile()
 
     def forward(self, input_ids: Tensor, positions: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.adder.start(input_ids, positions)

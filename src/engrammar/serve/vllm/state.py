@@ -94,7 +94,7 @@ class StateLayer(nn.Module, AttentionLayerBase):
         padded = num_channels + num_channels % 2  # an id starts at a multiple of its own size
         self.width = padded + ID_BYTES // self.dtype.itemsize
         self.kv_cache = torch.tensor([])
-        self.retriever: Any = None  # of the layer that holds the ids: `reading.Retriever`
+        self.retriever: Any = None  # of the layer that holds the ids: `reading.Retriever` or `adding.Adder`
         self.on_bound: Callable[[], None] | None = None
         vllm_config.compilation_config.static_forward_context[name] = self
 
