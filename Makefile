@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PARALLEL := -n logical --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test test-serve test-titan test-oldest lint bench docs
+.PHONY: demo test test-serve test-serve-quick test-titan test-oldest lint bench docs
 
 demo: .venv/ready
 	$(BIN)/engrammar demo
@@ -13,10 +13,14 @@ test: .venv/ready lint
 	$(BIN)/pytest $(PARALLEL) -m slow
 
 # The tests of serving with vLLM, which wants an older transformers and so has an environment of its own. Our own server is in `make test`.
-test-serve: .venv-vllm/ready
+# The quick part has each way of serving once, but for what compiles or takes several processes.
+test-serve: test-serve-quick
 	.venv-vllm/bin/pytest tests/model/test_modeling.py tests/model/test_flat_tokens.py tests/test_versions.py \
 	    tests/test_memory.py tests/test_fusion.py tests/test_addressing.py tests/stores
-	.venv-vllm/bin/pytest tests/serve
+	.venv-vllm/bin/pytest -m slow tests/serve/test_vllm*.py
+
+test-serve-quick: .venv-vllm/ready
+	.venv-vllm/bin/pytest $(PARALLEL) -m "not slow" tests/serve/test_vllm*.py
 
 # The core on the oldest versions that pyproject.toml allows.
 test-oldest: .venv-oldest/ready
@@ -48,7 +52,7 @@ bench: .venv/ready
 # torchvision and torchaudio come as builds for CUDA, and transformers fails on importing them without it.
 .venv-vllm/ready: pyproject.toml constraints-vllm.txt
 	$(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/pip install --quiet -c constraints-vllm.txt -e ".[vllm]" pytest pytest-timeout hypothesis
+	.venv-vllm/bin/pip install --quiet -c constraints-vllm.txt -e ".[vllm]" pytest pytest-timeout pytest-xdist hypothesis
 	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 
 os.environ |= {
@@ -27,6 +28,11 @@ from models import END, VOCABULARY
 NEW = 16
 EXACT = 1e-4  # of a log-probability
 BLOCK = 32  # positions of a block of vLLM's cache
+
+
+def slow(*values: Any) -> Any:
+    """A case that `make test-serve-quick` leaves out: it has most ways of serving once."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 class Answer(NamedTuple):

@@ -30,6 +30,7 @@ from vllm_engines import (
     num_equal,
     prompts,
     served,
+    slow,
 )
 
 pytestmark = pytest.mark.vllm
@@ -66,7 +67,7 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize(("place", "chunk"), [("ram", 32), ("disk", 128), ("cached", 512)])
+@pytest.mark.parametrize(("place", "chunk"), [slow("ram", 32), slow("disk", 128), ("cached", 512)])
 def test_greedy_tokens_and_prefix_hits_from_every_place_and_in_every_chunk(folder, expected, place, chunk):
     with engine(folder, PLACES[place], max_num_batched_tokens=chunk) as llm:
         check_equal(served(llm, prompts()), expected)
@@ -100,6 +101,7 @@ def test_speculation_by_ngrams(folder, expected):
         assert rejected > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asked", [True, False])
 def test_asynchronous_scheduling_is_off_on_a_cpu_whatever_is_asked(folder, expected, asked):
     with engine(folder, async_scheduling=asked) as llm:
@@ -131,7 +133,7 @@ def test_asynchronous_scheduling_with_ngrams_is_refused_by_vllm(folder):
 
 @pytest.mark.parametrize(
     ("dialect", "branches", "heads"),
-    [("qwen_next", 1, HEADS), ("deepseek_v41", 3, HEADS), ("demo", 2, ODD_HEADS), (None, 2, HEADS)],
+    [slow("qwen_next", 1, HEADS), slow("deepseek_v41", 3, HEADS), ("demo", 2, ODD_HEADS), slow(None, 2, HEADS)],
 )
 def test_other_dialects_and_heads(tmp_path, dialect, branches, heads):
     folder, asked = save(tmp_path / "model", dialect, branches, **heads), prompts()[::4]
@@ -140,7 +142,7 @@ def test_other_dialects_and_heads(tmp_path, dialect, branches, heads):
         check_equal(served(llm, asked), generated(folder, asked))
 
 
-@pytest.mark.parametrize(("forget", "at_most"), [(forget_history, 3), (forget_windows, 30)])
+@pytest.mark.parametrize(("forget", "at_most"), [(forget_history, 3), slow(forget_windows, 30)])
 def test_control_without_history_or_windows_tokens_differ_and_nothing_is_served(
     folder, expected, monkeypatch, forget, at_most
 ):

@@ -25,6 +25,7 @@ from vllm_engines import (
     num_equal,
     prompts,
     served,
+    slow,
 )
 
 pytestmark = pytest.mark.vllm
@@ -57,7 +58,7 @@ def expected(llama):
 
 
 @pytest.mark.parametrize(
-    ("place", "chunk"), [({}, 32), ({"memory": "disk", "cache_rows": 64}, 128)], ids=["ram", "cached"]
+    ("place", "chunk"), [slow({}, 32), ({"memory": "disk", "cache_rows": 64}, 128)], ids=["ram", "cached"]
 )
 def test_greedy_tokens_and_prefix_hits_from_every_place_and_in_every_chunk(llama, expected, place, chunk):
     with engine(llama[1], place, max_num_batched_tokens=chunk) as llm:
@@ -90,7 +91,7 @@ def test_compiled_as_vllm_compiles_by_default_and_a_control(tmp_path, monkeypatc
 
 @pytest.mark.parametrize(
     ("family", "memory"),
-    [("qwen3", {"layers": (0, 3), "max_ngram_size": 4, "rows_per_head": (97, 101, 103)}), ("qwen3_moe", {})],
+    [slow("qwen3", {"layers": (0, 3), "max_ngram_size": 4, "rows_per_head": (97, 101, 103)}), ("qwen3_moe", {})],
 )
 def test_other_bases(tmp_path, family, memory):
     model, folder = save(tmp_path, family, memory)
@@ -99,6 +100,7 @@ def test_other_bases(tmp_path, family, memory):
         check_equal(served(llm, some), answers_of(model, some))
 
 
+@pytest.mark.slow
 def test_no_convolution(tmp_path):
     """The state then holds ids alone, once for all layers."""
     model, folder = save(tmp_path, "llama", {"conv_kernel": 0})
@@ -112,7 +114,7 @@ def without_memory(model, ids):
         return answers_of(model, ids)
 
 
-@pytest.mark.parametrize(("forget", "at_most"), [(forget_history, 10), (forget_windows, 40)])
+@pytest.mark.parametrize(("forget", "at_most"), [slow(forget_history, 10), (forget_windows, 40)])
 def test_control_without_history_or_windows_tokens_differ_and_nothing_is_served(
     llama, expected, monkeypatch, forget, at_most
 ):
@@ -124,6 +126,7 @@ def test_control_without_history_or_windows_tokens_differ_and_nothing_is_served(
         pass
 
 
+@pytest.mark.slow
 def test_patched_rows_are_read(llama, tmp_path):
     """From the start on; the self-test compares with rows that are patched as well."""
     some, file = asked()[::4], tmp_path / "rows.safetensors"

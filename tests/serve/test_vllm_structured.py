@@ -18,7 +18,7 @@ from vllm.sampling_params import StructuredOutputsParams
 
 from engrammar import EngrammarForCausalLM
 from models import END, VOCABULARY, tiny_memory, tiny_model
-from vllm_engines import BLOCK, Answer, check_equal, count, engine, forget_history, num_equal, prompts
+from vllm_engines import BLOCK, Answer, check_equal, count, engine, forget_history, num_equal, prompts, slow
 
 pytestmark = pytest.mark.vllm
 LONGEST = 28
@@ -134,7 +134,9 @@ def test_the_twin_follows_the_rules(expected):
     assert all(json.loads(text).keys() == {"size", "fit"} for text in finished["json"])
 
 
-@pytest.mark.parametrize(("backend", "memory"), [("xgrammar", {}), ("guidance", {"memory": "disk", "cache_rows": 64})])
+@pytest.mark.parametrize(
+    ("backend", "memory"), [slow("xgrammar", {}), ("guidance", {"memory": "disk", "cache_rows": 64})]
+)
 def test_choices_expressions_and_json_in_one_batch_with_prefix_hits(folder, expected, backend, memory):
     with structured(folder, memory, structured_outputs_config={"backend": backend}) as llm:
         check_equal(served(llm), expected)
@@ -143,6 +145,7 @@ def test_choices_expressions_and_json_in_one_batch_with_prefix_hits(folder, expe
         assert count(llm, "vllm:prefix_cache_hits") - before > 40 * BLOCK
 
 
+@pytest.mark.slow
 def test_control_without_history_tokens_differ(folder, expected, monkeypatch):
     forget_history(monkeypatch)
     with structured(folder, {"self_test": False}) as llm:
