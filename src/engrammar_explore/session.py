@@ -7,14 +7,17 @@ import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 from torch import nn
 
 from engrammar.attach.blocks import find_decoder
-from engrammar.edit import Fact, Patch, applied_patches, apply_patch, conflicts, diff, learn, undo_patch
+from engrammar.edit import Fact, Patch, applied_patches, apply_patch, conflicts, diff, undo_patch
 from engrammar.edit.files import parse_patch, patch_bytes
+from engrammar.edit.gated import GatedReader, GatedSettings
+from engrammar.edit.learning import Request, learn_units
 from engrammar_explore.census import Census
 from engrammar_explore.looking import Known, LookSettings, Seen, closer, overview, see
 from engrammar_explore.trying import Progress, TrySettings, try_fact
@@ -148,10 +151,16 @@ class Session:
         self._check_room()
         progress(0, 1, "learning")
         model, tokenizer = self.explored.model, self.explored.tokenizer
-        patch, _ = learn(model, tokenizer, [fact], name=self._free_name(fact.subject))
+        units = self._reader.facts_in_units([fact])
+        patch, _ = learn_units(Request(units, "one fact"), name=self._free_name(fact.subject))
         tried = try_fact(model, tokenizer, patch, fact, TrySettings(keep=keep), progress)
         self.patches[patch.name], self.tried[patch.name] = patch, tried
         return {"name": patch.name, "tried": tried}
+
+    @cached_property
+    def _reader(self) -> GatedReader:
+        """What the second fact that is learned need not read again."""
+        return GatedReader(self.explored.model, self.explored.tokenizer, GatedSettings())
 
     def _check_room(self) -> None:
         if len(self.patches) >= MOST_PATCHES:

@@ -10,7 +10,7 @@ import engrammar
 from attached_models import base_model, memory_config, random_ids, randomize, tokenizer
 from engrammar.attach.blocks import find_decoder
 from engrammar.edit import Fact, GatedSettings, apply_patch, learn, read_facts, undo_patch
-from engrammar.edit.gated import BEFORE, TWICE, norm_scale
+from engrammar.edit.gated import BEFORE, TWICE, GatedReader, norm_scale
 from engrammar.edit.phrasings import Relation
 from engrammar.edit.states import SHARED, last_states
 
@@ -100,6 +100,18 @@ def test_what_all_prompts_begin_with_is_read_once(family, monkeypatch):
     monkeypatch.setattr("engrammar.edit.states.SHARED", 1000)
     torch.testing.assert_close(read, last_states(model, tokenizer(), prompts, 2), rtol=0, atol=1e-5)
     assert not torch.allclose(read[0], read[1], rtol=0, atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_write_is_the_direction_that_raises_its_logit_most_against_all_others(llama):
+    """In plain words: of all directions of length 1, the one with the largest logit per deviation of all logits."""
+    reader = GatedReader(llama, tokenizer(), SETTINGS)
+    weight_VD = llama.lm_head.weight.double() * norm_scale(find_decoder(llama).module.norm).double()
+    ridge = 1e-3 * weight_VD.square().mean() * torch.eye(32, dtype=torch.float64)
+    expected_DV = torch.linalg.inv(weight_VD.T @ weight_VD / len(weight_VD) + ridge) @ weight_VD.T
+    expected_VD = torch.nn.functional.normalize(expected_DV.T, dim=-1).float()
+    torch.testing.assert_close(reader.writes([20, 3, 20]), expected_VD[[20, 3, 20]], rtol=0, atol=1e-5)
+    assert not torch.allclose(reader.writes([20]), expected_VD[[3]], rtol=0, atol=1e-2)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "olmo2"])

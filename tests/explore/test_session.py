@@ -5,8 +5,10 @@ import torch
 
 from attached_models import base_model, tokenizer
 from edited_models import OURS, model_of_kind, small_patch
-from engrammar.edit import Fact, applied_patches
+from engrammar.edit import Fact, applied_patches, gated, learn
 from engrammar.edit.files import patch_bytes
+from engrammar.edit.phrasings import RELATIONS
+from engrammar.edit.states import last_states
 from engrammar_explore import session as module
 from engrammar_explore.session import Explored, Session, fact_of
 from engrammar_explore.trying import TrySettings, try_fact
@@ -62,8 +64,12 @@ def test_a_fact_is_learned_and_tried_and_the_model_is_as_it_was(session, monkeyp
         tried["prompt"]["reaches"]
         and tried["prompt"]["after"]["probability"] != tried["prompt"]["before"]["probability"]
     )
+    read = []
+    monkeypatch.setattr(gated, "last_states", lambda *given: read.append(len(given[2])) or last_states(*given))
     again = session.learn(fact_of(FACT))
-    assert again["name"] == "w3-w4-2"
+    assert again["name"] == "w3-w4-2" and 0 < sum(read) < len(RELATIONS)  # what all facts share is not read again
+    fresh, _ = learn(session.explored.model, session.explored.tokenizer, [fact_of(FACT)], name="w3-w4-2")
+    assert patch_bytes(fresh) == patch_bytes(session.patches["w3-w4-2"]) and sum(read) > 2 * len(RELATIONS)
     assert session.compare("w3-w4", "w3-w4-2")["conflicts"] == []  # the same fact writes the same
 
 

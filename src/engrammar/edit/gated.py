@@ -58,23 +58,11 @@ class GatedSettings(ProbeSettings):
 def gated_units(
     model: nn.Module, tokenizer: "PreTrainedTokenizerBase", facts: Sequence[Fact], settings: GatedSettings
 ) -> list[Unit]:
-    """What is to be learned, in parts. Facts that ask one relation share a probe.
-
-    Raises:
-        ValueError: the model has no norm before its head.
-    """
-    reader = _Reader(model, tokenizer, settings)
-    with reader.unpatched():
-        relations, refused = _relations(reader, facts)
-    units = [Unit(facts=tuple(one.fact for one in refused), learn=lambda: Part(None, refused))] if refused else []
-    for relation in relations:
-        for first in range(0, len(relation.facts), MOST_IN_UNIT):
-            own = relation.facts[first : first + MOST_IN_UNIT]
-            units.append(Unit(facts=tuple(own), learn=partial(_learn, relation, own)))
-    return units
+    """What is to be learned, in parts: `GatedReader.facts_in_units`, for one list of facts."""
+    return GatedReader(model, tokenizer, settings).facts_in_units(facts)
 
 
-def _relations(reader: "_Reader", facts: Sequence[Fact]) -> tuple[list["_Relation"], list[Refused]]:
+def _relations(reader: "GatedReader", facts: Sequence[Fact]) -> tuple[list["_Relation"], list[Refused]]:
     """Facts by what they ask: in one form, one of the known relations in whatever words, or else one template."""
     templates: dict[str, list[Fact]] = {}
     for fact in facts:
@@ -130,7 +118,7 @@ def _learn(relation: "_Relation", facts: Sequence[Fact]) -> Part:
 class _Relation:
     """Facts that share probes: one for each form in which they may be asked."""
 
-    def __init__(self, reader: "_Reader", name: str, match: Match, facts: tuple[Fact, ...]) -> None:
+    def __init__(self, reader: "GatedReader", name: str, match: Match, facts: tuple[Fact, ...]) -> None:
         self.reader, self.name, self.match, self.facts = reader, name, match, facts
         self.own = reader.form_of(facts[0].prompt)
 
@@ -209,8 +197,15 @@ class _Asked:
 
 
 @final
-class _Reader:
-    """Reads a model's hidden states, and turns objects into values."""
+class GatedReader:
+    """Reads a model's hidden states, and turns objects into values.
+
+    What facts share is read when it is first asked for, and kept: whoever learns facts one by one, as a page does,
+    keeps the reader. It is right as long as the model's own weights stay; patches do not matter.
+
+    Raises:
+        ValueError: the model has no norm before its head.
+    """
 
     def __init__(self, model: nn.Module, tokenizer: "PreTrainedTokenizerBase", settings: GatedSettings) -> None:
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
@@ -221,9 +216,20 @@ class _Reader:
             plain_ND = text_states(model, tokenizer, PLAIN, self.block)
             self.centre_D = plain_ND.mean(0)
             self.plain_ND = F.normalize(plain_ND - self.centre_D, dim=-1)
-            self.writes_VD = self._writes()
+            self.scale_D, self.factors = self._head()
         self.forms = forms_of(tokenizer)
         self._banks: dict[str, Bank] = {}
+
+    def facts_in_units(self, facts: Sequence[Fact]) -> list[Unit]:
+        """What is to be learned, in parts. Facts that ask one relation share a probe."""
+        with self.unpatched():
+            relations, refused = _relations(self, facts)
+        units = [Unit(facts=tuple(one.fact for one in refused), learn=lambda: Part(None, refused))] if refused else []
+        for relation in relations:
+            for first in range(0, len(relation.facts), MOST_IN_UNIT):
+                own = relation.facts[first : first + MOST_IN_UNIT]
+                units.append(Unit(facts=tuple(own), learn=partial(_learn, relation, own)))
+        return units
 
     def unpatched(self) -> AbstractContextManager[None]:
         """Patches that are applied do not matter."""
@@ -255,19 +261,32 @@ class _Reader:
         asks_ND = self.units([text.format(one.prompt) for one in facts[:4] for text in BEFORE], form)
         return self.bank(form).match(asks_ND, self.units([template.format(name) for name in NAMES.values()], form))
 
-    @torch.no_grad()
-    def _writes(self) -> Tensor:
-        """For each token the direction before the final norm that raises its logit most against the others, [V, D]."""
+    @property
+    def _weight_VD(self) -> Tensor:
         head: Any = self.decoder.host.get_output_embeddings()  # type: ignore[operator]
+        weight: Tensor = head.weight.detach()
+        return weight
+
+    @torch.no_grad()
+    def _head(self) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """What the final norm multiplies each channel by, [D], and the factors of the covariance of the head's rows."""
         norm = final_norm_of(self.decoder, self.tokenizer(PLAIN, return_tensors="pt").input_ids[:, :8])
         if norm is None:
             raise ValueError(
                 f"{type(self.decoder.host).__name__} has no norm before its head: facts are not written so."
             )
-        weight_VD = head.weight.detach().float() * norm_scale(norm)
+        scale_D = norm_scale(norm)
+        weight_VD = self._weight_VD.float() * scale_D
         covariance = weight_VD.T @ weight_VD / len(weight_VD)
         ridge = 1e-3 * weight_VD.square().mean() * torch.eye(weight_VD.shape[1], device=weight_VD.device)
-        return F.normalize(torch.linalg.solve(covariance + ridge, weight_VD.T).T, dim=-1)
+        factors, pivots = torch.linalg.lu_factor(covariance + ridge)
+        return scale_D, (factors, pivots)
+
+    @torch.no_grad()
+    def writes(self, ids: Sequence[int]) -> Tensor:
+        """For each id the direction before the final norm that raises its logit most against the others, [J, D]."""
+        weight_JD = self._weight_VD[[*ids]].float() * self.scale_D
+        return F.normalize(torch.linalg.lu_solve(*self.factors, weight_JD.T).T, dim=-1)
 
     def entries(self, fact: Fact, asked: _Asked, *, index: int) -> list[ExactEntry]:
         """The entries of a fact that is asked in a form, one for each key of its subject."""
@@ -276,7 +295,7 @@ class _Reader:
         tail = self.ids(asked.form.after)
         after = (tail or self.ids(MARK))[-1] if asked.form.questions else None
         until_name = not self.names_V[[*self.ids(own), *tail]].any()  # the fact's own prompt must reach it
-        values = self.settings.strength * self.writes_VD[torch.tensor(says)]
+        values = self.settings.strength * self.writes(says)
         return [
             ExactEntry(
                 key=key, block=len(self.decoder.blocks), values=values, says=tuple(says), relative=True,
