@@ -87,10 +87,10 @@ SCALES = {
 }
 
 
-HORIZONS = {"2M": (500, 1.6e-2), "8M": (2_000, 8e-3), "32M": (8_000, 8e-3)}
+HORIZONS = {"2M": (500, 1.6e-2), "8M": (2_000, 1.6e-2), "32M": (8_000, 8e-3)}
 """Steps of 4,096 tokens, and the learning rate that the study `rates` chose."""
 HORIZON_SHARES = (1.0, 0.85, 0.75, 0.55, 0.35, 0.10)
-SWEPT = {"2M": (4e-3, 8e-3, 1.6e-2, 3.2e-2), "8M": (4e-3, 8e-3, 1.6e-2), "32M": (4e-3, 8e-3, 1.6e-2)}
+SWEPT = {"2M": (4e-3, 8e-3, 1.6e-2, 3.2e-2), "8M": (4e-3, 8e-3, 1.6e-2, 3.2e-2), "32M": (4e-3, 8e-3, 1.6e-2)}
 
 
 def studies_at(scale: Scale) -> dict[str, Study]:

@@ -70,6 +70,7 @@ def lengths(result: Mapping[str, Any]) -> list[Length]:
     for point in study_of(result).points:
         name, _, rest = point.partition(", ")
         runs.setdefault(name, {})[rest] = {run["seed"]: run for run in result["runs"] if run["point"] == point}
+    dense = next((run for run in result["runs"] if run["point"].endswith(f", {DENSE}")), None)  # of any length
     found = []
     for name, points in runs.items():
         everywhere = set.intersection(*(set(own) for own in points.values()))
@@ -77,7 +78,7 @@ def lengths(result: Mapping[str, Any]) -> list[Length]:
         complete = {point: own for point, own in points.items() if seeds and set(own) >= set(seeds)}
         if not any(point.endswith("%") and point != EXPERTS for point in complete):
             continue
-        plain, dense = complete[EXPERTS][seeds[0]], complete.get(DENSE, {}).get(seeds[0])
+        plain = complete[EXPERTS][seeds[0]]
         every = [run for own in points.values() for run in own.values()]
         found.append(
             Length(
