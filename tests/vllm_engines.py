@@ -80,9 +80,8 @@ def engine(folder: Path, memory: dict | None = None, **given) -> Iterator[LLM]:
     chosen = {"max_num_seqs": 32, "max_num_batched_tokens": 128, "max_model_len": 512, "block_size": BLOCK}
     chosen |= {"enforce_eager": True, "skip_tokenizer_init": True}
     llm, llvm = None, sys.modules.get("llvmlite.binding.ffi")
-    if (
-        llvm is not None
-    ):  # numba is loaded: vLLM looks for kernels in the `__dict__` of all there is, and falls over this one
+    if llvm is not None:
+        # numba is loaded: vLLM looks for kernels in the `__dict__` of all there is, and falls over this one
         llvm.lib._fntab["__dict__"] = {}
     try:
         llm = LLM(

@@ -13,7 +13,7 @@ import torch
 
 from engrammar.config import Encoding
 from engrammar.edit.checking import check_patch
-from engrammar.edit.exact import NOTHING
+from engrammar.edit.exact import NOTHING, distinct_rows
 from engrammar.edit.files import refuse
 from engrammar.edit.patch import (
     COLUMNS,
@@ -59,8 +59,9 @@ def build_patch(
     values = _Values(base.hidden_size, encoding)
     names = [probe.name for probe in probes]
     exact = _exact_arrays(entries, names, values, refuse(name))
-    centres = [probe.centre.float().numpy() for probe in probes]
-    own = {centre.tobytes(): centre for centre in centres}
+    pairs = [torch.stack([probe.centre, probe.direction]).float().numpy() for probe in probes]
+    pairs_P2D = np.array(pairs, np.float32).reshape(-1, 2, base.hidden_size)
+    first, kind_P = distinct_rows(pairs_P2D[:, 0])
     patch = Patch(
         name=name,
         base=base,
@@ -70,9 +71,9 @@ def build_patch(
         **exact,
         values=values.encoded(),
         probe_blocks=np.array([probe.block for probe in probes], np.int32),
-        probe_centres=np.array([[*own].index(centre.tobytes()) for centre in centres], np.int32),
-        centres=np.array([*own.values()], np.float32).reshape(-1, base.hidden_size),
-        directions=np.array([p.direction.float().numpy() for p in probes], np.float32).reshape(-1, base.hidden_size),
+        probe_centres=kind_P.astype(np.int32),
+        centres=pairs_P2D[first, 0],
+        directions=pairs_P2D[:, 1],
         thresholds=np.array([probe.threshold for probe in probes], np.float32),
         name_ids=np.packbits(names_V if any(entry.until_name for entry in entries) else names_V[:0]),
         deltas={} if rows is None else dict(rows[1]),

@@ -9,7 +9,6 @@ Remake: python -m engrammar_lab.bench.load
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -37,7 +36,7 @@ from engrammar.train.documents import read_documents
 from engrammar.train.sample import load
 from engrammar_lab.bench.load_clients import NUM_NEW, Clients, Prompt, Tally
 from engrammar_lab.bench.load_faults import changing, damaged, killed, read_ms, replaced, send, slow_disk
-from engrammar_lab.bench.loopback import LoopbackPool, why_no_pool
+from engrammar_lab.bench.loopback import LoopbackPool, free_port, why_no_pool
 from engrammar_lab.machine import describe_run
 
 CORPUS, VOCABULARY = "pocket:stdlib", 1000
@@ -169,9 +168,7 @@ def serving(folder: Path, *settings: str) -> Iterator[Served]:
     Raises:
         OSError: it does not start, or does not end as it should.
     """
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        port = listening.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "engrammar_cli.main", "serve", str(folder), "--port", str(port)]
     with TemporaryDirectory() as scratch:
         log = Path(scratch) / "log"

@@ -40,7 +40,7 @@ class LoopbackPool:
     """
 
     def __init__(self, segment: str = "64MB", seconds: float = 10.0, *, lease_ms: int = 5000) -> None:
-        self.server = PoolServer(address=f"127.0.0.1:{_free_port()}", seconds=seconds)
+        self.server = PoolServer(address=f"127.0.0.1:{free_port()}", seconds=seconds)
         self.segment, self.lease_ms = segment, lease_ms
         self.start()
 
@@ -51,10 +51,10 @@ class LoopbackPool:
         port = int(self.server.address.rpartition(":")[2])
         self.master = _run(
             folder / "mooncake_master", "--rpc_address=127.0.0.1", f"--rpc_port={port}", "--metrics_host=127.0.0.1",
-            f"--metrics_port={_free_port()}", f"--default_kv_lease_ttl={self.lease_ms}",
+            f"--metrics_port={free_port()}", f"--default_kv_lease_ttl={self.lease_ms}",
         )  # fmt: skip
         _wait_for_port(port, self.master)
-        storage_port = _free_port()
+        storage_port = free_port()
         self.storage = _run(
             folder / "mooncake_client", "--host=127.0.0.1", f"--port={storage_port}", "--metadata_server=P2PHANDSHAKE",
             f"--master_server_address={self.server.address}", f"--global_segment_size={self.segment}",
@@ -81,7 +81,8 @@ def _run(program: Path, *arguments: str) -> subprocess.Popen[bytes]:
     )
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         return listening.getsockname()[1]
