@@ -1,11 +1,15 @@
-"""A server of a tiny model on a port of its own, in a thread, and a client."""
+"""A server of a tiny model on a port of its own, in a thread, and what asks it."""
 
 import asyncio
+import json
 import socket
 import threading
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import openai
 import uvicorn
 
 from engrammar.serve.openai.asked import Limits
@@ -13,6 +17,7 @@ from engrammar.serve.openai.engine import Engine
 from engrammar.serve.openai.server import Server
 
 NAME, TOKEN = "tiny", "the token of the tests"
+NEW = 10  # tokens of an answer
 
 
 class Running:
@@ -46,3 +51,24 @@ def serving(model, tokenizer, token: str | None = TOKEN, **limits) -> Iterator[R
     finally:
         ends[0].should_exit = True
         thread.join(60)
+
+
+def client_of(server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+
+
+def complete(server, text, **settings):
+    extra = {"ignore_eos": True, "return_token_ids": True}
+    chosen = {"max_tokens": NEW, "temperature": 0, "extra_body": extra, **settings}
+    return client_of(server).completions.create(model=NAME, prompt=text, **chosen)
+
+
+def ask(server, path: str, body: bytes | None = None, method: str | None = None, token: str = ""):
+    """Status and JSON (or text) of a plain request."""
+    request = urllib.request.Request(server.url + path, body, {"Authorization": f"Bearer {token}"}, method=method)
+    try:
+        with urllib.request.urlopen(request) as response:
+            status, content = response.status, response.read()
+    except urllib.error.HTTPError as error:
+        status, content = error.code, error.read()
+    return status, json.loads(content) if content.startswith(b"{") else content.decode()

@@ -21,6 +21,7 @@ def serve(
     address: str = "127.0.0.1:50051",
     adapter: Path | None = None,
     patch: tuple[Path, ...] = (),
+    patch_on_request: tuple[Path, ...] = (),
     max_length: int | None = None,
     max_requests: int = 256,
     cache_tokens: int = 8192,
@@ -40,7 +41,8 @@ def serve(
         name: Name that the tables were uploaded under, for --memory remote.
         address: Address of mooncake_master, as HOST:PORT, for --memory remote.
         adapter: The folder of a memory that was attached to the model; --memory says where its tables are.
-        patch: Files of patches to apply.
+        patch: Files of patches to apply, for all requests.
+        patch_on_request: Files of patches that are applied for the requests that name them ("patches": [NAME, ...]).
         max_length: Tokens of a prompt and its answer; by default what the model was made for, and the cache keeps.
         max_requests: Answers under way or waiting; more are refused.
         cache_tokens: Positions that are kept of all requests together.
@@ -59,7 +61,7 @@ def serve(
     token = read_token(token_file)
     where: Any = memory if name is None else pool_store(adapter or Path(model), name, address)
     serving = {"memory": where, "cache_rows": cache_rows, "sharing": sharing}
-    loaded = load_served(model, adapter=adapter, patches=patch, **serving)
+    loaded = load_served(model, adapter=adapter, patches=patch, on_request=patch_on_request, **serving)
     length = longest(loaded[0], cache_tokens) if max_length is None else max_length
     sizes = {"max_requests": max_requests, "cache_tokens": cache_tokens, "batch_tokens": batch_tokens}
     engine = Engine(*loaded, Limits(max_length=length, **sizes))

@@ -3,8 +3,6 @@
 import json
 import threading
 import time
-import urllib.error
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
@@ -18,9 +16,8 @@ from engrammar.attach.paged import PagedState
 from engrammar.edit import apply_patch, base_of, build_patch, replace_rows, undo_patch, write_patch
 from engrammar.serve.openai.text import TextStream
 from models import save_micro
-from servers import NAME, TOKEN, serving
+from servers import NAME, NEW, TOKEN, ask, client_of, complete, serving
 
-NEW = 10
 TEXTS = ["To be", "question", "or not to be, that is", "To be, or not to be, that is the question. " * 5, "To"]
 
 
@@ -72,27 +69,6 @@ def expected(folder, tokenizer):
 def server(folder, tokenizer):
     with serving(load(folder, memory="disk", cache_rows=64), tokenizer) as running:
         yield running
-
-
-def client_of(server) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
-
-
-def complete(server, text, **settings):
-    extra = {"ignore_eos": True, "return_token_ids": True}
-    chosen = {"max_tokens": NEW, "temperature": 0, "extra_body": extra, **settings}
-    return client_of(server).completions.create(model=NAME, prompt=text, **chosen)
-
-
-def ask(server, path: str, body: bytes | None = None, method: str | None = None, token: str = ""):
-    """Status and JSON (or text) of a plain request."""
-    request = urllib.request.Request(server.url + path, body, {"Authorization": f"Bearer {token}"}, method=method)
-    try:
-        with urllib.request.urlopen(request) as response:
-            status, content = response.status, response.read()
-    except urllib.error.HTTPError as error:
-        status, content = error.code, error.read()
-    return status, json.loads(content) if content.startswith(b"{") else content.decode()
 
 
 def test_many_clients_get_the_tokens_of_generate(server, expected):
@@ -261,7 +237,7 @@ def test_a_patch_changes_every_answer_that_begins_after_it_and_none_before(folde
             begun = [*next(stream).choices[0].token_ids]
             applied = pool.submit(ask, server, "/v1/patches", content, token=TOKEN)
             assert [*begun, *(one for piece in stream for one in piece.choices[0].token_ids)] == expected[text]
-            assert applied.result() == (200, {"object": "list", "data": [{"id": "rows"}]})
+            assert applied.result() == (200, {"object": "list", "data": [{"id": "rows", "on_request": False}]})
         assert complete(server, text).choices[0].token_ids == patched
         status, answer = ask(server, "/v1/patches", content, token=TOKEN)
         assert status == 400 and "is applied already" in answer["error"]["message"]

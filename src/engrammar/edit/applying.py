@@ -33,6 +33,7 @@ from engrammar.edit.overlay import TableOverlay, check_tables, joined
 from engrammar.edit.passes import EditHooks
 from engrammar.edit.patch import Patch, addressing_digest, classes_digest
 from engrammar.edit.rows import ArrayStore, ValueRows
+from engrammar.edit.sequences import Reach
 from engrammar.edit.stack import Stack, sharing_places, stack_patches
 from engrammar.memory import Memory
 from engrammar.stores.base import RowStore
@@ -72,17 +73,29 @@ class Applied:
 
 @final
 class Edits:
-    """The patches of one model, in the order in which they were applied."""
+    """The patches of one model, in the order in which they were applied, and those that requests may choose.
+
+    Attributes:
+        applied: those that every pass uses.
+        offered: those that a request of a continuous batch uses if it names them (`offering`).
+    """
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
         sample = torch.zeros(1, 2, dtype=torch.long, device=decoder.host.get_input_embeddings().weight.device)  # type: ignore[operator]
         self.hooks = EditHooks(decoder, final_norm_of(decoder, sample))
         self.applied: list[Applied] = []
+        self.offered: list[Applied] = []
         self.overlays: dict[tuple[Memory, int], TableOverlay] = {}
 
     def names(self) -> list[str]:
         return [one.patch.name for one in self.applied]
+
+    def require_free(self, name: str) -> None:
+        """Raises a ValueError if a patch of this name is applied or offered."""
+        for patches, what in ((self.applied, "applied"), (self.offered, "offered to requests")):
+            if name in [one.patch.name for one in patches]:
+                raise ValueError(f"A patch {name!r} is {what} already: undo it, or give this one another name.")
 
     def stack_of(self, applied: Sequence[Applied]) -> Stack | None:
         """The exact entries of some patches as one; None if there are none.
@@ -103,12 +116,14 @@ class Edits:
             )
         return stack
 
-    def set(self, applied: list[Applied]) -> None:
+    def set(self, applied: list[Applied], offered: list[Applied]) -> None:
         """Makes these the patches of the model; an error leaves the model as it was."""
         stack = self.stack_of(applied)
-        kept = set(applied)
-        gone = [one.rows.store for one in self.applied if one not in kept]
-        self.applied = applied
+        alone = [self.stack_of([one]) for one in offered]
+        reach = Reach.of([one for one in (stack, *alone) if one is not None]) if offered else None
+        kept = {*applied, *offered}
+        gone = [one.rows.store for one in (*self.applied, *self.offered) if one not in kept]
+        self.applied, self.offered = applied, offered
         wanted: dict[tuple[Memory, int], list[Any]] = {place: [] for place in self.overlays}
         for one in applied:
             for layer, delta in one.patch.deltas.items():
@@ -119,7 +134,7 @@ class Edits:
             overlay.show(joined(deltas))
             if not deltas:
                 del self.overlays[place]
-        self.hooks.place(stack, gone)
+        self.hooks.place(stack, gone, reach)
 
 
 def apply_patch(
@@ -149,9 +164,32 @@ def apply_patch(
         ValueError: the patch is damaged, or for another model, tokenizer or tables; its name is taken; or it is in
             conflict with another one. The model is then as it was.
     """
-    for name, value, allowed in (("memory", memory, Tier), ("on_conflict", on_conflict, OnConflict)):
-        if not callable(value) and value not in get_args(allowed):
-            raise ValueError(f"{name} is {value!r}; allowed: {', '.join(get_args(allowed))}.")
+    if on_conflict not in get_args(OnConflict):
+        raise ValueError(f"on_conflict is {on_conflict!r}; allowed: {', '.join(get_args(OnConflict))}.")
+
+    def add(edits: Edits, one: Applied) -> None:
+        if on_conflict == "refuse":
+            refuse_conflicts(one, edits.applied)
+        edits.set([*edits.applied, one], edits.offered)
+
+    add_patch(model, patch, tokenizer, memory, add)
+    return model
+
+
+def add_patch(
+    model: nn.Module,
+    patch: Patch | str | Path,
+    tokenizer: "PreTrainedTokenizerBase | None",
+    memory: Tier | Callable[[TableFile], RowStore],
+    add: Callable[[Edits, Applied], None],
+) -> None:
+    """Reads and checks a patch, and gives it to `add`, with the patches of the model.
+
+    Raises:
+        ValueError: as `apply_patch`, but for conflicts; or as `add`. The model is then as it was.
+    """
+    if not callable(memory) and memory not in get_args(Tier):
+        raise ValueError(f"memory is {memory!r}; allowed: {', '.join(get_args(Tier))}.")
     path = None if isinstance(patch, Patch) else Path(patch)
     patch = patch if isinstance(patch, Patch) else read_patch(patch)
     check_patch(patch, refuse(patch.name))
@@ -160,27 +198,24 @@ def apply_patch(
     edits = edits_of(model)
     is_new = edits is None
     edits = Edits(decoder) if edits is None else edits
-    if patch.name in edits.names():
-        raise ValueError(f"A patch {patch.name!r} is applied already: undo it, or give this one another name.")
+    edits.require_free(patch.name)
     classes_V = _classes(patch, edits, tokenizer)
     held = None if not patch.deltas else _memory(patch, decoder)
-    if on_conflict == "refuse":
-        _refuse_conflicts(patch, edits.applied)
     rows = _value_rows(patch, path, memory)
+    about: dict[str, Any] = {"digest": patch_digest(patch), "rows": rows, "memory": held}
     if len(patch.values) and (memory != "ram"):
         kept = replace(patch, values=np.broadcast_to(np.zeros((1, 1), np.uint8), patch.values.shape))
-        one = Applied(patch=kept, path=path, digest=patch_digest(patch), rows=rows, memory=held)
+        one = Applied(patch=kept, path=path, **about)
     else:
-        one = Applied(patch=patch, path=None, digest=patch_digest(patch), rows=rows, memory=held)
+        one = Applied(patch=patch, path=None, **about)
     try:
         edits.hooks.classes_V = classes_V
-        edits.set([*edits.applied, one])
+        add(edits, one)
     except BaseException:
         rows.store.close()
         raise
     if is_new:
         setattr(decoder.host, PATCHES, edits)
-    return model
 
 
 def undo_patch(model: nn.Module, patch: Patch | str | None = None) -> nn.Module:
@@ -199,10 +234,16 @@ def undo_patch(model: nn.Module, patch: Patch | str | None = None) -> nn.Module:
     name = patch.name if isinstance(patch, Patch) else patch
     if name is not None and name not in edits.names():
         raise ValueError(f"No patch {name!r} is applied; applied are {', '.join(edits.names())}.")
-    edits.set([one for one in edits.applied if name is not None and one.patch.name != name])
-    if not edits.applied:
-        delattr(host_of(model), PATCHES)
+    edits.set([one for one in edits.applied if name is not None and one.patch.name != name], edits.offered)
+    forget_edits(model)
     return model
+
+
+def forget_edits(model: nn.Module) -> None:
+    """Leaves nothing of patches on a model that has none."""
+    edits = edits_of(model)
+    if edits is not None and not edits.applied and not edits.offered:
+        delattr(host_of(model), PATCHES)
 
 
 def applied_patches(model: nn.Module) -> list[str]:
@@ -287,12 +328,13 @@ def _memory(patch: Patch, decoder: Decoder) -> Memory:
     return memory
 
 
-def _refuse_conflicts(patch: Patch, applied: Sequence[Applied]) -> None:
-    last = len(applied)
-    sharing = {one for one, other in sharing_places([*[one.patch for one in applied], patch]) if other == last}
-    sharing |= {i for i, one in enumerate(applied) if one.patch.deltas.keys() & patch.deltas.keys()}
+def refuse_conflicts(one: Applied, applied: Sequence[Applied]) -> None:
+    """Raises a ValueError if patches change something that this one changes differently."""
+    last, patch = len(applied), one.patch
+    sharing = {i for i, j in sharing_places([*[other.patch for other in applied], patch]) if j == last}
+    sharing |= {i for i, other in enumerate(applied) if other.patch.deltas.keys() & patch.deltas.keys()}
     for index in sorted(sharing):
-        if found := conflicts(applied[index].whole(), patch):
+        if found := conflicts(applied[index].whole(), one.whole()):
             raise ValueError(in_conflict(applied[index].patch.name, patch.name, found))
 
 

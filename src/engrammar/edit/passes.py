@@ -6,6 +6,7 @@ Letters: B batch, T tokens, M residual branches, D hidden width, S positions of 
 import threading
 from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, final
 
@@ -30,19 +31,20 @@ from engrammar.edit.lookup import (
     find_keys,
 )
 from engrammar.edit.rows import ReadRows
-from engrammar.edit.sequences import Requests, Rows
+from engrammar.edit.sequences import STACKS, Reach, Requests, Rows, by_choice
 from engrammar.edit.stack import Stack
 from engrammar.stores.base import RowStore
 
-_passes: ContextVar[tuple["EditPass", ...]] = ContextVar("engrammar_edit_passes", default=())
+_passes: ContextVar[tuple["Begun", ...]] = ContextVar("engrammar_edit_passes", default=())
 
 
 @final
 class EditPass:
-    """One pass of a decoder: which keys it holds, and what is to be added where."""
+    """The sequences of a pass that share a stack: which keys they hold, and what is to be added where."""
 
-    def __init__(self, hooks: "EditHooks", stack: Stack, sequences: Rows | Requests) -> None:
-        self.hooks, self.stack, self.sequences = hooks, stack, sequences
+    def __init__(self, hooks: "EditHooks", sequences: Rows | Requests) -> None:
+        self.hooks, self.sequences = hooks, sequences
+        stack = self.stack = sequences.stack
         text = self.text = sequences.text
         found_BP = sequences.found(find_keys(stack.table, hooks.classes_V, text))
         self.writes, self.candidates = NO_WRITES, NO_CANDIDATES
@@ -106,6 +108,19 @@ class EditPass:
         return streams_BTMD.index_put((row, token), added_CMD, accumulate=True).view_as(hidden)
 
 
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Begun:
+    """A pass of a decoder that has begun: a part for each stack. There are several where requests choose theirs."""
+
+    hooks: "EditHooks"
+    parts: list[EditPass]
+
+    def at(self, block: int) -> list[EditPass]:
+        """The parts that read or change the input of a block."""
+        return [part for part in self.parts if block in part.stack.blocks]
+
+
 STEPS, WRITES = ("first_step", "num_steps"), ("row", "token", "entry", "step")
 
 
@@ -115,6 +130,7 @@ class EditHooks:
 
     Attributes:
         stack: what is applied; None for nothing.
+        reach: that of all stacks among which requests choose in a paged cache; None if they do not choose.
         classes_V: the class of each id.
         is_on: whether passes look keys up.
         under_way: the number of passes that have begun and not ended, in all threads.
@@ -125,6 +141,7 @@ class EditHooks:
         self.decoder, self.arguments = decoder, first_parameters(decoder.module)
         self.handles: list[RemovableHandle] = []
         self.stack: Stack | None = None
+        self.reach: Reach | None = None
         self.classes_V = np.empty(0, np.int32)
         self.is_on, self.under_way, self.lock = True, 0, threading.Lock()
         self.places = [*decoder.blocks, *([] if final_norm is None else [final_norm])]
@@ -139,16 +156,16 @@ class EditHooks:
         vars(self).update(state)
         self.lock = threading.Lock()
 
-    def place(self, stack: Stack | None, closing: Iterable[RowStore] = ()) -> None:
-        """Passes that begin from now on use this stack (None: none, and the hooks are taken off).
+    def place(self, stack: Stack | None, closing: Iterable[RowStore] = (), reach: Reach | None = None) -> None:
+        """Passes that begin from now on use this stack. If it is None, and `reach` too, the hooks are taken off.
 
         Args:
             closing: stores to be closed when no pass reads them any more.
         """
         with self.lock:
-            self.stack = stack
+            self.stack, self.reach = stack, reach
             self.closing += closing
-            if stack is not None and not self.handles:
+            if not self._is_idle() and not self.handles:
                 module = self.decoder.module
                 self.handles = [
                     module.register_forward_pre_hook(self.before_pass, with_kwargs=True),
@@ -160,25 +177,36 @@ class EditHooks:
                     self.handles.append(place.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
             self._tidy()
 
+    def _is_idle(self) -> bool:
+        return self.stack is None and self.reach is None
+
     def _tidy(self) -> None:
         if self.under_way:
             return
         while self.closing:
             self.closing.pop().close()
-        if self.stack is None:
+        if self._is_idle():
             self.threads.clear()
             while self.handles:
                 self.handles.pop().remove()
 
     def before_pass(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Finds the keys of this pass."""
-        stack = self.stack
-        if not self.is_on or stack is None:
+        stack, reach = self.stack, self.reach
+        if not self.is_on or (stack is None and reach is None):
             return
         given: Mapping[str, Any] = dict(zip(self.arguments, args)) | kwargs
         tokens = flat_in(given)
-        sequences = Rows(stack, read_inputs(decoder, given)) if tokens is None else Requests(stack, tokens)
-        begun = EditPass(self, stack, sequences)
+        chosen = None if tokens is None or reach is None else getattr(tokens.cache, STACKS, None)
+        sequences: list[Rows | Requests] = []
+        if chosen is not None:
+            assert tokens is not None and reach is not None
+            sequences += [Requests(*one, reach) for one in by_choice(reach, tokens, chosen())]
+        elif stack is not None and tokens is not None:
+            sequences.append(Requests(stack, tokens, Reach.of([stack])))
+        elif stack is not None:
+            sequences.append(Rows(stack, read_inputs(decoder, given)))
+        begun = Begun(hooks=self, parts=[EditPass(self, one) for one in sequences])
         with self.lock:
             self.under_way += 1
             self.threads.add(threading.get_ident())
@@ -198,14 +226,17 @@ class EditHooks:
                 f"Block {block} was called outside a pass of its model, so patches do not know its ids: call the "
                 "model, or undo the patches."
             )
-        if block not in current.stack.blocks:
+        parts = current.at(block)
+        if not parts:
             return None
         if is_skipped(module):
             raise ValueError(
                 "Blocks that a patch writes at are skipped in this pass: undo the patch, or keep no prefix."
             )
         hidden = hidden_of(argument, args, kwargs)
-        changed = current.at(block, hidden)
+        changed = hidden
+        for part in parts:
+            changed = part.at(block, changed)
         if changed is hidden:
             return None
         if args:
@@ -222,4 +253,5 @@ class EditHooks:
         with self.lock:
             self.under_way -= 1
             self._tidy()
-        ended.sequences.end(output)
+        for part in ended.parts:
+            part.sequences.end(output)

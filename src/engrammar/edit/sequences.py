@@ -4,6 +4,8 @@ Letters: B batch, T tokens, M residual branches, D hidden width, S positions of 
 tokens of many requests.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import numpy as np
@@ -13,7 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from engrammar.attach.inputs import Inputs
-from engrammar.attach.paged import FlatTokens, paged_state
+from engrammar.attach.paged import FlatTokens, PagedState, paged_state
 from engrammar.attach.passes import cache_in, continue_state
 from engrammar.attach.state import MemoryState, keeps_all, positions_in, state_in
 from engrammar.edit.exact import NOTHING, Ints
@@ -24,6 +26,33 @@ from engrammar.memory import masked_ids
 
 STATE = "applied patches"  # the name of the state in a cache; no attached memory can have it
 FOUND, WRITTEN = "found", "written"  # what is kept besides ids: the key that ends at a token, and what is written
+CHOSEN = "chosen"  # the number of the stack that a token was read with
+STACKS = "engrammar_stacks"  # the attribute of a paged cache that says which stack each request of a pass has chosen
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Reach:
+    """What the state of stacks in one paged cache is made for.
+
+    Attributes:
+        identity: whose state it is.
+        num_back: ids to look back to.
+        window: positions back at which a key may have ended, or a write may have begun, that matters now.
+    """
+
+    identity: tuple[str, ...]
+    num_back: int
+    window: int
+
+    @classmethod
+    def of(cls, stacks: Sequence[Stack]) -> "Reach":
+        """That of one stack, or of several among which each request chooses."""
+        return cls(
+            identity=tuple(digest for stack in stacks for digest in stack.identity),
+            num_back=max(stack.num_back for stack in stacks),
+            window=max(stack.window for stack in stacks),
+        )
 
 
 @final
@@ -88,13 +117,12 @@ class Requests:
     Attributes: as those of `Rows`.
     """
 
-    def __init__(self, stack: Stack, tokens: FlatTokens) -> None:
-        self.stack, self.tokens = stack, tokens
-        longest = max(stack.num_back, stack.window)
-        self.state = paged_state(STATE, stack.identity, stack.num_back, longest, tokens)
+    def __init__(self, stack: Stack, tokens: FlatTokens, reach: Reach) -> None:
+        self.stack, self.tokens, self.state = stack, tokens, state_of(reach, tokens)
         history_FS = self.state.begin(tokens)[0]
         live_F = tokens.live_T
-        request, chunk = tokens.request_T[live_F], tokens.chunk_T[live_F]
+        _, request = tokens.request_T[live_F].unique(return_inverse=True)
+        chunk = tokens.chunk_T[live_F]
         index_BT = request.new_full((int(request.max()) + 1, int(chunk.max()) + 1), -1)
         index_BT[request, chunk] = live_F.nonzero()[:, 0]
         self.index_BT, self.is_real_BT = index_BT, index_BT >= 0
@@ -109,7 +137,9 @@ class Requests:
         return _at_the_end(self.text.ids_BP.shape, np.concatenate([before_BS, found_BT], axis=1))
 
     def codes(self) -> Ints:
-        """As `Rows.codes`."""
+        """As `Rows.codes`. Stacks without probes write none: their slots hold what others have left there."""
+        if self.stack.decided_at is None:
+            return np.empty((len(self.index_BT), 0), np.int64)
         return self._before(WRITTEN, NO_WRITE)
 
     def keep_codes(self, codes_BT: Ints) -> None:
@@ -139,6 +169,38 @@ class Requests:
         """Stamps the slots that the pass has written."""
         if output is not None:
             self.state.end(self.tokens)
+
+
+def state_of(reach: Reach, tokens: FlatTokens) -> PagedState:
+    """The state of stacks in the paged cache of a pass."""
+    return paged_state(STATE, reach.identity, reach.num_back, max(reach.num_back, reach.window), tokens)
+
+
+def by_choice(reach: Reach, tokens: FlatTokens, chosen: Sequence[Stack | None]) -> list[tuple[Stack, FlatTokens]]:
+    """The tokens of each stack that requests of a pass have chosen; tokens of other requests are not live there.
+
+    Args:
+        chosen: of each request of the pass; None where nothing is to be added.
+
+    Raises:
+        ValueError: a request goes on from keys and values of another choice.
+    """
+    numbers = [0 if stack is None else stack.number for stack in chosen]
+    number_T = torch.tensor(numbers, device=tokens.request_T.device)[tokens.request_T]
+    check_choices(state_of(reach, tokens), tokens, number_T)
+    stacks = {stack.number: stack for stack in chosen if stack is not None}
+    return [(stack, replace(tokens, live_T=tokens.live_T & (number_T == number))) for number, stack in stacks.items()]
+
+
+def check_choices(state: PagedState, tokens: FlatTokens, number_T: Tensor) -> None:
+    """Compares the choice of each token with that of the token before it, which was kept in the paged cache."""
+    before_T = tokens.places([1])[0]
+    seen_T = state.seen(state.write(CHOSEN, tokens, number_T), before_T, 0)
+    if not torch.equal(seen_T, number_T.where(before_T >= 0, 0)):
+        raise ValueError(
+            "A request goes on from a prefix that was read with other patches: prefixes are shared among requests of "
+            "the same patches only."
+        )
 
 
 def begin_state(stack: Stack) -> MemoryState:

@@ -3,6 +3,7 @@
 Letters: Q keys, K the longest key, E exact entries, S steps, P probes, D hidden width.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -49,6 +50,11 @@ class Stack:
     probes_P2D: Tensor
     thresholds_P: Tensor
     rows: StackedRows
+
+    @cached_property
+    def number(self) -> int:
+        """A number over 0 that no stack of other patches has."""
+        return 1 + int.from_bytes(hashlib.sha256("".join(self.identity).encode()).digest()[:7], "little")
 
     def of_key(self, *, gated: bool) -> tuple[Ints, Ints]:
         """The entries with a probe, or without, in the order of their keys; where those of each key begin, [Q+1]."""

@@ -65,6 +65,7 @@ async def answer(engine: Engine, prompts_BT: Tensor, new_tokens: int) -> int:
         usage=False,
         ignore_eos=True,
         token_ids=False,
+        patches=(),
     )
 
     async def one(ids: list[int]) -> int:

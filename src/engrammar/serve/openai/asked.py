@@ -9,7 +9,8 @@ Kind = Literal["completions", "chat"]
 Ids = list[int]
 
 COMMON = {"model", "max_tokens", "temperature", "top_p", "seed", "stop", "stream", "stream_options", "n"}
-COMMON |= {"ignore_eos", "return_token_ids"}  # as in vLLM
+COMMON |= {"ignore_eos", "return_token_ids", "vllm_xargs"}  # as in vLLM
+COMMON |= {"patches"}
 FIELDS: dict[Kind, set[str]] = {
     "completions": COMMON | {"prompt"},
     "chat": COMMON | {"messages", "max_completion_tokens"},
@@ -88,6 +89,7 @@ class Asked:
         stream: whether the answer is sent in pieces; `usage`: whether the last piece counts tokens.
         ignore_eos: whether an answer goes on after the end of a text.
         token_ids: whether answers bring their ids.
+        patches: names of the patches that it has chosen.
     """
 
     prompts: list[Ids]
@@ -101,6 +103,7 @@ class Asked:
     usage: bool
     ignore_eos: bool
     token_ids: bool
+    patches: tuple[str, ...]
 
     @property
     def sequences(self) -> list[Ids]:
@@ -147,6 +150,7 @@ def read_asked(raw: bytes, kind: Kind, name: str, tokenizer: Any, limits: Limits
         usage=bool(options.get("include_usage")),
         ignore_eos=_flag(body, "ignore_eos"),
         token_ids=_flag(body, "return_token_ids"),
+        patches=_patches(body),
     )
     if longest + asked.max_tokens > limits.max_length:
         raise Refused(
@@ -197,6 +201,18 @@ def _stop(body: Mapping[str, Any]) -> tuple[str, ...]:
     if not isinstance(stop, list) or not all(isinstance(one, str) and one for one in stop) or len(stop) > 16:
         raise Refused("stop is not a text, or a list of up to 16 texts.")
     return tuple(stop)
+
+
+def _patches(body: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names in `patches`, or in `vllm_xargs`, where vLLM takes what it does not know itself."""
+    own, others = body.get("patches"), body.get("vllm_xargs") or {}
+    if not isinstance(others, dict) or others.keys() - {"patches"} or (own is not None and others):
+        raise Refused("vllm_xargs may hold patches, if they are not named beside it, and nothing else.")
+    named = own if own is not None else others.get("patches") or []
+    named = [named] if isinstance(named, str) else named
+    if not isinstance(named, list) or not all(isinstance(one, str) for one in named):
+        raise Refused("patches is not a list of names.")
+    return tuple(named)
 
 
 def _prompts(body: Mapping[str, Any], tokenizer: Any) -> list[Ids]:

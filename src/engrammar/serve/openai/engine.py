@@ -13,13 +13,16 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProce
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessorList
 
 from engrammar.edit import applied_patches, apply_patch, undo_patch
+from engrammar.edit.offering import chosen_stack, offer_patch, offered_patches, withdraw_patch
 from engrammar.serve.flat import batched_continuously
 from engrammar.serve.openai.asked import Asked, Ids, Limits, Refused
+from engrammar.serve.openai.choosing import Choice, carry_choices
 from engrammar.serve.openai.sampling import Sampler
 from engrammar.versions import check_can_serve
 
 PAGE = 16  # tokens of a page of the cache; prefixes are shared page by page
 MOST_ROWS = 64  # requests of a pass
+MOST_CHOICES = 64  # sets of patches whose keys are kept in one table; others are put together anew
 NO_END = -1  # an id at which no text ends
 
 logger = logging.getLogger(__name__)
@@ -65,6 +68,7 @@ class Engine:
         self.held = self.running = 0
         self.changing, self.ended = asyncio.Lock(), asyncio.Condition()
         self.numbers = itertools.count()
+        self.choices: dict[tuple[str, ...], Choice] = {}
         self.undo = ExitStack()
         self.undo.enter_context(batched_continuously(model))
         self.manager: Any = None
@@ -88,6 +92,7 @@ class Engine:
         processors = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([self.sampler]))
         processors.tensors_required = 1  # the number of each request's drawing
         self.manager.logit_processor = processors
+        carry_choices(self.manager)
         self.manager.start()
         self.counts.starts += 1
 
@@ -119,6 +124,24 @@ class Engine:
     def release(self, num_answers: int) -> None:
         self.held -= num_answers
 
+    def choice(self, names: tuple[str, ...]) -> Choice:
+        """What a request is read with that has chosen these patches, besides those that are applied for all.
+
+        Raises:
+            Refused: a patch is not known, or they do not fit each other.
+        """
+        offered = self.offered()
+        for name in names:
+            if name not in (*offered, *self.patches()):
+                known = ", ".join(offered) or "none"
+                raise Refused(f"No patch {name!r} can be chosen; patches for requests are: {known}.", 404, "no_patch")
+        chosen = tuple(name for name in offered if name in names)
+        if chosen not in self.choices:
+            while len(self.choices) >= MOST_CHOICES:  # those of requests under way are carried by them
+                self.choices.pop(next(iter(self.choices)))
+            self.choices[chosen] = Choice(chosen_stack(self.model, chosen))
+        return self.choices[chosen]
+
     @asynccontextmanager
     async def turn(self) -> AsyncIterator[None]:
         """Holds off changes while a request is under way; waits while one is made."""
@@ -139,17 +162,17 @@ class Engine:
         """The tokens of one answer, as they come; they end with one of `ends`, or at `asked.max_tokens`.
 
         Raises:
-            Refused: the model has failed.
+            Refused: the model has failed, or a patch cannot be chosen.
         """
         name, given = f"answer-{next(self.numbers)}", self.manager
         came: asyncio.Queue[Any] = asyncio.Queue()
+        choice = self.choice(asked.patches)
         drawing = self.sampler.begin(asked.temperature, asked.top_p, seed)
         given.register_result_handler(name, came.put_nowait)
         seen, outcome = 0, "cancelled"
         try:
-            given.add_request(
-                prompt, name, asked.max_tokens, streaming=True, eos_token_id=ends or [NO_END], drawing=drawing
-            )
+            carried = {"drawing": drawing, "choice": choice}
+            given.add_request(prompt, name, asked.max_tokens, streaming=True, eos_token_id=ends or [NO_END], **carried)
             self.counts.prompt_tokens += len(prompt)
             while outcome == "cancelled":
                 output = await self._next(came)
@@ -178,8 +201,8 @@ class Engine:
                 if not self.manager.is_running() and came.empty():
                     return None
 
-    async def change(self, make: Callable[[], None]) -> list[str]:
-        """Changes the model when no request is under way; returns the names of its patches.
+    async def change(self, make: Callable[[], None]) -> None:
+        """Changes the model when no request is under way.
 
         Raises:
             ValueError: as `make`. The patches are then as they were.
@@ -192,22 +215,29 @@ class Engine:
                 await asyncio.to_thread(make)
                 self.counts.changes += 1
             finally:
+                self.choices.clear()
                 self._start()
-        return self.patches()
 
     def patches(self) -> list[str]:
         """The names of the patches that are applied."""
         return applied_patches(self.model)
 
-    async def apply(self, path: str) -> list[str]:
-        """Applies the patch in a file, beside those that are applied."""
-        return await self.change(lambda: void(apply_patch(self.model, path, self.tokenizer)))
+    def offered(self) -> list[str]:
+        """The names of the patches that requests may choose."""
+        return offered_patches(self.model)
 
-    async def undo_patch(self, name: str) -> list[str]:
-        """Takes a patch back."""
-        if name not in self.patches():
-            raise Refused(f"No patch {name!r} is applied; applied are: {', '.join(self.patches()) or 'none'}.", 404)
-        return await self.change(lambda: void(undo_patch(self.model, name)))
+    async def add(self, path: str, *, on_request: bool) -> None:
+        """Applies the patch in a file for all requests, or offers it to those that choose it."""
+        add = offer_patch if on_request else apply_patch
+        await self.change(lambda: void(add(self.model, path, self.tokenizer)))
+
+    async def remove(self, name: str) -> None:
+        """Takes a patch back, whichever it is."""
+        if name not in (*self.patches(), *self.offered()):
+            known = ", ".join((*self.patches(), *self.offered())) or "none"
+            raise Refused(f"No patch {name!r} is here; these are: {known}.", 404)
+        remove = withdraw_patch if name in self.offered() else undo_patch
+        await self.change(lambda: void(remove(self.model, name)))
 
     def close(self) -> None:
         """Ends what is under way, and leaves the model as it was."""

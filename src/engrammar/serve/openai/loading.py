@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from engrammar.edit import apply_patch
+from engrammar.edit.offering import offer_patch
 from engrammar.model.configuration import EngrammarConfig, load_config
 from engrammar.model.saving import local_folder
 from engrammar.tables.headers import read_json
@@ -14,7 +15,12 @@ from engrammar.train.sample import load, load_with_adapter
 
 
 def load_served(
-    name: str, *, adapter: Path | None = None, patches: Sequence[Path] = (), **serving: Any
+    name: str,
+    *,
+    adapter: Path | None = None,
+    patches: Sequence[Path] = (),
+    on_request: Sequence[Path] = (),
+    **serving: Any,
 ) -> tuple[Any, Any]:
     """Loads a model and its tokenizer.
 
@@ -22,6 +28,7 @@ def load_served(
         name: a folder, or a name on the Hub.
         adapter: the folder of a memory that was attached to it.
         patches: files of patches, which are applied in this order.
+        on_request: files of patches that requests may choose.
         serving: where the memory's tables are: see `ServingSettings`, whose `where` is `memory` here.
 
     Raises:
@@ -38,6 +45,8 @@ def load_served(
         model, tokenizer = load(folder, **({} if load_config(folder).memory is None else serving))
     for patch in patches:
         apply_patch(model, patch, tokenizer)
+    for patch in on_request:
+        offer_patch(model, patch, tokenizer)
     return model.eval(), tokenizer
 
 

@@ -21,8 +21,9 @@ HELP = {
     "requests_running": "Requests that are under way.",
     "answers_held": "Answers that are under way or waiting.",
     "patches": "Patches that are applied.",
+    "patches_on_request": "Patches that requests may choose.",
 }
-GAUGES = ("requests_running", "answers_held", "patches")
+GAUGES = ("requests_running", "answers_held", "patches", "patches_on_request")
 
 
 def sources_of(model: nn.Module) -> list[StoredTables]:
@@ -60,3 +61,4 @@ def _counted(engine: Engine) -> Iterator[tuple[str, list[tuple[str, int]]]]:
     yield "requests_running", [("", engine.running)]
     yield "answers_held", [("", engine.held)]
     yield "patches", [("", len(engine.patches()))]
+    yield "patches_on_request", [("", len(engine.offered()))]

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
 
+from engrammar.serve.openai.choosing import Choice
+
 GREEDY = 0  # the number of no request
 
 
@@ -37,9 +39,12 @@ class Drawing:
 
 @final
 class Sampler(ContinuousBatchingLogitsProcessor):
-    """Disturbs the scores of requests that sample. A request brings the number that it was given here."""
+    """Disturbs the scores of requests that sample. A request brings the number that it was given here.
 
-    supported_kwargs: ClassVar[dict[str, type]] = {"drawing": int}
+    What a request is read with is brought the same way; it is for `choosing`.
+    """
+
+    supported_kwargs: ClassVar[dict[str, type]] = {"drawing": int, "choice": Choice}
     ignored_kwargs: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self) -> None:

@@ -98,6 +98,7 @@ class Server:
         asked = read_asked(
             await body_of(request, MOST_BYTES), kind, self.name, self.engine.tokenizer, self.engine.limits
         )
+        self.engine.choice(asked.patches)  # refused before a stream begins
         self.engine.reserve(len(asked.sequences))
         about = {
             "id": f"{'chatcmpl' if kind == 'chat' else 'cmpl'}-{uuid.uuid4().hex}",
@@ -167,21 +168,29 @@ class Server:
         return PlainTextResponse(render(self.engine))
 
     async def patches(self, request: Request) -> Response:
-        """Lists (GET), applies (POST, the file is the body) or undoes (DELETE /NAME) patches, for all requests."""
+        """Lists (GET), adds (POST, the file is the body) or removes (DELETE /NAME) patches.
+
+        They are for all requests; with ?on_request=true for those that choose them.
+        """
         if self.token is None:
             raise Refused("This server was started without a token, so patches cannot be changed.", 403)
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
         if not hmac.compare_digest(given.encode(), self.token.encode()):
             raise Refused("Patches are changed with the server's token: Authorization: Bearer TOKEN.", 401)
         if request.method == "POST":
+            said = request.query_params.get("on_request", "false")
+            if said not in ("true", "false"):
+                raise Refused(f"on_request is {said!r}; allowed: true or false.")
             content = await body_of(request, MOST_PATCH_BYTES)
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / "patch.safetensors"
                 path.write_bytes(content)
-                await self.engine.apply(str(path))
+                await self.engine.add(str(path), on_request=said == "true")
         elif request.method == "DELETE":
-            await self.engine.undo_patch(request.path_params["name"])
-        return JSONResponse({"object": "list", "data": [{"id": name} for name in self.engine.patches()]})
+            await self.engine.remove(request.path_params["name"])
+        data = [{"id": name, "on_request": False} for name in self.engine.patches()]
+        data += [{"id": name, "on_request": True} for name in self.engine.offered()]
+        return JSONResponse({"object": "list", "data": data})
 
     def app(self) -> Starlette:
         """The application; it closes the engine when it ends."""
