@@ -61,6 +61,7 @@ ROOMS = {
     ),
     "engrammar.model": ("configuration", "presets", "hyper", "block", "saving", "pretrained", "modeling", "budget"),
     "engrammar.edit": (
+        "ranges",
         "exact",
         "names",
         "forms",

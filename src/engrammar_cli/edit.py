@@ -11,7 +11,14 @@ Method = Literal["gated", "vector", "rows"]
 
 
 def learn(
-    model: Positional[str], facts: Positional[Path], /, out: Path, name: str = "facts", method: Method = "gated"
+    model: Positional[str],
+    facts: Positional[Path],
+    overrides: Positional[tuple[str, ...]] = (),
+    /,
+    *,
+    out: Path,
+    name: str = "facts",
+    method: Method = "gated",
 ) -> None:
     """Make a patch that teaches a model facts; weights and files of the model stay as they are.
 
@@ -21,20 +28,31 @@ def learn(
     Args:
         model: The folder, or the name on the Hub, of a causal language model of transformers or ours.
         facts: CSV, JSON or JSON lines with subject, prompt and object (CounterFact and zsRE are read as they are).
+        overrides: Settings of the method to replace, as setting=value (armed=20); docs/edit.md says what they mean.
+            gated: probe_depth=0.93 armed=16 strength=1.0 ridge=0.005 match_above=0.1 alike_above=-0.2
+            opens_wrongly=0.06 at_most_wrongly=0.2. vector: depth=0.33 steps=25 stop=0.15 kl=1.0 most=2.0
+            num_contexts=2 num_paraphrases=2 num_others=4 seed=0 together=4. rows: by=solve (or gradient) layer=null
+            steps=40 stop=0.15 kl=0.5 lr=0.3 most=8.0 ridge=1e-06 rounds=8 num_contexts=2 num_paraphrases=2
+            num_others=4 seed=0.
         out: The file of the patch (.safetensors).
         name: What the patch is called in a model.
         method: "gated": the object is written where a probe finds that it is asked. "vector": a value found by gradient
             is added wherever the subject occurs. "rows": rows of the model's hashed table are replaced.
     """
     from engrammar.edit import learn_units, read_facts, request, write_patch
+    from engrammar.edit.learning import METHODS
     from engrammar.tables.sealed import check_writable
+    from engrammar.train.recipe import read_settings
 
+    settings = read_settings(METHODS[method][1], overrides)
     asked = read_facts(facts)
     out.parent.mkdir(parents=True, exist_ok=True)
     check_writable(out.parent)
     parts = out.with_name(out.name + ".parts")
     print(f"{len(asked)} facts; reading how the model words questions")
-    patch, refused = learn_units(request(*_load(model), asked, method=method), name=name, folder=parts)
+    patch, refused = learn_units(
+        request(*_load(model), asked, method=method, settings=settings), name=name, folder=parts
+    )
     write_patch(patch, out)
     shutil.rmtree(parts)
     size = out.stat().st_size

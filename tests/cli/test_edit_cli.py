@@ -1,10 +1,13 @@
 """`engrammar edit`: from a file of facts to a patch that a small model answers with."""
 
 import json
+from dataclasses import fields
 
 import pytest
 
 from attached_models import base_model, tokenizer
+from engrammar.edit.files import read_patch
+from engrammar.edit.learning import METHODS
 from engrammar_cli.main import main
 
 ROWS = [("w3 w4", "w20"), ("w5 w6", "w21 w22"), ("w7 w8", "w23")]
@@ -76,3 +79,37 @@ def test_a_file_that_is_no_patch_is_one_sentence(folder, capsys):
     with pytest.raises(SystemExit):
         main(["edit", "show", str(folder / "no.safetensors")])
     assert capsys.readouterr().err.startswith("engrammar: ")
+
+
+def test_settings_of_a_method_are_taken_and_kept_in_the_patch(folder, capsys):
+    model, facts, patch = (str(folder / name) for name in ("model", "facts.jsonl", "p.safetensors"))
+    main(["edit", "learn", model, facts, "armed=20", "strength=3e1", "--out", patch])
+    told = read_patch(patch)
+    assert "armed=20, strength=30.0" in told.provenance["settings"] and told.column("armed").max() == 20
+
+
+@pytest.mark.parametrize(
+    ("given", "wrong"),
+    [
+        (["armd=20"], "There is no setting 'armd'; known here: ridge, match_above"),
+        (["armed=0"], "armed is 0; allowed: 1 to 512."),
+        (["armed=a few"], "armed is 'a few'; allowed: int."),
+        (["armed"], "The override 'armed' has no '='"),
+        (["steps=20"], "There is no setting 'steps'"),
+        (["steps=0", "--method", "vector"], "steps is 0; allowed: 1 or more."),
+    ],
+)
+def test_wrong_settings_are_one_sentence(given, wrong, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["edit", "learn", "nowhere", "nothing.csv", *given, "--out", str(tmp_path / "p.safetensors")])
+    assert wrong in capsys.readouterr().err and not [*tmp_path.iterdir()]
+
+
+def test_help_tells_every_setting_and_its_default(capsys):
+    with pytest.raises(SystemExit):
+        main(["edit", "learn", "--help"])
+    said = capsys.readouterr().out.replace("│", "").split("gated: ")[1]
+    for method, (_, kind) in METHODS.items():
+        told = said.split(f"{method}: ")[-1].split(". ")[0].replace(" (or gradient)", "").split()
+        wanted = {f"{one.name}={'null' if one.default is None else one.default}" for one in fields(kind)}
+        assert set(told) == wanted, method

@@ -1,4 +1,4 @@
-"""Learning that was killed goes on where it was, to the same bits; what another request left is not used."""
+"""Learning that was killed goes on where it was, to the same bits; what another request left is refused."""
 
 from dataclasses import replace
 
@@ -20,9 +20,9 @@ def llama():
     return base_model("llama").requires_grad_(False)
 
 
-def asked(llama, rows=ROWS, learned=None, killed_at=99):
+def asked(llama, rows=ROWS, learned=None, killed_at=99, settings=SETTINGS):
     """The request; its units note what they learn, and one of them is killed."""
-    wanted = request(llama, tokenizer(), rows, settings=SETTINGS)
+    wanted = request(llama, tokenizer(), rows, settings=settings)
     learned = [] if learned is None else learned
 
     def noting(index, unit):
@@ -50,12 +50,17 @@ def test_killed_and_continued_is_the_same_to_the_bit(llama, tmp_path):
     assert continued.refused == at_once.refused
 
 
-def test_parts_of_another_request_are_not_used(llama, tmp_path):
+def test_parts_of_another_request_are_refused_by_what_differs(llama, tmp_path):
     learn_units(asked(llama), folder=tmp_path)
     other = [{**row, "object": "w3"} for row in ROWS]
-    learned: list[int] = []
-    patch = learn_units(asked(llama, other, learned), folder=tmp_path).patch
-    assert learned == [0, 1, 2] and {fact["object"] for fact in patch.facts} == {"w3"}
+    with pytest.raises(ValueError, match=r"other facts\): repeat that request"):
+        learn_units(asked(llama, other), folder=tmp_path)
+    wide = replace(SETTINGS, armed=20, strength=2.0)
+    with pytest.raises(ValueError, match=r"armed 16 there, 20 here; strength 1.0 there, 2.0 here\)"):
+        learn_units(asked(llama, settings=wide), folder=tmp_path)
+    (tmp_path / "request.json").write_text("{")
+    with pytest.raises(ValueError, match="its request.json is damaged"):
+        learn_units(asked(llama), folder=tmp_path)
 
 
 def test_a_damaged_part_is_learned_again(llama, tmp_path):

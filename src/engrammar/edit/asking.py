@@ -20,6 +20,7 @@ from engrammar.edit.lookup import find_keys, text_of
 from engrammar.edit.optimizing import Text
 from engrammar.edit.patch import Key, subject_keys
 from engrammar.edit.phrasings import OTHERWISE, PLAIN
+from engrammar.edit.ranges import require_most
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,13 +31,20 @@ Marie Curie was born in Warsaw. = The birthplace of Marie Curie is Warsaw.
 Toyota was founded by Kiichiro Toyoda. = The founder of Toyota is Kiichiro Toyoda.
 The mother tongue of Leo Tolstoy is Russian. = Leo Tolstoy grew up speaking Russian.
 """
+SENTENCES = [one.strip() + "." for one in PLAIN.replace("\n", " ").split(".") if one.strip()]
 NEW_TOKENS, TRIES = 14, 6  # of a sentence that the model words; sentences for a fact
+
+
+def require_asking(settings: object) -> None:
+    """Checks how many texts of each kind settings ask for."""
+    require_most(settings, len(SENTENCES), "num_contexts")
+    require_most(settings, TRIES, "num_paraphrases")
+    require_most(settings, len(OTHERWISE), "num_others")
 
 
 def contexts(num: int, seed: int) -> list[str]:
     """Sentences of plain text that may stand before a prompt."""
-    sentences = [one.strip() + "." for one in PLAIN.replace("\n", " ").split(".") if one.strip()]
-    return random.Random(seed).sample(sentences, num)
+    return random.Random(seed).sample(SENTENCES, num)
 
 
 def others(subject: str, num: int, seed: int) -> list[str]:

@@ -21,9 +21,10 @@ from engrammar.edit.building import build_patch
 from engrammar.edit.facts import Fact, Refused
 from engrammar.edit.forms import MARK, Form, forms_of, reworded
 from engrammar.edit.names import begins_name
-from engrammar.edit.patch import ExactEntry, Probe, base_of, subject_keys
+from engrammar.edit.patch import MOST_ARMED, ExactEntry, Probe, base_of, subject_keys
 from engrammar.edit.phrasings import NAMES, PLAIN, RELATIONS, about
 from engrammar.edit.probing import Asked, Bank, Match, ProbeSettings, fit_probe
+from engrammar.edit.ranges import require_most, require_range
 from engrammar.edit.states import last_states, text_states
 from engrammar.edit.units import Part, Unit
 from engrammar.vocabulary import compress_vocabulary
@@ -53,6 +54,12 @@ class GatedSettings(ProbeSettings):
     probe_depth: float = 0.93
     armed: int = 16
     strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_range(self, "over 0, up to 1", "probe_depth")
+        require_range(self, "over 0", "strength")
+        require_most(self, MOST_ARMED // 2, "armed", least=1)  # a chat's template comes on top of it
 
 
 def gated_units(

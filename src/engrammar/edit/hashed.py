@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from engrammar.attach.blocks import evaluating, find_decoder
 from engrammar.edit.applying import applied_patches, edits_of, without_patches
-from engrammar.edit.asking import Asking, Rewording, Subject, contexts, others, subjects_of
+from engrammar.edit.asking import Asking, Rewording, Subject, contexts, others, require_asking, subjects_of
 from engrammar.edit.building import build_patch
 from engrammar.edit.facts import Fact, Refused
 from engrammar.edit.optimizing import Descent, Sought, Text, Texts, descend, frozen, one_value_a_group
 from engrammar.edit.overlay import TableOverlay, replace_rows, stored_rows, tables_of
 from engrammar.edit.patch import Patch, base_of
+from engrammar.edit.ranges import require, require_range
 from engrammar.edit.solving import Solving, Spread, after_memory, at_rows, find_site, solve_rows
 from engrammar.edit.vector import NO_PLACE, UNSAID
 from engrammar.stores.serving import StoredTables
@@ -67,8 +68,11 @@ class RowSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.by not in get_args(By):
-            raise ValueError(f"by is {self.by!r}; allowed: {', '.join(get_args(By))}.")
+        require("by", self.by, self.by in get_args(By), ", ".join(get_args(By)))
+        require_range(self, "over 0", "lr", "most", "ridge")
+        require_range(self, "0 or more", "stop", "kl")
+        require_range(self, "1 or more", "steps", "rounds")
+        require_asking(self)
 
 
 def learn_rows(

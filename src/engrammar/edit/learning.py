@@ -53,7 +53,7 @@ class Request(NamedTuple):
 
     Attributes:
         units: what is learned together; learning one takes seconds to a minute.
-        about: the request in words: model, facts, method, settings.
+        about: the request as JSON: method, settings, model, facts.
     """
 
     units: list[Unit]
@@ -108,8 +108,8 @@ def request(
     if not wanted:
         raise ValueError("No fact can be written: none was given.")
     units = prepare(model, tokenizer, wanted, chosen)
-    asked = json.dumps([asdict(base_of(model, tokenizer)), [asdict(fact) for fact in wanted]])
-    return Request(units, json.dumps([method, repr(chosen), asked]))
+    about = {"method": method, "settings": asdict(chosen), "model": asdict(base_of(model, tokenizer))}
+    return Request(units, json.dumps({**about, "facts": [asdict(fact) for fact in wanted]}))
 
 
 def learn_units(request: Request, *, name: str = "facts", folder: str | Path | None = None) -> Learned:
@@ -121,7 +121,7 @@ def learn_units(request: Request, *, name: str = "facts", folder: str | Path | N
             there, to the same bits. It can be deleted afterwards.
 
     Raises:
-        ValueError: no fact can be written; the first reason is given.
+        ValueError: no fact can be written; the first reason is given. Or the folder is another request's.
         OSError: the disk is full or fails.
     """
     from tqdm.auto import tqdm  # type: ignore[import-untyped]

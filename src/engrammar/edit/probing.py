@@ -15,6 +15,7 @@ from torch import Tensor
 from engrammar.edit.forms import Form
 from engrammar.edit.patch import Probe
 from engrammar.edit.phrasings import NAMES, NUM_OTHER, RELATIONS, about
+from engrammar.edit.ranges import require_range
 
 Units = Callable[[Sequence[str]], Tensor]  # prompts -> centred hidden states of length 1 at their ends, [N, D]
 
@@ -113,6 +114,11 @@ class ProbeSettings:
     alike_above: float = -0.2
     opens_wrongly: float = 0.06
     at_most_wrongly: float = 0.2
+
+    def __post_init__(self) -> None:
+        require_range(self, "over 0", "ridge")
+        require_range(self, "a number", "match_above", "alike_above")
+        require_range(self, "0 to 1", "opens_wrongly", "at_most_wrongly")
 
 
 @dataclass(frozen=True, kw_only=True)

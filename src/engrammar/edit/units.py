@@ -33,14 +33,22 @@ class Unit:
 
 @final
 class KeptParts:
-    """A folder of the parts that were learned so far.
+    """A folder of the parts that were learned so far. A part is called by a digest of the request and of its facts.
 
-    A part is called by a digest of the request and of its facts, so what another request left there is not found.
+    Raises:
+        ValueError: the folder is another request's; names what differs.
     """
 
     def __init__(self, folder: Path, request: str) -> None:
         self.folder, self.request = folder, request
         folder.mkdir(parents=True, exist_ok=True)
+        told = folder / "request.json"
+        if told.exists() and (there := told.read_text(encoding="utf-8", errors="replace")) != request:
+            raise ValueError(
+                f"{folder} holds what another request has learned so far ({_differs(there, request)}): repeat that "
+                "request to go on, or delete the folder to begin anew."
+            )
+        write_text(told, request)
 
     def learn(self, unit: Unit) -> Part:
         """The part of a unit, learned now if it is not there."""
@@ -59,6 +67,19 @@ class KeptParts:
         told = {"patch": None if part.patch is None else patch_digest(part.patch), "refused": refused}
         write_text(about, json.dumps(told))
         return part
+
+
+def _differs(there: str, here: str) -> str:
+    """What is another in a request that was kept."""
+    try:
+        was, now = json.loads(there), json.loads(here)
+        others = [f"other {name}" for name in now if name != "settings" and was[name] != now[name]]
+        if was["method"] == now["method"]:
+            pairs = [(name, was["settings"].get(name), value) for name, value in now["settings"].items()]
+            others += [f"{name} {before!r} there, {value!r} here" for name, before, value in pairs if before != value]
+        return "; ".join(others) or "other words"
+    except (ValueError, AttributeError, TypeError, KeyError):
+        return "its request.json is damaged"
 
 
 def _refused(facts: Sequence[Fact], fact: int, reason: str) -> Refused:

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from engrammar.attach.blocks import evaluating, find_decoder
 from engrammar.edit.applying import applied_patches, without_patches
-from engrammar.edit.asking import Asking, Rewording, Subject, contexts, others, subjects_of
+from engrammar.edit.asking import Asking, Rewording, Subject, contexts, others, require_asking, subjects_of
 from engrammar.edit.building import build_patch
 from engrammar.edit.facts import Fact, Refused
 from engrammar.edit.optimizing import Descent, Text, Texts, at_block, descend, frozen, one_value_a_group
 from engrammar.edit.patch import ExactEntry, Patch, base_of
+from engrammar.edit.ranges import require_range
 from engrammar.vocabulary import compress_vocabulary
 
 if TYPE_CHECKING:
@@ -58,6 +59,13 @@ class VectorSettings:
     seed: int = 0
     together: int = 4
 
+    def __post_init__(self) -> None:
+        require_range(self, "over 0, up to 1", "depth")
+        require_range(self, "over 0", "most")
+        require_range(self, "0 or more", "stop", "kl")
+        require_range(self, "1 or more", "steps", "together")
+        require_asking(self)
+
 
 def learn_vector(
     model: nn.Module,
@@ -81,7 +89,8 @@ def learn_vector(
 class _Learner:
     def __init__(self, model: nn.Module, tokenizer: "PreTrainedTokenizerBase", settings: VectorSettings) -> None:
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
-        self.block = round(settings.depth * len(find_decoder(model).blocks))
+        num_blocks = len(find_decoder(model).blocks)
+        self.block = min(round(settings.depth * num_blocks), num_blocks - 1)
         self.classes_V = compress_vocabulary(tokenizer)
         self.asking = Asking(tokenizer, self.classes_V)
         self.rewording = Rewording(model, tokenizer, settings.seed)

@@ -211,6 +211,7 @@ class AttachRecipe:
 
 
 Kind = TypeVar("Kind", bound=Recipe | AttachRecipe)
+Built = TypeVar("Built")
 
 
 def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -236,6 +237,16 @@ def read_recipe(name: str | Path, overrides: Sequence[str], kind: type[Kind]) ->
     settings = _parse_yaml(text, str(name))
     if not isinstance(settings, dict):
         raise ValueError(f"{name} holds no settings: write section: or section.setting lines.")
+    return read_settings(kind, overrides, settings)
+
+
+def read_settings(kind: type[Built], overrides: Sequence[str], settings: Settings | None = None) -> Built:
+    """Builds a (nested) dataclass of settings, its defaults replaced by `settings` and then by `a.b.c=value` overrides.
+
+    Raises:
+        ValueError: a setting is unknown, or a value has the wrong kind; names those that are known or allowed.
+    """
+    settings = {} if settings is None else settings
     for override in overrides:
         key, separator, value = override.partition("=")
         if not separator:
@@ -247,7 +258,8 @@ def read_recipe(name: str | Path, overrides: Sequence[str], kind: type[Kind]) ->
             if not isinstance(target, dict):
                 raise ValueError(f"The override {override!r} goes into {section!r}, which is not a section.")
         target[last] = _parse_yaml(value, f"The override {override!r}")
-    return _build(kind, settings, "")
+    built: Built = _build(kind, settings, "")
+    return built
 
 
 def _parse_yaml(text: str, name: str) -> Any:
