@@ -91,6 +91,7 @@ ROOMS = {
         "answers",
         "forgetting",
         "probing",
+        "shared",
         "gated",
         "optimizing",
         "asking",

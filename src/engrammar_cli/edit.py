@@ -19,6 +19,8 @@ def learn(
     out: Path,
     name: str = "facts",
     method: Method = "gated",
+    cache: Path = Path("~/.cache/engrammar"),
+    no_cache: bool = False,
 ) -> None:
     """Make a patch that teaches a model facts; weights and files of the model stay as they are.
 
@@ -38,6 +40,9 @@ def learn(
         name: What the patch is called in a model.
         method: "gated": the object is written where a probe finds that it is asked. "vector": a value found by gradient
             is added wherever the subject occurs. "rows": rows of the model's hashed table are replaced.
+        cache: Folder in which what is read for all facts of a model alike (method gated) is kept for the next time; it
+            may be deleted.
+        no_cache: Keep nothing there and read it anew. The patch is the same to the bit.
     """
     from engrammar.edit import learn_units, read_facts, request, write_patch
     from engrammar.edit.learning import METHODS
@@ -50,9 +55,9 @@ def learn(
     check_writable(out.parent)
     parts = out.with_name(out.name + ".parts")
     print(f"{len(asked)} facts; reading how the model words questions")
-    patch, refused = learn_units(
-        request(*_load(model), asked, method=method, settings=settings), name=name, folder=parts
-    )
+    keep = None if no_cache else cache.expanduser()
+    wanted = request(*_load(model), asked, method=method, settings=settings, keep=keep)
+    patch, refused = learn_units(wanted, name=name, folder=parts)
     write_patch(patch, out)
     shutil.rmtree(parts)
     size = out.stat().st_size

@@ -13,6 +13,12 @@ from engrammar_cli.main import main
 ROWS = [("w3 w4", "w20"), ("w5 w6", "w21 w22"), ("w7 w8", "w23")]
 
 
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    """Where what facts share is kept."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+
+
 @pytest.fixture
 def folder(tmp_path):
     base_model("llama").save_pretrained(tmp_path / "model")
@@ -26,6 +32,7 @@ def test_facts_are_learned_shown_and_checked(folder, capsys):
     model, patch = str(folder / "model"), str(folder / "p.safetensors")
     main(["edit", "learn", model, str(folder / "facts.jsonl"), "--out", patch])
     assert "3 of 3 facts" in capsys.readouterr().out
+    assert [path.suffix for path in (folder / "home/.cache/engrammar").iterdir()] == [".safetensors"] * 2
     main(["edit", "show", patch])
     said = capsys.readouterr().out
     assert "for a LlamaForCausalLM of 4 blocks" in said and "w5 w6 | w9 w5 w6 w10 w11 | w21 w22" in said
@@ -83,7 +90,8 @@ def test_a_file_that_is_no_patch_is_one_sentence(folder, capsys):
 
 def test_settings_of_a_method_are_taken_and_kept_in_the_patch(folder, capsys):
     model, facts, patch = (str(folder / name) for name in ("model", "facts.jsonl", "p.safetensors"))
-    main(["edit", "learn", model, facts, "armed=20", "strength=3e1", "--out", patch])
+    main(["edit", "learn", model, facts, "armed=20", "strength=3e1", "--out", patch, "--no-cache"])
+    assert not (folder / "home").exists()
     told = read_patch(patch)
     assert "armed=20, strength=30.0" in told.provenance["settings"] and told.column("armed").max() == 20
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 import torch
@@ -25,6 +26,7 @@ from engrammar.edit.patch import MOST_ARMED, ExactEntry, Probe, base_of, subject
 from engrammar.edit.phrasings import NAMES, PLAIN, RELATIONS, about
 from engrammar.edit.probing import Asked, Bank, Match, ProbeSettings, fit_probe
 from engrammar.edit.ranges import require_most, require_range
+from engrammar.edit.shared import SharedStates
 from engrammar.edit.states import last_states, text_states
 from engrammar.edit.units import Part, Unit
 from engrammar.vocabulary import compress_vocabulary
@@ -63,10 +65,14 @@ class GatedSettings(ProbeSettings):
 
 
 def gated_units(
-    model: nn.Module, tokenizer: "PreTrainedTokenizerBase", facts: Sequence[Fact], settings: GatedSettings
+    model: nn.Module,
+    tokenizer: "PreTrainedTokenizerBase",
+    facts: Sequence[Fact],
+    settings: GatedSettings,
+    keep: Path | None = None,
 ) -> list[Unit]:
     """What is to be learned, in parts: `GatedReader.facts_in_units`, for one list of facts."""
-    return GatedReader(model, tokenizer, settings).facts_in_units(facts)
+    return GatedReader(model, tokenizer, settings, keep).facts_in_units(facts)
 
 
 def _relations(reader: "GatedReader", facts: Sequence[Fact]) -> tuple[list["_Relation"], list[Refused]]:
@@ -210,11 +216,20 @@ class GatedReader:
     What facts share is read when it is first asked for, and kept: whoever learns facts one by one, as a page does,
     keeps the reader. It is right as long as the model's own weights stay; patches do not matter.
 
+    Args:
+        keep: a folder in which it is kept for other runs, too (`SharedStates`); None for none.
+
     Raises:
         ValueError: the model has no norm before its head.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: "PreTrainedTokenizerBase", settings: GatedSettings) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: "PreTrainedTokenizerBase",
+        settings: GatedSettings,
+        keep: Path | None = None,
+    ) -> None:
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         self.decoder = find_decoder(model)
         self.block = min(round(settings.probe_depth * len(self.decoder.blocks)), len(self.decoder.blocks) - 1)
@@ -224,6 +239,7 @@ class GatedReader:
             self.centre_D = plain_ND.mean(0)
             self.plain_ND = F.normalize(plain_ND - self.centre_D, dim=-1)
             self.scale_D, self.factors = self._head()
+        self.shared = None if keep is None else SharedStates(keep, base_of(model, tokenizer), self.block, plain_ND)
         self.forms = forms_of(tokenizer)
         self._banks: dict[str, Bank] = {}
 
@@ -249,8 +265,13 @@ class GatedReader:
     def bank(self, form: Form) -> Bank:
         """What else may be asked in a form; its states are read when it is first asked for."""
         if form.name not in self._banks:
-            self._banks[form.name] = Bank(partial(self.units, form=form), self.settings, form)
+            self._banks[form.name] = Bank(partial(self._bank_units, form=form), self.settings, form)
         return self._banks[form.name]
+
+    def _bank_units(self, prompts: Sequence[str], form: Form) -> Tensor:
+        """As `units`, from the folder if they are kept there."""
+        compute = partial(self.units, prompts, form)
+        return compute() if self.shared is None else self.shared.read([form.put(one) for one in prompts], compute)
 
     def other_forms(self, form: Form, match: Match) -> list[Tensor]:
         """The states of prompts that ask something else in the forms that come before."""

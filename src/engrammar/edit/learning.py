@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 Method = Literal["gated", "vector", "rows"]
 Settings = GatedSettings | VectorSettings | RowSettings
-Units = Callable[[nn.Module, Any, Sequence[Fact], Any], list[Unit]]
+Units = Callable[[nn.Module, Any, Sequence[Fact], Any, Path | None], list[Unit]]
 Learner = Callable[[nn.Module, Any, Sequence[Fact], str, Any], tuple[Patch, list[Refused]]]
 
 
 def at_once(learner: Learner) -> Units:
     """All facts as one unit, for a method that learns them together."""
 
-    def units(model: nn.Module, tokenizer: Any, facts: Sequence[Fact], settings: Any) -> list[Unit]:
+    def units(model: nn.Module, tokenizer: Any, facts: Sequence[Fact], settings: Any, _: Path | None) -> list[Unit]:
         return [Unit(facts=tuple(facts), learn=lambda: Part(*learner(model, tokenizer, facts, "part", settings)))]
 
     return units
@@ -96,8 +96,14 @@ def request(
     *,
     method: Method = "gated",
     settings: Settings | None = None,
+    keep: str | Path | None = None,
 ) -> Request:
-    """As `learn`, without learning yet: `learn_units` does that, and can go on where it was killed."""
+    """As `learn`, without learning yet: `learn_units` does that, and can go on where it was killed.
+
+    Args:
+        keep: a folder in which what method "gated" reads for all facts alike is kept, for later requests of the same
+            model; a few megabytes, which can be deleted at any time. The patch is the same to the bit.
+    """
     if method not in get_args(Method):
         raise ValueError(f"method is {method!r}; allowed: {', '.join(get_args(Method))}.")
     prepare, kind = METHODS[method]
@@ -107,7 +113,7 @@ def request(
     wanted = [fact if isinstance(fact, Fact) else as_fact(fact) for fact in facts]
     if not wanted:
         raise ValueError("No fact can be written: none was given.")
-    units = prepare(model, tokenizer, wanted, chosen)
+    units = prepare(model, tokenizer, wanted, chosen, None if keep is None else Path(keep))
     about = {"method": method, "settings": asdict(chosen), "model": asdict(base_of(model, tokenizer))}
     return Request(units, json.dumps({**about, "facts": [asdict(fact) for fact in wanted]}))
 
