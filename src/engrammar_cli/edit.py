@@ -142,18 +142,25 @@ def forget_fact(
         where: The file of a patch, or the folder of a model in which patches are applied.
         subject: The subject, as it is written in the fact.
         prompt: Only the fact with this prompt.
-        model: The model that is asked; by default the folder, if one is given.
+        model: The model that is asked; by default the folder, if one is given. A patch of hashed rows needs it.
     """
-    from engrammar.edit import forget, kept_files, prove_forgotten, read_patch, write_patch
+    from engrammar.edit import forget, kept_files, patches_in, prove_forgotten, read_patch, write_patch
 
     files = kept_files(where) if where.is_dir() else [where]
     holding = [path for path in files if any(row.get("subject") == subject for row in read_patch(path).facts)]
     if not holding and where.is_dir():
-        raise ValueError(f"No patch that is kept in {where} holds a fact about {subject!r}.")
+        in_tables = ", ".join(patches_in(where))
+        raise ValueError(
+            f"No patch that is kept in {where} holds a fact about {subject!r}."
+            + (
+                f" Of what is in its tables ({in_tables}), undo the patch, forget in its file, apply that."
+                * bool(in_tables)
+            )
+        )
     asked = str(where) if model is None and where.is_dir() else model
     loaded = None if asked is None else _load(asked)
     for path in holding or files:
-        done = forget(read_patch(path), subject, prompt)
+        done = forget(read_patch(path), subject, prompt, *(loaded or ()))
         if done.after is None:
             path.unlink()
         else:

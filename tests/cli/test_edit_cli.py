@@ -6,9 +6,11 @@ from dataclasses import fields
 import pytest
 
 from attached_models import base_model, tokenizer
+from edited_models import OURS
 from engrammar.edit.files import read_patch
 from engrammar.edit.learning import METHODS
 from engrammar_cli.main import main
+from steerable_models import FACTS, steerable
 
 ROWS = [("w3 w4", "w20"), ("w5 w6", "w21 w22"), ("w7 w8", "w23")]
 
@@ -121,3 +123,32 @@ def test_help_tells_every_setting_and_its_default(capsys):
         told = said.split(f"{method}: ")[-1].split(". ")[0].replace(" (or gradient)", "").split()
         wanted = {f"{one.name}={'null' if one.default is None else one.default}" for one in fields(kind)}
         assert set(told) == wanted, method
+
+
+def test_facts_in_hashed_rows_are_forgotten_with_the_model_at_hand(tmp_path, capsys):
+    steerable(OURS).save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    lines = [json.dumps({"subject": f.subject, "prompt": f.prompt, "object": f.object}) for f in FACTS]
+    (tmp_path / "facts.jsonl").write_text("\n".join(lines))
+    model, patch = str(tmp_path / "model"), str(tmp_path / "p.safetensors")
+    chosen = [
+        "num_contexts=1",
+        "num_paraphrases=0",
+        "num_others=2",
+        "steps=60",
+        "stop=0.5",
+        "most=40",
+        "kl=0.1",
+        "seed=2",
+    ]
+    main(["edit", "learn", model, str(tmp_path / "facts.jsonl"), *chosen, "--method", "rows", "--out", patch])
+    assert "2 of 2 facts" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["edit", "forget", patch, FACTS[0].subject])
+    assert "give the model and its tokenizer" in capsys.readouterr().err
+    main(["edit", "forget", patch, FACTS[0].subject, "--model", model])
+    assert "0 of its rows left, 0 of 20 phrasings answered with it" in capsys.readouterr().out
+    main(["edit", "apply", model, patch])
+    with pytest.raises(SystemExit):
+        main(["edit", "forget", model, FACTS[1].subject])
+    assert "Of what is in its tables (facts), undo the patch" in capsys.readouterr().err

@@ -1,13 +1,18 @@
 """A forgotten fact leaves nothing behind, and the others stay the same to the bit; patches are kept beside a model."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 
 from attached_models import base_model, tokenizer
+from edited_models import WITH_MEMORY
 from engrammar.edit import (
     Fact,
     GatedSettings,
     answer,
+    applied_patches,
     apply_patch,
     drop_patch,
     forget,
@@ -21,6 +26,9 @@ from engrammar.edit import (
     undo_patch,
 )
 from engrammar.edit.files import patch_digest
+from steerable_models import FACTS as IN_ROWS
+from steerable_models import SETTINGS as ROW_SETTINGS
+from steerable_models import steerable
 
 ASKED = [("w3 w4", "w20"), ("w5 w6", "w21 w22"), ("w7 w8", "w20")]
 FACTS = [Fact(subject=subject, prompt=f"w9 {subject} w10 w11", object=words) for subject, words in ASKED]
@@ -107,3 +115,53 @@ def test_patches_are_kept_in_a_folder_and_dropped(patch, tmp_path):
         drop_patch(tmp_path, "facts")
     with pytest.raises(ValueError, match="is not a folder"):
         keep_patch(patch, tmp_path / "nowhere")
+
+
+def test_a_fact_in_rows_of_its_own_is_forgotten_and_its_rows_are_back():
+    model = steerable(WITH_MEMORY)
+    patch, refused = learn(model, tokenizer(), IN_ROWS, method="rows", settings=ROW_SETTINGS)
+    assert not refused
+    prompts = [fact.prompt for fact in IN_ROWS]
+    ids = [tokenizer()(prompt, return_tensors="pt").input_ids for prompt in prompts]
+    plain = [model(one).logits for one in ids]
+    alone, _ = learn(model, tokenizer(), IN_ROWS[1:], method="rows", settings=ROW_SETTINGS)
+    with pytest.raises(ValueError, match="give the model and its tokenizer"):
+        forget(patch, IN_ROWS[0].subject)
+    done = forget(patch, IN_ROWS[0].subject, None, model, tokenizer())
+    assert not applied_patches(model) and [*done.after.facts] == [*patch.facts][1:]
+    (before,), (after,) = patch.deltas.values(), done.after.deltas.values()
+    is_kept_U = np.isin(before.rows_U, after.rows_U)
+    assert 0 < len(after.rows_U) < len(before.rows_U)
+    assert np.array_equal(after.stored_US, before.stored_US[is_kept_U])
+    assert [after.rows_U.tolist()] == [delta.rows_U.tolist() for delta in alone.deltas.values()]  # the twin
+    proof = prove_forgotten(done, model, tokenizer(), 2)
+    assert proof.holds and len(proof.answered) == 20
+    apply_patch(model, patch, tokenizer())
+    whole = model(ids[1]).logits
+    undo_patch(model)
+    apply_patch(model, done.after, tokenizer())
+    assert torch.equal(model(ids[0]).logits, plain[0])
+    assert torch.equal(model(ids[1]).logits, whole) and not torch.equal(whole, plain[1])
+    undo_patch(model)
+    unchanged = replace(done, after=patch)  # the control
+    proof = prove_forgotten(unchanged, model, tokenizer(), 2)
+    assert not proof.holds and proof.rows == len(before.rows_U) - len(after.rows_U) and proof.told
+    last = forget(done.after, IN_ROWS[1].subject, None, model, tokenizer())
+    assert last.after is None and prove_forgotten(last, model, tokenizer(), 2).holds
+
+
+def test_rows_that_several_facts_read_are_not_taken_out():
+    """Two subjects that end alike read the same rows; rows that no fact reads may be anyone's."""
+    model = steerable(WITH_MEMORY)
+    first, _ = learn(model, tokenizer(), IN_ROWS[:1], method="rows", settings=ROW_SETTINGS)
+    alike = {"subject": "w6 w4 w5", "prompt": "w9 w6 w4 w5", "object": "w21"}
+    both = replace(first, facts=[*first.facts, alike])
+    for subject, other in (("w3 w4 w5", "w9 w6 w4 w5"), ("w6 w4 w5", "w9 w3 w4 w5")):
+        with pytest.raises(ValueError, match=f"also read for '{other}': learn those again without it"):
+            forget(both, subject, None, model, tokenizer())
+    strange = replace(first, facts=[{**first.facts[0], "subject": "w6 w7 w8"}])
+    with pytest.raises(ValueError, match="No subject of 'part' reads|No subject of 'facts' reads"):
+        forget(strange, "w6 w7 w8", None, model, tokenizer())
+    with pytest.raises(ValueError, match="is of a model with hidden_size|another|lacks"):
+        forget(first, "w3 w4 w5", None, base_model("gpt2"), tokenizer())
+    assert not applied_patches(model)

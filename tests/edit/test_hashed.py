@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from attached_models import VOCABULARY, attached_model, random_ids, tokenizer
+from attached_models import random_ids, tokenizer
 from edited_models import OURS, WITH_MEMORY, classes, model_of_kind
 from engrammar.attach import detach, load_attached, save_attached
 from engrammar.edit import Fact, RowSettings, apply_patch, base_of, build_patch, learn, replace_rows, undo_patch, uses
@@ -14,36 +14,8 @@ from engrammar.edit.asking import Asking, subjects_of
 from engrammar.edit.hashed import SHORT
 from engrammar.edit.optimizing import Texts
 from engrammar.edit.solving import at_rows, find_site, fused, linearized, read_places
-from engrammar.model.modeling import EngrammarForCausalLM
 from engrammar.tables.encodings import decode
-from models import tiny_config, tiny_memory
-
-WIDTH = 32  # of a row
-FACTS = [
-    Fact(subject="w3 w4 w5", prompt="w9 w3 w4 w5", object="w23"),
-    Fact(subject="w6 w7 w8", prompt="w9 w6 w7 w8", object="w24"),
-]
-SETTINGS = RowSettings(num_contexts=1, num_paraphrases=0, num_others=2, steps=60, stop=0.5, most=40.0, kl=0.1)
-KINDS = [OURS, WITH_MEMORY]
-
-
-def steerable(kind: str):
-    """A tiny model with rows wide enough, and weights large enough, that rows can steer it."""
-    if kind == OURS:
-        torch.manual_seed(0)
-        sizes = {"vocab_size": VOCABULARY, "num_classes": int(classes().max()) + 1, "fill_class": int(classes()[2])}
-        memory = {**tiny_memory("paper"), "head_dim": WIDTH}
-        model = EngrammarForCausalLM(tiny_config("paper", 2, memory=memory, **sizes)).eval()
-        model.model.memory.num_ids = VOCABULARY
-        model.model.memory.set_classes(torch.from_numpy(classes()))
-    else:
-        model = attached_model("llama", {"head_dim": WIDTH})
-    model.requires_grad_(False)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.ndim == 2 and "memory" not in name and "engrammar" not in name:
-                weight.mul_(20)
-    return model
+from steerable_models import FACTS, KINDS, SETTINGS, WIDTH, steerable
 
 
 def says(model, fact: Fact) -> bool:

@@ -1,15 +1,17 @@
 """Takes a fact out of a patch, and proves that it is out: no key, no row, no answer."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from engrammar.edit.answers import answer, phrasings_of, probe_of, says
-from engrammar.edit.applying import apply_patch, undo_patch
+from engrammar.edit.applying import apply_patch, edits_of, undo_patch
 from engrammar.edit.building import build_patch
 from engrammar.edit.facts import Fact, as_fact
-from engrammar.edit.patch import Patch
+from engrammar.edit.patch import Patch, RowDelta
+from engrammar.edit.uses import inner_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,7 +38,7 @@ class Proof:
 
     Attributes:
         keys: keys that only they had, and that are still there.
-        rows: value rows that only they had, and that are still there.
+        rows: value rows, and rows of hashed tables, that only they had, and that are still there.
         answered: for each phrasing that was asked, the answer without any patch and with what is left.
         told: the phrasings whose answer is one of the forgotten objects and was not so without any patch.
     """
@@ -51,14 +53,23 @@ class Proof:
         return not self.keys and not self.rows and not self.told
 
 
-def forget(patch: Patch, subject: str, prompt: str | None = None) -> Forgotten:
+def forget(
+    patch: Patch,
+    subject: str,
+    prompt: str | None = None,
+    model: Any = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+) -> Forgotten:
     """Takes the facts about a subject out of a patch; what it does otherwise stays the same to the bit.
 
     Args:
         prompt: the prompt of one fact; None for all of the subject's.
+        model, tokenizer: the model that the patch is for, without the patch. They are needed if it replaces rows of
+            hashed tables: they say which rows the subject's n-grams read.
 
     Raises:
-        ValueError: the patch holds no such fact, or its facts share rows of hashed tables.
+        ValueError: the patch holds no such fact, or other facts read rows of hashed tables that this one has changed;
+            names them.
     """
     gone = [
         index
@@ -69,15 +80,11 @@ def forget(patch: Patch, subject: str, prompt: str | None = None) -> Forgotten:
         named = sorted({row.get("subject", "") for row in patch.facts})
         shown = ", ".join(map(repr, named[:5])) + (f" and {len(named) - 5} more" if len(named) > 5 else "")
         raise ValueError(f"The patch {patch.name!r} holds no such fact about {subject!r}; it is about {shown}.")
-    if patch.deltas:
-        raise ValueError(
-            f"The facts of {patch.name!r} share rows of hashed tables, so none can be taken out alone: learn the "
-            "others again, and apply that patch instead."
-        )
+    deltas = _deltas_without(patch, gone, model, tokenizer) if patch.deltas else {}
     numbers = {old: new for new, old in enumerate(i for i in range(len(patch.facts)) if i not in gone)}
     kept = [replace(one, fact=numbers.get(one.fact, -1)) for one in patch.exact_entries() if one.fact not in gone]
     facts = [as_fact(patch.facts[i]) for i in gone]
-    if not kept:
+    if not kept and not deltas:
         return Forgotten(facts=facts, before=patch, after=None)
     named_probes = {one.probe for one in kept}
     after = build_patch(
@@ -85,12 +92,69 @@ def forget(patch: Patch, subject: str, prompt: str | None = None) -> Forgotten:
         patch.base,
         kept,
         [probe for probe in patch.all_probes() if probe.name in named_probes],
+        (patch.tables, deltas) if patch.tables is not None and deltas else None,
         facts=[row for i, row in enumerate(patch.facts) if i in numbers],
         names_V=patch.names_V(),
         provenance=patch.provenance,
         encoding=patch.encoding,
     )
     return Forgotten(facts=facts, before=patch, after=after)
+
+
+def _deltas_without(patch: Patch, gone: Sequence[int], model: Any, tokenizer: Any) -> dict[int, RowDelta]:
+    """The row deltas of a patch but for those of some facts, which must be theirs alone."""
+    if model is None or tokenizer is None:
+        raise ValueError(
+            f"{patch.name!r} replaces rows of hashed tables: give the model and its tokenizer, which say whose rows "
+            "they are."
+        )
+    owners = _owners(patch, model, tokenizer)
+    rows = {(layer, int(row)) for layer, delta in patch.deltas.items() for row in delta.rows_U}
+    if unknown := rows - owners.keys():
+        raise ValueError(
+            f"No subject of {patch.name!r} reads {len(unknown)} of the {len(rows)} rows that it replaces, so they may "
+            "be of any fact: learn the others again, and apply that patch instead."
+        )
+    mine = {place for place, facts in owners.items() if facts & set(gone)}
+    if others := sorted({fact for place in mine for fact in owners[place]} - set(gone)):
+        named = ", ".join(repr(patch.facts[fact].get("prompt")) for fact in others[:5])
+        named += f" and {len(others) - 5} more" if len(others) > 5 else ""
+        raise ValueError(
+            f"Rows of hashed tables that were changed for {patch.facts[gone[0]]['subject']!r} are also read for "
+            f"{named}: learn those again without it, and apply that patch instead."
+        )
+    found = {}
+    for layer, delta in patch.deltas.items():
+        is_kept_U = np.array([(layer, int(row)) not in mine for row in delta.rows_U])
+        if is_kept_U.any():
+            arrays = {one.name: getattr(delta, one.name)[is_kept_U] for one in fields(delta)}
+            found[layer] = RowDelta(**arrays)
+    return found
+
+
+def _owners(patch: Patch, model: Any, tokenizer: "PreTrainedTokenizerBase") -> dict[tuple[int, int], set[int]]:
+    """For each replaced row, by its layer, the facts whose subject's own n-grams read it.
+
+    Raises:
+        ValueError: the patch is not for this model, or is applied.
+    """
+    apply_patch(model, patch, tokenizer)  # checks that all is right
+    edits = edits_of(model)
+    assert edits is not None
+    memory = edits.applied[-1].memory
+    undo_patch(model, patch.name)
+    assert memory is not None
+    device = next(model.parameters()).device
+    replaced = {layer: set(delta.rows_U.tolist()) for layer, delta in patch.deltas.items()}
+    owners: dict[tuple[int, int], set[int]] = {}
+    named = [(fact, row["subject"].strip()) for fact, row in enumerate(patch.facts) if row.get("subject")]
+    for fact, subject in named:
+        for spelling in (" " + subject, subject):
+            ids = tokenizer(spelling, add_special_tokens=False).input_ids
+            for layer, rows_H in inner_rows(ids, memory, device).items():
+                for one in set(rows_H.tolist()) & replaced.get(layer, set()):
+                    owners.setdefault((layer, one), set()).add(fact)
+    return owners
 
 
 def prove_forgotten(done: Forgotten, model: Any, tokenizer: "PreTrainedTokenizerBase", num_tokens: int = 12) -> Proof:
@@ -117,8 +181,17 @@ def prove_forgotten(done: Forgotten, model: Any, tokenizer: "PreTrainedTokenizer
     )
     after = done.after
     left = (set(), set()) if after is None else (_keys(after, None), {row.tobytes() for row in after.values})
+    num_replaced = 0 if after is None or not after.deltas else _num_replaced(done, model, tokenizer)
     answered = {prompt: (was, after) for prompt, was, after in zip(prompts, plain, now)}
-    return Proof(keys=len(keys & left[0]), rows=len(rows & left[1]), answered=answered, told=told)
+    return Proof(keys=len(keys & left[0]), rows=len(rows & left[1]) + num_replaced, answered=answered, told=told)
+
+
+def _num_replaced(done: Forgotten, model: Any, tokenizer: "PreTrainedTokenizerBase") -> int:
+    """How many rows of hashed tables that forgotten facts alone read are still replaced."""
+    owners, still_there = _owners(done.before, model, tokenizer), _still_there(done)
+    assert done.after is not None
+    left = {(layer, int(row)) for layer, delta in done.after.deltas.items() for row in delta.rows_U}
+    return len({place for place, facts in owners.items() if not facts & still_there} & left)
 
 
 def _still_there(done: Forgotten) -> set[int]:

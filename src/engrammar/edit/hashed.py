@@ -25,6 +25,7 @@ from engrammar.edit.overlay import TableOverlay, replace_rows, stored_rows, tabl
 from engrammar.edit.patch import Patch, base_of
 from engrammar.edit.ranges import require, require_range
 from engrammar.edit.solving import Solving, Spread, after_memory, at_rows, find_site, solve_rows
+from engrammar.edit.uses import inner_rows
 from engrammar.edit.vector import NO_PLACE, UNSAID
 from engrammar.stores.serving import StoredTables
 from engrammar.tables.encodings import decode
@@ -193,14 +194,8 @@ class _Learner:
             for spelling in (" " + name.strip(), name.strip()):
                 ids = self.tokenizer(spelling, add_special_tokens=False).input_ids
                 key = subject.keys.index(tuple(int(self.classes_V[one]) for one in ids))
-                given = torch.tensor([[ids[0], *ids]], device=self._device())  # n-grams inside it end at its last token
-                rows_KH[key] = self.site.memory.addresses(given)[self.site.layer][0, -1].cpu()
-        for key, classes in enumerate(subject.keys):
-            for column in range(config.num_columns):
-                beyond = config.orders[column // config.num_heads] > len(classes)
-                if beyond or int(rows_KH[key, column]) in taken:
-                    rows_KH[key, column] = -1
-        return rows_KH
+                rows_KH[key] = inner_rows(ids, self.site.memory, self._device())[self.site.layer]
+        return rows_KH.masked_fill(torch.isin(rows_KH, torch.tensor([*taken], dtype=torch.long)), -1)
 
     def _device(self) -> torch.device:
         return next(find_decoder(self.model).module.parameters()).device

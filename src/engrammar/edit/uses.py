@@ -1,10 +1,10 @@
 """What a patch touches in a text: where its keys occur, and which n-grams read the rows that it replaces.
 
-Letters: B batch, T tokens, V ids of the tokenizer.
+Letters: B batch, T tokens, H columns, V ids of the tokenizer.
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -62,6 +62,15 @@ def uses(patch: Patch, batches: Iterable[Tensor], classes_V: NDArray[np.int64], 
         if memory is not None:
             _count_rows(patch, memory, ids_BT, rows)
     return Uses(num_tokens=num_tokens, keys=keys, rows=rows)
+
+
+def inner_rows(ids: Sequence[int], memory: Memory, device: torch.device) -> dict[int, Tensor]:
+    """For each layer the rows [H] that the n-grams read which end at the last of some ids and begin no earlier than the
+    first; -1 in columns of longer n-grams."""
+    given_BT = torch.tensor([[ids[0], *ids]], device=device)
+    order_H = torch.tensor(memory.config.orders).repeat_interleave(memory.config.num_heads)
+    found = memory.addresses(given_BT)
+    return {layer: rows_BTH[0, -1].cpu().where(order_H <= len(ids), -1) for layer, rows_BTH in found.items()}
 
 
 def _keys(patch: Patch) -> list[Key]:
