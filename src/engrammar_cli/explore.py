@@ -70,7 +70,7 @@ def _open(source: Any, export: Path | None, text: str, host: str, port: int, max
     from engrammar_explore.export import export_page
     from engrammar_explore.looking import LookSettings
     from engrammar_explore.opening import open_session
-    from engrammar_explore.serving import Address, Server
+    from engrammar_explore.serving import Server
 
     if export is not None and not text:
         raise ValueError("--export needs --text, the text of the page.")
@@ -80,6 +80,6 @@ def _open(source: Any, export: Path | None, text: str, host: str, port: int, max
         print(f"{export}: {export.stat().st_size:,} bytes")
         return
     session = open_session(source, settings)
-    server = Server(session, Address(host=host, port=port))
+    server = Server(session, host, port)
     print(f"Open {server.url}\nOnly this link can change anything. Ctrl+C ends.", flush=True)
     server.run()

@@ -8,10 +8,11 @@ Letters: G distinct n-grams of an order, N their order, L memory layers, H colum
 
 import difflib
 import json
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
+from transformers import PreTrainedTokenizerBase
 
 from engrammar.addressing import hash_ngrams, look_back
 from engrammar.edit.exact import distinct_rows
@@ -26,9 +28,6 @@ from engrammar.edit.patch import addressing_digest, classes_digest
 from engrammar.memory import Memory
 from engrammar.tables.sealed import written_beside
 from engrammar.train.documents import read_documents
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 FORMAT = "engrammar census 1"
 BATCH_TOKENS = 1 << 16  # counted at once
@@ -38,16 +37,12 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True)
 class CensusSettings:
-    """What a census keeps.
+    """What a census keeps."""
 
-    Attributes:
-        most_ngrams: of each order. Where a corpus has more, rare ones are forgotten on the way, and the census says so:
-            counts are then at least what they say, and an n-gram that is missing may occur.
-        most_tokens: tokens of the corpus that are read; None is all.
-    """
-
+    # Of each order. Where a corpus has more, rare ones are forgotten on the way, and the census says so: counts are
+    # then at least what they say, and an n-gram that is missing may occur.
     most_ngrams: int = 1_000_000
-    most_tokens: int | None = None
+    most_tokens: int | None = None  # tokens of the corpus that are read; None is all
 
     def __post_init__(self) -> None:
         for name in ("most_ngrams", "most_tokens"):
@@ -89,7 +84,7 @@ class Counted:
 
 def build_census(
     memory: Memory,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: PreTrainedTokenizerBase,
     corpus: str,
     out: Path,
     settings: CensusSettings = CensusSettings(),
@@ -143,7 +138,7 @@ def build_census(
 
 
 def _batches(
-    tokenizer: "PreTrainedTokenizerBase", corpus: str, most_tokens: int | None
+    tokenizer: PreTrainedTokenizerBase, corpus: str, most_tokens: int | None
 ) -> Iterator[list[NDArray[np.int64]]]:
     """Documents as ids, some BATCH_TOKENS at a time; long ones are cut."""
     batch: list[NDArray[np.int64]] = []
@@ -212,9 +207,13 @@ def rows_of(memory: Memory, layer: int, column: int, ngrams_GN: NDArray[np.int32
 
 @final
 class Census:
-    """A census file and the memory that it is of. Only what is asked for is read."""
+    """A census file and the memory that it is of. Only what is asked for is read.
 
-    def __init__(self, path: Path, memory: Memory, tokenizer: "PreTrainedTokenizerBase") -> None:
+    Raises:
+        ValueError: the file is none, or is of another memory.
+    """
+
+    def __init__(self, path: Path, memory: Memory, tokenizer: PreTrainedTokenizerBase) -> None:
         self.memory, self.tokenizer, self.path = memory, tokenizer, path
         try:
             self._file = safe_open(path, framework="numpy")
@@ -238,18 +237,16 @@ class Census:
 
     def count(self, classes: tuple[int, ...]) -> int:
         """How often the corpus has an n-gram, as far as the census knows."""
-        ngrams, low = self._file.get_slice(f"classes.{len(classes)}"), 0
-        high = num = ngrams.get_shape()[0]
-        wanted = np.array(classes, np.int32).tobytes()
-        while low < high:  # in the order of `distinct_rows`, that of the bytes
-            middle = (low + high) // 2
-            if ngrams[middle : middle + 1].tobytes() < wanted:
-                low = middle + 1
-            else:
-                high = middle
-        if low == num or ngrams[low : low + 1].tobytes() != wanted:
+        ngrams = self._file.get_slice(f"classes.{len(classes)}")
+
+        def ngram_at(place: int) -> bytes:
+            return ngrams[place : place + 1].tobytes()
+
+        wanted, num = np.array(classes, np.int32).tobytes(), ngrams.get_shape()[0]
+        place = bisect_left(range(num), wanted, key=ngram_at)  # in the order of `distinct_rows`, that of the bytes
+        if place == num or ngram_at(place) != wanted:
             return 0
-        return int(self._file.get_slice(f"counts.{len(classes)}")[low : low + 1][0])
+        return int(self._file.get_slice(f"counts.{len(classes)}")[place : place + 1][0])
 
     def sharing(self, layer: int, column: int, classes: tuple[int, ...], most: int = 5) -> dict[str, Any]:
         """The other n-grams of the corpus that read the row of an n-gram in one column.
@@ -267,47 +264,25 @@ class Census:
             return int(rows_of(self.memory, layer, column, ngrams[number : number + 1])[0])
 
         wanted = int(rows_of(self.memory, layer, column, np.array([classes], np.int32))[0])
-        num = sorted_G.get_shape()[0]
-        first, last = _bisect(row_at, wanted, num), _bisect(row_at, wanted + 1, num)
+        places = range(sorted_G.get_shape()[0])
+        first, last = (bisect_left(places, row, key=row_at) for row in (wanted, wanted + 1))
         numbers = sorted_G[first : min(last, first + MOST_NAMED)].tolist() if last > first else []
-        named, counts = self._named(order, numbers, classes)
-        own = self.name_of(classes)
-        often = sorted(range(len(named)), key=lambda at: -counts[at])[:most]
-        near = sorted(range(len(named)), key=lambda at: -likeness(own, named[at]))[:most]
+        named, own = self._named(order, numbers, classes), self.name_of(classes).lower()
+
+        def unlikeness(one: dict[str, Any]) -> float:
+            return -difflib.SequenceMatcher(None, own, one["text"].lower()).ratio()
+
         return {
             "num": last - first - (self.count(classes) > 0),
-            "often": [{"text": named[at], "count": counts[at]} for at in often],
-            "near": [{"text": named[at], "count": counts[at]} for at in near],
+            "often": sorted(named, key=lambda one: -one["count"])[:most],
+            "near": sorted(named, key=unlikeness)[:most],
         }
 
-    def _named(self, order: int, numbers: list[int], without: tuple[int, ...]) -> tuple[list[str], list[int]]:
+    def _named(self, order: int, numbers: list[int], without: tuple[int, ...]) -> list[dict[str, Any]]:
         ngrams, counts = self._file.get_slice(f"classes.{order}"), self._file.get_slice(f"counts.{order}")
         found = []
         for number in numbers:
             classes = tuple(int(one) for one in ngrams[number : number + 1][0])
             if classes != without:
-                found.append((self.name_of(classes), int(counts[number : number + 1][0])))
-        return [text for text, _ in found], [count for _, count in found]
-
-
-def _bisect(row_at: Any, wanted: int, num: int) -> int:
-    """The first of `num` places, ascending in their rows, whose row is `wanted` or higher."""
-    low, high = 0, num
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (middle + 1, high) if row_at(middle) < wanted else (low, middle)
-    return low
-
-
-def likeness(one: str, other: str) -> float:
-    """How alike two names are, 0 to 1."""
-    return difflib.SequenceMatcher(None, one.lower(), other.lower()).ratio()
-
-
-def open_census(path: Path, memory: Memory, tokenizer: "PreTrainedTokenizerBase") -> Census:
-    """Opens a census of a memory.
-
-    Raises:
-        ValueError: the file is none, or is of another memory.
-    """
-    return Census(path, memory, tokenizer)
+                found.append({"text": self.name_of(classes), "count": int(counts[number : number + 1][0])})
+        return found

@@ -3,8 +3,8 @@
 import hmac
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, final
-from urllib.parse import parse_qs
 
+from starlette.datastructures import Headers, MutableHeaders, QueryParams
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -52,22 +52,19 @@ class Guard:
             await refusal(scope, receive, _with_headers(send))
 
     def _refuses(self, scope: Scope) -> tuple[int, str] | None:
-        headers = [(name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in scope["headers"]]
-        given: dict[str, list[str]] = {}
-        for name, value in headers:
-            given.setdefault(name, []).append(value)
-        hosts = given.get("host", [])
+        headers = Headers(scope=scope)
+        hosts = headers.getlist("host")
         if len(hosts) != 1 or hosts[0].lower() not in self.hosts:
             return 421, "This server answers to its own address only: open the link that the command printed."
         origins = {f"http://{host}" for host in self.hosts}
-        if any(origin.lower() not in origins for origin in given.get("origin", [])):
+        if any(origin.lower() not in origins for origin in headers.getlist("origin")):
             return 403, "Another page may not talk to this server."
-        if any(site not in ("same-origin", "none") for site in given.get("sec-fetch-site", [])):
+        if any(site not in ("same-origin", "none") for site in headers.getlist("sec-fetch-site")):
             return 403, "Another page may not talk to this server."
         if scope["method"] not in ("GET", "HEAD", "POST"):
             return 405, "Only GET, HEAD and POST are answered."
         if scope["method"] == "POST":
-            tokens = parse_qs(scope["query_string"].decode("latin-1")).get("token", [])
+            tokens = QueryParams(scope["query_string"]).getlist("token")
             if len(tokens) != 1 or not hmac.compare_digest(tokens[0].encode(), self.token.encode()):
                 return 403, "The token is missing or wrong: open the link that the command printed."
         return None
@@ -76,9 +73,10 @@ class Guard:
 def _with_headers(send: Send) -> Callable[[Message], Awaitable[None]]:
     async def sending(message: Message) -> None:
         if message["type"] == "http.response.start":
-            names = {name.lower() for name, _ in message.get("headers", [])}
-            more = [(k.encode(), v.encode()) for k, v in HEADERS.items() if k.encode() not in names]
-            message = {**message, "headers": [*message.get("headers", []), *more]}
+            message.setdefault("headers", [])
+            headers = MutableHeaders(scope=message)
+            for name, value in HEADERS.items():
+                headers.setdefault(name, value)
         await send(message)
 
     return sending

@@ -5,13 +5,13 @@ Letters: T tokens, M residual branches, D hidden width, E width of a token's row
 """
 
 import time
-from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from engrammar.addressing import look_back
 from engrammar.attach.blocks import find_decoder, host_of
@@ -23,40 +23,26 @@ from engrammar_explore.pieces import encode, token_text
 from engrammar_explore.traffic import Traffic
 from engrammar_explore.watching import Compare, Recorded, comparisons, places_of, switched_off, watching
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 CHUNK = 64  # tokens whose probabilities are taken at once
 
 
 @dataclass(frozen=True, kw_only=True)
 class LookSettings:
-    """How a text is looked at.
+    """How a text is looked at."""
 
-    Attributes:
-        most_tokens: longer texts are refused.
-        num_guesses: next tokens with the highest probability, with and without.
-        num_promoted: tokens that a value promotes most, and least.
-        compare: what is off in the second pass; "first" is the first of `comparisons`, None makes no second pass.
-    """
-
-    most_tokens: int = 512
-    num_guesses: int = 8
-    num_promoted: int = 8
+    most_tokens: int = 512  # longer texts are refused
+    num_guesses: int = 8  # next tokens with the highest probability, with and without
+    num_promoted: int = 8  # tokens that a value promotes most, and least
+    # What is off in the second pass; "first" is the first of `comparisons`, None makes no second pass.
     compare: Compare | Literal["first"] | None = "first"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Known:
-    """What is found out of a model once.
+    """What is found out of a model once."""
 
-    Attributes:
-        norm: its final norm.
-        traffic: the counts of what its tables are asked.
-    """
-
-    norm: nn.Module
-    traffic: Traffic
+    norm: nn.Module  # its final norm
+    traffic: Traffic  # the counts of what its tables are asked
 
     @classmethod
     def of(cls, model: nn.Module) -> "Known":
@@ -69,36 +55,28 @@ class Known:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Seen:
-    """A text that a model has read, and what was recorded. `overview` and `closer` tell of it.
-
-    Attributes:
-        pieces: of each token, its text, and which part of it it is if several tokens make one character.
-        ids_T: its ids.
-        logits_TV, without_TV: logits with everything on, and with `compare` off (None: nothing is off).
-        recorded: of each memory layer.
-        norm: the model's final norm.
-        traffic: `Traffic.take` of the pass with everything on.
-        seconds: of the pass, and of the one without.
-    """
+    """A text that a model has read, and what was recorded. `overview` and `closer` tell of it."""
 
     model: nn.Module
-    tokenizer: "PreTrainedTokenizerBase"
+    tokenizer: PreTrainedTokenizerBase
     settings: LookSettings
     text: str
+    # Of each token, its text, and which part of it it is if several tokens make one character.
     pieces: list[tuple[str, int]]
-    ids_T: Tensor
+    ids_T: Tensor  # its ids
+    # Logits with everything on, and with `compare` off (None: nothing is off).
     logits_TV: Tensor
     without_TV: Tensor | None
     compare: Compare | None
-    recorded: list[Recorded]
-    norm: nn.Module
-    traffic: list[dict[str, Any]]
-    seconds: dict[str, float]
+    recorded: list[Recorded]  # of each memory layer
+    norm: nn.Module  # the model's final norm
+    traffic: list[dict[str, Any]]  # `Traffic.take` of the pass with everything on
+    seconds: dict[str, float]  # of the pass, and of the one without
 
 
 def look(
     model: nn.Module,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: PreTrainedTokenizerBase,
     text: str,
     settings: LookSettings = LookSettings(),
     census: Census | None = None,
@@ -122,7 +100,7 @@ def look(
 @torch.no_grad()
 def see(
     model: nn.Module,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: PreTrainedTokenizerBase,
     text: str,
     settings: LookSettings = LookSettings(),
     known: Known | None = None,
@@ -143,13 +121,13 @@ def see(
     known.traffic.take()
     started = time.perf_counter()
     with watching(places_of(model)) as recorded:
-        logits_TV = _logits(model, ids_BT)
+        logits_TV = logits_of(model, ids_BT)
     ended = time.perf_counter()
     traffic = known.traffic.take()
     seconds, without_TV = {"with": ended - started}, None
     if compare is not None:
         with switched_off(model, compare):
-            without_TV = _logits(model, ids_BT)
+            without_TV = logits_of(model, ids_BT)
         seconds["without"] = time.perf_counter() - ended
     return Seen(
         model=model,
@@ -168,7 +146,8 @@ def see(
     )
 
 
-def _logits(model: nn.Module, ids_BT: Tensor) -> Tensor:
+def logits_of(model: nn.Module, ids_BT: Tensor) -> Tensor:
+    """The logits [T, V] of one text, in fp32 on the CPU."""
     return model(input_ids=ids_BT, use_cache=False).logits[0].float().cpu()
 
 
@@ -186,7 +165,7 @@ def overview(seen: Seen) -> dict[str, Any]:
         {"id": int(token_id), "text": text, "part": part} for token_id, (text, part) in zip(seen.ids_T, seen.pieces)
     ]
     if seen.without_TV is not None:
-        for token, change in zip(tokens, _divergence(seen.logits_TV, seen.without_TV).tolist()):
+        for token, change in zip(tokens, divergence(seen.logits_TV, seen.without_TV).tolist()):
             token["change"] = change
     memories = [
         {
@@ -210,7 +189,7 @@ def overview(seen: Seen) -> dict[str, Any]:
     }
 
 
-def _divergence(logits_TV: Tensor, others_TV: Tensor) -> Tensor:
+def divergence(logits_TV: Tensor, others_TV: Tensor) -> Tensor:
     """KL(with || without) of the next token at each position, in nats; [T]."""
     parts = []
     for one, other in zip(logits_TV.split(CHUNK), others_TV.split(CHUNK)):
@@ -317,14 +296,13 @@ def final_norm(model: nn.Module) -> nn.Module:
     decoder = find_decoder(model)
     sample = torch.zeros(1, 2, dtype=torch.long, device=next(decoder.module.parameters()).device)
     edits = edits_of(model)
-    norm = final_norm_of(decoder, sample) if edits is None else _last_place(edits.hooks.places, len(decoder.blocks))
+    if edits is None:
+        norm = final_norm_of(decoder, sample)
+    else:
+        norm = next(iter(edits.hooks.places[len(decoder.blocks) :]), None)
     if norm is None:
         raise ValueError(f"{type(decoder.host).__name__} has no norm before its head that could be found.")
     return norm
-
-
-def _last_place(places: Sequence[nn.Module], num_blocks: int) -> nn.Module | None:
-    return places[num_blocks] if len(places) > num_blocks else None
 
 
 def _orders(seen: Seen, one: Recorded, place: int, census: Census | None) -> list[dict[str, Any]]:

@@ -7,11 +7,8 @@ from typing import Any, Literal
 
 from engrammar.edit import Patch, read_patch
 from engrammar.memory import Memory
-from engrammar.tables.headers import Requirement, load_json
-from engrammar.train.attached import load_base
-from engrammar.train.recipe import BaseRecipe
-from engrammar.train.sample import load, load_with_adapter
-from engrammar_explore.census import CensusSettings, build_census, open_census
+from engrammar.serve.openai.loading import is_ours, load_served
+from engrammar_explore.census import Census, CensusSettings, build_census
 from engrammar_explore.looking import LookSettings
 from engrammar_explore.session import Explored, Session
 from engrammar_explore.watching import places_of
@@ -19,23 +16,14 @@ from engrammar_explore.watching import places_of
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """What is opened.
+    """What is opened."""
 
-    Attributes:
-        model: a folder, or the name of a model on the Hub.
-        adapter: the folder of an attached memory.
-        patches: files of patches to apply.
-        memory: where the memory's tables are.
-        cache_rows: rows of each table kept in RAM in front of the disk.
-        census: a census file of the model's memory.
-    """
-
-    model: str
-    adapter: Path | None = None
-    patches: Sequence[Path] = ()
-    memory: Literal["weights", "ram", "disk"] = "weights"
-    cache_rows: int = 0
-    census: Path | None = None
+    model: str  # a folder, or the name of a model on the Hub
+    adapter: Path | None = None  # the folder of an attached memory
+    patches: Sequence[Path] = ()  # files of patches to apply
+    memory: Literal["weights", "ram", "disk"] = "weights"  # where the memory's tables are
+    cache_rows: int = 0  # rows of each table kept in RAM in front of the disk
+    census: Path | None = None  # a census file of the model's memory
 
 
 def open_session(source: Source, settings: LookSettings | None = None) -> Session:
@@ -46,7 +34,7 @@ def open_session(source: Source, settings: LookSettings | None = None) -> Sessio
     """
     patches: list[Patch] = [read_patch(path) for path in source.patches]
     model, tokenizer = open_model(source)
-    census = None if source.census is None else open_census(source.census, memory_in(model), tokenizer)
+    census = None if source.census is None else Census(source.census, memory_in(model), tokenizer)
     title = Path(source.model).name + (f" with {source.adapter.name}" if source.adapter else "")
     explored = Explored(model=model, tokenizer=tokenizer, title=title, census=census)
     return Session(explored, settings, patches)
@@ -59,23 +47,10 @@ def open_model(source: Source) -> tuple[Any, Any]:
         serving = {"memory": source.memory, "cache_rows": source.cache_rows}
     elif source.cache_rows:
         raise ValueError("--cache-rows is for tables off the model: add --memory disk.")
-    if source.adapter is not None:
-        model, tokenizer = load_with_adapter(source.model, source.adapter, **serving)
-    elif _is_ours(Path(source.model)):
-        model, tokenizer = load(Path(source.model), **serving)
-    elif serving:
+    if serving and source.adapter is None and not is_ours(source.model):
         raise ValueError(f"{source.model} has no memory whose tables could be elsewhere: leave --memory out.")
-    else:
-        model, tokenizer = load_base(BaseRecipe(model=source.model))
-    return model.eval().requires_grad_(False), tokenizer
-
-
-def _is_ours(folder: Path) -> bool:
-    path = folder / "config.json"
-    if not path.is_file():
-        return False
-    content = load_json(path.read_bytes(), Requirement(path))
-    return isinstance(content, dict) and content.get("model_type") == "engrammar"
+    model, tokenizer = load_served(source.model, adapter=source.adapter, **serving)
+    return model.requires_grad_(False), tokenizer
 
 
 def memory_in(model: Any) -> Memory:

@@ -1,14 +1,9 @@
 """A text cut into tokens, as a person can read them."""
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 
-def encode(
-    tokenizer: "PreTrainedTokenizerBase", text: str, most_tokens: int
-) -> tuple[list[int], list[tuple[str, int]]]:
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, most_tokens: int) -> tuple[list[int], list[tuple[str, int]]]:
     """The ids of a text; and of each token its text, and which part of that text it is (0 for the first or only one).
 
     A text has the spaces before it, so that together they are the whole. Tokens of single bytes make one character
@@ -39,6 +34,6 @@ def encode(
     return ids, pieces
 
 
-def token_text(tokenizer: "PreTrainedTokenizerBase", token_id: int) -> str:
+def token_text(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
     """The text of one id by itself."""
     return tokenizer.decode([token_id], skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -12,7 +12,6 @@ import secrets
 import socket
 import traceback
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from importlib.resources import files
 from typing import Any, final
@@ -48,35 +47,13 @@ class Refusal(Exception):
         self.status = status
 
 
-@dataclass(frozen=True, kw_only=True)
-class Address:
-    """Where a server is.
-
-    Attributes:
-        host: what it binds to.
-        port: 0 takes a free one.
-        token: what a write must carry; None makes one.
-    """
-
-    host: str = "127.0.0.1"
-    port: int = 8765
-    token: str | None = None
-
-
 @final
 class Desk:
     """The routes: what a page may ask of a session."""
 
     def __init__(self, session: Session) -> None:
-        self.session = session
-        self.waiting = 0
-        self._limiter: CapacityLimiter | None = None
-
-    def one_thread(self) -> CapacityLimiter:
-        """What lets one thread at a time use the model; made in the server's own loop."""
-        if self._limiter is None:
-            self._limiter = CapacityLimiter(1)
-        return self._limiter
+        self.session, self.waiting = session, 0
+        self.one_thread = CapacityLimiter(1)  # uses the model at a time
 
     def routes(self) -> list[Route]:
         """All that is served; nothing else is, and no path of the page names a file."""
@@ -188,7 +165,7 @@ class JobResponse(Response):
     async def _work(self, put: MemoryObjectSendStream[dict[str, Any]]) -> None:
         async with put:
             try:
-                result = await to_thread.run_sync(partial(self._run, put), limiter=self.desk.one_thread())
+                result = await to_thread.run_sync(partial(self._run, put), limiter=self.desk.one_thread)
                 await put.send({"result": result})
             except ValueError as error:
                 await put.send({"error": str(error)})
@@ -294,28 +271,32 @@ class Server:
         url: the link to open, with the token.
     """
 
-    def __init__(self, session: Session, address: Address = Address()) -> None:
-        """
+    def __init__(self, session: Session, host: str = "127.0.0.1", port: int = 8765) -> None:
+        """Listens.
+
+        Args:
+            port: 0 takes a free one.
+
         Raises:
             ValueError: the port is taken, or the host is every address of the machine, none of which is its name then.
         """
-        if address.host in ("", "0.0.0.0", "::"):
+        if host in ("", "0.0.0.0", "::"):
             raise ValueError(
-                f"host is {address.host!r}, every address of this machine, so a request's own host could not be "
+                f"host is {host!r}, every address of this machine, so a request's own host could not be "
                 "checked: give the one address or name by which others call this machine."
             )
-        family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
-            self.socket = socket.create_server((address.host, address.port), family=family)
+            self.socket = socket.create_server((host, port), family=family)
         except OSError as error:
             raise ValueError(
-                f"Port {address.port} of {address.host} cannot be listened on ({error.strerror}): give another one, or "
+                f"Port {port} of {host} cannot be listened on ({error.strerror}): give another one, or "
                 "0 for one that is free."
             ) from error
         port = self.socket.getsockname()[1]
-        token = secrets.token_urlsafe(24) if address.token is None else address.token
-        shown = f"[{address.host}]" if ":" in address.host else address.host
-        names = {shown, "localhost"} if address.host in ("127.0.0.1", "::1") else {shown}
+        token = secrets.token_urlsafe(24)
+        shown = f"[{host}]" if ":" in host else host
+        names = {shown, "localhost"} if host in ("127.0.0.1", "::1") else {shown}
         self.session, self.token, self.url = session, token, f"http://{shown}:{port}/?token={token}"
         app = app_of(session, hosts=frozenset(f"{name}:{port}" for name in names), token=token)
         config = uvicorn.Config(

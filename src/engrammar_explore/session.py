@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from engrammar.attach.blocks import find_decoder
 from engrammar.edit import Fact, Patch, applied_patches, apply_patch, conflicts, diff, undo_patch
@@ -23,26 +24,18 @@ from engrammar_explore.looking import Known, LookSettings, Seen, closer, overvie
 from engrammar_explore.trying import Progress, TrySettings, try_fact
 from engrammar_explore.watching import comparisons, places_of
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 MOST_SEEN = 4  # texts whose passes are kept
 MOST_PATCHES = 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class Explored:
-    """What is explored.
-
-    Attributes:
-        title: what the page calls the model.
-        census: which n-grams of a corpus share rows.
-    """
+    """What is explored."""
 
     model: nn.Module
-    tokenizer: "PreTrainedTokenizerBase"
-    title: str
-    census: Census | None = None
+    tokenizer: PreTrainedTokenizerBase
+    title: str  # what the page calls the model
+    census: Census | None = None  # which n-grams of a corpus share rows
 
 
 @final

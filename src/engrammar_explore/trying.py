@@ -6,16 +6,14 @@ Letters: T tokens, V vocabulary.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from engrammar.edit import Fact, Patch, apply_patch, undo_patch
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from engrammar_explore.looking import divergence, logits_of
 
 Progress = Callable[[int, int, str], None]  # steps that are done, of how many, and what is being done
 # Other ways to ask the fact, other prompts of its subject, and plain text; no learner has seen them.
@@ -29,21 +27,13 @@ the glass. To change a tyre, loosen the nuts before you lift the wheel, and tigh
 
 @dataclass(frozen=True, kw_only=True)
 class TrySettings:
-    """How a patch is tried.
+    """How a patch is tried."""
 
-    Attributes:
-        max_new_tokens: of a greedy answer.
-        phrasings: other ways to ask, besides the fact's paraphrases; {} stands for the prompt.
-        others: what else is asked of the subject; {} stands for it.
-        keep: prompts whose answers should not change.
-        neutral: text on which the model should not drift.
-    """
-
-    max_new_tokens: int = 10
-    phrasings: Sequence[str] = PHRASINGS
-    others: Sequence[str] = OTHERS
-    keep: Sequence[str] = ()
-    neutral: str = NEUTRAL
+    max_new_tokens: int = 10  # of a greedy answer
+    phrasings: Sequence[str] = PHRASINGS  # other ways to ask, besides the fact's paraphrases; {} stands for the prompt
+    others: Sequence[str] = OTHERS  # what else is asked of the subject; {} stands for it
+    keep: Sequence[str] = ()  # prompts whose answers should not change
+    neutral: str = NEUTRAL  # text on which the model should not drift
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -55,7 +45,7 @@ class _Answer:
 
 def try_fact(
     model: nn.Module,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: PreTrainedTokenizerBase,
     patch: Patch,
     fact: Fact,
     settings: TrySettings = TrySettings(),
@@ -87,12 +77,13 @@ def try_fact(
 
     before = ask(0)
     progress(len(questions), total, "neutral text")
-    plain_TV = _logits(model, tokenizer, settings.neutral)
+    neutral_BT = tokenizer(settings.neutral, return_tensors="pt").input_ids.to(next(model.parameters()).device)
+    plain_TV = logits_of(model, neutral_BT)
     apply_patch(model, patch, tokenizer, on_conflict="replace")
     try:
         after = ask(len(questions) + 1)
         progress(total - 1, total, "neutral text")
-        drifted_TV = _logits(model, tokenizer, settings.neutral)
+        drifted_TV = logits_of(model, neutral_BT)
     finally:
         undo_patch(model, patch.name)
     told: dict[str, Any] = {"phrasings": [], "others": [], "keep": []}
@@ -123,7 +114,7 @@ def _questions(fact: Fact, settings: TrySettings) -> list[tuple[str, str]]:
 
 @torch.no_grad()
 def _ask(
-    model: nn.Module, tokenizer: "PreTrainedTokenizerBase", text: str, wanted: str | None, max_new_tokens: int
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, text: str, wanted: str | None, max_new_tokens: int
 ) -> _Answer:
     device = next(model.parameters()).device
     ids_BT = tokenizer(text, return_tensors="pt").input_ids.to(device)
@@ -137,12 +128,12 @@ def _ask(
         do_sample=False,
         stopping_criteria=StoppingCriteriaList([_LineEnds(tokenizer, ids_BT.shape[1])]),
     )[:, ids_BT.shape[1] :]
-    last_V, probability = model(input_ids=ids_BT, use_cache=False).logits[0, -1].float().cpu(), None
+    last_V, probability = logits_of(model, ids_BT)[-1], None
     if wanted is not None:
         object_T = torch.tensor(tokenizer(" " + wanted.strip(), add_special_tokens=False).input_ids, device=device)
         whole_BT = torch.cat([ids_BT, object_T[None]], dim=1)
-        scores_TV = model(input_ids=whole_BT, use_cache=False).logits[0, ids_BT.shape[1] - 1 : -1].float()
-        probability = float(scores_TV.log_softmax(-1).gather(1, object_T[:, None]).sum().exp())
+        scores_TV = logits_of(model, whole_BT)[ids_BT.shape[1] - 1 : -1].log_softmax(-1)
+        probability = float(scores_TV.gather(1, object_T[:, None].cpu()).sum().exp())
     greedy = tokenizer.decode(new_BT[0], skip_special_tokens=True)
     return _Answer(greedy=greedy, last_V=last_V, probability=probability)
 
@@ -150,7 +141,7 @@ def _ask(
 class _LineEnds(StoppingCriteria):
     """Stops where a line has ended: an answer is one line."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", num_before: int) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, num_before: int) -> None:
         self.tokenizer, self.num_before = tokenizer, num_before
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
@@ -158,15 +149,8 @@ class _LineEnds(StoppingCriteria):
         return torch.full((len(input_ids),), "\n" in text.lstrip(), device=input_ids.device)
 
 
-@torch.no_grad()
-def _logits(model: nn.Module, tokenizer: "PreTrainedTokenizerBase", text: str) -> Tensor:
-    ids_BT = tokenizer(text, return_tensors="pt").input_ids.to(next(model.parameters()).device)
-    return model(input_ids=ids_BT, use_cache=False).logits[0].float().cpu()
-
-
 def _drift(plain_TV: Tensor, drifted_TV: Tensor) -> dict[str, Any]:
-    first_TV, second_TV = plain_TV.log_softmax(-1), drifted_TV.log_softmax(-1)
-    divergence_T = (first_TV.exp() * (first_TV - second_TV)).sum(-1).clamp_min(0.0)
+    divergence_T = divergence(plain_TV, drifted_TV)
     return {
         "tokens": len(plain_TV),
         "changed": int((plain_TV != drifted_TV).any(-1).sum()),

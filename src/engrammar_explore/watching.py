@@ -27,35 +27,24 @@ Compare = Literal["memory", "patches", "both"]  # what is switched off in the pa
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Place:
-    """A block at which a memory adds.
+    """A block at which a memory adds."""
 
-    Attributes:
-        name: the memory's.
-        scale: what the fusion's output is multiplied by before it is added.
-    """
-
-    name: str
+    name: str  # the memory's
     layer: int
     memory: Memory
     fusion: Fusion
-    scale: float
+    scale: float  # what the fusion's output is multiplied by before it is added
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Recorded:
-    """What happened at one place in a pass of one text, in fp32 on the CPU.
-
-    Attributes:
-        gate_TM: the gates, 0 where the memory is silent (a first token, padding, a missing row).
-        embedding_TE: the rows as they were read.
-        value_TD: what the gate scales.
-        added_T, stream_T: the norms of what is added to the residual streams, and of the streams.
-    """
+    """What happened at one place in a pass of one text, in fp32 on the CPU."""
 
     place: Place
-    gate_TM: Tensor
-    embedding_TE: Tensor
-    value_TD: Tensor
+    gate_TM: Tensor  # the gates, 0 where the memory is silent (a first token, padding, a missing row)
+    embedding_TE: Tensor  # the rows as they were read
+    value_TD: Tensor  # what the gate scales
+    # The norms of what is added to the residual streams, and of the streams.
     added_T: Tensor
     stream_T: Tensor
 

@@ -7,52 +7,33 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """One question.
+    """One question."""
 
-    Attributes:
-        question: the question as the report words it.
-        axis: what changes from point to point.
-        points: settings of each point over the scale's recipe (`section.setting=value`). The other points are compared
-            with the first.
-        equal: whether all points must have the same total and active parameters.
-        paper: what the paper found.
-        common: settings that all points share.
-        exempt: points that have fewer parameters on purpose.
-        recipe: the recipe that the points change, if it is not the scale's.
-    """
-
-    question: str
-    axis: str
+    question: str  # the question as the report words it
+    axis: str  # what changes from point to point
+    # Settings of each point over the scale's recipe (`section.setting=value`). The other points are compared with the
+    # first.
     points: Mapping[str, tuple[str, ...]]
-    equal: bool
-    paper: str
-    common: tuple[str, ...] = ()
-    exempt: tuple[str, ...] = ()
-    recipe: str | None = None
+    equal: bool  # whether all points must have the same total and active parameters
+    paper: str  # what the paper found
+    common: tuple[str, ...] = ()  # settings that all points share
+    exempt: tuple[str, ...] = ()  # points that have fewer parameters on purpose
+    recipe: str | None = None  # the recipe that the points change, if it is not the scale's
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """The points of the studies at one model size.
+    """The points of the studies at one model size."""
 
-    Attributes:
-        recipe: the recipe that every point changes.
-        rows: rows per head of the points of `scaling`.
-        row_width: width of the rows of an order's heads side by side; a single head gets all of it.
-        depth: settings of the backbone of `placement`.
-        blocks: for each point of `placement`, the blocks that read the memory; the last point reads it twice, early and
-            late. The other points are compared with the first.
-        dense: settings of the dense model that has the active parameters of the MoE.
-        pair: settings of both models of `pair`.
-    """
-
-    recipe: str
-    rows: tuple[int, ...]
-    row_width: int
-    depth: tuple[str, ...]
+    recipe: str  # the recipe that every point changes
+    rows: tuple[int, ...]  # rows per head of the points of `scaling`
+    row_width: int  # width of the rows of an order's heads side by side; a single head gets all of it
+    depth: tuple[str, ...]  # settings of the backbone of `placement`
+    # For each point of `placement`, the blocks that read the memory; the last point reads it twice, early and late.
+    # The other points are compared with the first.
     blocks: tuple[str, ...]
-    dense: tuple[str, ...]
-    pair: tuple[str, ...]
+    dense: tuple[str, ...]  # settings of the dense model that has the active parameters of the MoE
+    pair: tuple[str, ...]  # settings of both models of `pair`
 
 
 SCALES = {

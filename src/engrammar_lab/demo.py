@@ -10,7 +10,9 @@ from engrammar.cells import as_text, in_lines
 from engrammar.tables.sealed import check_writable
 from engrammar.train.recipe import Recipe, to_yaml
 from engrammar.train.run import prepare_tokens, train
+from engrammar.train.sample import Sampling, complete, load
 from engrammar_lab.demo_report import plot_curves, render, table, verdict
+from engrammar_lab.gates import gates_over_text, plot_gates
 from engrammar_lab.machine import describe_run
 
 VARIANTS: dict[str, Literal["none", "budget"]] = {
@@ -34,9 +36,6 @@ def run_demo(recipe: Recipe, out: Path, seeds: int) -> dict[str, Any]:
     Returns:
         The content of demo.json.
     """
-    from engrammar.train.sample import Sampling, complete, load
-    from engrammar_lab.gates import gates_over_text, plot_gates
-
     if seeds < 1:
         raise ValueError(f"--seeds is {seeds}; allowed: 1 or more.")
     check_writable(out)

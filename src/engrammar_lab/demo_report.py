@@ -89,12 +89,10 @@ def _length(result: dict[str, Any]) -> str:
 
 def plot_curves(result: dict[str, Any], path: Path) -> None:
     """Draws training loss and validation loss of every run against steps."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), sharex=True)
+    figure = Figure(figsize=(11, 4))
+    left, right = figure.subplots(1, 2, sharex=True)
     for colour, (name, runs) in zip(("#4c72b0", "#dd8452"), _by_variant(result).items()):
         for index, run in enumerate(runs):
             label = name if index == 0 else None
@@ -107,4 +105,3 @@ def plot_curves(result: dict[str, Any], path: Path) -> None:
         axes.legend()
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110, bbox_inches="tight")
-    plt.close(figure)

@@ -6,20 +6,20 @@ S of both, V vocabulary.
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Subset
 
-if TYPE_CHECKING:
-    from engrammar.model.modeling import EngrammarForCausalLM
-    from engrammar.train.data import TokenSet
+from engrammar.model.modeling import EngrammarForCausalLM
+from engrammar.train.data import TokenSet
 
 PAPER_K = 5  # number of layers that the paper's soft alignment index averages over
 
 
 def validation_batches(
-    tokens: "TokenSet", *, length: int, batch_size: int, num_tokens: int | None = None
+    tokens: TokenSet, *, length: int, batch_size: int, num_tokens: int | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The validation text in order, as evaluation reads it: ids_BT, and real_BT, which is False at padding.
 
@@ -30,8 +30,6 @@ def validation_batches(
     Raises:
         ValueError: the validation text is shorter than a block, or a number is below its minimum.
     """
-    from torch.utils.data import DataLoader, Subset
-
     blocks = tokens.blocks("validation", length)
     if batch_size < 1 or (num_tokens is not None and num_tokens < 1):
         raise ValueError(f"batch_size is {batch_size} and num_tokens {num_tokens}; allowed: 1 or more.")
@@ -41,7 +39,7 @@ def validation_batches(
 
 
 @torch.no_grad()
-def layer_streams(model: "EngrammarForCausalLM", ids_BT: Tensor) -> list[Tensor]:
+def layer_streams(model: EngrammarForCausalLM, ids_BT: Tensor) -> list[Tensor]:
     """The residual streams [B, T, M, D] of every layer: the embedding, then after each block (L = blocks + 1)."""
     streams: list[Tensor] = []
 
@@ -63,8 +61,8 @@ def layer_streams(model: "EngrammarForCausalLM", ids_BT: Tensor) -> list[Tensor]
 
 @torch.no_grad()
 def logit_lens(
-    model: "EngrammarForCausalLM",
-    tokens: "TokenSet",
+    model: EngrammarForCausalLM,
+    tokens: TokenSet,
     *,
     length: int,
     batch_size: int = 8,
@@ -122,9 +120,9 @@ def hsic(layers_SnD: list[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def cka(
-    model: "EngrammarForCausalLM",
-    other: "EngrammarForCausalLM",
-    tokens: "TokenSet",
+    model: EngrammarForCausalLM,
+    other: EngrammarForCausalLM,
+    tokens: TokenSet,
     *,
     length: int,
     batch_size: int = 8,
@@ -158,7 +156,7 @@ def cka(
     return (hsic_SS / own_S / own_S[:, None])[:num_layers, num_layers:].tolist()
 
 
-def _branch_means(model: "EngrammarForCausalLM", ids_BT: Tensor, real_BT: Tensor) -> list[Tensor]:
+def _branch_means(model: EngrammarForCausalLM, ids_BT: Tensor, real_BT: Tensor) -> list[Tensor]:
     """The hidden states [n, D] of every layer at the real tokens."""
     return [streams_BTMD.mean(2).cpu()[real_BT] for streams_BTMD in layer_streams(model, ids_BT.to(model.device))]
 
@@ -191,9 +189,9 @@ def soft_alignment(cka_LP: list[list[float]], k: int | None = None) -> list[floa
 
 
 def compare_depth(
-    memory: "EngrammarForCausalLM",
-    plain: "EngrammarForCausalLM",
-    tokens: "TokenSet",
+    memory: EngrammarForCausalLM,
+    plain: EngrammarForCausalLM,
+    tokens: TokenSet,
     *,
     length: int,
     batch_size: int = 8,

@@ -4,7 +4,7 @@ N-grams are those that the model reads: classes of ids, looked back to within a 
 included. Letters: B batch, T tokens, N highest order, F tokens of a whole text.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,14 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engrammar.addressing import GOLDEN64, look_back
+from engrammar.memory import Memory
+from engrammar.model.modeling import EngrammarForCausalLM
 from engrammar.off import memory_off
+from engrammar.train.data import TokenSet
 from engrammar_lab.depth import validation_batches
 from engrammar_lab.gates import recorded_gates
-
-if TYPE_CHECKING:
-    from engrammar.memory import Memory
-    from engrammar.model.modeling import EngrammarForCausalLM
-    from engrammar.train.data import TokenSet
 
 CHUNK_TOKENS = 2**20  # tokens whose history is looked up at once
 
@@ -41,7 +39,7 @@ def ngram_keys(looked_back: list[NDArray[np.int64]]) -> NDArray[np.uint64]:
     return key
 
 
-def text_keys(memory: "Memory", tokens: "TokenSet", *, length: int, order: int) -> NDArray[np.uint64]:
+def text_keys(memory: Memory, tokens: TokenSet, *, length: int, order: int) -> NDArray[np.uint64]:
     """key_F of the n-gram that ends at each token of the training text, which is cut into blocks as in training."""
     num_tokens = len(tokens.blocks("train", length)) * length
     step = max(1, CHUNK_TOKENS // length) * length
@@ -52,7 +50,7 @@ def text_keys(memory: "Memory", tokens: "TokenSet", *, length: int, order: int) 
     return np.concatenate(parts)
 
 
-def _keys(memory: "Memory", ids_BT: Tensor, order: int) -> NDArray[np.uint64]:
+def _keys(memory: Memory, ids_BT: Tensor, order: int) -> NDArray[np.uint64]:
     classes_V = None if memory.class_of_id is None else memory.class_of_id.cpu()
     seen = look_back(ids_BT, config=memory.config, geometry=memory.geometry, classes_V=classes_V)
     return ngram_keys([seen_BT.numpy() for seen_BT in seen[:order]])
@@ -82,11 +80,11 @@ def frequency_bins(counts: NDArray[np.int64], columns: dict[str, NDArray[np.floa
 
 
 def gate_by_frequency(
-    model: "EngrammarForCausalLM",
-    tokens: "TokenSet",
+    model: EngrammarForCausalLM,
+    tokens: TokenSet,
     *,
     length: int,
-    plain: "EngrammarForCausalLM | None" = None,
+    plain: EngrammarForCausalLM | None = None,
     batch_size: int = 32,
     num_tokens: int | None = None,
 ) -> dict[str, Any]:
@@ -133,7 +131,7 @@ def gate_by_frequency(
 
 @torch.no_grad()
 def _losses_and_gates(
-    model: "EngrammarForCausalLM", plain: "EngrammarForCausalLM | None", ids_BT: Tensor
+    model: EngrammarForCausalLM, plain: EngrammarForCausalLM | None, ids_BT: Tensor
 ) -> dict[str, Tensor]:
     """For each token except a row's last: its gate, and each model's loss on the next token, in nats; all [B, T-1]."""
     with recorded_gates(model) as gates:
@@ -146,6 +144,6 @@ def _losses_and_gates(
     return found
 
 
-def _loss(model: "EngrammarForCausalLM", ids_BT: Tensor) -> Tensor:
+def _loss(model: EngrammarForCausalLM, ids_BT: Tensor) -> Tensor:
     logits_BTV = model(ids_BT.to(model.device), use_cache=False).logits[:, :-1].float()
     return F.cross_entropy(logits_BTV.transpose(1, 2), ids_BT[:, 1:].to(model.device), reduction="none").cpu()

@@ -7,17 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from engrammar.fusion import Fusion
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from engrammar.model.modeling import EngrammarForCausalLM
+from engrammar.model.modeling import EngrammarForCausalLM
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +30,7 @@ class GatedText:
 
 
 @contextmanager
-def recorded_gates(model: "EngrammarForCausalLM") -> Iterator[dict[int, Tensor]]:
+def recorded_gates(model: EngrammarForCausalLM) -> Iterator[dict[int, Tensor]]:
     """In this context, each forward pass puts its gates into the dict: {layer: gate_BT, the mean over branches}."""
     seen: dict[int, Tensor] = {}
 
@@ -59,7 +56,7 @@ def recorded_gates(model: "EngrammarForCausalLM") -> Iterator[dict[int, Tensor]]
 
 @torch.no_grad()
 def gates_over_text(
-    model: "EngrammarForCausalLM", tokenizer: "PreTrainedTokenizerBase", texts: list[str]
+    model: EngrammarForCausalLM, tokenizer: PreTrainedTokenizerBase, texts: list[str]
 ) -> list[GatedText]:
     """Runs each text alone and records the gates of every memory layer."""
     gated = []
@@ -75,15 +72,15 @@ def gates_over_text(
 
 def plot_gates(texts: list[GatedText], path: Path) -> None:
     """Draws each text as a line of tokens, shaded by the gate (mean over memory layers)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
 
     lines = [_wrapped(text) for text in texts]
     num_lines = sum(map(len, lines)) + len(lines)
-    figure, axes = plt.subplots(figsize=(12, 0.34 * num_lines + 0.9))
-    colours = plt.get_cmap("YlOrRd")
+    figure, colours = Figure(figsize=(12, 0.34 * num_lines + 0.9)), colormaps["YlOrRd"]
+    axes = figure.subplots()
     y = 0.0
     for text_lines in lines:
         for line in text_lines:
@@ -100,10 +97,9 @@ def plot_gates(texts: list[GatedText], path: Path) -> None:
     axes.set_xlim(-0.5, LINE_WIDTH + 2)
     axes.set_ylim(-y + 0.3, 0.9)
     axes.axis("off")
-    scale = plt.cm.ScalarMappable(plt.Normalize(0, 1), colours)
+    scale = ScalarMappable(Normalize(0, 1), colours)
     figure.colorbar(scale, ax=axes, orientation="horizontal", fraction=0.04, pad=0.01, aspect=60, label="gate")
     figure.savefig(path, dpi=110, bbox_inches="tight")
-    plt.close(figure)
 
 
 LINE_WIDTH = 96  # characters on a line of the heat map

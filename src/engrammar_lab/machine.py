@@ -4,10 +4,11 @@ import os
 import platform
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
+import numpy
+import torch
+import transformers
 
 
 def describe_run(command: str) -> dict[str, Any]:
@@ -17,10 +18,6 @@ def describe_run(command: str) -> dict[str, Any]:
 
 def describe_machine() -> dict[str, Any]:
     """CPU, cores, and the versions that matter."""
-    import numpy
-    import torch
-    import transformers
-
     return {
         "cpu": _cpu(),
         "instructions": torch.backends.cpu.get_cpu_capability(),  # others round sums in another order
@@ -34,18 +31,14 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def accelerator() -> "torch.device":
+def accelerator() -> torch.device:
     """The accelerator that torch can use here, or else the CPU."""
-    import torch
-
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return torch.device("cpu") if device is None else device
 
 
-def _name(device: "torch.device") -> str:
+def _name(device: torch.device) -> str:
     """The maker's name of the device if torch knows it, else the kind of device."""
-    import torch
-
     module = torch.get_device_module(device)
     return module.get_device_name() if hasattr(module, "get_device_name") else device.type
 

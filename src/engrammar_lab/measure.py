@@ -11,19 +11,29 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from engrammar.model.modeling import EngrammarForCausalLM
+from engrammar.off import memory_off
 from engrammar.tables.sealed import write_text
+from engrammar.train import corpora
+from engrammar.train.documents import is_kept, is_validation
+from engrammar.train.optimizer import OptimizerSettings, build_optimizer
 from engrammar.train.recipe import DataRecipe, Recipe
+from engrammar.train.run import prepare_tokens
+from engrammar_lab.depth import compare_depth
+from engrammar_lab.frequency import gate_by_frequency
+from engrammar_lab.gates import gates_over_text
 from engrammar_lab.machine import describe_run
 from engrammar_lab.studies import RESULTS, command_line, finished, recipes
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import PreTrainedTokenizerBase
-
-    from engrammar.model.modeling import EngrammarForCausalLM
-    from engrammar_lab.tasks.questions import Split
+from engrammar_lab.tasks.needle import Haystack, needle_questions, tracking_questions, training_row
+from engrammar_lab.tasks.questions import Split
+from engrammar_lab.tasks.suite import build_suite, score_suite
+from engrammar_lab.traffic import memory_traffic
 
 PAIR = ("MoE", "MoE + memory")
 PAIRS = {"pair": PAIR, "horizon": ("32M, 100%", "32M, 10%")}  # the points of a study that are measured
@@ -34,23 +44,17 @@ FORMATS = ("needle", "tracking")  # groups of questions in a format that no text
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How much is measured. Results that were measured with other settings are measured again.
-
-    Attributes:
-        num_tuning_sentences: sentences of the text that tuning hides needles in.
-        num_questions: questions of each task.
-        depth_tokens: tokens that CKA and LogitLens read.
-        nearest: layers that the soft alignment index averages over: two of seven, about the paper's five of thirty.
-        num_texts, text_bytes: number and size of the texts that are shown with their gates.
-    """
+    """How much is measured. Results that were measured with other settings are measured again."""
 
     num_tuning_steps: int = 300
     tuning_batch: int = 32
     tuning_lr: float = 2e-3
-    num_tuning_sentences: int = 400
-    num_questions: int = 200
-    depth_tokens: int = 32_768
+    num_tuning_sentences: int = 400  # sentences of the text that tuning hides needles in
+    num_questions: int = 200  # questions of each task
+    depth_tokens: int = 32_768  # tokens that CKA and LogitLens read
+    # Layers that the soft alignment index averages over: two of seven, about the paper's five of thirty.
     nearest: int = 2
+    # Number and size of the texts that are shown with their gates.
     num_texts: int = 4
     text_bytes: int = 400
 
@@ -58,24 +62,19 @@ class Settings:
 SETTINGS = Settings()
 
 
-def split_of(data: DataRecipe, text: str) -> "Split":
+def split_of(data: DataRecipe, text: str) -> Split:
     """Whether a run on `data` trained on a document of its corpora."""
-    from engrammar.train.documents import is_kept, is_validation
-
     trained = is_kept(text, data.keep_share) and not is_validation(text, data.validation_share)
     return "seen" if trained else "unseen"
 
 
 def tuning_rows(
-    tokenizer: "PreTrainedTokenizerBase", data: DataRecipe, *, seed: int, num_steps: int
-) -> list[dict[str, "Tensor"]]:
+    tokenizer: PreTrainedTokenizerBase, data: DataRecipe, *, seed: int, num_steps: int
+) -> list[dict[str, Tensor]]:
     """Answered needle and tracking questions in random order, `tuning_batch` per step.
 
     The test has other keys and values.
     """
-    from engrammar.train import corpora
-    from engrammar_lab.tasks.needle import Haystack, needle_questions, tracking_questions, training_row
-
     texts = [entry.text for entry in corpora.entries("wiki", cache=Path(data.folder) / "pocket")]
     whole = Haystack.of([text for text in texts if split_of(data, text) == "seen"][:200], tokenizer)
     haystack = Haystack(
@@ -91,12 +90,8 @@ def tuning_rows(
     return [training_row(tokenizer, question, length) for question in questions]
 
 
-def tune(model: "EngrammarForCausalLM", rows: Sequence[dict[str, "Tensor"]]) -> None:
+def tune(model: EngrammarForCausalLM, rows: Sequence[dict[str, Tensor]]) -> None:
     """Trains `model` for a few steps on `tuning_rows`, which teaches it the format."""
-    import torch
-
-    from engrammar.train.optimizer import OptimizerSettings, build_optimizer
-
     clipped = OptimizerSettings(max_grad_norm=1.0)
     optimizer = build_optimizer(model, clipped, lr=SETTINGS.tuning_lr, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8)
     model.train()
@@ -117,16 +112,6 @@ def measure_pair(memory: Recipe, plain: Recipe) -> dict[str, Any]:
     Returns:
         `tasks` (per point and task, what `score_suite` returns), `depth`, `gates`, `traffic`, `texts`.
     """
-    import torch
-    from transformers import AutoTokenizer
-
-    from engrammar.model.modeling import EngrammarForCausalLM
-    from engrammar.train.run import prepare_tokens
-    from engrammar_lab.depth import compare_depth
-    from engrammar_lab.frequency import gate_by_frequency
-    from engrammar_lab.gates import gates_over_text
-    from engrammar_lab.traffic import memory_traffic
-
     torch.set_num_threads(1)
     tokens, length = prepare_tokens(memory.data), memory.data.sequence_length
     tokenizer = AutoTokenizer.from_pretrained(memory.out)
@@ -143,19 +128,14 @@ def measure_pair(memory: Recipe, plain: Recipe) -> dict[str, Any]:
 
 def _held_out(data: DataRecipe) -> list[str]:
     """Wikipedia leads that a run on `data` did not train on."""
-    from engrammar.train import corpora
-
     texts = (entry.text for entry in corpora.entries("wiki", cache=Path(data.folder) / "pocket"))
     return [text for text in texts if split_of(data, text) == "unseen"]
 
 
 def _score(
-    own: "EngrammarForCausalLM", other: "EngrammarForCausalLM", tokenizer: "PreTrainedTokenizerBase", recipe: Recipe
+    own: EngrammarForCausalLM, other: EngrammarForCausalLM, tokenizer: PreTrainedTokenizerBase, recipe: Recipe
 ) -> dict[str, Any]:
     """Scores every task, then needles and tracking again after both models have been tuned to their format."""
-    from engrammar.off import memory_off
-    from engrammar_lab.tasks.suite import build_suite, score_suite
-
     data = recipe.data
     suite = build_suite(
         tokenizer,

@@ -26,19 +26,15 @@ WHEEL = Package(  # a package that tests language models: 20 MB, Apache-2.0; eac
 
 @dataclass(frozen=True, kw_only=True)
 class QuestionSet:
-    """One set.
-
-    Attributes:
-        file: the set's file in the package.
-        parse: returns the question of a line, or None if the line is damaged or offers the same choice twice.
-        measure: "choice": the model chooses among `choices`; "answer": it writes an answer that must be one of them.
-    """
+    """One set."""
 
     summary: str
     num_questions: int
     licence: str
-    file: str
+    file: str  # the set's file in the package
+    # Returns the question of a line, or None if the line is damaged or offers the same choice twice.
     parse: Callable[[dict[str, Any]], Question | None]
+    # "choice": the model chooses among `choices`; "answer": it writes an answer that must be one of them.
     measure: Literal["choice", "answer"] = "choice"
 
 

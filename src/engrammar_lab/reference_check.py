@@ -20,12 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from engrammar.addressing import (
-    derive_geometry,
-    hash_ngrams,
-    hash_ngrams_numpy,
-    look_back,
-)
+from engrammar.addressing import derive_geometry, hash_ngrams, hash_ngrams_numpy, look_back
 from engrammar.cells import as_text
 from engrammar.config import DIALECTS, Geometry, MemoryConfig
 from engrammar.fusion import Fusion
@@ -56,18 +51,12 @@ class Check(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What was compared with one reference file.
+    """What was compared with one reference file."""
 
-    Attributes:
-        path: the reference file.
-        checks: the checks that ran, in order.
-        skipped: the checks that did not run, and why.
-        errors: largest absolute output difference of each layer and path (fast, plain), if the file has outputs.
-    """
-
-    path: Path
-    checks: tuple[Check, ...]
-    skipped: tuple[str, ...]
+    path: Path  # the reference file
+    checks: tuple[Check, ...]  # the checks that ran, in order
+    skipped: tuple[str, ...]  # the checks that did not run, and why
+    # Largest absolute output difference of each layer and path (fast, plain), if the file has outputs.
     errors: tuple[float, ...]
 
     @property

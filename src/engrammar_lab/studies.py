@@ -17,13 +17,20 @@ from pathlib import Path
 from statistics import variance
 from typing import Any
 
+import torch
 import yaml
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engrammar.cells import Column
+from engrammar.model.budget import count_parameters
 from engrammar.tables.sealed import write_text
 from engrammar.train.recipe import PLACES, Recipe, flat, load_recipe, to_yaml
+from engrammar.train.run import check_same_recipe, prepare_tokens, train
+from engrammar.vocabulary import cached_classes
 from engrammar_lab.catalogue import SCALES, Study, studies_at
 from engrammar_lab.machine import describe_machine, describe_run
+from engrammar_lab.rivals.modeling import build_lab_config
 
 RESULTS = Path("results/lab")  # in the current directory
 PLANNED = (
@@ -81,11 +88,6 @@ def _digest(recipe: Recipe) -> str:
 
 def run_one(recipe: Recipe) -> dict[str, Any]:
     """Trains one point on one thread, unless it is trained; returns what is kept of it, with measured FLOPs a token."""
-    import torch
-
-    from engrammar.train.run import train
-    from engrammar_lab.rivals.modeling import build_lab_config
-
     torch.set_num_threads(1)
     result = train(recipe, build_lab_config)
     found = {**result, "flops_per_token": measure_flops(recipe)}
@@ -95,10 +97,6 @@ def run_one(recipe: Recipe) -> dict[str, Any]:
 
 def measure_flops(recipe: Recipe) -> float:
     """FLOPs per token of a forward pass of the trained model in `recipe.out`, as torch counts them."""
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-    from transformers import AutoModelForCausalLM
-
     model = AutoModelForCausalLM.from_pretrained(recipe.out).eval()
     length = recipe.data.sequence_length
     ids = torch.randint(model.config.vocab_size, (4, length), generator=torch.Generator().manual_seed(0))
@@ -130,8 +128,6 @@ def run_study(
         ValueError: there is no such study or scale, a setting is wrong, or a run in `runs` or `results` was made with
             other settings.
     """
-    from engrammar.train.run import prepare_tokens
-
     if seeds < 1 or jobs < 1:
         raise ValueError(f"seeds is {seeds} and jobs {jobs}; allowed: 1 or more.")
     queue = recipes(name, runs, range(seeds), overrides, scale=scale)
@@ -194,13 +190,6 @@ def plan(name: str, *, scale: str = "lab", seeds: int = 3, overrides: Sequence[s
         per point, `total_parameters`, `active_parameters` and `memory_rows`, and the `tokens` and `training_flops` of a
         run (6 per token and active parameter: forward and backward, without attention's products).
     """
-    from transformers import AutoTokenizer
-
-    from engrammar.model.budget import count_parameters
-    from engrammar.train.run import prepare_tokens
-    from engrammar.vocabulary import cached_classes
-    from engrammar_lab.rivals.modeling import build_lab_config
-
     planned = []
     for (point, _), recipe in recipes(name, Path(), range(1), overrides, scale=scale).items():
         folder = prepare_tokens(recipe.data).tokenizer_path
@@ -227,8 +216,6 @@ def finished(recipe: Recipe) -> dict[str, Any] | None:
     Raises:
         ValueError: the run there was made with other settings.
     """
-    from engrammar.train.run import check_same_recipe
-
     path = Path(recipe.out) / FINISHED
     if not path.exists():
         return None
@@ -267,17 +254,14 @@ def _kept(recipe: Recipe, run: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Rerun:
-    """A committed run and the same run here, in bits per byte.
-
-    Attributes:
-        most_apart: two runs of a point differ by less than this 99 times in 100, by the study's deviation over seeds.
-        committed_on: the instruction set that the committed run used; "" if it is not recorded. On another one the
-            same run rounds differently.
-    """
+    """A committed run and the same run here, in bits per byte."""
 
     committed: float
     here: float
+    # Two runs of a point differ by less than this 99 times in 100, by the study's deviation over seeds.
     most_apart: float
+    # The instruction set that the committed run used; "" if it is not recorded. On another one the same run rounds
+    # differently.
     committed_on: str
     here_on: str
 

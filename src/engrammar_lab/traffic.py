@@ -4,19 +4,17 @@ N-grams are those that the model reads from blocks of a text (`frequency.text_ke
 Letters: F tokens of a whole text, D distinct n-grams of an order, K heads of an order, R rows.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from engrammar.addressing import hash_ngrams_numpy, look_back
+from engrammar.memory import Memory
 from engrammar.planning.touches import Sample, repeated_share, touched_rows
 from engrammar.train.data import TokenSet
 from engrammar_lab.frequency import ngram_keys, text_keys
-
-if TYPE_CHECKING:
-    from engrammar.memory import Memory
 
 WINDOW = 1_000  # tokens over which distinct rows are counted
 FIT_POINTS = 50  # number of ranks in a Zipf fit, evenly spaced in their logarithm
@@ -114,7 +112,7 @@ def _zipf(counts: NDArray[np.int64]) -> dict[str, Any] | None:
     return {"exponent": zipf_exponent(counts, first, last), "ranks": [first, last]}
 
 
-def memory_traffic(memory: "Memory", tokens: TokenSet, *, length: int, window_tokens: int = 100_000) -> dict[str, Any]:
+def memory_traffic(memory: Memory, tokens: TokenSet, *, length: int, window_tokens: int = 100_000) -> dict[str, Any]:
     """Collisions and row traffic of a memory over the training text. Reads addresses only, never a row.
 
     Args:
@@ -156,7 +154,7 @@ def memory_traffic(memory: "Memory", tokens: TokenSet, *, length: int, window_to
 
 
 def _rows_at(
-    memory: "Memory", ids_F: NDArray[np.int64], place_D: NDArray[np.int64], length: int, index: int, index_order: int
+    memory: Memory, ids_F: NDArray[np.int64], place_D: NDArray[np.int64], length: int, index: int, index_order: int
 ) -> NDArray[np.int64]:
     """rows_DK: head-local rows of one order for the n-grams that end at these places of the training text.
 
@@ -173,7 +171,7 @@ def _rows_at(
     return rows_DH[:, index_order * num_heads : (index_order + 1) * num_heads]
 
 
-def _distinct_per_window(memory: "Memory", ids_F: NDArray[np.int64], index: int) -> dict[str, float]:
+def _distinct_per_window(memory: Memory, ids_F: NDArray[np.int64], index: int) -> dict[str, float]:
     sample = Sample.of_documents([ids_F], WINDOW)
     classes_V = None if memory.class_of_id is None else memory.class_of_id.cpu().numpy()
     rows_FH = touched_rows(sample, memory.config, memory.geometry, classes_V, index)

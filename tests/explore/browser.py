@@ -56,9 +56,9 @@ def browsing() -> Iterator:
 @contextmanager
 def served(session) -> Iterator:
     """A session's server on a free port."""
-    from engrammar_explore.serving import Address, Server
+    from engrammar_explore.serving import Server
 
-    server = Server(session, Address(port=0))
+    server = Server(session, port=0)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -7,7 +7,7 @@ import torch
 
 from attached_models import attached_model, tokenizer
 from edited_models import OURS, WITH_MEMORY, model_of_kind
-from engrammar_explore.census import BATCH_TOKENS, CensusSettings, build_census, open_census
+from engrammar_explore.census import BATCH_TOKENS, Census, CensusSettings, build_census
 from engrammar_explore.looking import look
 from engrammar_explore.watching import places_of
 
@@ -25,7 +25,7 @@ def made(request, tmp_path_factory):
     for number, text in enumerate(texts):
         (folder / f"{number:02}.txt").write_text(text)
     about = build_census(memory, tokenizer(), str(folder), folder / "c.safetensors")
-    return memory, texts, about, open_census(folder / "c.safetensors", memory, tokenizer())
+    return memory, texts, about, Census(folder / "c.safetensors", memory, tokenizer())
 
 
 def plain_counts(memory, texts, order: int) -> Counter:
@@ -88,7 +88,7 @@ def test_memory_is_bounded_and_what_is_forgotten_is_said(made, tmp_path):
     (tmp_path / "a.txt").write_text("\n".join(texts))
     settings = CensusSettings(most_ngrams=20)
     about = build_census(memory, tokenizer(), str(tmp_path / "a.txt"), tmp_path / "c", settings)
-    census = open_census(tmp_path / "c", memory, tokenizer())
+    census = Census(tmp_path / "c", memory, tokenizer())
     for order in memory.config.orders:
         assert about["forgotten"][str(order)] > 0
         counts = plain_counts(memory, ["\n".join(texts)], order)
@@ -102,8 +102,8 @@ def test_a_census_of_another_memory_or_no_census_is_refused(made, tmp_path):
     memory, _, _, census = made
     other = places_of(attached_model("llama", memory={"rows_per_head": (131, 137)}))[0].memory
     with pytest.raises(ValueError, match="census of another memory"):
-        open_census(census.path, other, tokenizer())
+        Census(census.path, other, tokenizer())
     (tmp_path / "no").write_bytes(b"nothing")
     for path in (tmp_path / "no", tmp_path / "absent"):
         with pytest.raises(ValueError, match="is no census"):
-            open_census(path, memory, tokenizer())
+            Census(path, memory, tokenizer())

@@ -56,12 +56,11 @@ def test_it_listens_on_loopback_and_prints_a_link_with_a_token(server):
 
 
 def test_a_port_that_is_taken_and_hosts_without_a_name_are_refused(server):
-    taken = serving.Address(port=server.socket.getsockname()[1])
     with pytest.raises(ValueError, match="0 for one that is free"):
-        serving.Server(server.session, taken)
+        serving.Server(server.session, port=server.socket.getsockname()[1])
     for host in ("0.0.0.0", "::", ""):
         with pytest.raises(ValueError, match="every address of this machine"):
-            serving.Server(server.session, serving.Address(host=host))
+            serving.Server(server.session, host)
 
 
 def test_the_page_and_its_parts_are_served_with_a_strict_policy(server):

@@ -5,7 +5,6 @@ a memory with the whole pass, and memories whose prefix is kept (`keep_prefix`) 
 """
 
 import copy
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,48 +19,43 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from engrammar.attach import attach, keep_prefix, load_attached, save_attached
 from engrammar.attach.attaching import require_attachment
-from engrammar.cells import Column, Lines, cells, titles
+from engrammar.cells import Column
 from engrammar.stores.cache import CachedStore
 from engrammar.train.documents import read_documents
 from engrammar.train.optimizer import OptimizerSettings, build_optimizer
 from engrammar_lab.adapters.smollm import fetch_smollm
-from engrammar_lab.bench.turns import in_turn, settle_allocator
+from engrammar_lab.bench.figures import line_by_line
+from engrammar_lab.bench.turns import measured_in_turn, seconds_of, settle_allocator
 from engrammar_lab.machine import describe_run
 
 BASE, PARAMETERS, RAM, DISK = "base", "memory, parameters", "memory, RAM", "memory, disk and cache"
 LORA, WHOLE = "LoRA", "memory, whole pass"
 DECODING = (Column("batch", "batch"), Column("variant", "variant"), Column("step ms", "milliseconds", ".2f"))
 COLUMNS = (*DECODING, Column("over the base", "over", "+.1%"), Column("cache misses", "misses"))
+table = line_by_line(COLUMNS, lambda result: result["decode"])
 TRAINING = (Column("variant", "variant"), Column("tokens/s", "rate", ",.0f"), Column("of LoRA", "times", ".2f"))
+train_table = line_by_line(TRAINING, lambda part: part["lines"])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What one run measures.
+    """What one run measures."""
 
-    Attributes:
-        num_blocks: of the base, the first ones; 0 is all.
-        memory: the memory's settings over its layers.
-        batches: batch sizes of decoding.
-        prompt: tokens before the first step.
-        steps: steps that are measured, of each variant.
-        length: tokens of a block in training, `train_batch` blocks a step, `train_steps` steps that are measured.
-        warm_tokens: tokens that the cache has served before decoding begins.
-        cache_rows: rows that the cache in front of the disk holds.
-    """
-
-    num_blocks: int = 0
+    num_blocks: int = 0  # of the base, the first ones; 0 is all
+    # The memory's settings over its layers.
     memory: dict[str, Any] = field(
         default_factory=lambda: {"rows_per_head": [50_000, 50_000], "num_heads": 4, "head_dim": 96, "conv_kernel": 4}
     )
-    batches: tuple[int, ...] = (1, 16)
-    prompt: int = 64
-    steps: int = 160
+    batches: tuple[int, ...] = (1, 16)  # batch sizes of decoding
+    prompt: int = 64  # tokens before the first step
+    steps: int = 160  # steps that are measured, of each variant
+    # Tokens of a block in training, `train_batch` blocks a step, `train_steps` steps that are measured.
     length: int = 128
     train_batch: int = 8
     train_steps: int = 12
     corpus: str = "pocket:wiki"
-    warm_tokens: int = 4096
+    warm_tokens: int = 4096  # tokens that the cache has served before decoding begins
+    # Rows that the cache in front of the disk holds.
     cache_rows: int = 40_000  # a tenth of the table
 
 
@@ -161,14 +155,15 @@ def step_times(
     models: dict[str, Any], caches: Caches, ids_BT: Tensor
 ) -> tuple[dict[str, list[float]], dict[str, Tensor]]:
     """Seconds of a step of each model, the models in turn, at every position the same tokens; their last logits."""
-    times: dict[str, list[float]] = {name: [] for name in models}
     said: dict[str, Tensor] = {}
-    for turn, _, name in in_turn(models, ids_BT.shape[1]):
-        token = ids_BT[:, turn, None]
-        started = time.perf_counter()
+
+    def step(name: str, token: Tensor) -> None:
         said[name] = models[name](token, past_key_values=caches[name], use_cache=True, logits_to_keep=1).logits
-        times[name].append(time.perf_counter() - started)
-    return times, said
+
+    def measure(turn: int, _place: int, name: str) -> float:
+        return seconds_of(step, name, ids_BT[:, turn, None])
+
+    return measured_in_turn(measure, models, ids_BT.shape[1]), said
 
 
 def over_base(times: dict[str, list[float]], name: str) -> float:
@@ -176,18 +171,19 @@ def over_base(times: dict[str, list[float]], name: str) -> float:
     return median(own / of_base for own, of_base in zip(times[name], times[BASE], strict=True)) - 1
 
 
-def _decode(models: dict[str, Any], ids_BT: Tensor, plan: Plan) -> list[dict[str, Any]]:
-    """A line for each model: its steps, and what they take beyond the base's."""
-    caches = filled_caches(models, ids_BT[:, : plan.prompt])
+def decode(models: dict[str, Any], ids_BT: Tensor, prompt: int) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    """A line for each model: its steps after a prompt, and what they take beyond the base's; and their last logits."""
+    caches = filled_caches(models, ids_BT[:, :prompt])
     before = {name: _misses(model) for name, model in models.items()}
-    times, _ = step_times(models, caches, ids_BT[:, plan.prompt : plan.prompt + plan.steps])
-    base, lines = median(times[BASE]), []
+    times, said = step_times(models, caches, ids_BT[:, prompt:])
+    lines = []
     for name, model in models.items():
+        figures = {"milliseconds": 1e3 * median(times[name]), "over": over_base(times, name)}
+        figures["over_median"] = median(times[name]) / median(times[BASE]) - 1
         missed = _misses(model)
         misses = None if missed is None else missed - (before[name] or 0)
-        figures = {"milliseconds": 1e3 * median(times[name]), "over": over_base(times, name), "misses": misses}
-        lines.append({"batch": len(ids_BT), "variant": name, **figures, "over_median": median(times[name]) / base - 1})
-    return lines
+        lines.append({"batch": len(ids_BT), "variant": name, **figures, "misses": misses})
+    return lines, said
 
 
 def _trainers(bases: Bases, plan: Plan, blocks: list[dict[str, Tensor]], folder: Path) -> dict[str, Callable[[], None]]:
@@ -223,12 +219,7 @@ def _trainers(bases: Bases, plan: Plan, blocks: list[dict[str, Tensor]], folder:
 def _train(bases: Bases, plan: Plan, blocks: list[dict[str, Tensor]]) -> list[dict[str, Any]]:
     with TemporaryDirectory() as folder:
         steps = _trainers(bases, plan, blocks, Path(folder))
-        times: dict[str, list[float]] = {name: [] for name in steps}
-        for turn, _, name in in_turn(steps, plan.train_steps + 1):
-            started = time.perf_counter()
-            steps[name]()
-            if turn:
-                times[name].append(time.perf_counter() - started)
+        times = measured_in_turn(lambda *turn: seconds_of(steps[turn[-1]]), steps, plan.train_steps, warm_up=1)
     tokens, lora = plan.train_batch * plan.length, median(times[LORA])
     return [{"variant": name, "rate": tokens / median(own), "times": lora / median(own)} for name, own in times.items()]
 
@@ -258,7 +249,7 @@ def bench_attached(quick: bool, plan: Plan | None = None, base: Path | None = No
             models[DISK](ids[: plan.warm_tokens].view(-1, 64))
         for batch in plan.batches:
             own = ids[plan.warm_tokens :][: batch * (plan.prompt + plan.steps)]
-            decoded += _decode(models, own.view(batch, -1), plan)
+            decoded += decode(models, own.view(batch, -1), plan.prompt)[0]
     blocks = [{"input_ids": block, "labels": block} for block in ids[-trained:].view(-1, plan.length)]
     memory = f"{plan.memory['num_heads']} heads of {plan.memory['head_dim']} for 2- and 3-grams"
     return {
@@ -283,22 +274,12 @@ def _head_share(model: Any) -> float:
     return head / (head + sum(parameter.numel() for parameter in model.model.layers.parameters()))
 
 
-def table(result: dict[str, Any]) -> tuple[list[str], Lines]:
-    """Header and lines: one for each batch size and variant."""
-    return titles(COLUMNS), [cells(COLUMNS, line) for line in result["decode"]]
-
-
 def verdict(result: dict[str, Any]) -> str:
     """What attaching costs at each batch size."""
     costs = {(line["batch"], line["variant"]): line["over"] for line in result["decode"]}
     said = (f"at batch {batch} {over:+.1%} ({name})" for (batch, name), over in costs.items() if name in (RAM, DISK))
     adds = f"Attaching adds to a decoding step, by the median over pairs of steps: {', '.join(said)}."
     return f"{adds} The aims: 3 % in RAM, 5 % on disk."
-
-
-def train_table(part: dict[str, Any]) -> tuple[list[str], Lines]:
-    """Header and lines: one for each way to train."""
-    return titles(TRAINING), [cells(TRAINING, line) for line in part["lines"]]
 
 
 def train_verdict(part: dict[str, Any]) -> str:

@@ -12,11 +12,13 @@ from threading import Thread
 from typing import Any
 
 import numpy as np
+import psutil  # type: ignore[import-untyped]
 
-from engrammar.cells import Column, Lines, cells, titles
+from engrammar.cells import Column
 from engrammar.stores.aio import AioQueue
 from engrammar.tables.folder import TableFile
 from engrammar.tables.headers import PAGE
+from engrammar_lab.bench.figures import Figures, line_by_line, meets, named
 from engrammar_lab.bench.files import drop_page_cache
 from engrammar_lab.bench.large_file import count_pages, draw_rows, in_fresh_process
 from engrammar_lab.bench.readers import (
@@ -29,12 +31,14 @@ from engrammar_lab.bench.readers import (
     TAKE,
     why_no_engramdb,
 )
+from engrammar_lab.bench.turns import seconds_of
 
 SLOW = (TAKE, FROM_FILE)  # these read ahead: fewer rows, or one round, are enough
 THREADS, DEPTHS = (16, 64, 128), (64, 256, 512)
 LIMIT_TARGET, BYTES_TARGET, ENGRAMDB_TARGET = 0.85, 1.05, 1.5
 NUM_CHECKED = 200
 COLUMNS = (
+    Column("cold", "name"),
     Column("rows/s", "rows_per_second", ",.0f"),
     Column("pages/s", "pages_per_second", ",.0f"),
     Column("of the limit", "share", ".1%"),
@@ -49,20 +53,15 @@ def measure_cold(table: TableFile, way: str, num_rows: int, seed: int) -> dict[s
     os.sync()
     drop_page_cache(shard.path)
     read = READERS[way](table)
-    before, started = bytes_from_disk(), time.perf_counter()
+    process = psutil.Process()
+    before, started = process.io_counters().read_bytes, time.perf_counter()
     rows_US = read(rows_U)
-    seconds, num_bytes = time.perf_counter() - started, bytes_from_disk() - before
+    seconds, num_bytes = time.perf_counter() - started, process.io_counters().read_bytes - before
     with shard.path.open("rb") as file:
         for row, found in zip(rows_U[:NUM_CHECKED].tolist(), rows_US):
             file.seek(shard.start + row * table.row_bytes)
             assert file.read(table.row_bytes) == found.tobytes(), f"{way} read row {row} wrongly"
     return {"seconds": seconds, "pages": count_pages(table, rows_U), "bytes": num_bytes}
-
-
-def bytes_from_disk() -> int:
-    """Bytes that this process has caused to be read from disk so far."""
-    with open("/proc/self/io") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith("read_bytes"))
 
 
 def measure_limit(table: TableFile, num_pages: int, seed: int) -> dict[str, float]:
@@ -75,9 +74,7 @@ def measure_limit(table: TableFile, num_pages: int, seed: int) -> dict[str, floa
         for number in numbers:
             page_P = np.unique(random.integers(0, shard.path.stat().st_size // PAGE, num_pages))
             queue = AioQueue(number)
-            started = time.perf_counter()
-            reading(handle, page_P, queue, number)
-            rates[f"{kind} {number}"] = len(page_P) / (time.perf_counter() - started)
+            rates[f"{kind} {number}"] = len(page_P) / seconds_of(reading, handle, page_P, queue, number)
             queue.close()
     os.close(handle)
     return rates
@@ -152,14 +149,17 @@ def bench_cold(quick: bool, table: TableFile) -> dict[str, Any]:
     }
 
 
-def table(result: dict[str, Any]) -> tuple[list[str], Lines]:
-    """Header and lines: the disk's limit, then one for each way."""
+def _lines(result: Figures) -> list[Figures]:
+    """The disk's limit, then each way."""
     best, unknown = max(result["limit"].values()), {"rows_per_second": None, "bytes": None}
-    lines = [
-        [f"limit: 4 KiB, O_DIRECT, {kind}", *cells(COLUMNS, {"pages_per_second": rate, "share": rate / best} | unknown)]
+    limits = {
+        f"limit: 4 KiB, O_DIRECT, {kind}": {"pages_per_second": rate, "share": rate / best, **unknown}
         for kind, rate in result["limit"].items()
-    ]
-    return ["cold", *titles(COLUMNS)], lines + [[way, *cells(COLUMNS, own)] for way, own in result["ways"].items()]
+    }
+    return named(limits | result["ways"])
+
+
+table = line_by_line(COLUMNS, _lines)
 
 
 def verdict(result: dict[str, Any]) -> str:
@@ -167,20 +167,17 @@ def verdict(result: dict[str, Any]) -> str:
     ways, own = result["ways"], result["ways"][DISK]
     kind, rate = max(result["limit"].items(), key=lambda item: item[1])
 
-    def met(holds: bool, target: str) -> str:
-        return f"{'meets' if holds else 'misses'} the target of {target}"
-
     text = (
         f"The disk does {rate:,.0f} random 4 KiB reads/s at best ({kind}). {DISK}, checksums included, reads "
-        f"{own['share']:.2f} of the best of its round ({met(own['share'] >= LIMIT_TARGET, f'{LIMIT_TARGET}')}), and "
+        f"{own['share']:.2f} of the best of its round ({meets(own['share'] >= LIMIT_TARGET, LIMIT_TARGET)}), and "
         f"{own['bytes']:.3f} times the bytes of the distinct pages "
-        f"({met(own['bytes'] <= BYTES_TARGET, f'at most {BYTES_TARGET}')})."
+        f"({meets(own['bytes'] <= BYTES_TARGET, f'at most {BYTES_TARGET}')})."
     )
     rivals = [way for way in (ENGRAMDB, ENGRAMDB_PAGES) if way in ways]
     if rivals:
         best = max(rivals, key=lambda way: ways[way]["rows_per_second"])
         times = own["rows_per_second"] / ways[best]["rows_per_second"]
-        target = met(times >= ENGRAMDB_TARGET, str(ENGRAMDB_TARGET))
+        target = meets(times >= ENGRAMDB_TARGET, ENGRAMDB_TARGET)
         text += f" That is {times:.2f} times engramdb's best, its {best.removeprefix('engramdb ')} ({target})."
     else:
         text += f" engramdb was not measured: {why_no_engramdb()}."

@@ -6,7 +6,6 @@ bypassing the page cache.
 """
 
 import re
-import time
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,29 +19,41 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DynamicCache
 
-from engrammar.cells import Column, Lines, cells, titles
+from engrammar.cells import Column
 from engrammar.config import MemoryConfig
 from engrammar.model.configuration import EngrammarConfig
 from engrammar.model.modeling import EngrammarForCausalLM
 from engrammar.model.presets import preset
-from engrammar.stores.base import Fetch, RowStore
+from engrammar.stores.base import Arrived, Fetch, RowStore
 from engrammar.stores.cache import CachedStore
 from engrammar.stores.disk import DiskStore
 from engrammar.stores.ram import RamStore
 from engrammar.stores.serving import ServingSettings, StoredTables, serve_tables
 from engrammar.tables.folder import TableWriter, open_tables
 from engrammar.train.documents import read_documents
+from engrammar_lab.bench.figures import line_by_line
 from engrammar_lab.bench.files import bench_folder
+from engrammar_lab.bench.turns import seconds_of, share_of
 from engrammar_lab.machine import describe_run
 
 COLD, COLD_LATE, RAM = "disk, cold", "disk, cold, no prefetch", "RAM"
 WARM, WARM_LATE = "disk, warm cache", "disk, warm cache, no prefetch"
 VARIANTS = (COLD, COLD_LATE, RAM, WARM, WARM_LATE)  # cold ones first, before another variant has read the round's rows
 COLUMNS = (
+    Column("batch", "batch"),
+    Column("rows", "rows"),
     Column("tokens/s", "tokens_per_second", ",.1f"),
     Column("step ms", "step_ms", ".2f"),
     Column("of RAM", "share", ".1%"),
     Column("cache misses", "misses"),
+)
+table = line_by_line(
+    COLUMNS,
+    lambda result: [
+        {"batch": part["batch"], "rows": kind, "misses": None, **found}
+        for part in result["batches"]
+        for kind, found in part["variants"].items()
+    ],
 )
 PROMPT = 32
 BLOCK_ROWS = 1 << 16  # rows written at once
@@ -50,22 +61,14 @@ BLOCK_ROWS = 1 << 16  # rows written at once
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What one run measures.
+    """What one run measures."""
 
-    Attributes:
-        preset: the preset of the backbone, and of the memory except its number of rows.
-        rows_per_head: rows per head of each order.
-        batches: batch sizes.
-        rounds: number of rounds; in each, every variant decodes `steps` tokens of new text.
-        corpus: the pocket corpus that the text is from.
-    """
-
-    preset: str
-    rows_per_head: int
-    batches: tuple[int, ...]
-    rounds: int
+    preset: str  # the preset of the backbone, and of the memory except its number of rows
+    rows_per_head: int  # rows per head of each order
+    batches: tuple[int, ...]  # batch sizes
+    rounds: int  # number of rounds; in each, every variant decodes `steps` tokens of new text
     steps: int
-    corpus: str
+    corpus: str  # the pocket corpus that the text is from
 
 
 FULL = Plan(preset="100m", rows_per_head=8_400_000, batches=(1, 16), rounds=5, steps=24, corpus="pocket:wiki")
@@ -130,18 +133,17 @@ class Texts:
 def _decode(model: EngrammarForCausalLM, ids_BT: Tensor) -> list[float]:
     """Seconds of each step, after a prompt."""
     cache = DynamicCache(config=model.config)
-    model(ids_BT[:, :PROMPT], past_key_values=cache, use_cache=True, logits_to_keep=1)
-    seconds = []
-    for position in range(PROMPT, ids_BT.shape[1]):
-        started = time.perf_counter()
-        model(ids_BT[:, position : position + 1], past_key_values=cache, use_cache=True, logits_to_keep=1)
-        seconds.append(time.perf_counter() - started)
-    return seconds
+
+    def step(ids_BT: Tensor) -> None:
+        model(ids_BT, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+    step(ids_BT[:, :PROMPT])
+    return [seconds_of(step, token_B1) for token_B1 in ids_BT[:, PROMPT:].split(1, dim=1)]
 
 
 @final
 class Late(RowStore):
-    """Reads rows only when they are waited for, as a model without prefetch would."""
+    """Waits for rows as soon as it is asked for them, so that nothing is read beside the computing."""
 
     def __init__(self, inner: RowStore) -> None:
         self.inner = inner
@@ -149,19 +151,10 @@ class Late(RowStore):
         self.num_rows, self.row_bytes = inner.num_rows, inner.row_bytes
 
     def _fetch(self, rows_U: NDArray[np.int64]) -> Fetch:
-        return LateFetch(self.inner, rows_U)
+        return Arrived(self.inner.fetch(rows_U).wait())
 
     def close(self) -> None:
         self.inner.close()
-
-
-@final
-class LateFetch(Fetch):
-    def __init__(self, store: RowStore, rows_U: NDArray[np.int64]) -> None:
-        self.store, self.rows_U = store, rows_U
-
-    def wait(self, seconds: float | None = None) -> NDArray[np.uint8]:
-        return self.store.fetch(self.rows_U).wait(seconds)
 
 
 def _cache(source: StoredTables, name: str) -> CachedStore:
@@ -236,7 +229,7 @@ def _rates(plan: Plan, model: EngrammarForCausalLM, sources: Mapping[str, Stored
                 kind: {
                     "tokens_per_second": batch / median(seconds[kind]),
                     "step_ms": 1e3 * median(seconds[kind]),
-                    "share": median(base / own for own, base in zip(seconds[kind], seconds[RAM])),
+                    "share": share_of(seconds[RAM], seconds[kind]),
                     **({"misses": misses[kind]} if kind in misses else {}),
                 }
                 for kind in VARIANTS
@@ -277,16 +270,6 @@ def bench_decode(quick: bool, plan: Plan | None = None) -> dict[str, Any]:
         "table_bytes": table_bytes,
         "batches": batches,
     }
-
-
-def table(result: dict[str, Any]) -> tuple[list[str], Lines]:
-    """Header and lines, one for each batch size and variant."""
-    lines = [
-        [str(part["batch"]), kind, *cells(COLUMNS, {"misses": None} | found)]
-        for part in result["batches"]
-        for kind, found in part["variants"].items()
-    ]
-    return ["batch", "rows", *titles(COLUMNS)], lines
 
 
 def verdict(result: dict[str, Any]) -> str:

@@ -39,9 +39,3 @@ def pages_in_cache(path: Path) -> int:
         if ctypes.CDLL(None, use_errno=True).mincore(address, ctypes.c_size_t(size), into):
             raise OSError(ctypes.get_errno(), f"mincore of {path} failed")
         return int((pages & 1).sum())
-
-
-def resident_bytes() -> int:
-    """Bytes of this process that are in RAM."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * mmap.PAGESIZE

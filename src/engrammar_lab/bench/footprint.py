@@ -10,15 +10,17 @@ from multiprocessing.synchronize import Barrier
 from typing import Any
 
 import numpy as np
+import psutil  # type: ignore[import-untyped]
 
-from engrammar.cells import Column, Lines, cells, titles
+from engrammar.cells import Column
 from engrammar.stores.base import RowStore
 from engrammar.stores.cache import CachedStore
 from engrammar.stores.disk import DiskStore
 from engrammar.stores.ram import RamStore
 from engrammar.tables.folder import TableFile
 from engrammar.tables.headers import PAGE
-from engrammar_lab.bench.files import drop_page_cache, pages_in_cache, resident_bytes
+from engrammar_lab.bench.figures import Figures, line_by_line
+from engrammar_lab.bench.files import drop_page_cache, pages_in_cache
 from engrammar_lab.bench.large_file import draw_rows, first_rows, in_fresh_process
 from engrammar_lab.bench.readers import CACHED, RAM
 
@@ -27,6 +29,7 @@ NUM_SETS = 3  # sets of rows, read in turn again and again
 ROWS_PER_TOKEN = 16
 MIB = 2**20
 COLUMNS = (
+    Column("memory", "name"),
     Column("processes", "processes"),
     Column("MiB of rows, or bound", "bytes", ",.0f", MIB),
     Column("MiB taken", "memory", ",.0f", MIB),
@@ -107,7 +110,8 @@ def measure_long_run(table: TableFile, num_tokens: int, tokens_per_call: int) ->
     num_pages = table.num_rows * table.row_bytes // PAGE
     # Per place: row, tag, count and mark, and up to 16 counts in the sketch. Per page: a checksum. Calls and staging.
     bound = cache_rows * (table.row_bytes + 10 + 16) + 4 * num_pages + 64 * MIB
-    memory, cached, random = resident_bytes(), pages_in_cache(path), np.random.default_rng(0)
+    process, cached, random = psutil.Process(), pages_in_cache(path), np.random.default_rng(0)
+    memory = process.memory_info().rss
     store = CachedStore(DiskStore(table), cache_rows)
     most, num_calls = 0, num_tokens // tokens_per_call
     started = time.perf_counter()
@@ -116,7 +120,7 @@ def measure_long_run(table: TableFile, num_tokens: int, tokens_per_call: int) ->
         rows_U = (rank_U.astype(np.int64) * 0x9E3779B1) % table.num_rows
         store.fetch(rows_U).wait()
         if call % 16 == 0 or call == num_calls - 1:
-            grown = resident_bytes() - memory + PAGE * (pages_in_cache(path) - cached)
+            grown = process.memory_info().rss - memory + PAGE * (pages_in_cache(path) - cached)
             most = max(most, grown)
     rate = num_calls * tokens_per_call * ROWS_PER_TOKEN / (time.perf_counter() - started)
     hit_rate = store.hits / (store.hits + store.misses)
@@ -147,12 +151,15 @@ def bench_footprint(quick: bool, file: TableFile) -> dict[str, Any]:
     }
 
 
-def table(result: dict[str, Any]) -> tuple[list[str], Lines]:
-    """Header and lines: each store with each number of processes, then the long run."""
-    named = [(f"{kind}, shared", run) for kind, runs in result["shared"].items() for run in runs]
-    alone = {"processes": 1, "own": result["long"]["memory"]}
-    named.append((f"{CACHED}, {result['long']['tokens']:,} tokens", result["long"] | alone))
-    return ["memory", *titles(COLUMNS)], [[name, *cells(COLUMNS, run)] for name, run in named]
+def _lines(result: Figures) -> list[Figures]:
+    """Each store with each number of processes, then the long run."""
+    shared = [{"name": f"{kind}, shared", **run} for kind, runs in result["shared"].items() for run in runs]
+    long = result["long"]
+    alone = {"name": f"{CACHED}, {long['tokens']:,} tokens", "processes": 1, "own": long["memory"]}
+    return [*shared, long | alone]
+
+
+table = line_by_line(COLUMNS, _lines)
 
 
 def verdict(result: dict[str, Any]) -> str:

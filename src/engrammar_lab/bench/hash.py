@@ -3,7 +3,6 @@
 Letters: B batch, T tokens, V ids, H columns.
 """
 
-import time
 from collections.abc import Callable
 from statistics import median
 from typing import Any
@@ -13,9 +12,10 @@ import torch
 from numpy.typing import NDArray
 
 from engrammar.addressing import derive_geometry, hash_ngrams, hash_ngrams_numpy, look_back
-from engrammar.cells import Column, Lines, by_name
+from engrammar.cells import Column
 from engrammar.config import DIALECTS
-from engrammar_lab.bench.turns import in_turn, settle_allocator
+from engrammar_lab.bench.figures import line_by_line, named
+from engrammar_lab.bench.turns import measured_in_turn, rates_of, seconds_of, settle_allocator
 from engrammar_lab.machine import describe_run
 
 BATCH, LENGTH = 8, 2048
@@ -29,11 +29,13 @@ FILL, COPY = "fill the output", "copy the output"
 
 Rows = list[NDArray[np.int64]]
 COLUMNS = (
+    Column("", "name"),
     Column("million tokens/s", "tokens_per_second", ".1f", 1e6),
     Column("best", "best_tokens_per_second", ".1f", 1e6),
     Column("ms", "milliseconds", ".3f"),
     Column("share of limit", "share_of_limit", ".0%"),
 )
+table = line_by_line(COLUMNS, lambda result: named(result["rates"]))
 
 
 def _demo_style(ids_BT: NDArray[np.int64], classes_V: NDArray[np.int64]) -> Rows:
@@ -110,23 +112,11 @@ def _measure(repeats: int) -> dict[str, Any]:
         equal = all(np.array_equal(rows_BTH, other) for rows_BTH, other in zip(contenders[name](), expected))
         assert equal, f"{name} differs from {DEMO}"
     settle_allocator()
-    times: dict[str, list[float]] = {name: [] for name in (*contenders, *limits)}
     runs: dict[str, Callable[[], object]] = {**contenders, **limits}
-    for turn, _, name in in_turn(runs, repeats + 3):
-        started = time.perf_counter()
-        runs[name]()
-        if turn >= 3:
-            times[name].append(time.perf_counter() - started)
-    num_tokens, limit = BATCH * LENGTH, median(times[FILL])
-    rates = {
-        name: {
-            "tokens_per_second": num_tokens / median(seconds),
-            "best_tokens_per_second": num_tokens / min(seconds),
-            "milliseconds": 1e3 * median(seconds),
-            "share_of_limit": limit / median(seconds),
-        }
-        for name, seconds in times.items()
-    }
+    times = measured_in_turn(lambda _turn, _place, name: seconds_of(runs[name]), runs, repeats, warm_up=3)
+    rates = rates_of(times, BATCH * LENGTH, "tokens")
+    for name, rate in rates.items():
+        rate["share_of_limit"] = median(times[FILL]) / median(times[name])
     return {
         **describe_run("engrammar bench hash"),
         "shapes": f"{BATCH} x {LENGTH} tokens, {len(LAYERS)} layers x {CONFIG.num_columns} heads, {repeats} runs each",
@@ -135,11 +125,6 @@ def _measure(repeats: int) -> dict[str, Any]:
         "speedup_by_token": rates[NUMPY_BY_TOKEN]["tokens_per_second"] / rates[DEMO]["tokens_per_second"],
         "speedup_torch": rates[TORCH]["tokens_per_second"] / rates[DEMO]["tokens_per_second"],
     }
-
-
-def table(result: dict[str, Any]) -> tuple[list[str], Lines]:
-    """Header and lines, one for each way to hash."""
-    return by_name("", COLUMNS, result["rates"])
 
 
 def verdict(result: dict[str, Any]) -> str:

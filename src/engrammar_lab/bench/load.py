@@ -49,21 +49,13 @@ START_SECONDS = 120.0
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How much is asked.
+    """How much is asked."""
 
-    Attributes:
-        minutes: of all phases together.
-        rows_per_head: rows of each head of the tables.
-        prompts: different prompts.
-        clients: requests at once.
-        pause: seconds between an answer and a client's next request, on average.
-    """
-
-    minutes: float = 30.0
-    rows_per_head: int = 400_000
-    prompts: int = 96
-    clients: int = 8
-    pause: float = 1.0
+    minutes: float = 30.0  # of all phases together
+    rows_per_head: int = 400_000  # rows of each head of the tables
+    prompts: int = 96  # different prompts
+    clients: int = 8  # requests at once
+    pause: float = 1.0  # seconds between an answer and a client's next request, on average
 
 
 class Phase(NamedTuple):

@@ -3,7 +3,6 @@
 Letters: R rows of the table, C row width, U distinct rows touched in a step.
 """
 
-import time
 from collections.abc import Callable
 from statistics import median
 from typing import Any, Literal
@@ -14,7 +13,7 @@ from torch.optim.optimizer import Optimizer
 
 from engrammar.cells import Lines
 from engrammar.train.row_optimizers import ROW_OPTIMIZERS, RowOptimizerKind, build_row_optimizer, state_bytes_per_row
-from engrammar_lab.bench.turns import in_turn, settle_allocator
+from engrammar_lab.bench.turns import measured_in_turn, rates_of, seconds_of, settle_allocator
 from engrammar_lab.machine import describe_run
 
 ROW_WIDTH, NUM_DRAWN, NUM_BATCHES = 64, 20_000, 16
@@ -52,6 +51,7 @@ def _contenders(table_RC: nn.Parameter, batches: list[Tensor], with_dense: bool)
         def step(index: int) -> None:
             table_RC.grad = gradient(index)
             optimizer.step()
+            table_RC.grad = None
 
         return step
 
@@ -89,28 +89,20 @@ def _measure(num_rows: int, draws: Draws, repeats: int, max_dense_rows: int = 0)
     batches = _draw_batches(num_rows, draws)
     table_RC = nn.Parameter(torch.ones(num_rows, ROW_WIDTH))
     contenders = _contenders(table_RC, batches, with_dense=num_rows <= max_dense_rows)
-    times: dict[str, list[float]] = {name: [] for name in contenders}
     settle_allocator()
-    for turn, place, name in in_turn(contenders, NUM_BATCHES + repeats):
-        index = (11 * turn + place) % NUM_BATCHES
-        started = time.perf_counter()
-        contenders[name](index)
-        if turn >= NUM_BATCHES:  # one turn for each batch touches all memory
-            times[name].append(time.perf_counter() - started)
-        table_RC.grad = None
+
+    def measure(turn: int, place: int, name: str) -> float:
+        return seconds_of(contenders[name], (11 * turn + place) % NUM_BATCHES)
+
+    # One turn for each batch touches all memory.
+    times = measured_in_turn(measure, contenders, repeats, warm_up=NUM_BATCHES)
     num_touched = median(len(rows.unique()) for rows in batches)
-    seconds = {name: median(measured) for name, measured in times.items()}
-    rates = {
-        name: {
-            "rows_per_second": num_touched / seconds[name],
-            "best_rows_per_second": num_touched / min(times[name]),
-            "milliseconds": 1e3 * seconds[name],
-            "speedup": seconds[SPARSE_ADAM] / seconds[name],
-            "share_of_limit": seconds[f"limit of {name}"] / seconds[name] if name in ROW_OPTIMIZERS else None,
-        }
-        for name in contenders
-        if not name.startswith("limit")
-    }
+    all_rates = rates_of(times, num_touched, "rows")
+    rates = {name: rate for name, rate in all_rates.items() if not name.startswith("limit")}
+    for name, rate in rates.items():
+        limit = all_rates.get(f"limit of {name}")
+        rate["speedup"] = rate["rows_per_second"] / rates[SPARSE_ADAM]["rows_per_second"]
+        rate["share_of_limit"] = rate["rows_per_second"] / limit["rows_per_second"] if limit else None
     return {"num_rows": num_rows, "draws": draws, "num_touched": num_touched, "rates": rates}
 
 

@@ -5,8 +5,6 @@ Beside it: finding the keys of a step by itself, and in a dictionary, the least 
 Letters: B batch, T tokens, Q keys, K the longest key, N windows.
 """
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -16,48 +14,44 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engrammar.cells import Column, Lines, cells, titles
+from engrammar.cells import Column
 from engrammar.edit import Patch, apply_patch, base_of
 from engrammar.edit.exact import NOTHING, ExactTable, distinct_rows
 from engrammar.edit.patch import COLUMNS as ENTRY
 from engrammar.tables.encodings import encode
 from engrammar.vocabulary import compress_vocabulary
 from engrammar_lab.adapters.smollm import fetch_smollm
-from engrammar_lab.bench.attached import BASE, Bases, filled_caches, load_bases, over_base, real_text, step_times
-from engrammar_lab.bench.turns import settle_allocator
+from engrammar_lab.bench.attached import BASE, Bases, decode, load_bases, real_text
+from engrammar_lab.bench.figures import line_by_line
+from engrammar_lab.bench.turns import seconds_of, settle_allocator
 from engrammar_lab.machine import describe_run
 
 PROBES, VALUES, LONGEST = 32, 64, 4  # of a patch; the longest key
 NEVER = 2.0  # a threshold that no cosine passes: probes are read, and nothing is written, so all models say the same
 DECODING = (Column("batch", "batch"), Column("keys", "variant"), Column("step ms", "milliseconds", ".2f"))
 COLUMNS = (*DECODING, Column("over the base", "over", "+.1%"))
+table = line_by_line(COLUMNS, lambda result: result["decode"])
 FINDING = (
     Column("keys", "keys", ",d"),
     Column("windows", "windows"),
     Column("microseconds", "ours", ".1f"),
     Column("a dictionary's", "dictionary", ".1f"),
 )
+find_table = line_by_line(FINDING, lambda part: part["lines"])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What one run measures.
+    """What one run measures."""
 
-    Attributes:
-        num_blocks: of the base, the first ones; 0 is all.
-        keys: numbers of keys of the patches.
-        from_text: keys that occur in the text, the same in every patch.
-        batches, prompt, steps: of decoding, as in `bench attach`.
-        finds: calls that are timed of finding keys.
-    """
-
-    num_blocks: int = 0
-    keys: tuple[int, ...] = (10, 1_000, 100_000, 1_000_000)
-    from_text: int = 10
+    num_blocks: int = 0  # of the base, the first ones; 0 is all
+    keys: tuple[int, ...] = (10, 1_000, 100_000, 1_000_000)  # numbers of keys of the patches
+    from_text: int = 10  # keys that occur in the text, the same in every patch
+    # Of decoding, as in `bench attach`.
     batches: tuple[int, ...] = (1, 16)
     prompt: int = 64
     steps: int = 160
-    finds: int = 200
+    finds: int = 200  # calls that are timed of finding keys
     corpus: str = "pocket:wiki"
 
 
@@ -115,36 +109,19 @@ def patch_of(keys_QK: np.ndarray, name: str, bases: Bases) -> Patch:
     )
 
 
-def _decode(models: dict[str, Any], ids_BT: Tensor, plan: Plan) -> list[dict[str, Any]]:
-    """A line for each model: its steps, and what they take beyond the base's. All have to say the same."""
-    caches = filled_caches(models, ids_BT[:, : plan.prompt])
-    times, said = step_times(models, caches, ids_BT[:, plan.prompt : plan.prompt + plan.steps])
-    assert all(torch.equal(logits, said[BASE]) for logits in said.values())
-    return [
-        {
-            "batch": len(ids_BT),
-            "variant": name,
-            "milliseconds": 1e3 * median(own),
-            "over": over_base(times, name),
-        }
-        for name, own in times.items()
-    ]
-
-
 def _find(keys_QK: np.ndarray, classes_T: Tensor, num_windows: int, plan: Plan) -> dict[str, Any]:
     """Microseconds to find the longest keys that end some windows; a dictionary is asked for each length."""
     table = ExactTable(keys_QK)
     known = {tuple(key[key != NOTHING].tolist()): number for number, key in enumerate(keys_QK)}
     windows = classes_T.unfold(0, LONGEST, 1).numpy().astype(np.int32)
-    ours: list[float] = []
-    dictionary: list[float] = []
+    ours, dictionary = [], []
     for turn in range(plan.finds):
         at = turn * num_windows % (len(windows) - num_windows)
         own = windows[at : at + num_windows]
-        found = _timed(table.find, own, ours)
         asked = [tuple(window) for window in own.tolist()]  # a step has its keys as tuples already
-        expected = _timed(lambda asked: [_longest(known, window) for window in asked], asked, dictionary)
-        assert found.tolist() == expected
+        ours.append(seconds_of(table.find, own))
+        dictionary.append(seconds_of(_longest, known, asked))
+        assert table.find(own).tolist() == _longest(known, asked)
     return {
         "keys": len(keys_QK),
         "windows": num_windows,
@@ -154,19 +131,10 @@ def _find(keys_QK: np.ndarray, classes_T: Tensor, num_windows: int, plan: Plan) 
     }
 
 
-def _longest(known: dict[tuple[int, ...], int], window: tuple[int, ...]) -> int:
-    for start in range(len(window)):
-        number = known.get(window[start:])
-        if number is not None:
-            return number
-    return -1
-
-
-def _timed(call: Callable[[Any], Any], asked: Any, times: list[float]) -> Any:
-    started = time.perf_counter()
-    found = call(asked)
-    times.append(time.perf_counter() - started)
-    return found
+def _longest(known: dict[tuple[int, ...], int], windows: list[tuple[int, ...]]) -> list[int]:
+    """The number of the longest key that ends each window, -1 where none does."""
+    ends = range(LONGEST)
+    return [next((known[own[start:]] for start in ends if own[start:] in known), -1) for own in windows]
 
 
 def bench_patched(quick: bool, plan: Plan | None = None, base: Path | None = None) -> dict[str, Any]:
@@ -196,7 +164,9 @@ def bench_patched(quick: bool, plan: Plan | None = None, base: Path | None = Non
         found += [_find(keys_QK, classes_T, windows, plan) for windows in plan.batches]
     decoded: list[dict[str, Any]] = []
     for batch in plan.batches:
-        decoded += _decode(models, ids[: batch * (plan.prompt + plan.steps)].view(batch, -1), plan)
+        lines, said = decode(models, ids[: batch * (plan.prompt + plan.steps)].view(batch, -1), plan.prompt)
+        assert all(torch.equal(logits, said[BASE]) for logits in said.values())
+        decoded += lines
     return {
         **describe_run("engrammar bench edit" + (" --quick" if quick else "")),
         "quick": quick,
@@ -205,11 +175,6 @@ def bench_patched(quick: bool, plan: Plan | None = None, base: Path | None = Non
         "decode": decoded,
         "find": {"shapes": f"keys of 2 to {LONGEST} classes; medians of {plan.finds} calls", "lines": found},
     }
-
-
-def table(result: dict[str, Any]) -> tuple[list[str], Lines]:
-    """Header and lines: one for each batch size and number of keys."""
-    return titles(COLUMNS), [cells(COLUMNS, line) for line in result["decode"]]
 
 
 def verdict(result: dict[str, Any]) -> str:
@@ -222,11 +187,6 @@ def verdict(result: dict[str, Any]) -> str:
             f"{own[-1]['variant']}"
         )
     return f"A patch adds to a decoding step, by the median over pairs of steps: {'; '.join(said)}. The aim: 3 %, flat."
-
-
-def find_table(part: dict[str, Any]) -> tuple[list[str], Lines]:
-    """Header and lines: one for each number of keys and windows."""
-    return titles(FINDING), [cells(FINDING, line) for line in part["lines"]]
 
 
 def find_verdict(part: dict[str, Any]) -> str:

@@ -7,7 +7,6 @@ import time
 from collections import deque
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from engrammar.addressing import derive_geometry
-from engrammar.cells import Column, Lines, by_name
+from engrammar.cells import Column
 from engrammar.config import MemoryConfig
 from engrammar.memory import Memory, Retrieved
 from engrammar.model.modeling import EngrammarForCausalLM
@@ -23,17 +22,20 @@ from engrammar.model.presets import preset
 from engrammar.train.optimizer import MixedOptimizer, build_optimizer
 from engrammar.train.placement import Overlap, TablePlacement, Where, place_tables
 from engrammar.train.row_optimizers import build_row_optimizer
+from engrammar_lab.bench.figures import line_by_line, named
 from engrammar_lab.bench.rows import BETAS, EPS, LR, MEMORY_LR, draw_ids
 from engrammar_lab.bench.rows import LENGTH as DRAWN_LENGTH
-from engrammar_lab.bench.turns import in_turn
+from engrammar_lab.bench.turns import measured_in_turn, rates_of, share_of
 from engrammar_lab.machine import accelerator, describe_run
 
 COLUMNS = (
+    Column("rows, overlap", "name"),
     Column("tokens/s", "tokens_per_second", ",.0f"),
     Column("best", "best_tokens_per_second", ",.0f"),
     Column("of device", "share", ".1%"),
     Column("MB moved/step", "bytes_moved", ".2f", 1e6),
 )
+table = line_by_line(COLUMNS, lambda result: named(result["variants"]))
 BASELINE, EXACT, STALE = "device", "RAM, exact", "RAM, stale"
 VARIANTS: dict[str, tuple[Where, Overlap]] = {
     BASELINE: ("device", "none"),
@@ -46,24 +48,16 @@ VARIANTS: dict[str, tuple[Where, Overlap]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What one run measures.
+    """What one run measures."""
 
-    Attributes:
-        preset: the preset of the backbone, and of the memory except its number of rows.
-        rows_per_head: rows per head of each order.
-        batch, length: texts of a step, and tokens of each.
-        num_batches: batches used again and again; each variant sees all of them before it is timed.
-        rounds: rounds of each variant, in turn.
-        steps: timed steps in a round.
-    """
-
-    preset: str
-    rows_per_head: int
+    preset: str  # the preset of the backbone, and of the memory except its number of rows
+    rows_per_head: int  # rows per head of each order
+    # Texts of a step, and tokens of each.
     batch: int
     length: int
-    num_batches: int
-    rounds: int
-    steps: int
+    num_batches: int  # batches used again and again; each variant sees all of them before it is timed
+    rounds: int  # rounds of each variant, in turn
+    steps: int  # timed steps in a round
 
 
 ON_CPU = Plan(preset="nano", rows_per_head=100_000, batch=8, length=128, num_batches=4, rounds=6, steps=3)
@@ -162,10 +156,7 @@ def _measure(plan: Plan, device: torch.device, folder: Path) -> tuple[dict[str, 
     variants = {kind: Variant(model, backbone, config, kind, folder) for kind in VARIANTS}
     for variant in variants.values():
         variant.run(batches, plan.num_batches)  # touches every row and page
-    rates: dict[str, list[float]] = {kind: [] for kind in variants}
-    for _, _, kind in in_turn(variants, plan.rounds):
-        seconds = variants[kind].run(batches, plan.steps)
-        rates[kind].append(plan.steps * plan.batch * plan.length / seconds)
+    seconds = measured_in_turn(lambda *turn: variants[turn[-1]].run(batches, plan.steps), variants, plan.rounds)
     placement, optimizer = variants[BASELINE].placement, variants[BASELINE].optimizer
     assert optimizer.rows is not None
     held = [
@@ -173,15 +164,9 @@ def _measure(plan: Plan, device: torch.device, folder: Path) -> tuple[dict[str, 
         for table_RC in placement.tables.values()
         for tensor in (table_RC, *optimizer.rows.state_of(table_RC).values())
     ]
-    measured = {
-        kind: {
-            "tokens_per_second": median(rates[kind]),
-            "best_tokens_per_second": max(rates[kind]),
-            "share": median(own / base for own, base in zip(rates[kind], rates[BASELINE])),
-            "bytes_moved": variants[kind].bytes_moved(),
-        }
-        for kind in variants
-    }
+    measured = rates_of(seconds, plan.steps * plan.batch * plan.length, "tokens")
+    for kind, rate in measured.items():
+        rate |= {"share": share_of(seconds[BASELINE], seconds[kind]), "bytes_moved": variants[kind].bytes_moved()}
     return measured, sum(tensor.nbytes for tensor in held)
 
 
@@ -209,11 +194,6 @@ def bench_placement(quick: bool) -> dict[str, Any]:
         "held_bytes": held_bytes,
         "variants": variants,
     }
-
-
-def table(result: dict[str, Any]) -> tuple[list[str], Lines]:
-    """Header and lines, one for each place and overlap."""
-    return by_name("rows, overlap", COLUMNS, result["variants"])
 
 
 def verdict(result: dict[str, Any]) -> str:

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -12,12 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engrammar.cells import Column, Lines, by_name
+from engrammar.cells import Column
 from engrammar.stores.mooncake.store import RemoteStore
 from engrammar.stores.mooncake.upload import upload
 from engrammar.tables.folder import Shard, TableFile
+from engrammar_lab.bench.figures import line_by_line, named
 from engrammar_lab.bench.loopback import LoopbackPool, why_no_pool
 from engrammar_lab.bench.remote_peers import draw, time_reads
+from engrammar_lab.bench.turns import seconds_of
 from engrammar_lab.machine import describe_run
 
 ROW_BYTES, WIDTH = 256, 128
@@ -26,10 +27,12 @@ QUICK_ROWS, QUICK_READ, QUICK_ROUNDS = 400_000, 10_000, 2
 CALLS = (16, 512)  # rows of a token and of a prompt; the client's own calls lose rows above some thousands
 BASELINE = "get_batch"
 COLUMNS = (
+    Column("way", "name"),
     Column("rows/s", "rows_per_second", ",.0f"),
     Column("MB/s", "mb_per_second", ",.1f"),
     Column("of get_batch", "share", ".2f"),
 )
+table = line_by_line(COLUMNS, lambda result: named(result["variants"]))
 
 
 def bench_remote(quick: bool) -> dict[str, Any]:
@@ -57,9 +60,7 @@ def _measure(num_rows: int, num_read: int, rounds: int) -> dict[str, Any]:
     room = 2 * num_rows * (ROW_BYTES + 4) + num_read * 1024 + 2**26
     with TemporaryDirectory() as folder, LoopbackPool(str(room)) as pool:
         written = _write(rows_RS, Path(folder))
-        started = time.perf_counter()
-        upload(written, "bench", pool.server)
-        sent = num_rows / (time.perf_counter() - started)
+        sent = num_rows / seconds_of(upload, written, "bench", pool.server)
         store = RemoteStore("bench", pool.server, num_rows=num_rows, row_bytes=ROW_BYTES, encoding="bf16")
 
         def read(part: NDArray[np.int64]) -> NDArray[np.uint8]:
@@ -132,11 +133,6 @@ class _Peers:
     def __exit__(self, *_: object) -> None:
         self.process.kill()
         self.process.communicate()
-
-
-def table(result: dict[str, Any]) -> tuple[list[str], Lines]:
-    """Header and lines, one for each way to read."""
-    return by_name("way", COLUMNS, result["variants"])
 
 
 def verdict(result: dict[str, Any]) -> str:

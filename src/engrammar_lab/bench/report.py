@@ -32,19 +32,13 @@ from engrammar_lab.bench import hash as hashing
 
 
 class Part(NamedTuple):
-    """How the result of a bench, or of a part of one, is shown.
-
-    Attributes:
-        table: gives the header and lines of its figures.
-        num_keys: number of columns at the left that name what a line is about.
-        picture: the file and the caption of its picture, if it has one.
-    """
+    """How the result of a bench, or of a part of one, is shown."""
 
     title: str
-    table: Callable[[dict[str, Any]], tuple[list[str], Lines]]
+    table: Callable[[dict[str, Any]], tuple[list[str], Lines]]  # gives the header and lines of its figures
     verdict: Callable[[dict[str, Any]], str]
-    num_keys: int = 1
-    picture: tuple[str, str] | None = None
+    num_keys: int = 1  # number of columns at the left that name what a line is about
+    picture: tuple[str, str] | None = None  # the file and the caption of its picture, if it has one
 
 
 class Bench(NamedTuple):

@@ -26,7 +26,7 @@ from engrammar.train.optimizer import MixedOptimizer, build_optimizer, clip_grad
 from engrammar.train.row_optimizers import ROW_OPTIMIZERS, build_row_optimizer
 from engrammar_lab.bench.optimizer import gather_and_scatter
 from engrammar_lab.bench.rivals import EmbeddingRows, FbgemmRows, why_no_fbgemm
-from engrammar_lab.bench.turns import in_turn, settle_allocator
+from engrammar_lab.bench.turns import in_turn, seconds_of, settle_allocator
 
 LENGTH, NUM_HEADS = 128, 2  # two heads per order, not nano's four, so that all tables of a run fit 16 GB
 LR, BETAS, EPS = 1e-3, (0.9, 0.999), 1e-8
@@ -48,23 +48,14 @@ PROCESS = Path("/proc/self")
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What one run measures.
+    """What one run measures."""
 
-    Attributes:
-        sizes: rows per head, ascending.
-        batch: texts of LENGTH tokens in a step.
-        num_batches: batches used again and again, so that steps touch pages that were touched before.
-        repeats: timed steps on those.
-        num_fresh: timed steps on batches that were never used before; at most `repeats`.
-        max_dense_rows: rows per head up to which the dense Adam runs.
-    """
-
-    sizes: tuple[int, ...]
-    batch: int
-    num_batches: int
-    repeats: int
-    num_fresh: int
-    max_dense_rows: int
+    sizes: tuple[int, ...]  # rows per head, ascending
+    batch: int  # texts of LENGTH tokens in a step
+    num_batches: int  # batches used again and again, so that steps touch pages that were touched before
+    repeats: int  # timed steps on those
+    num_fresh: int  # timed steps on batches that were never used before; at most `repeats`
+    max_dense_rows: int  # rows per head up to which the dense Adam runs
 
 
 FULL = Plan(
@@ -183,9 +174,7 @@ def limit_step(contender: Contender, ids_BT: Tensor) -> float | None:
     (rows_BTH,) = contender.memory.addresses(ids_BT).values()
     rows_U = rows_BTH.unique()
     tensors = [table.weight.detach(), *contender.optimizer.state[table.weight].values()]
-    started = time.perf_counter()
-    gather_and_scatter(tensors, rows_U)
-    return time.perf_counter() - started
+    return seconds_of(gather_and_scatter, tensors, rows_U)
 
 
 def _memory_of(run: Callable[[], None]) -> int | None:
@@ -327,12 +316,10 @@ def verdict(result: dict[str, Any]) -> str:
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """Draws the time of a whole step, and of the table's part of it, against rows per head."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, (whole, alone) = pyplot.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    whole, alone = figure.subplots(1, 2)
     for (name, measured), marker in zip(result["contenders"].items(), "osv^DX"):
         sizes = [cell["rows_per_head"] for cell in measured]
         for axes, kind in ((whole, "step"), (alone, "table")):
@@ -346,4 +333,3 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axes.grid(alpha=0.3)
     figure.legend(*alone.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)

@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
-from engrammar.cells import Column, Lines, cells, titles
+from engrammar.cells import Column
 from engrammar.memory import Retrieved, memory_of
 from engrammar.model.configuration import EngrammarConfig
 from engrammar.model.modeling import EngrammarForCausalLM
@@ -30,6 +30,7 @@ from engrammar.model.presets import SMALL_MEMORY, preset
 from engrammar.train.exchange import leave_processes
 from engrammar.train.optimizer import MixedOptimizer, OptimizerSettings, build_optimizer
 from engrammar.train.placement import TablePlacement, place_tables
+from engrammar_lab.bench.figures import line_by_line, meets
 from engrammar_lab.bench.rows import LENGTH, draw_ids
 from engrammar_lab.machine import describe_run
 
@@ -53,25 +54,20 @@ COLUMNS = (
     Column("undeduplicated", "wire.undeduplicated", ".1f", 1e3),
     Column("step ms", "milliseconds", ".0f"),
 )
+table = line_by_line(COLUMNS, lambda result: result["ranks"])
 Precision = Literal["fp64", "fp32"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One training run, as the first rank records it.
+    """One training run, as the first rank records it."""
 
-    Attributes:
-        losses: the loss of every step, the mean over the whole batch.
-        milliseconds: the median time of a step, from reading ahead to the update.
-        table_bytes, state_bytes: bytes of the tables' rows and of their optimizer state, on the rank that holds most.
-        wire: bytes that leave a rank in a step, by kind, and "undeduplicated"; the mean over ranks.
-    """
-
-    losses: list[float]
-    milliseconds: float
+    losses: list[float]  # the loss of every step, the mean over the whole batch
+    milliseconds: float  # the median time of a step, from reading ahead to the update
+    # Bytes of the tables' rows and of their optimizer state, on the rank that holds most.
     table_bytes: int
     state_bytes: int
-    wire: dict[str, float]
+    wire: dict[str, float]  # bytes that leave a rank in a step, by kind, and "undeduplicated"; the mean over ranks
 
 
 class Fp64Casts(TorchFunctionMode):
@@ -253,11 +249,6 @@ def bench_sharded(quick: bool) -> dict[str, Any]:
     }
 
 
-def table(result: dict[str, Any]) -> tuple[list[str], Lines]:
-    """Header and lines, one for each number of ranks."""
-    return titles(COLUMNS), [cells(COLUMNS, row) for row in result["ranks"]]
-
-
 def verdict(result: dict[str, Any]) -> str:
     """How much the curves differ, what a rank holds and sends, and what its time means on this machine."""
     first, *others = result["ranks"]
@@ -276,8 +267,8 @@ def verdict(result: dict[str, Any]) -> str:
     return (
         f"Largest difference of any step's loss. In fp64 (AdamW, rate 5e-5, eps 1e-6) it is "
         f"{differences('fp64_first')} over the first {FIRST} steps "
-        f"and {differences('fp64')} over {len(first['losses'])}, which {'meets' if met else 'misses'} "
-        f"the target of {TARGET:.0e}: what differs is rounding, and it grows from step to step. In fp32 (Muon) the "
+        f"and {differences('fp64')} over {len(first['losses'])}, which "
+        f"{meets(met, f'{TARGET:.0e}')}: what differs is rounding, and it grows from step to step. In fp32 (Muon) the "
         "yardstick is one process that splits its batch into as many accumulated passes: it differs from one pass by "
         f"{differences('passes')}, the ranks from it by {differences('ranks_to_passes')}. A rank holds {shares} of the "
         f"tables' bytes (the one with most rows). It sends {sent} of what it would if every lookup sent its id, row "

@@ -12,19 +12,21 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from engrammar.cells import Column, Lines, by_name
+from engrammar.cells import Column
 from engrammar.model.budget import count_parameters, solve_budget
 from engrammar.model.configuration import EngrammarConfig
 from engrammar.model.modeling import EngrammarForCausalLM
 from engrammar.model.presets import preset
 from engrammar.train.optimizer import build_optimizer, clip_grad_norm
+from engrammar_lab.bench.figures import line_by_line, named
 from engrammar_lab.bench.rows import FULL, LENGTH, QUICK, bench_rows, draw_ids
-from engrammar_lab.bench.turns import in_turn
+from engrammar_lab.bench.turns import measured_in_turn, rates_of, seconds_of
 from engrammar_lab.machine import describe_run
 
 BATCH, RHO = 16, 0.78
 PHASES = ("retrieval", "forward", "backward", "optimizer")
 COLUMNS = (
+    Column("", "name"),
     Column("total", "total_parameters", ","),
     Column("active", "active_parameters", ","),
     Column("tokens/s", "tokens_per_second", ",.0f"),
@@ -33,6 +35,7 @@ COLUMNS = (
     Column("MFLOPs/token", "flops_per_token", ".2f", 1e6),
     Column("share of peak", "share_of_peak", ".0%"),
 )
+table = line_by_line(COLUMNS, lambda result: named(result["models"]))
 
 
 def _pair() -> dict[str, EngrammarConfig]:
@@ -89,9 +92,7 @@ def _peak_flops(seconds: float) -> float:
     a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
     best, until = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < until:
-        started = time.perf_counter()
-        a @ b
-        best = min(best, time.perf_counter() - started)
+        best = min(best, seconds_of(torch.matmul, a, b))
     return 2 * 1024**3 / best
 
 
@@ -107,24 +108,15 @@ def bench_step(quick: bool) -> dict[str, Any]:
     pair = _pair()
     ids = [draw_ids(pair["moe"].vocab_size, BATCH, seed=seed) for seed in range(8)]
     steppers = {name: _stepper(config, ids) for name, config in pair.items()}
-    times: dict[str, list[dict[str, float]]] = {name: [] for name in pair}
-    for turn, _, name in in_turn(steppers, warmup + repeats):
-        phases = steppers[name](turn)
-        if turn >= warmup:
-            times[name].append(phases)
-    peak = _peak_flops(0.5 if quick else 2.0)
-    rows = {}
+    times = measured_in_turn(lambda turn, _place, name: steppers[name](turn), pair, repeats, warm_up=warmup)
+    steps = {name: [sum(one.values()) - one["retrieval"] for one in own] for name, own in times.items()}
+    rows, peak = rates_of(steps, BATCH * LENGTH, "tokens"), _peak_flops(0.5 if quick else 2.0)
     for name, config in pair.items():
-        steps = [sum(phases.values()) - phases["retrieval"] for phases in times[name]]
         flops = _flops_per_token(config, ids[0])
-        rate = BATCH * LENGTH / median(steps)
-        rows[name] = {
-            **count_parameters(config).to_json(),
-            "tokens_per_second": rate,
-            "best_tokens_per_second": BATCH * LENGTH / min(steps),
+        rows[name] |= count_parameters(config).to_json() | {
             "milliseconds": {p: 1e3 * median(phases[p] for phases in times[name]) for p in PHASES},
             "flops_per_token": flops,
-            "share_of_peak": rate * flops / peak,
+            "share_of_peak": rows[name]["tokens_per_second"] * flops / peak,
         }
     with_memory, without = rows["moe + memory"], rows["moe"]
     return {
@@ -136,11 +128,6 @@ def bench_step(quick: bool) -> dict[str, Any]:
         "memory_tax": 1 - with_memory["tokens_per_second"] / without["tokens_per_second"],
         "rows": bench_rows(QUICK if quick else FULL),
     }
-
-
-def table(result: dict[str, Any]) -> tuple[list[str], Lines]:
-    """Header and lines, one for each model."""
-    return by_name("", COLUMNS, result["models"])
 
 
 def verdict(result: dict[str, Any]) -> str:

@@ -3,7 +3,6 @@
 Letters: R rows of the table, U rows of a call, S bytes of a row.
 """
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -11,21 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from engrammar.cells import Column, Lines, cells, titles
+from engrammar.cells import Column
 from engrammar_lab.bench import cold, footprint, remote
+from engrammar_lab.bench.figures import line_by_line, meets
 from engrammar_lab.bench.large_file import draw_rows, first_rows, in_fresh_process, large_table
-from engrammar_lab.bench.readers import (
-    CACHED,
-    DISK,
-    ENGRAMDB,
-    FROM_FILE,
-    RAM,
-    READERS,
-    TAKE,
-    Read,
-    why_no_engramdb,
-)
-from engrammar_lab.bench.turns import in_turn
+from engrammar_lab.bench.readers import CACHED, DISK, ENGRAMDB, FROM_FILE, RAM, READERS, TAKE, Read, why_no_engramdb
+from engrammar_lab.bench.turns import measured_in_turn, rates_of, seconds_of, share_of
 from engrammar_lab.machine import describe_run
 
 WAYS = (TAKE, FROM_FILE, ENGRAMDB, RAM, CACHED, DISK)
@@ -34,30 +24,32 @@ FEW = 16  # rows of a small call
 NUM_SETS = 3  # sets of rows, read in turn again and again
 SHARE_TARGET, FEW_TARGET, ENGRAMDB_TARGET = 0.9, 20, 5
 COLUMNS = (
+    Column("row bytes", "row_bytes"),
+    Column("warm", "way"),
     Column("million rows/s", "rows_per_second", ".3g", 1e6),
     Column("best", "best_rows_per_second", ".3g", 1e6),
     Column("of np.take", "share", ".1%"),
     Column(f"{FEW} rows, us", "microseconds_of_few", ".1f"),
 )
+table = line_by_line(
+    COLUMNS,
+    lambda result: [
+        {"row_bytes": row_bytes, "way": way, **own}
+        for row_bytes, ways in result["row_bytes"].items()
+        for way, own in ways.items()
+    ],
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What one run measures.
+    """What one run measures."""
 
-    Attributes:
-        file_gib: size of the file that all parts read, in GiB.
-        warm_gib: how much of it is the table in memory, in GiB.
-        num_rows: rows of a large call.
-        num_few: small calls in a round.
-        rounds: rounds of each way, in turn.
-    """
-
-    file_gib: float
-    warm_gib: float
-    num_rows: int
-    num_few: int
-    rounds: int
+    file_gib: float  # of the file that all parts read
+    warm_gib: float  # of it, the table in memory
+    num_rows: int  # of a large call
+    num_few: int  # small calls in a round
+    rounds: int  # of each way, in turn
 
 
 FULL = Plan(file_gib=16, warm_gib=1, num_rows=100_000, num_few=200, rounds=5)
@@ -75,30 +67,19 @@ def measure_warm(plan: Plan, path: Path, row_bytes: int) -> dict[str, dict[str, 
             reads[way] = READERS[way](table)
             for rows_U in sets * (3 if way == CACHED else 1):  # touches all pages and fills the cache
                 assert np.array_equal(reads[way](rows_U), reads[TAKE](rows_U)), way
-    large: dict[str, list[float]] = {way: [] for way in reads}
-    small: dict[str, list[float]] = {way: [] for way in reads}
-    for turn, _, way in in_turn(reads, plan.rounds):
-        large[way].append(_seconds(reads[way], sets[: 1 if way == DISK else NUM_SETS]))
-        small[way].append(_seconds(reads[way], few[turn * plan.num_few :][: plan.num_few]))
-    return {
-        way: {
-            "rows_per_second": plan.num_rows / median(large[way]),
-            "best_rows_per_second": plan.num_rows / min(large[way]),
-            "share": median(base / own for own, base in zip(large[way], large[TAKE])),
-            "microseconds_of_few": 1e6 * median(small[way]),
-        }
-        for way in reads
-    }
 
+    def measure(turn: int, _place: int, way: str) -> tuple[float, float]:
+        calls = sets[: 1 if way == DISK else NUM_SETS], few[turn * plan.num_few :][: plan.num_few]
+        large, small = (median(seconds_of(reads[way], rows_U) for rows_U in own) for own in calls)
+        return large, small
 
-def _seconds(read: Read, calls: list[np.ndarray]) -> float:
-    """Seconds of the median call."""
-    seconds = []
-    for rows_U in calls:
-        started = time.perf_counter()
-        read(rows_U)
-        seconds.append(time.perf_counter() - started)
-    return median(seconds)
+    times = measured_in_turn(measure, reads, plan.rounds)
+    large = {way: [one for one, _ in own] for way, own in times.items()}
+    rates = rates_of(large, plan.num_rows, "rows")
+    for way, rate in rates.items():
+        rate["share"] = share_of(large[TAKE], large[way])
+        rate["microseconds_of_few"] = 1e6 * median(small for _, small in times[way])
+    return rates
 
 
 def bench_store(quick: bool) -> dict[str, Any]:
@@ -125,16 +106,6 @@ def bench_store(quick: bool) -> dict[str, Any]:
     }
 
 
-def table(result: dict[str, Any]) -> tuple[list[str], Lines]:
-    """Header and lines, one for each row size and way."""
-    lines = [
-        [row_bytes, way, *cells(COLUMNS, own)]
-        for row_bytes, ways in result["row_bytes"].items()
-        for way, own in ways.items()
-    ]
-    return ["row bytes", "warm", *titles(COLUMNS)], lines
-
-
 def verdict(result: dict[str, Any]) -> str:
     """How the stores in memory compare with np.take and engramdb, and whether the targets are met."""
     warm = result["row_bytes"]
@@ -142,17 +113,14 @@ def verdict(result: dict[str, Any]) -> str:
     def each(values: list[str]) -> str:
         return f"{' / '.join(values)} at {' / '.join(warm)} bytes a row"
 
-    def met(holds: bool, target: str) -> str:
-        return f"{'meets' if holds else 'misses'} the target of {target}"
-
     sentences = []
     for way in (RAM, CACHED):
         own = [ways[way] for ways in warm.values()]
         shares, few = [row["share"] for row in own], [row["microseconds_of_few"] for row in own]
         sentences.append(
             f"{way} reads {each([f'{share:.2f}' for share in shares])} of what np.take on a memmap does "
-            f"({met(min(shares) >= SHARE_TARGET, str(SHARE_TARGET))}), and {FEW} rows in "
-            f"{' / '.join(f'{us:.1f}' for us in few)} us ({met(max(few) < FEW_TARGET, f'{FEW_TARGET} us')})."
+            f"({meets(min(shares) >= SHARE_TARGET, SHARE_TARGET)}), and {FEW} rows in "
+            f"{' / '.join(f'{us:.1f}' for us in few)} us ({meets(max(few) < FEW_TARGET, f'{FEW_TARGET} us')})."
         )
         if result["engramdb"] is None:
             times = [
@@ -160,7 +128,7 @@ def verdict(result: dict[str, Any]) -> str:
             ]
             sentences.append(
                 f"That is {' / '.join(f'{ratio:.1f}' for ratio in times)} times engramdb "
-                f"({met(min(times) >= ENGRAMDB_TARGET, str(ENGRAMDB_TARGET))})."
+                f"({meets(min(times) >= ENGRAMDB_TARGET, ENGRAMDB_TARGET)})."
             )
     if result["engramdb"] is not None:
         sentences.append(f"engramdb was not measured: {result['engramdb']}.")

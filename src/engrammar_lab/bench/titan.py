@@ -6,34 +6,26 @@
 from pathlib import Path
 from typing import Any
 
-from engrammar.cells import Lines
+from engrammar.cells import Column, Lines, cells, titles
 
 FIRST = "torchtitan"
+APART = (
+    Column("apart in 10 steps", "first_10_steps", ".1e"),
+    Column("apart at most", "all_steps", ".3f"),
+    Column("over 1e-3 at step", "first_step_over_1e-3"),
+)
 
 
 def table(result: dict[str, Any]) -> tuple[list[str], Lines]:
     """Losses at the end, and how far each run is from torchtitan's on one rank."""
-    header = [
-        "Adam's eps",
-        "trained by",
-        "loss, last 20 steps",
-        "apart in 10 steps",
-        "apart at most",
-        "over 1e-3 at step",
-    ]
+    own = [Column("Adam's eps", "eps", "g"), Column("trained by", "name"), Column("loss, last 20 steps", "loss", ".3f")]
     lines = []
     for run in result["runs"]:
         for name, loss in run["mean_of_last_20_steps"].items():
             apart = run["largest_difference_to_torchtitan"].get(name)
-            cells = ["–"] * 3
-            if apart is not None:
-                cells = [
-                    f"{apart['first_10_steps']:.1e}",
-                    f"{apart['all_steps']:.3f}",
-                    f"{apart['first_step_over_1e-3']}",
-                ]
-            lines.append([f"{run['eps']:g}", name, f"{loss:.3f}", *cells])
-    return header, lines
+            far = ["–"] * len(APART) if apart is None else cells(APART, apart)
+            lines.append([*cells(own, {"eps": run["eps"], "name": name, "loss": loss}), *far])
+    return titles([*own, *APART]), lines
 
 
 def verdict(result: dict[str, Any]) -> str:
@@ -50,12 +42,10 @@ def verdict(result: dict[str, Any]) -> str:
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """Draws the losses of each run, and how far they are from torchtitan's."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(2, len(result["runs"]), figsize=(11, 6.4), sharex=True, layout="constrained")
+    figure = Figure(figsize=(11, 6.4), layout="constrained")
+    axes = figure.subplots(2, len(result["runs"]), sharex=True)
     for (losses, apart), run in zip(axes.T, result["runs"]):
         first = run["losses"][FIRST]
         for name, values in run["losses"].items():
@@ -70,4 +60,3 @@ def draw(result: dict[str, Any], path: Path) -> None:
             one.grid(alpha=0.3)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)

@@ -13,17 +13,7 @@ import numpy as np
 
 from engrammar_lab.gates import GatedText, plot_gates
 from engrammar_lab.report.figures import draw_lines, draw_similarity, few_colours, style
-from engrammar_lab.report.parts import (
-    Figure,
-    Section,
-    Table,
-    Verdict,
-    interval,
-    listed,
-    machine_words,
-    p_words,
-    spread,
-)
+from engrammar_lab.report.parts import Figure, Section, Table, Verdict, interval, listed, machine_words, p_words, spread
 from engrammar_lab.report.statistics import Difference, compare, p_value
 
 DEPTH = "Does memory make a model deeper?"

@@ -27,18 +27,13 @@ PAPER_SLOPE = -0.028  # nats per token for ten times the rows, in the paper
 
 @dataclass(frozen=True, kw_only=True)
 class Optimum:
-    """Where loss is lowest along the experts' share, in percent.
+    """Where loss is lowest along the experts' share, in percent."""
 
-    Attributes:
-        best: the best point measured.
-        low, high: the ends of the range with memory.
-        minima: the minimum of each seed's parabola; None if the parabola has none.
-    """
-
-    best: float
+    best: float  # the best point measured
+    # The ends of the range with memory.
     low: float
     high: float
-    minima: tuple[float | None, ...]
+    minima: tuple[float | None, ...]  # the minimum of each seed's parabola; None if the parabola has none
 
     @property
     def inside(self) -> list[float]:

@@ -26,20 +26,13 @@ PAPER_TOKENS, PAPER_IDLE = 262e9, 22.9e9  # tokens and idle parameters of the pa
 
 @dataclass(frozen=True, kw_only=True)
 class Length:
-    """The complete points of one length of training.
-
-    Attributes:
-        tokens: tokens of a run.
-        idle: parameters that a token does not use: those of the plain MoE beyond those of the dense model.
-        points: bits per byte of each point, seed by seed.
-        hours: core-hours of all runs of this length.
-    """
+    """The complete points of one length of training."""
 
     name: str
-    tokens: int
-    idle: int | None
-    points: Mapping[str, list[float]]
-    hours: float
+    tokens: int  # tokens of a run
+    idle: int | None  # parameters that a token does not use: those of the plain MoE beyond those of the dense model
+    points: Mapping[str, list[float]]  # bits per byte of each point, seed by seed
+    hours: float  # core-hours of all runs of this length
 
     @property
     def shares(self) -> dict[str, list[float]]:

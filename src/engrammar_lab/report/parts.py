@@ -53,19 +53,13 @@ class Section:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """The sections in their order, and the questions that were not run.
-
-    Attributes:
-        date: date of the newest result.
-        digest: SHA-256 of all results.
-        versions: versions of the libraries that may change figures and the PDF.
-    """
+    """The sections in their order, and the questions that were not run."""
 
     sections: tuple[Section, ...]
     missing: tuple[str, ...]
-    date: str
-    digest: str
-    versions: str
+    date: str  # date of the newest result
+    digest: str  # SHA-256 of all results
+    versions: str  # versions of the libraries that may change figures and the PDF
 
     @property
     def figures(self) -> list[Figure]:

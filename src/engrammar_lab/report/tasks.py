@@ -5,17 +5,7 @@ from statistics import mean
 from typing import Any
 
 from engrammar_lab.report.figures import draw_differences
-from engrammar_lab.report.parts import (
-    Figure,
-    Section,
-    Table,
-    Verdict,
-    interval,
-    listed,
-    machine_words,
-    p_words,
-    spread,
-)
+from engrammar_lab.report.parts import Figure, Section, Table, Verdict, interval, listed, machine_words, p_words, spread
 from engrammar_lab.report.statistics import Difference, above_chance, compare, holm, p_of_questions, p_value
 
 QUESTION = "Do tasks move with the loss?"

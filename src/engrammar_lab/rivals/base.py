@@ -32,13 +32,11 @@ class Rival(SparseTable, ABC):
 
     It keeps no state between calls. `weight` [R, C] is a table that is trained as memory is: touched rows
     only, by the row optimizer.
-
-    Attributes:
-        looks_up: what `read` looks up by. A model whose rival looks up n-grams reads whole texts; it cannot continue
-            from a cache.
     """
 
     weight: nn.Parameter
+    # What `read` looks up by. A model whose rival looks up n-grams reads whole texts; it cannot continue from a
+    # cache.
     looks_up: ClassVar[Literal["tokens", "ngrams"]] = "tokens"
 
     def __init__(self, num_rows: int, width: int) -> None:
@@ -64,15 +62,10 @@ class Rival(SparseTable, ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class RivalConfig(ABC):
-    """The sizes of a rival, integers of 1 or more (a layer: 0 or more).
+    """The sizes of a rival, integers of 1 or more (a layer: 0 or more)."""
 
-    Attributes:
-        kind: its name in `EngrammarConfig.rival`.
-        solved: the setting that gives its table a share of the parameters (`budget.solve_budget`).
-    """
-
-    kind: ClassVar[str]
-    solved: ClassVar[str]
+    kind: ClassVar[str]  # its name in `EngrammarConfig.rival`
+    solved: ClassVar[str]  # the setting that gives its table a share of the parameters (`budget.solve_budget`)
 
     def __post_init__(self) -> None:
         for field in fields(self):

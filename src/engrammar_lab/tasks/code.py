@@ -5,12 +5,10 @@ import random
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+from transformers import PreTrainedTokenizerBase
 
 from engrammar_lab.tasks.questions import Document, Question, Split, count_tokens, exact, pose
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 LINE_LENGTHS = range(12, 81)  # of the line that is asked for, in characters without indentation
 NUM_BEFORE = 3  # lines of the function, its head included, that precede the line that is asked for
@@ -56,7 +54,7 @@ def function_lines(source: str, document: int = 0) -> list[Line]:
 
 
 def code_questions(
-    documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBase", *, length: int, num: int, seed: int
+    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, *, length: int, num: int, seed: int
 ) -> dict[str, list[Question]]:
     """Up to `num` questions for each of code/{choice,exact}/{seen,unseen}, within `length` tokens.
 
@@ -77,7 +75,7 @@ def code_questions(
 def _choices(
     sources: Sequence[str],
     split: Split,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: PreTrainedTokenizerBase,
     length: int,
     num: int,
     rng: random.Random,
@@ -107,7 +105,7 @@ def _question(
     source: str,
     pool: Sequence[Line],
     split: Split,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: PreTrainedTokenizerBase,
     length: int,
     rng: random.Random,
 ) -> Question | None:
@@ -125,7 +123,7 @@ def _question(
     return pose(rng, context=context, right=right, wrong=wrong, task=f"code/choice/{split}", split=split)
 
 
-def _last_lines(lines: Sequence[str], tokenizer: "PreTrainedTokenizerBase", num_tokens: int) -> str:
+def _last_lines(lines: Sequence[str], tokenizer: PreTrainedTokenizerBase, num_tokens: int) -> str:
     """The last whole lines that take at most `num_tokens` tokens."""
     near = lines[-num_tokens:] if num_tokens > 0 else []
     kept = 0

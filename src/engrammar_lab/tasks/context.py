@@ -5,12 +5,10 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+
+from transformers import PreTrainedTokenizerBase
 
 from engrammar_lab.tasks.questions import Document, Question, fits, pose
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 WORD = re.compile(r"\b[A-Za-z]{3,}\b")
 SENTENCE = re.compile(r".+?(?:[.!?](?=\s|$)|$)\s*", re.DOTALL)
@@ -51,7 +49,7 @@ def _capitals(word: str) -> str:
 
 
 def context_questions(
-    documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBase", *, length: int, num: int, seed: int
+    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, *, length: int, num: int, seed: int
 ) -> dict[str, list[Question]]:
     """Up to `num` questions for context/with, and the same ones for context/without: one per unseen document.
 
@@ -73,7 +71,7 @@ def context_questions(
 
 
 def _pair(
-    text: str, frequencies: Frequencies, tokenizer: "PreTrainedTokenizerBase", length: int, rng: random.Random
+    text: str, frequencies: Frequencies, tokenizer: PreTrainedTokenizerBase, length: int, rng: random.Random
 ) -> tuple[Question, Question] | None:
     occurrences: dict[str, list[tuple[int, int]]] = {}  # word -> (number of the word, place in the text)
     for number, match in enumerate(WORD.finditer(text)):

@@ -12,12 +12,11 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
 
 from engrammar_lab.tasks.questions import Document, Question, Split, fits, pose
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 PATTERNS = {
     "wordnet": r"(?P<names>.+?) \((?P<kind>noun|verb|adjective|adverb)\):(?P<definition> [^;:.()\"]+)",
@@ -69,7 +68,7 @@ def read_fact(document: Document) -> Fact | None:
 
 
 def fact_questions(
-    documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBase", *, length: int, num: int, seed: int
+    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, *, length: int, num: int, seed: int
 ) -> dict[str, list[Question]]:
     """Up to `num` questions for each of facts/{choice,cloze}/{seen,unseen}, within `length` tokens.
 
@@ -119,7 +118,7 @@ def _told(facts: Sequence[Fact], documents: Sequence[Document]) -> set[tuple[str
 def _take(
     facts: Sequence[Fact],
     form: Form,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: PreTrainedTokenizerBase,
     length: int,
     num: int,
     seed: int,

@@ -9,13 +9,13 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from engrammar_lab.tasks.questions import Question, count_tokens, pose, start_ids
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import PreTrainedTokenizerBase
 
 Use = Literal["test", "training"]
 KEYS: dict[Use, str] = {
@@ -37,7 +37,7 @@ class Haystack:
     lengths: tuple[int, ...]
 
     @classmethod
-    def of(cls, texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> "Haystack":
+    def of(cls, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> "Haystack":
         """The whole sentences of `texts`, without those that contain a digit or one of the needles' keys."""
         keys = {key for use in KEYS.values() for key in use.split()}
         sentences = dict.fromkeys(sentence for text in texts for sentence in SENTENCE_END.split(text.strip()))
@@ -68,7 +68,7 @@ class Haystack:
 
 def needle_questions(
     haystack: Haystack,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: PreTrainedTokenizerBase,
     *,
     length: int,
     num: int,
@@ -108,7 +108,7 @@ def needle_questions(
 
 def tracking_questions(
     haystack: Haystack,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: PreTrainedTokenizerBase,
     *,
     length: int,
     num: int,
@@ -157,7 +157,7 @@ def _values(rng: random.Random, num: int, use: Use) -> list[str]:
     return list(values)
 
 
-def _room(tokenizer: "PreTrainedTokenizerBase", parts: Sequence[str], values: Sequence[str], length: int) -> int:
+def _room(tokenizer: PreTrainedTokenizerBase, parts: Sequence[str], values: Sequence[str], length: int) -> int:
     """Tokens left of `length` after the token before the text and `parts`, with any of `values` as the last answer."""
     answers = count_tokens(tokenizer, [f" {value}." for value in values])
     first, later = count_tokens(tokenizer, parts), count_tokens(tokenizer, [f" {part}" for part in parts])
@@ -170,13 +170,11 @@ def _room(tokenizer: "PreTrainedTokenizerBase", parts: Sequence[str], values: Se
     return room
 
 
-def training_row(tokenizer: "PreTrainedTokenizerBase", question: Question, length: int) -> dict[str, "Tensor"]:
+def training_row(tokenizer: PreTrainedTokenizerBase, question: Question, length: int) -> dict[str, Tensor]:
     """A question and its answer as a row to train on: {"input_ids", "labels", "attention_mask"}, int64 [length].
 
     Labels are -100 outside the answer.
     """
-    import torch
-
     context, answer = tokenizer([question.context, question.right], add_special_tokens=False).input_ids
     ids = torch.tensor(start_ids(tokenizer) + context + answer)
     if len(ids) > length:

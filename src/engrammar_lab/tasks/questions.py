@@ -5,10 +5,9 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 Split = Literal["seen", "unseen"]
 SplitOf = Callable[[str], Split | None]  # from a document's text; None leaves the document out
@@ -25,18 +24,12 @@ class Document:
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """A context and its possible continuations. With a single choice it is a cloze: the model has to produce it.
-
-    Attributes:
-        choices: continuations from exactly where `context` ends; each begins with its own space.
-        answer: index of the right choice.
-        task: the task that the question belongs to; the part before the first "/" is its group.
-    """
+    """A context and its possible continuations. With a single choice it is a cloze: the model has to produce it."""
 
     context: str
-    choices: tuple[str, ...]
-    answer: int
-    task: str
+    choices: tuple[str, ...]  # continuations from exactly where `context` ends; each begins with its own space
+    answer: int  # index of the right choice
+    task: str  # the task that the question belongs to; the part before the first "/" is its group
     split: Split = "unseen"
 
     def __post_init__(self) -> None:
@@ -69,17 +62,17 @@ def exact(question: Question, task: str) -> Question:
     return replace(question, choices=(question.right,), answer=0, task=task)
 
 
-def count_tokens(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[int]:
+def count_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[int]:
     return [len(ids) for ids in tokenizer(list(texts), add_special_tokens=False).input_ids] if texts else []
 
 
-def start_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+def start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids before a text: the beginning-of-text id, else the end-of-text id, else none."""
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     return [] if start is None else [start]
 
 
-def fits(tokenizer: "PreTrainedTokenizerBase", question: Question, length: int) -> bool:
+def fits(tokenizer: PreTrainedTokenizerBase, question: Question, length: int) -> bool:
     """Whether the context with its longest choice, and the token before them, take at most `length` tokens."""
     context, *choices = count_tokens(tokenizer, (question.context, *question.choices))
     return 1 + context + max(choices) <= length

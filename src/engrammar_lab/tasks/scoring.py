@@ -5,30 +5,23 @@ Letters: B batch, T tokens, S scored tokens, V vocabulary.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
+from transformers import PreTrainedTokenizerBase
 
 from engrammar_lab.tasks.questions import Question, start_ids
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, kw_only=True)
 class Continuation:
-    """A model's score of a continuation.
+    """A model's score of a continuation."""
 
-    Attributes:
-        log_likelihood: log likelihood of its tokens given the context, in nats.
-        greedy: whether greedy decoding from the context begins with exactly its tokens.
-        num_bytes: size of its text in UTF-8.
-    """
-
-    log_likelihood: float
-    greedy: bool
-    num_bytes: int
+    log_likelihood: float  # log likelihood of its tokens given the context, in nats
+    greedy: bool  # whether greedy decoding from the context begins with exactly its tokens
+    num_bytes: int  # size of its text in UTF-8
 
     @property
     def per_byte(self) -> float:
@@ -37,7 +30,7 @@ class Continuation:
 
 def score_continuations(
     model: Any,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: PreTrainedTokenizerBase,
     pairs: Sequence[tuple[str, str]],
     *,
     batch_tokens: int = 4096,
@@ -51,8 +44,6 @@ def score_continuations(
         ValueError: the model is in training mode, a continuation has no tokens or nothing before it, or a row is longer
             than the model's `max_position_embeddings`.
     """
-    from tqdm.auto import tqdm  # type: ignore[import-untyped]
-
     if model.training:
         raise ValueError("The model is in training mode; call model.eval() before scoring.")
     unique = list(dict.fromkeys(pairs))
@@ -70,7 +61,7 @@ def score_continuations(
 
 
 def _encode(
-    tokenizer: "PreTrainedTokenizerBase", pairs: Sequence[tuple[str, str]], limit: int | None
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]], limit: int | None
 ) -> list[tuple[list[int], list[int]]]:
     texts = list(dict.fromkeys(text for pair in pairs for text in pair))
     ids = dict(zip(texts, tokenizer(texts, add_special_tokens=False).input_ids)) if texts else {}
@@ -125,7 +116,7 @@ def _score_rows(model: Any, rows: Sequence[tuple[list[int], list[int]]], pad_id:
 
 
 def score_questions(
-    model: Any, tokenizer: "PreTrainedTokenizerBase", questions: Sequence[Question], *, batch_tokens: int = 4096
+    model: Any, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], *, batch_tokens: int = 4096
 ) -> list[list[Continuation]]:
     """Per question, the scores of its choices; see `score_continuations`."""
     pairs = [(question.context, choice) for question in questions for choice in question.choices]

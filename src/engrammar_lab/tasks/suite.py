@@ -4,7 +4,9 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from engrammar.train import corpora
 from engrammar_lab.tasks.code import code_questions
@@ -14,9 +16,6 @@ from engrammar_lab.tasks.needle import Haystack, needle_questions, tracking_ques
 from engrammar_lab.tasks.questions import Document, Question, SplitOf, count_tokens, exact
 from engrammar_lab.tasks.scoring import Continuation, best, score_continuations, score_questions
 from engrammar_lab.tasks.yarn import stretched
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 Suite = dict[str, list[Question]]
 STRETCH = 4  # the paper's long-context tasks also exceed the trained length
@@ -30,7 +29,7 @@ def read_corpus(name: str, split_of: SplitOf, *, cache: Path) -> list[Document]:
 
 
 def build_suite(
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: PreTrainedTokenizerBase,
     split_of: SplitOf,
     *,
     cache: Path,
@@ -67,7 +66,7 @@ def build_suite(
 
 
 def score_suite(
-    model: Any, tokenizer: "PreTrainedTokenizerBase", suite: Mapping[str, Sequence[Question]], *, length: int
+    model: Any, tokenizer: PreTrainedTokenizerBase, suite: Mapping[str, Sequence[Question]], *, length: int
 ) -> dict[str, dict[str, Any]]:
     """Scores each task; questions longer than the trained `length` are read with YaRN, at the next whole multiple.
 
@@ -102,7 +101,7 @@ def score_suite(
     return {task: found[task] for task in suite}
 
 
-def _longest(tokenizer: "PreTrainedTokenizerBase", questions: Sequence[Question]) -> int:
+def _longest(tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]) -> int:
     contexts = count_tokens(tokenizer, [question.context for question in questions])
     choices = [max(count_tokens(tokenizer, question.choices)) for question in questions]
     return 1 + max(context + choice for context, choice in zip(contexts, choices))

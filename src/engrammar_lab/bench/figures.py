@@ -1,0 +1,25 @@
+"""How benches show their figures: a table with a line for each part of a result, and whether a target is met."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from engrammar.cells import Column, Lines, cells, titles
+
+Figures = Mapping[str, Any]
+
+
+def line_by_line(
+    columns: Sequence[Column], lines: Callable[[Figures], Iterable[Figures]]
+) -> Callable[[Figures], tuple[list[str], Lines]]:
+    """Returns the function that makes a table of a result: the header, and a line for each of `lines(result)`."""
+    return lambda result: (titles(columns), [cells(columns, line) for line in lines(result)])
+
+
+def named(found: Mapping[str, Figures]) -> list[Figures]:
+    """The figures of each name, and the name as "name"."""
+    return [{"name": name, **figures} for name, figures in found.items()]
+
+
+def meets(holds: bool, target: object) -> str:
+    """Whether a target is met, in words."""
+    return f"{'meets' if holds else 'misses'} the target of {target}"
