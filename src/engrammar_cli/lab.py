@@ -185,11 +185,5 @@ def advice(results: Path = Path("results/lab"), out: Path = Path("src/engrammar/
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    "run": run,
-    "rerun": rerun,
-    "measure": measure,
-    "attach": attach,
-    "edit": edit,
-    "advice": advice,
-    "report": report,
+    command.__name__: command for command in (run, rerun, measure, attach, edit, advice, report)
 }

@@ -42,14 +42,10 @@ def info(folder: Positional[Path], /, json_output: Json = False) -> None:
         return
     print(f"{folder}: {opened.source}, rows in {opened.encoding}")
     header = ["layer", "rows", "width", "bytes a row", "bytes", "files", "checksums"]
-    lines = [
-        [
-            str(layer),
-            *(f"{table[key]:,}" for key in ("rows", "width", "row_bytes", "bytes", "shards")),
-            "yes" if table["page_checksums"] else "no",
-        ]
-        for layer, table in tables.items()
-    ]
+    lines = []
+    for layer, table in tables.items():
+        numbers = [f"{table[key]:,}" for key in ("rows", "width", "row_bytes", "bytes", "shards")]
+        lines.append([str(layer), *numbers, "yes" if table["page_checksums"] else "no"])
     print(as_text(header, lines))
 
 
@@ -213,11 +209,5 @@ def _show(made: "Converted") -> None:
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    "info": info,
-    "pack": pack,
-    "quantize": quantize,
-    "import": import_,
-    "export": export,
-    "plan": plan,
-    "upload": upload,
+    command.__name__.rstrip("_"): command for command in (info, pack, quantize, import_, export, plan, upload)
 }

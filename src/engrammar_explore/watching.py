@@ -36,7 +36,7 @@ class Place:
     scale: float  # what the fusion's output is multiplied by before it is added
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Recorded:
     """What happened at one place in a pass of one text, in fp32 on the CPU."""
 
@@ -84,17 +84,7 @@ def _record(place: Place, found: list[Recorded], fusion: nn.Module, args: tuple[
         gate_BTM = gate_BTM.masked_fill(dead_BT[..., None], 0.0)
     added_T = place.scale * output[0].float().flatten(1).norm(dim=-1)
     arrays = gate_BTM[0], embedding_BTE[0], value_BTD[0], added_T, hidden_BTMD[0].float().flatten(1).norm(dim=-1)
-    gate_TM, embedding_TE, value_TD, added_T, stream_T = (x.detach().float().cpu() for x in arrays)
-    found.append(
-        Recorded(
-            place=place,
-            gate_TM=gate_TM,
-            embedding_TE=embedding_TE,
-            value_TD=value_TD,
-            added_T=added_T,
-            stream_T=stream_T,
-        )
-    )
+    found.append(Recorded(place, *(array.detach().float().cpu() for array in arrays)))
 
 
 def comparisons(model: nn.Module) -> list[Compare]:

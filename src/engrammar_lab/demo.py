@@ -52,7 +52,7 @@ def run_demo(recipe: Recipe, out: Path, seeds: int) -> dict[str, Any]:
         **describe_run(" ".join(["engrammar", *sys.argv[1:]])),
         "recipe": to_yaml(recipe),
         "runs": runs,
-        "gates": [text.to_json() for text in gated],
+        "gates": gated,
         "samples": [complete(model, tokenizer, prompt, sampling) for prompt in PROMPTS],
     }
     (out / "demo.json").write_text(json.dumps(result, indent=1) + "\n")

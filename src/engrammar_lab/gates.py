@@ -3,9 +3,9 @@
 Letters: B batch, T tokens, M branches.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,6 @@ from transformers import PreTrainedTokenizerBase
 
 from engrammar.fusion import Fusion
 from engrammar.model.modeling import EngrammarForCausalLM
-
-
-@dataclass(frozen=True, kw_only=True)
-class GatedText:
-    """The tokens of one text and the gate of each token, in 0..1, per memory layer (mean over branches)."""
-
-    tokens: tuple[str, ...]
-    gates: dict[int, tuple[float, ...]]
-
-    def to_json(self) -> dict[str, Any]:
-        gates = {str(layer): [round(gate, 4) for gate in values] for layer, values in self.gates.items()}
-        return {"tokens": list(self.tokens), "gates": gates}
 
 
 @contextmanager
@@ -57,21 +45,25 @@ def recorded_gates(model: EngrammarForCausalLM) -> Iterator[dict[int, Tensor]]:
 @torch.no_grad()
 def gates_over_text(
     model: EngrammarForCausalLM, tokenizer: PreTrainedTokenizerBase, texts: list[str]
-) -> list[GatedText]:
-    """Runs each text alone and records the gates of every memory layer."""
+) -> list[dict[str, Any]]:
+    """Runs each text alone and records the gates of every memory layer.
+
+    Returns:
+        per text its `tokens`, and their `gates` in 0..1 by layer (mean over branches, rounded), as JSON has them.
+    """
     gated = []
     with recorded_gates(model) as seen:
         for text in texts:
             ids = tokenizer(text, return_tensors="pt").input_ids
             model(ids, use_cache=False)
-            tokens = tuple(tokenizer.decode([token_id]) for token_id in ids[0].tolist())
-            gates = {layer: tuple(gate_BT[0].tolist()) for layer, gate_BT in sorted(seen.items())}
-            gated.append(GatedText(tokens=tokens, gates=gates))
+            tokens = [tokenizer.decode([token_id]) for token_id in ids[0].tolist()]
+            gates = {str(layer): [round(gate, 4) for gate in seen[layer][0].tolist()] for layer in sorted(seen)}
+            gated.append({"tokens": tokens, "gates": gates})
     return gated
 
 
-def plot_gates(texts: list[GatedText], path: Path) -> None:
-    """Draws each text as a line of tokens, shaded by the gate (mean over memory layers)."""
+def plot_gates(texts: Sequence[Mapping[str, Any]], path: Path | BytesIO) -> None:
+    """Draws what `gates_over_text` returns: each text as lines of tokens, shaded by the gate (mean over layers)."""
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
@@ -105,11 +97,11 @@ def plot_gates(texts: list[GatedText], path: Path) -> None:
 LINE_WIDTH = 96  # characters on a line of the heat map
 
 
-def _wrapped(text: GatedText) -> list[list[tuple[str, float]]]:
-    means = [sum(values) / len(values) for values in zip(*text.gates.values())]
+def _wrapped(text: Mapping[str, Any]) -> list[list[tuple[str, float]]]:
+    means = [sum(values) / len(values) for values in zip(*text["gates"].values())]
     lines: list[list[tuple[str, float]]] = [[]]
     width = 0
-    for token, gate in zip(text.tokens, means):
+    for token, gate in zip(text["tokens"], means):
         if width + len(token) > LINE_WIDTH:
             lines.append([])
             width = 0

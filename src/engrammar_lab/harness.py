@@ -42,16 +42,20 @@ def evaluate(
     """Scores the model in a folder, and records the versions used.
 
     Args:
-        tasks: as for `score_tasks`; so are `cache` and `how`.
+        tasks: names of lm-eval's tasks, groups or tags; local/NAME, a question set; or a JSONL file of questions.
         memory: where the tables are, or "off" for the model without what its memory adds.
         tables: for a released Qwen4-Exp model, the folder that `engrammar table import` made of its tables.
         adapter: the folder of a memory that was attached to the model, which may then be a name on the Hub.
+        cache: folder of fetched question sets.
+        how: limit (the most questions of a task, None for all), batch_size, num_fewshot (None: as each task says).
 
     Returns:
-        versions, model, memory, the adapter if one was given, the settings, and `tasks` as `score_tasks` returns them.
+        versions, model, memory, the adapter if one was given, the settings, and `tasks`. Per task: num_questions,
+        num_fewshot, num_cut (questions too long for the model, which lost their beginning), chance (None if unknown),
+        and scores: per metric its value and stderr (None if lm-eval gives none).
 
     Raises:
-        ValueError: as `score_tasks` and `load_model`.
+        ValueError: as `load_model`; or lm-eval is not installed, a task is unknown, or a setting is not allowed.
     """
     specs, chances = _find_tasks(tasks, cache)  # before the model is read: a wrong name costs no time
     model, tokenizer = load_model(folder, memory, tables, adapter)
@@ -65,26 +69,6 @@ def evaluate(
         **how,
         "tasks": scored,
     }
-
-
-def score_tasks(
-    model: Any, tokenizer: Any, tasks: Sequence[str], *, cache: Path = Path("data/pocket"), **how: Any
-) -> dict[str, dict[str, Any]]:
-    """Scores a causal LM on tasks.
-
-    Args:
-        tasks: names of lm-eval's tasks, groups or tags; local/NAME, a question set; or a JSONL file of questions.
-        cache: folder of fetched question sets.
-        how: limit (the most questions of a task, None for all), batch_size, num_fewshot (None: as each task says).
-
-    Returns:
-        per task: num_questions, num_fewshot, num_cut (questions too long for the model, which lost their beginning),
-        chance (None if unknown), and scores: per metric its value and stderr (None if lm-eval gives none).
-
-    Raises:
-        ValueError: lm-eval is not installed, a task is unknown, or a setting is not allowed.
-    """
-    return _score(model, tokenizer, *_find_tasks(tasks, cache), **how)
 
 
 def load_model(

@@ -121,7 +121,7 @@ def measure_pair(memory: Recipe, plain: Recipe) -> dict[str, Any]:
         "depth": compare_depth(own, other, tokens, length=length, num_tokens=SETTINGS.depth_tokens, k=SETTINGS.nearest),
         "gates": gate_by_frequency(own, tokens, length=length, plain=other),
         "traffic": memory_traffic(own.model.memory, tokens, length=length),
-        "texts": [text.to_json() for text in gates_over_text(own, tokenizer, texts)],
+        "texts": gates_over_text(own, tokenizer, texts),
     }
     return found | {"tasks": _score(own, other, tokenizer, memory)}
 

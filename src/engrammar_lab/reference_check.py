@@ -63,11 +63,6 @@ class Report:
     def ok(self) -> bool:
         return all(check.ok for check in self.checks)
 
-    @property
-    def largest_error(self) -> float | None:
-        """The largest of `errors`: NaN if any output is NaN, None if the file has no outputs."""
-        return float(np.max(self.errors)) if self.errors else None
-
 
 def check_reference(path: Path, tokenizer: Path | None = None) -> Report:
     """Compares this package with one reference file.

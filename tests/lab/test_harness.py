@@ -16,7 +16,7 @@ from engrammar.off import memory_off
 from engrammar.tables.released import import_tables
 from engrammar_cli.main import main as command_line
 from engrammar_lab import harness
-from engrammar_lab.harness import evaluate, load_model, score_tasks
+from engrammar_lab.harness import evaluate, load_model
 from models import tiny_model
 from released_models import qwen_model, qwen_release
 
@@ -134,7 +134,10 @@ def test_written_answers_equal_greedy_generation(folder, tmp_path, monkeypatch):
     asked = [(context, (text.strip(),), 0) for context, text in zip(contexts, written)]
     asked[2] = (contexts[2], ("what the model does not write",), 0)
     name = write(tmp_path / "written.jsonl", asked)
-    task = score_tasks(model, tokenizer, [name], batch_size=3)[name]  # contexts of unequal length: padded on the left
+    found = harness._find_tasks([name], tmp_path)
+    task = harness._score(model, tokenizer, *found, batch_size=3)[
+        name
+    ]  # contexts of unequal length: padded on the left
     assert task["scores"]["exact_match"]["value"] == pytest.approx(2 / 3) and task["chance"] is None
 
 

@@ -5,8 +5,8 @@ from statistics import mean
 from typing import Any
 
 from engrammar_lab.report.figures import draw_points
-from engrammar_lab.report.parts import Figure, Section, Table, Verdict, interval, listed, machine_words, p_words, spread
-from engrammar_lab.report.statistics import Difference, compare
+from engrammar_lab.report.parts import Figure, Section, Table, Verdict, interval, listed, machine_words, spread, told
+from engrammar_lab.report.statistics import compare
 
 ATTACH = "What does a memory bring to a model that exists, beside LoRA?"
 PAPER = "no comparison: its memories are trained with their model"
@@ -48,8 +48,8 @@ def attach_section(result: Mapping[str, Any]) -> Section:
         body += [_table(domain, found), _questions(domain, found)]
         recalled = {variant: own[RECALL] for variant, own in found.items()}
         if LORA_SECONDS in recalled:
-            told = compare({v: (recalled[LORA_SECONDS], own) for v, own in recalled.items() if v != LORA_SECONDS})
-            picture = draw_points(recalled, told, f"{domain}: share of taught definitions recalled in full")
+            against = compare({v: (recalled[LORA_SECONDS], own) for v, own in recalled.items() if v != LORA_SECONDS})
+            picture = draw_points(recalled, against, f"{domain}: share of taught definitions recalled in full")
             body.append(Figure(png=picture, caption="Blue: settled above LoRA at equal seconds; orange: below it."))
     body += [words for domain, found in domains.items() for words in _aims(domain, found)]
     seeds = {run["seed"] for run in result["runs"]}
@@ -84,12 +84,10 @@ def _questions(domain: str, found: Scores) -> Table:
         for name in names
         if variant != BASE
     }
-    told = compare(pairs)
     rows = tuple(
-        (variant, name.partition("/")[2], spread(found[variant][name], 3), interval(own, 3), p_words(own),
-         "yes" if own.settled else "no")
-        for (variant, name), own in told.items()
-    )  # fmt: skip
+        (variant, name.partition("/")[2], spread(found[variant][name], 3), *told(own, 3))
+        for (variant, name), own in compare(pairs).items()
+    )
     return Table(
         columns=(domain, "questions", "right", "change [95 %]", "p", "settled"),
         rows=rows,
@@ -127,17 +125,17 @@ def _aims(domain: str, found: Scores) -> list[str]:
 
 
 def _verdict(domains: Mapping[str, Scores]) -> Verdict:
-    told: dict[str, Difference] = compare(
+    gained = compare(
         {
             domain: (found[MEMORY][RECALL], found[LORA_SECONDS][RECALL])
             for domain, found in domains.items()
             if {MEMORY, LORA_SECONDS} <= found.keys()
         }
     )
-    if not told:
+    if not gained:
         return Verdict(answer="No lesson has memory and LoRA yet.", sure="no", paper=PAPER, agrees="no comparison")
-    answer = "; ".join(f"{domain}: {interval(own, 3)}" for domain, own in told.items())
-    settled: Sequence[str] = [domain for domain, own in told.items() if own.settled]
+    answer = "; ".join(f"{domain}: {interval(own, 3)}" for domain, own in gained.items())
+    settled: Sequence[str] = [domain for domain, own in gained.items() if own.settled]
     return Verdict(
         answer=f"Share of taught definitions recalled, memory less LoRA at equal seconds: {answer}.",
         sure=listed(settled, "no"),

@@ -3,17 +3,16 @@
 Letters: S seeds, L layers of the model with memory, K layers of the plain one.
 """
 
+import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from statistics import mean
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
-from engrammar_lab.gates import GatedText, plot_gates
+from engrammar_lab.gates import plot_gates
 from engrammar_lab.report.figures import draw_lines, draw_similarity, few_colours, style
-from engrammar_lab.report.parts import Figure, Section, Table, Verdict, interval, listed, machine_words, p_words, spread
+from engrammar_lab.report.parts import Figure, Section, Table, Verdict, listed, machine_words, spread, told
 from engrammar_lab.report.statistics import Difference, compare, p_value
 
 DEPTH = "Does memory make a model deeper?"
@@ -31,11 +30,8 @@ def depth_section(result: Mapping[str, Any]) -> Section:
     lens = Table(
         columns=("layer", "MoE + memory", "MoE", "difference [95 %]", "p", "settled"),
         rows=tuple(
-            (
-                str(layer), spread([own[layer] for own in memory]), spread([own[layer] for own in plain]),
-                interval(own_), p_words(own_), "yes" if own_.settled else "no",
-            )
-            for layer, own_ in found.items()
+            (str(layer), *(spread([own[layer] for own in each]) for each in (memory, plain)), *told(difference))
+            for layer, difference in found.items()
         ),
         caption="LogitLens: KL of the final prediction from that read off a layer, nats per token; 0 is the embedding.",
     )  # fmt: skip
@@ -131,11 +127,15 @@ def slopes(bins: Sequence[Sequence[Mapping[str, Any]]], values: Sequence[Sequenc
 
 
 def gates_section(result: Mapping[str, Any]) -> Section:
-    """The section on gates.json, which holds some texts (`GatedText.to_json()`) and `gate_by_frequency` per seed."""
+    """The section on gates.json, which holds some texts (`gates_over_text`) and `gate_by_frequency` per seed."""
     runs = result["runs"]
     body: list[Table | Figure | str] = []
     if result.get("texts"):
-        body.append(Figure(png=_gate_map(result["texts"]), caption="Gates over text, mean over layers with memory."))
+        drawn = io.BytesIO()
+        with style():
+            plot_gates(result["texts"], drawn)
+        png = few_colours(drawn.getvalue())
+        body.append(Figure(png=png, caption="Gates over text, mean over layers with memory."))
     order = max(runs[0]["orders"], key=int)
     bins = shared_bins(runs, order)
     lines = {"gate": {"gate": [[own["gate"] for own in each] for each in bins]}}
@@ -179,19 +179,6 @@ def _frequency_table(bins: Sequence[Sequence[Mapping[str, Any]]], order: str) ->
         rows=tuple(rows),
         caption="Loss on the token after the n-gram.",
     )
-
-
-def _gate_map(texts: Sequence[Mapping[str, Any]]) -> bytes:
-    gated = [
-        GatedText(
-            tokens=tuple(text["tokens"]),
-            gates={int(layer): tuple(values) for layer, values in text["gates"].items()},
-        )
-        for text in texts
-    ]
-    with TemporaryDirectory() as folder, style():
-        plot_gates(gated, Path(folder) / "gates.png")
-        return few_colours((Path(folder) / "gates.png").read_bytes())
 
 
 def _gates_verdict(bins: Sequence[Sequence[Mapping[str, Any]]], order: str) -> Verdict:

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from engrammar_lab.report.curves import FLAT, Optimum, allocation_axis, scaling_axis
-from engrammar_lab.report.statistics import Difference, band, logarithm, power_law
+from engrammar_lab.report.statistics import Difference, band, logarithm, parabola, power_law
 
 BLUE, ORANGE, GREEN, GREY = "#2a6fb0", "#d9772b", "#3a8f6a", "#8a8f98"
 COLOURS = (BLUE, ORANGE, GREEN, "#8b5ba8", "#c2457a", GREY)
@@ -120,8 +120,8 @@ def draw_allocation(complete: Mapping[str, Sequence[float]], optimum: Optimum) -
             mark(axes, x, list(values), BLUE)
         with_memory = x_P < 100
         read_X = np.linspace(x_P[with_memory].min(), x_P[with_memory].max(), 200)
-        fits = [np.polyval(np.polyfit(x_P[with_memory], y_P, 2), read_X) for y_P in y_PS[with_memory].T]
-        axes.plot(read_X, np.mean(fits, axis=0), color=BLUE, label="parabola, mean over seeds")
+        mean_X, _ = band(parabola, x_P[with_memory], y_PS[with_memory].T, read_X)
+        axes.plot(read_X, mean_X, color=BLUE, label="parabola, mean over seeds")
         if optimum.inside:
             axes.axvline(mean(optimum.inside), color=ORANGE, linestyle="--", label="its minimum, seed by seed")
             axes.plot(optimum.inside, [y_PS.min()] * len(optimum.inside), "|", color=ORANGE, markersize=9)

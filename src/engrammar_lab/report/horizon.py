@@ -15,8 +15,8 @@ from engrammar_lab.catalogue import study_of
 from engrammar_lab.measure import merge_tasks
 from engrammar_lab.report.curves import FLAT, Optimum, allocation_optimum
 from engrammar_lab.report.figures import COLOURS, GREY, mark, one_axes, style, to_png
-from engrammar_lab.report.parts import Figure, Section, Table, Verdict, interval, listed, machine_words, p_words, spread
-from engrammar_lab.report.statistics import Difference, compare, half_width, p_value
+from engrammar_lab.report.parts import Figure, Section, Table, Verdict, interval, listed, machine_words, spread, told
+from engrammar_lab.report.statistics import Difference, band, compare, half_width, p_value, parabola
 from engrammar_lab.report.tasks import tasks_section
 
 HORIZON_TASKS = "Do tasks move with the loss after the longest training?"
@@ -144,8 +144,8 @@ def _table(found: Sequence[Length]) -> Table:
             if point == each.best:
                 strong.append(len(rows))
             own = compared.get((each.name, point))
-            told = ("", "", "") if own is None else (interval(own), p_words(own), "yes" if own.settled else "no")
-            rows.append((each.name, point if point in (BIGRAM, DENSE) else f"{point} experts", spread(values), *told))
+            cells = ("", "", "") if own is None else told(own)
+            rows.append((each.name, point if point in (BIGRAM, DENSE) else f"{point} experts", spread(values), *cells))
     return Table(
         columns=("tokens", "idle parameters", "bits per byte", "against experts alone [95 %]", "p", "settled"),
         rows=tuple(rows),
@@ -167,8 +167,7 @@ def _draw(found: Sequence[Length]) -> bytes:
             y_PS = np.array([[-gain for gain in each.gain(point)] for point in each.shares if point != EXPERTS])
             if len(x) > 2:
                 read_X = np.linspace(x.min(), x.max(), 120)
-                fits = [np.polyval(np.polyfit(x, y_P, 2), read_X) for y_P in y_PS.T]
-                axes.plot(read_X, np.mean(fits, axis=0), color=colour, label=f"{each.name} tokens")
+                axes.plot(read_X, band(parabola, x, y_PS.T, read_X)[0], color=colour, label=f"{each.name} tokens")
         axes.set(xlabel="experts' share of the idle parameters, %", ylabel="bits per byte above experts alone")
         axes.legend()
         return to_png(figure)
@@ -248,14 +247,14 @@ def _verdict(found: Sequence[Length], paper: str) -> Verdict:
     if not found:
         return Verdict(answer="No length has experts alone and memory yet.", sure="no", paper=paper, agrees="open")
     compared = _compared(found)
-    told = [
+    gains = [
         f"{each.name}: {each.best} experts best, {-compared[each.name, each.best].mean:+.4f} bits per byte gained"
         for each in found
     ]
     settled = [each.name for each in found if compared[each.name, each.best].settled]
     optimum = found[-1].optimum
     return Verdict(
-        answer=f"{'; '.join(told)}.",
+        answer=f"{'; '.join(gains)}.",
         sure=f"the gain at {listed(settled)}" if settled else "no",
         paper=paper,
         agrees="open" if optimum is None else f"at {found[-1].name}: {optimum.agrees()}",
@@ -316,8 +315,8 @@ def advice(result: Mapping[str, Any]) -> dict[str, Any]:
 
 def _advised(length: Length) -> dict[str, Any]:
     best = min(length.shares, key=lambda point: mean(length.shares[point]))
-    told = compare({point: (own, length.shares[best]) for point, own in length.shares.items() if point != best})
-    good = [best, *(point for point, own in told.items() if not own.settled)]
+    others = compare({point: (own, length.shares[best]) for point, own in length.shares.items() if point != best})
+    good = [best, *(point for point, own in others.items() if not own.settled)]
     gains = length.gain(length.best)
     half = round(half_width(gains), 4) if len(gains) > 1 else None
     return {

@@ -113,6 +113,11 @@ def p_words(difference: Difference) -> str:
     return "<0.001" if difference.p < 0.001 else f"{difference.p:.3f}"
 
 
+def told(difference: Difference, digits: int = 4) -> tuple[str, str, str]:
+    """The cells of a difference: its interval, its p, and whether it is settled."""
+    return interval(difference, digits), p_words(difference), "yes" if difference.settled else "no"
+
+
 def listed(names: Sequence[str], empty: str = "none") -> str:
     """The values as "a, b and c", or `empty` if there are none."""
     *others, last = names or [empty]

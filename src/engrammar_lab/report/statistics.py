@@ -95,6 +95,11 @@ def logarithm(rows_P: np.ndarray, loss_P: np.ndarray, read_X: np.ndarray) -> np.
     return np.polyval(np.polyfit(np.log10(rows_P), loss_P, 1), np.log10(read_X))
 
 
+def parabola(x_P: np.ndarray, y_P: np.ndarray, read_X: np.ndarray) -> np.ndarray:
+    """Least squares of y = a + b x + c x^2."""
+    return np.polyval(np.polyfit(x_P, y_P, 2), read_X)
+
+
 def power_law(rows_P: np.ndarray, loss_P: np.ndarray, read_X: np.ndarray) -> np.ndarray:
     """Least squares of loss = floor + a rows^-exponent, with an exponent out of `EXPONENTS`."""
     scale = float(np.exp(np.log(rows_P).mean()))  # keeps the powers near 1

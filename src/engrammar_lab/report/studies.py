@@ -12,18 +12,7 @@ from engrammar_lab.catalogue import study_of
 from engrammar_lab.report.claims import CLAIMS, claims_words
 from engrammar_lab.report.curves import allocation_optimum, scaling_words
 from engrammar_lab.report.figures import draw_allocation, draw_curves, draw_points, draw_scaling
-from engrammar_lab.report.parts import (
-    Figure,
-    Section,
-    Table,
-    Verdict,
-    interval,
-    listed,
-    machine_words,
-    p_words,
-    quoted,
-    spread,
-)
+from engrammar_lab.report.parts import Figure, Section, Table, Verdict, listed, machine_words, quoted, spread, told
 from engrammar_lab.report.statistics import Difference, compare
 
 COUNTS = ("total_parameters", "active_parameters", "flops_per_token")
@@ -122,7 +111,8 @@ def _score_table(result: Mapping[str, Any]) -> Table:
         if point in found:
             own = found[point]
             nats = [] if factor is None else [f"{own.mean * factor:+.4f}"]
-            row += [against[point], interval(own), *nats, p_words(own), "yes" if own.settled else "no"]
+            words, *sure = told(own)
+            row += [against[point], words, *nats, *sure]
         else:
             row += [""] * (4 + (factor is not None))
         rows.append(tuple(row))

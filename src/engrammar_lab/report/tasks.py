@@ -5,7 +5,7 @@ from statistics import mean
 from typing import Any
 
 from engrammar_lab.report.figures import draw_differences
-from engrammar_lab.report.parts import Figure, Section, Table, Verdict, interval, listed, machine_words, p_words, spread
+from engrammar_lab.report.parts import Figure, Section, Table, Verdict, interval, listed, machine_words, spread, told
 from engrammar_lab.report.statistics import Difference, above_chance, compare, holm, p_of_questions, p_value
 
 QUESTION = "Do tasks move with the loss?"
@@ -32,10 +32,10 @@ def kept(result: Mapping[str, Any], names: list[str]) -> list[float]:
     Empty if the model with memory is above chance in none of them.
     """
     _, on, off = result["points"]
-    told = [result["tasks"][name] for name in names if is_above_chance(result["tasks"][name], on)]
+    able = [result["tasks"][name] for name in names if is_above_chance(result["tasks"][name], on)]
     shares = []
     for seed in range(len(result["seeds"])):
-        left, whole = (sum(task["scores"][point][seed] - task["chance"] for task in told) for point in (off, on))
+        left, whole = (sum(task["scores"][point][seed] - task["chance"] for task in able) for point in (off, on))
         if whole > 0:
             shares.append(left / whole)
     return shares if len(shares) == len(result["seeds"]) else []
@@ -95,7 +95,7 @@ def _table(result: Mapping[str, Any], group: str, names: list[str], found: Mappi
         task, own = result["tasks"][name], found[name]
         cells = [f"{spread(task['scores'][p], 3)}{'' if is_above_chance(task, p) else ' ·'}" for p in result["points"]]
         head = (name.removeprefix(f"{group}/"), str(task["questions"]), f"{task['chance']:.2f}")
-        rows.append((*head, *cells, interval(own, 3), p_words(own), "yes" if own.settled else "no"))
+        rows.append((*head, *cells, *told(own, 3)))
     return Table(
         columns=(group, "questions", "chance", *result["points"], "gain [95 %]", "p", "settled"),
         rows=tuple(rows),

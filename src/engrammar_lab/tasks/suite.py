@@ -14,7 +14,7 @@ from engrammar_lab.tasks.context import context_questions
 from engrammar_lab.tasks.facts import PATTERNS, fact_questions
 from engrammar_lab.tasks.needle import Haystack, needle_questions, tracking_questions
 from engrammar_lab.tasks.questions import Document, Question, SplitOf, count_tokens, exact
-from engrammar_lab.tasks.scoring import Continuation, best, score_continuations, score_questions
+from engrammar_lab.tasks.scoring import Continuation, score_continuations, score_questions
 from engrammar_lab.tasks.yarn import stretched
 
 Suite = dict[str, list[Question]]
@@ -74,8 +74,7 @@ def score_suite(
         per task: `measure` ("choice", or "recall" for questions of one choice), `chance`, `questions` (their number),
         `score` (the share that is right), `right` (0 or 1 for each) and `bits_per_byte` of the right answers (mean over
         questions). The model's choice is the one whose log likelihood the context raises most over that at the start of
-        a text, so a choice that is likely anywhere has no advantage. `score_by_total` and `score_by_per_byte` take the
-        likeliest.
+        a text, so a choice that is likely anywhere has no advantage.
 
     Raises:
         ValueError: a task is empty or mixes questions of one choice with others, or the model cannot be stretched.
@@ -116,17 +115,9 @@ def _summary(
     if len(questions[0].choices) == 1:
         right = [int(choices[0].greedy) for choices in scores]
         return {"measure": "recall", "chance": 0.0, "score": sum(right) / len(right), "right": right, **summary}
-    rights: dict[str, list[int]] = {"total": [], "per_byte": [], "gain": []}
+    right = []
     for question, choices in pairs:
         gains = [each.log_likelihood - alone[choice] for choice, each in zip(question.choices, choices)]
-        picks = (*best(choices), gains.index(max(gains)))
-        for right, pick in zip(rights.values(), picks):
-            right.append(int(pick == question.answer))
-    return {
-        "measure": "choice",
-        "chance": sum(1 / len(question.choices) for question in questions) / len(questions),
-        "score": sum(rights["gain"]) / len(questions),
-        "right": rights["gain"],
-        **{f"score_by_{name}": sum(right) / len(questions) for name, right in rights.items()},
-        **summary,
-    }
+        right.append(int(gains.index(max(gains)) == question.answer))
+    chance = sum(1 / len(question.choices) for question in questions) / len(questions)
+    return {"measure": "choice", "chance": chance, "score": sum(right) / len(right), "right": right, **summary}
