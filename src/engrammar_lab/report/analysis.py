@@ -131,10 +131,10 @@ def gates_section(result: Mapping[str, Any]) -> Section:
     runs = result["runs"]
     body: list[Table | Figure | str] = []
     if result.get("texts"):
-        drawn = io.BytesIO()
+        gate_map = io.BytesIO()
         with style():
-            plot_gates(result["texts"], drawn)
-        png = few_colours(drawn.getvalue())
+            plot_gates(result["texts"], gate_map)
+        png = few_colours(gate_map.getvalue())
         body.append(Figure(png=png, caption="Gates over text, mean over layers with memory."))
     order = max(runs[0]["orders"], key=int)
     bins = shared_bins(runs, order)
