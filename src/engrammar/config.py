@@ -118,6 +118,14 @@ class MemoryConfig:
         require((self.boundary == "dead") == bool(self.dead_ids), "dead_ids", "some with boundary='dead', else none")
         require((self.boundary == "end") == bool(self.end_ids), "end_ids", "some with boundary='end', else none")
 
+    def check_model(self, num_layers: int, num_ids: int) -> None:
+        """Raises a ValueError if a model with so many blocks, and a tokenizer of so many ids, cannot have it."""
+        if max(self.layers) >= num_layers:
+            raise ValueError(f"memory.layers is {list(self.layers)}, but the model has blocks 0 to {num_layers - 1}.")
+        for name, ids in (("fill_id", (self.fill_id,)), ("dead_ids", self.dead_ids), ("end_ids", self.end_ids)):
+            if max(ids, default=0) >= num_ids:
+                raise ValueError(f"memory.{name} is {list(ids)}; allowed: ids of the tokenizer, 0 to {num_ids - 1}.")
+
     @property
     def orders(self) -> range:
         """The n-gram orders looked up: 2..N."""

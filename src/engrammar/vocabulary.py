@@ -7,18 +7,16 @@ import contextlib
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tokenizers import Regex, normalizers
+from transformers import PreTrainedTokenizerBase
 
 from engrammar.tables.sealed import written_beside
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 LONE_SPACE = "\ue000"  # replaces a text that is one space, which Strip would empty
 REPLACEMENT = "\ufffd"  # an incomplete UTF-8 sequence decodes to it
@@ -44,7 +42,7 @@ def _normalizer() -> Any:
     )
 
 
-def compress_vocabulary(tokenizer: "PreTrainedTokenizerBase") -> NDArray[np.int64]:
+def compress_vocabulary(tokenizer: PreTrainedTokenizerBase) -> NDArray[np.int64]:
     """Maps every id of `tokenizer` to its class (paper section 2.2).
 
     Ids with the same key share a class. The key is the decoded text after normalization (NFKC, NFD, no accents, lower
@@ -74,6 +72,19 @@ def compress_vocabulary(tokenizer: "PreTrainedTokenizerBase") -> NDArray[np.int6
     return classes_V
 
 
+def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder, or of a name on the Hub; raises a ValueError if transformers cannot load it."""
+    from transformers import AutoTokenizer  # slow to import
+
+    try:
+        return AutoTokenizer.from_pretrained(str(name))
+    except Exception as error:  # tokenizers and transformers raise many kinds, with messages of many lines
+        reason = str(error).split("\n")[0]
+        raise ValueError(
+            f"{name} holds no tokenizer that can be loaded ({reason}): copy it again, or give another folder or name."
+        ) from error
+
+
 def require_tokenizer(tokenizer: object) -> None:
     """Raises a ValueError if `tokenizer` is a name, a path or another library's tokenizer."""
     if not hasattr(tokenizer, "convert_ids_to_tokens"):
@@ -83,7 +94,7 @@ def require_tokenizer(tokenizer: object) -> None:
         )
 
 
-def _decode_each(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+def _decode_each(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The text of each id by itself, special tokens included and spaces unchanged."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     single = [[token_id] for token_id in range(len(tokenizer))]
@@ -92,13 +103,13 @@ def _decode_each(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
     return [tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) for ids in single]
 
 
-def fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
+def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """The SHA-256 of a vocabulary: of every token with its id, added tokens included."""
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
 
 
-def cached_classes(tokenizer: "PreTrainedTokenizerBase", directory: Path) -> NDArray[np.int64]:
+def cached_classes(tokenizer: PreTrainedTokenizerBase, directory: Path) -> NDArray[np.int64]:
     """`compress_vocabulary(tokenizer)`, kept in `directory` (beside the model or the tokenizer) for the next call.
 
     The file has a fingerprint of the tokenizer and its decoder, and a checksum. If the file is damaged or was made from

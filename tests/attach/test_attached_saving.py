@@ -229,7 +229,7 @@ def test_several_memories_are_saved_one_by_one(tmp_path):
     model = attached_model("llama")
     attach(model, memory_config(layers=(3,)), tokenizer(), "other")
     randomize(model)
-    with pytest.raises(ValueError, match="default, other: name the one"):
+    with pytest.raises(ValueError, match="default, other: name one of them"):
         save_attached(model, tmp_path / "any")
     for name in ("default", "other"):
         save_attached(model, tmp_path / name, name)

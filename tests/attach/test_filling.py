@@ -141,7 +141,7 @@ def test_what_cannot_be_filled_is_refused():
     with pytest.raises(ValueError, match="All targets are equal"):
         fill_rows(model, [{"input_ids": torch.full((5,), 4)}])
     attach(model, memory_config(), tokenizer(), name="law")
-    with pytest.raises(ValueError, match="has the memories default, law: name the one"):
+    with pytest.raises(ValueError, match="has the memories default, law: name one of them"):
         fill_rows(model, Text())
     assert set(fill_rows(model, Text(), name="law")) == {1, 2}
     assert not attachment_of(model)["law"].memory.table(1).weight.eq(0).all()

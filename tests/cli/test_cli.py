@@ -221,7 +221,7 @@ def test_a_process_ends_with_that_sentence_and_code():
         ("config.json", "[]", "is not the config of an engrammar model"),
         ("config.json", "{}", "its model_type is not engrammar"),
         ("config.json", '{"model_type": "engrammar", "hidden_size": "big"}', "is not the config of an engrammar model"),
-        ("tokenizer.json", "{", "The tokenizer in"),
+        ("tokenizer.json", "{", "holds no tokenizer"),
     ],
 )
 def test_a_damaged_folder_is_one_sentence(call, tmp_path, name, content, message):

@@ -92,7 +92,7 @@ def test_an_unknown_preset_lists_the_known():
 
 
 def test_contradictory_model_settings_are_refused():
-    with pytest.raises(ValueError, match=r"memory.layers is \[1, 14\], but the model has layers 0 to 3"):
+    with pytest.raises(ValueError, match=r"memory.layers is \[1, 14\], but the model has blocks 0 to 3"):
         tiny_config("paper", memory={"dialect": "paper"})
     for name, ids in (("fill_id", 53), ("end_ids", [53])):
         settings = tiny_memory("qwen_next") | {name: ids}

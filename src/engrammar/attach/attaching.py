@@ -4,10 +4,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from engrammar.addressing import derive_geometry
 from engrammar.attach.attached import AttachedMemory, Place
@@ -17,9 +18,6 @@ from engrammar.attach.folder import write_adapter
 from engrammar.attach.passes import Attachment
 from engrammar.config import Geometry, MemoryConfig
 from engrammar.vocabulary import compress_vocabulary, fingerprint, require_tokenizer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 HOME = "engrammar"  # the name of the submodule
 Trained = Literal["memory", "joint"]
@@ -31,7 +29,7 @@ language model, whose size differs from block to block: it is measured here, onc
 def attach(
     model: nn.Module,
     config: MemoryConfig | Mapping[str, Any],
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: PreTrainedTokenizerBase,
     name: str = "default",
 ) -> nn.Module:
     """Attaches a memory to a causal language model of transformers, in place.
@@ -55,13 +53,12 @@ def attach(
     memory = config if isinstance(config, MemoryConfig) else MemoryConfig.from_json(config)
     decoder = find_decoder(model)
     check_name(decoder.host, name)
-    _check_layers(memory, decoder)
     vocab_size = decoder.vocab_size
     if len(tokenizer) > vocab_size:
         raise ValueError(
             f"The tokenizer has {len(tokenizer)} ids, the model {vocab_size}: give the model's own tokenizer."
         )
-    _check_ids(memory, len(tokenizer))
+    memory.check_model(len(decoder.blocks), len(tokenizer))
     classes_V, geometry = _classes(memory, tokenizer, vocab_size)
     sizes = measure(decoder, _sample(tokenizer, _device(decoder.module)))
     for layer in memory.layers:
@@ -111,7 +108,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
         ValueError: the model has no such memory.
     """
     attachment = require_attachment(model, name)
-    names = _names(attachment, name)
+    names = list(attachment) if name is None else [name]
     for one in names:
         del attachment[one]
     attachment.off -= set(names)
@@ -137,7 +134,7 @@ def disabled(model: nn.Module, name: str | None = None) -> Iterator[None]:
     """
     attachment = require_attachment(model, name)
     before = attachment.off
-    attachment.off = before | set(_names(attachment, name))
+    attachment.off = before | set(attachment if name is None else [name])
     try:
         yield
     finally:
@@ -217,6 +214,15 @@ def require_attachment(model: nn.Module, name: str | None) -> Attachment:
     return attachment
 
 
+def only_memory(model: nn.Module, name: str | None) -> tuple[str, AttachedMemory]:
+    """The memory `name` (None: the only one) and its name; raises a ValueError if there is none, or no only one."""
+    attachment = require_attachment(model, name)
+    if name is None and len(attachment) > 1:
+        raise ValueError(f"This model has the memories {', '.join(attachment)}: name one of them.")
+    name = next(iter(attachment)) if name is None else name
+    return name, attachment.memories()[name]
+
+
 def check_name(host: nn.Module, name: str) -> None:
     """Raises a ValueError if a memory cannot have this name in this model."""
     attachment = attachment_of(host)
@@ -228,25 +234,8 @@ def check_name(host: nn.Module, name: str) -> None:
         raise ValueError(f"name is {name!r}; allowed: letters, digits and _, and no attribute of a module.")
 
 
-def _names(attachment: Attachment, name: str | None) -> list[str]:
-    return list(attachment) if name is None else [name]
-
-
-def _check_layers(memory: MemoryConfig, decoder: Decoder) -> None:
-    if max(memory.layers) >= len(decoder.blocks):
-        raise ValueError(
-            f"memory.layers is {list(memory.layers)}, but the model has blocks 0 to {len(decoder.blocks) - 1}."
-        )
-
-
-def _check_ids(memory: MemoryConfig, num_ids: int) -> None:
-    for setting, ids in (("fill_id", (memory.fill_id,)), ("dead_ids", memory.dead_ids), ("end_ids", memory.end_ids)):
-        if max(ids, default=0) >= num_ids:
-            raise ValueError(f"memory.{setting} is {list(ids)}; allowed: ids of the tokenizer, 0 to {num_ids - 1}.")
-
-
 def _classes(
-    memory: MemoryConfig, tokenizer: "PreTrainedTokenizerBase", vocab_size: int
+    memory: MemoryConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int
 ) -> tuple[torch.Tensor | None, Geometry]:
     """The class of each id, if the memory compresses the vocabulary, and the geometry."""
     if memory.compression == "none":
@@ -256,7 +245,7 @@ def _classes(
     return classes_V, derive_geometry(memory, **chosen)
 
 
-def _sample(tokenizer: "PreTrainedTokenizerBase", device: torch.device) -> torch.Tensor:
+def _sample(tokenizer: PreTrainedTokenizerBase, device: torch.device) -> torch.Tensor:
     ids = tokenizer(SAMPLE, return_tensors="pt").input_ids
     if ids.shape[1] < 2:
         raise ValueError("The tokenizer makes fewer than two tokens of a text: give the model's own tokenizer.")

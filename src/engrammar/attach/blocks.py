@@ -148,10 +148,10 @@ def measure(decoder: Decoder, input_ids: Tensor) -> list[tuple[int, float]]:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts a model into evaluation, and each of its modules back afterwards."""
+def evaluating(model: nn.Module, training: bool = False) -> Iterator[None]:
+    """Puts a model into evaluation (or training), and each of its modules back afterwards."""
     before = [(module, module.training) for module in model.modules()]
-    model.eval()
+    model.train(training)
     try:
         yield
     finally:

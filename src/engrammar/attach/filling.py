@@ -12,13 +12,12 @@ from typing import Any, Literal, final, get_args
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from engrammar.addressing import look_back
 from engrammar.attach.attached import AttachedMemory, first_tokens
-from engrammar.attach.attaching import disabled, require_attachment
+from engrammar.attach.attaching import disabled, only_memory
 from engrammar.attach.blocks import find_decoder, in_branches
-from engrammar.attach.prefix import Below, InputsOnly, Items
+from engrammar.attach.prefix import Below, Items, input_batches
 from engrammar.fusion import Fusion
 from engrammar.memory import Memory, masked_ids
 
@@ -78,10 +77,7 @@ def fill_rows(
     """
     if how not in get_args(How):
         raise ValueError(f"how is {how!r}; allowed: {', '.join(get_args(How))}.")
-    attachment = require_attachment(model, name)
-    if name is None and len(attachment) > 1:
-        raise ValueError(f"This model has the memories {', '.join(attachment)}: name the one to fill.")
-    attached = attachment.memories()[next(iter(attachment)) if name is None else name]
+    _, attached = only_memory(model, name)
     done = {}
     for layer in attached.config.layers:
         weight_RC = attached.memory.table(layer).weight
@@ -213,8 +209,7 @@ def _sum(model: Any, value: _Value, items: Items, how: How) -> _Sums:
 
 def _read(memory: Memory, items: Items) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
     """Batches of the text, and True [B, T] where an n-gram ends and a token of the same document follows."""
-    loader: DataLoader[Any] = DataLoader(InputsOnly(items), batch_size=8)  # type: ignore[arg-type]
-    for batch in loader:
+    for batch in input_batches(items, 8):
         given = _looked_up(batch, memory)
         retrieved = memory.retrieve(*given)
         masked_BT, mask_BT, starts_BT = masked_ids(*given, continued=False)

@@ -25,7 +25,7 @@ from engrammar.attach.attached import AttachedMemory, Place
 from engrammar.config import Encoding
 from engrammar.stores.serving import ServingSettings, StoredTables, serve_tables
 from engrammar.table import MemoryTable
-from engrammar.tables.checksums import MANIFEST, check_files, json_sum, read_manifest
+from engrammar.tables.checksums import MANIFEST, check_files, json_sum, read_manifest, require_sum
 from engrammar.tables.encodings import FLOATS, PLAIN, decode
 from engrammar.tables.folder import TableFolder, TableWriter, open_tables
 from engrammar.tables.headers import BLOCK_BYTES, Requirement, is_count, load_json
@@ -67,15 +67,15 @@ def write_adapter(folder: Path, name: str, attached: AttachedMemory, base: Mappi
     memory = attached.memory
     tables = {layer: _rows_of(memory.table(layer)) for layer in memory.config.layers}
     if source is not None and not source.is_first:
-        for rows in tables.values():
-            list(rows.blocks)  # empty: this rank's rows go to the first
+        for _, _, blocks in tables.values():
+            list(blocks)  # empty: this rank's rows go to the first
         return
     target = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.new") if there else folder
     writer = TableWriter(
         target,
         memory=memory.config,
         geometry=memory.geometry,
-        encoding=next(iter(tables.values())).encoding,
+        encoding=next(iter(tables.values()))[0],
         source="a memory attached by engrammar",
         num_ids=memory.num_ids,
         tokenizer_sha256=attached.place.tokenizer_sha256,
@@ -84,10 +84,9 @@ def write_adapter(folder: Path, name: str, attached: AttachedMemory, base: Mappi
         weights = {key: x.detach().cpu().contiguous() for key, x in attached.state_dict().items() if not is_table(key)}
         save_file(weights, writer.partial / WEIGHTS, metadata={"format": "pt"})
         content = {"version": VERSION, "name": name, "place": asdict(attached.place), "base": dict(base)}
-        content = json.loads(json.dumps(content))
         (writer.partial / ADAPTER).write_text(json.dumps(content | {"crc32": json_sum(content)}, indent=1) + "\n")
-        for layer, rows in tables.items():
-            writer.add(layer, rows.scale, rows.blocks)
+        for layer, (_, scale, blocks) in tables.items():
+            writer.add(layer, scale, blocks)
     if there:
         try:
             seal(target, folder)
@@ -96,28 +95,19 @@ def write_adapter(folder: Path, name: str, attached: AttachedMemory, base: Mappi
                 shutil.rmtree(target, ignore_errors=True)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Stored:
-    """The rows of a table as they are to be stored: uint8 blocks [U, S]."""
-
-    encoding: Encoding
-    scale: float | None
-    blocks: Iterator[Tensor]
-
-
-def _rows_of(table: MemoryTable) -> Stored:
+def _rows_of(table: MemoryTable) -> tuple[Encoding, float | None, Iterator[Tensor]]:
+    """The rows of a table as they are to be stored: their encoding, its scale, and uint8 blocks [U, S]."""
     source = table.source
     if isinstance(source, StoredTables):
         file = source.files[table.name]
-        copied = map(torch.from_numpy, read_table(source.folder, file))
-        return Stored(encoding=file.encoding, scale=file.scale, blocks=copied)
+        return file.encoding, file.scale, map(torch.from_numpy, read_table(source.folder, file))
     weight_RC = table.weight if source is None else source.tables[table.name]
     assert weight_RC is not None
     encoding: Encoding = "bf16" if weight_RC.dtype == torch.bfloat16 else "fp32"
     per_block = max(1, BLOCK_BYTES // (4 * weight_RC.shape[1]))
     whole = weight_RC.detach().split(per_block) if source is None else source.whole(table.name, per_block)
     parts = (part.cpu().to(FLOATS[encoding]) for part in whole)
-    return Stored(encoding=encoding, scale=None, blocks=(part.contiguous().view(torch.uint8) for part in parts))
+    return encoding, None, (part.contiguous().view(torch.uint8) for part in parts)
 
 
 def read_adapter(folder: Path) -> AdapterFile:
@@ -131,11 +121,10 @@ def read_adapter(folder: Path) -> AdapterFile:
         raise ValueError(f"{folder} has no {ADAPTER}: give a folder that save_attached wrote.")
     require = Requirement(path)
     content = load_json(path.read_bytes(), require)
-    require(
-        isinstance(content, dict) and content.keys() == KEYS, f"it does not have the keys {', '.join(sorted(KEYS))}"
-    )
+    has_keys = isinstance(content, dict) and content.keys() == KEYS
+    require(has_keys, f"it does not have the keys {', '.join(sorted(KEYS))}")
     require(content["version"] == VERSION, f"its version is {content['version']!r}, not {VERSION}")
-    require(content["crc32"] == json_sum(content), "its crc32 is not that of its contents")
+    require_sum(content, require)
     place, base = content["place"], content["base"]
     require(isinstance(place, dict) and place.keys() == {f.name for f in fields(Place)}, "place has other keys")
     counts = [place[key] for key in ("num_ids", "vocab_size", "hidden_size", "num_branches")]

@@ -6,8 +6,7 @@ Letters: N items of a dataset, B batch, T tokens.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, final
@@ -16,10 +15,11 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from engrammar.attach.attaching import disabled, require_attachment
-from engrammar.attach.blocks import PATCHES, Decoder, find_decoder, hidden_of
+from engrammar.attach.blocks import PATCHES, Decoder, evaluating, find_decoder, hidden_of
 from engrammar.attach.skipping import KEPT, check_frozen
 from engrammar.tables.sealed import check_writable, written_beside
 
@@ -117,7 +117,7 @@ class Below:
             raise _Reached
 
         block = self.decoder.blocks[self.layer]
-        with block.register_forward_pre_hook(stop, with_kwargs=True), _mode(self.model, training):
+        with block.register_forward_pre_hook(stop, with_kwargs=True), evaluating(self.model, training):
             try:
                 self.decoder.module(**batch, use_cache=False)
             except _Reached:
@@ -171,10 +171,8 @@ def _check_same(folder: Path, about: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def _compute(below: Below, items: Items, folder: Path, about: dict[str, Any], batch_size: int) -> None:
-    from tqdm.auto import tqdm  # type: ignore[import-untyped]
-
     check_writable(folder.parent)
-    loader: DataLoader[Any] = DataLoader(InputsOnly(items), batch_size=batch_size)  # type: ignore[arg-type]
+    loader = input_batches(items, batch_size)
     device = next(below.decoder.module.parameters()).device
     with written_beside(folder) as partial_folder, disabled(below.model):
         partial_folder.mkdir()
@@ -193,39 +191,23 @@ def _compute(below: Below, items: Items, folder: Path, about: dict[str, Any], ba
         (partial_folder / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
 
 
-@final
-class InputsOnly:
-    """Items without labels and other things that hidden states do not depend on."""
+def input_batches(items: Items, batch_size: int) -> DataLoader[Any]:
+    """Batches of items without labels and other things that hidden states do not depend on."""
 
-    def __init__(self, items: Items) -> None:
-        self.items = items
+    def collate(batch: list[Mapping[str, Any]]) -> dict[str, Tensor]:
+        inputs = [{name: torch.as_tensor(item[name]) for name in NAMES if name in item} for item in batch]
+        return default_collate(inputs)
 
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        item = self.items[index]
-        return {name: torch.as_tensor(item[name]) for name in NAMES if name in item}
-
-
-@contextmanager
-def _mode(model: nn.Module, training: bool) -> Iterator[None]:
-    before = [(module, module.training) for module in model.modules()]
-    model.train(training)
-    try:
-        yield
-    finally:
-        for module, was in before:
-            module.training = was
+    return DataLoader(items, batch_size, collate_fn=collate)  # type: ignore[arg-type]
 
 
 @torch.no_grad()
 def _check_equal(model: nn.Module, decoder: Decoder, kept: KeptPrefix) -> None:
     """Compares one item's logits with those of a whole pass."""
     device = next(decoder.module.parameters()).device
-    item = {name: value[None].to(device) for name, value in InputsOnly(kept.items)[0].items()}
+    item = {name: value.to(device) for name, value in next(iter(input_batches(kept.items, 1))).items()}
     returned: list[Any] = []
-    with _mode(model, training=False):
+    with evaluating(model):
         with decoder.blocks[0].register_forward_hook(lambda *call: returned.append(call[-1])):
             whole = model(**item, use_cache=False).logits.float()
         require_attachment(model, None).blocks_return_tuples = isinstance(returned[0], tuple)

@@ -1,20 +1,17 @@
 """Saves attached memories as adapters, and attaches saved ones."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
-from engrammar.attach.attaching import check_name, put, require_attachment
+from engrammar.attach.attaching import check_name, only_memory, put
 from engrammar.attach.blocks import find_decoder
 from engrammar.attach.fingerprints import check_base, fingerprint_of
 from engrammar.attach.folder import load_memory, read_adapter, write_adapter
-from engrammar.model.saving import DOWNLOAD, SERVING, local_folder
-from engrammar.stores.serving import ServingSettings
+from engrammar.model.saving import DOWNLOAD, SERVING, local_folder, take_serving
 from engrammar.vocabulary import fingerprint, require_tokenizer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 def save_attached(model: nn.Module, folder: str | Path, name: str | None = None) -> None:
@@ -30,17 +27,13 @@ def save_attached(model: nn.Module, folder: str | Path, name: str | None = None)
         ValueError: there is no such memory, or there are several and no name; or the folder holds other things.
         OSError: the disk is full or fails; what was there is still there.
     """
-    attachment = require_attachment(model, name)
-    if name is None and len(attachment) > 1:
-        raise ValueError(f"This model has the memories {', '.join(attachment)}: name the one to save.")
-    name = next(iter(attachment)) if name is None else name
-    write_adapter(Path(folder), name, attachment.memories()[name], fingerprint_of(find_decoder(model)))
+    write_adapter(Path(folder), *only_memory(model, name), fingerprint_of(find_decoder(model)))
 
 
 def load_attached(
     model: nn.Module,
     folder: str | Path,
-    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     name: str | None = None,
     **settings: Any,
 ) -> nn.Module:
@@ -76,10 +69,6 @@ def load_attached(
                 f"{folder} was made with another tokenizer than this one of {len(tokenizer)} tokens: its rows would be "
                 "read wrongly; give the base's own tokenizer."
             )
-    serving = {key: settings[key] for key in SERVING if key in settings}
-    if serving and settings.get("memory") is None:
-        raise ValueError(f"{min(serving)} needs memory='ram', 'disk' or a store: rows are parameters otherwise.")
-    where = settings.get("memory")
-    chosen = None if where is None else ServingSettings(where=where, **serving)
-    put(decoder, load_memory(path, saved.place, chosen, verify=bool(settings.get("verify"))), name)
+    serving = take_serving(settings)
+    put(decoder, load_memory(path, saved.place, serving, verify=bool(settings.get("verify"))), name)
     return model

@@ -4,22 +4,19 @@ Letters: V ids of the vocabulary.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from numpy.typing import NDArray
-from transformers import DeepseekV3Config
+from transformers import DeepseekV3Config, PreTrainedTokenizerBase
 
 from engrammar.addressing import derive_geometry
 from engrammar.config import Geometry, MemoryConfig
 from engrammar.tables.headers import read_json
 from engrammar.tables.shards import CODE
 from engrammar.vocabulary import fingerprint
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 # Beside a checkpoint, for programs that have not imported us: trust_remote_code=True runs this one line.
 CODE_LINE = "from engrammar import EngrammarConfig, EngrammarForCausalLM, EngrammarModel  # noqa: F401\n"
@@ -92,15 +89,7 @@ class EngrammarConfig(DeepseekV3Config):
     def _resolve_memory(self) -> None:
         memory = self.memory_config
         assert memory is not None
-        if max(memory.layers) >= self.num_hidden_layers:
-            raise ValueError(
-                f"memory.layers is {list(memory.layers)}, but the model has layers 0 to {self.num_hidden_layers - 1}."
-            )
-        for name, ids in (("fill_id", (memory.fill_id,)), ("dead_ids", memory.dead_ids), ("end_ids", memory.end_ids)):
-            if not all(0 <= token_id < (self.num_ids or 0) for token_id in ids):
-                raise ValueError(
-                    f"memory.{name} is {list(ids)}; allowed: ids of the vocabulary, 0 to {self.num_ids}-1."
-                )
+        memory.check_model(self.num_hidden_layers, self.num_ids or 0)
         self.memory = memory.to_json()
         if self.geometry is None:
             num_classes, fill_class = self.num_classes, self.fill_class
@@ -157,7 +146,7 @@ class EngrammarConfig(DeepseekV3Config):
 
     @classmethod
     def for_tokenizer(
-        cls, tokenizer: "PreTrainedTokenizerBase", classes_V: NDArray[np.int64] | None = None, **settings: Any
+        cls, tokenizer: PreTrainedTokenizerBase, classes_V: NDArray[np.int64] | None = None, **settings: Any
     ) -> Self:
         """A config whose vocabulary, special ids and memory addresses belong to `tokenizer`.
 
@@ -190,7 +179,7 @@ class EngrammarConfig(DeepseekV3Config):
             settings |= {"num_classes": int(classes_V.max()) + 1, "fill_class": int(classes_V[memory.fill_id])}
         return cls(**settings)
 
-    def check_tokenizer(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raises a ValueError if this model's addresses belong to another tokenizer."""
         if self.tokenizer_sha256 is not None and fingerprint(tokenizer) != self.tokenizer_sha256:
             raise ValueError(

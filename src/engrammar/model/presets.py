@@ -6,15 +6,14 @@ Letters: V ids of the vocabulary.
 """
 
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
 
 from engrammar.model.configuration import EngrammarConfig
 from engrammar.vocabulary import require_tokenizer
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-    from transformers import PreTrainedTokenizerBase
 
 DEEPSEEK_V3 = {"vocab_size": 129_280, "num_ids": 128_815, "num_classes": 98_627, "fill_class": 2}
 PAPER_BACKBONE: dict[str, Any] = {
@@ -120,8 +119,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 def preset(
     name: str,
     *,
-    tokenizer: "PreTrainedTokenizerBase | None" = None,
-    classes_V: "NDArray[np.int64] | None" = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    classes_V: NDArray[np.int64] | None = None,
     **overrides: Any,
 ) -> EngrammarConfig:
     """The config of a named model, for `tokenizer` if one is given.
@@ -160,7 +159,7 @@ def preset(
 
 
 def _memory_settings(
-    own: dict[str, Any], given: dict[str, Any], tokenizer: "PreTrainedTokenizerBase | None"
+    own: dict[str, Any], given: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None
 ) -> dict[str, Any]:
     """A preset's memory settings, overridden first by the tokenizer's special ids, then by `given`."""
     memory = {**own, **given}

@@ -122,7 +122,9 @@ class SavedModel(PreTrainedModel):
                 lacks weights of this model. With `output_loading_info=True` missing weights are allowed: they are newly
                 initialized, and the info names them.
         """
-        serving, wants_info = _take_serving(kwargs), kwargs.pop("output_loading_info", False)
+        serving, wants_info = take_serving(kwargs), kwargs.pop("output_loading_info", False)
+        if serving is not None:
+            kwargs["tables"] = "external"
         name, folder = pretrained_model_name_or_path, Path()
         if name is not None:
             root = local_folder(str(name), kwargs)
@@ -154,11 +156,10 @@ class SavedModel(PreTrainedModel):
         return (model, info) if wants_info else model
 
 
-def _take_serving(kwargs: dict[str, Any]) -> ServingSettings | None:
+def take_serving(kwargs: dict[str, Any]) -> ServingSettings | None:
     """Takes the settings of serving out of `kwargs` and checks them; None if there are none."""
     given = {key: kwargs.pop(key) for key in [*kwargs] if key in SERVING}
     if isinstance(kwargs.get("memory"), str) or callable(kwargs.get("memory")):
-        kwargs["tables"] = "external"
         return ServingSettings(where=kwargs.pop("memory"), **given)
     if given:
         raise ValueError(f"{next(iter(given))} needs memory='ram', 'disk' or a store: tables are weights otherwise.")

@@ -6,11 +6,12 @@ Letters: S rows of each table that a cache holds, V ids; T, H and D as in `touch
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, get_args
+from typing import Any, Self, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
+from transformers import PreTrainedTokenizerBase
 
 from engrammar.config import Encoding, Geometry, MemoryConfig, row_bytes
 from engrammar.model.configuration import load_config
@@ -23,33 +24,23 @@ from engrammar.tables.headers import read_json
 from engrammar.tables.released.files import Settings
 from engrammar.tables.released.qwen import describe_memory
 from engrammar.train.data import TokenSet
-from engrammar.vocabulary import compress_vocabulary, fingerprint
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from engrammar.vocabulary import compress_vocabulary, fingerprint, load_tokenizer
 
 SHARES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # parts of a table's rows that a cache holds
 FEWEST = 8  # rows of a cache
 
 
-def find_tokenizer(model: str, corpus: str, tokenizer: Path | None) -> "PreTrainedTokenizerBase":
+def find_tokenizer(model: str, corpus: str, tokenizer: Path | None) -> PreTrainedTokenizerBase:
     """The tokenizer in the folder `tokenizer` if given, else the model's own, else that of a corpus of tokens.
 
     Raises:
         ValueError: there is none, or it cannot be loaded.
     """
-    from transformers import AutoTokenizer
-
     folders = [Path(model), TokenSet.open(Path(corpus)).tokenizer_path if is_prepared(corpus) else Path(corpus)]
     own = [folder for folder in folders if (folder / "tokenizer.json").exists()]
     if tokenizer is None and not own:
         raise ValueError(f"{model} comes without a tokenizer: give one with --tokenizer.")
-    folder = tokenizer or own[0]
-    try:
-        return AutoTokenizer.from_pretrained(str(folder))
-    except Exception as error:  # transformers raises many kinds, with messages of many lines
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"{folder} holds no tokenizer that can be loaded ({reason}): give another.") from error
+    return load_tokenizer(tokenizer or own[0])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +56,7 @@ class Addresses:
     classes_V: NDArray[np.int64] | None
 
     @classmethod
-    def of_model(cls, model: str, tokenizer: "PreTrainedTokenizerBase") -> Self:
+    def of_model(cls, model: str, tokenizer: PreTrainedTokenizerBase) -> Self:
         """The addresses of a checkpoint, a folder of tables, a preset built for `tokenizer`, or a released model.
 
         Of a released Qwen4-Exp model, config.json is enough.

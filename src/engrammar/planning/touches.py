@@ -7,13 +7,14 @@ D distinct rows, F or U rows asked for, G rows that hit.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, final
+from typing import final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
+from transformers import PreTrainedTokenizerBase
 
 from engrammar.addressing import hash_ngrams_numpy, look_back
 from engrammar.config import Geometry, MemoryConfig
@@ -22,9 +23,6 @@ from engrammar.stores.cache import CachedStore
 from engrammar.tables.headers import PAGE
 from engrammar.train.data import TokenSet
 from engrammar.train.documents import read_documents
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 CALL_TOKENS = 32  # tokens whose rows are asked of the simulated cache at once
 
@@ -60,7 +58,7 @@ def is_prepared(corpus: str) -> bool:
 
 
 def read_sample(
-    corpus: str, tokenizer: "PreTrainedTokenizerBase", *, num_tokens: int, prompt_tokens: int, cache: Path
+    corpus: str, tokenizer: PreTrainedTokenizerBase, *, num_tokens: int, prompt_tokens: int, cache: Path
 ) -> Sample:
     """Reads the first tokens of a corpus.
 

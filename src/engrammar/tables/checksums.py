@@ -44,6 +44,15 @@ def json_sum(content: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode())
 
 
+def require_sum(content: dict[str, Any], require: Requirement) -> None:
+    """Requires of an object that was read that its `crc32` is the sum of all other keys."""
+    try:
+        found = json_sum(content)
+    except (ValueError, RecursionError):  # numbers too long to write, text that is not Unicode
+        found = None
+    require(content["crc32"] == found, "its crc32 is not that of its contents")
+
+
 def write_manifest(folder: Path, names: Iterable[str] | None = None, *, block_bytes: int = BLOCK_BYTES) -> None:
     """Writes the manifest of a folder, with new sums of the named files (None: of all files).
 
@@ -129,11 +138,7 @@ def read_manifest(folder: Path) -> Manifest:
     require(content.keys() - {"crc32"} == {"version", "block_bytes", "files"}, "it has other keys than a manifest")
     require(content["version"] == VERSION, f"its version is not {VERSION}")
     if "crc32" in content:
-        try:
-            found = json_sum(content)
-        except (ValueError, RecursionError):  # numbers too long to write, text that is not Unicode
-            found = None
-        require(content["crc32"] == found, "its crc32 is not that of its contents")
+        require_sum(content, require)
     block_bytes, entries = content["block_bytes"], content["files"]
     require(is_count(block_bytes, BLOCK_BYTES) and block_bytes > 0, f"block_bytes is not 1 to {BLOCK_BYTES}")
     require(isinstance(entries, dict), "files is not an object")

@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any, get_args
 
 from engrammar.config import Encoding, Geometry, MemoryConfig
-from engrammar.tables.checksums import MANIFEST, check_file, json_sum, page_sums_path, read_manifest, write_manifest
+from engrammar.tables.checksums import (
+    MANIFEST,
+    check_file,
+    json_sum,
+    page_sums_path,
+    read_manifest,
+    require_sum,
+    write_manifest,
+)
 from engrammar.tables.encodings import ENCODING_OF, PLAIN
 from engrammar.tables.headers import AGAIN, Requirement, is_count, load_json, read_header, read_json
 from engrammar.tables.sealed import PARTIAL
@@ -67,11 +75,7 @@ def check_content(content: Any, require: Requirement) -> None:
     require(isinstance(content, dict), "it is not an object")
     require(content.get("version") == VERSION, f"its version is {content.get('version')!r}, not {VERSION}")
     require(content.keys() == set(KEYS), f"its keys are {', '.join(content)}, not {', '.join(KEYS)}")
-    try:
-        found = json_sum(content)
-    except (ValueError, RecursionError):  # numbers too long to write, text that is not Unicode
-        found = None
-    require(content["crc32"] == found, "its crc32 is not that of its contents")
+    require_sum(content, require)
     memory, geometry = memory_of(content["memory"], require), geometry_of(content["geometry"], require)
     try:
         geometry.check(memory)

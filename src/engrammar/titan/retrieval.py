@@ -20,7 +20,7 @@ from engrammar.memory import Memory
 from engrammar.model.configuration import EngrammarConfig
 from engrammar.train.exchange import Traffic, share
 from engrammar.train.placement import TablePlacement, Where
-from engrammar.vocabulary import compress_vocabulary
+from engrammar.vocabulary import compress_vocabulary, load_tokenizer
 
 Found = tuple[
     Tensor | None, Tensor | None, Tensor | None
@@ -148,14 +148,12 @@ def classes_of(tokenizer: str) -> Any:
     Raises:
         ValueError: no folder is given.
     """
-    from transformers import AutoTokenizer
-
     if not tokenizer:
         raise ValueError(
             "This memory compresses ids, which needs the tokenizer: give its folder with "
             "--hf_assets_path, or a memory with compression='none'."
         )
-    return compress_vocabulary(AutoTokenizer.from_pretrained(tokenizer))
+    return compress_vocabulary(load_tokenizer(tokenizer))
 
 
 def own_values(given: Tensor) -> Tensor:

@@ -10,12 +10,18 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, default_data_collator, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    default_data_collator,
+    set_seed,
+)
 
 from engrammar.attach import attach, disabled, keep_prefix, save_attached, set_trainable
 from engrammar.attach.attached import AttachedMemory
@@ -23,22 +29,18 @@ from engrammar.attach.attaching import require_attachment, save_base
 from engrammar.attach.blocks import find_decoder
 from engrammar.config import MemoryConfig
 from engrammar.table import MemoryTable
-from engrammar.tables.sealed import check_writable, clear_partials, write_text, writing
+from engrammar.tables.sealed import check_writable, write_text, writing
 from engrammar.tables.shards import BACKBONE, WHOLE, is_table
 from engrammar.train.data import TokenSet, prepare
-from engrammar.train.optimizer import OptimizerSettings
-from engrammar.train.recipe import AttachRecipe, BaseRecipe, to_yaml
-from engrammar.train.run import last_checkpoint, progress, training_arguments
+from engrammar.train.recipe import AttachRecipe, BaseRecipe, DataRecipe, to_yaml
+from engrammar.train.run import finish_steps, last_checkpoint, progress, trainer_settings, training_arguments
 from engrammar.train.sparse import SparseRows, share_changed
 from engrammar.train.trainer import EngrammarTrainer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 ADAPTER, MODEL, PREFIX = "adapter", "model", "prefix"
 
 
-def load_base(base: BaseRecipe) -> "tuple[Any, PreTrainedTokenizerBase]":
+def load_base(base: BaseRecipe) -> tuple[Any, PreTrainedTokenizerBase]:
     """The model and its tokenizer; raises a ValueError if either cannot be loaded."""
     given: dict[str, Any] = {} if base.gguf_file is None else {"gguf_file": base.gguf_file}
     try:
@@ -50,7 +52,7 @@ def load_base(base: BaseRecipe) -> "tuple[Any, PreTrainedTokenizerBase]":
     return model, tokenizer
 
 
-def memory_settings(recipe: AttachRecipe, num_blocks: int, tokenizer: "PreTrainedTokenizerBase") -> MemoryConfig:
+def memory_settings(recipe: AttachRecipe, num_blocks: int, tokenizer: PreTrainedTokenizerBase) -> MemoryConfig:
     """The recipe's memory, with what it leaves out: the block at two thirds of the depth, and the end of text."""
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     chosen: dict[str, Any] = {"layers": [2 * num_blocks // 3]}
@@ -105,29 +107,34 @@ class AttachedTrainer(EngrammarTrainer):
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """A model with a new memory, and its text."""
+    """A model, its tokenizer, and the text that a memory of it is trained on."""
 
     model: Any
-    tokenizer: "PreTrainedTokenizerBase"
+    tokenizer: PreTrainedTokenizerBase
     tokens: TokenSet
 
 
-def read_text(recipe: AttachRecipe) -> "tuple[Any, PreTrainedTokenizerBase, TokenSet]":
+def read_text(recipe: AttachRecipe) -> Prepared:
     """Loads the base, and turns the text into tokens of its own tokenizer."""
-    out = Path(recipe.out)
     model, tokenizer = load_base(recipe.base)
-    tokenizer.save_pretrained(out / "tokenizer")
-    text = replace(recipe.data, tokenizer=str(out / "tokenizer"))
-    return model, tokenizer, prepare(text, out=out / "tokens", cache=Path(recipe.data.folder) / "pocket")
+    tokenizer.save_pretrained(Path(recipe.out, "tokenizer"))
+    return Prepared(model=model, tokenizer=tokenizer, tokens=_prepare(recipe, "tokens", recipe.data))
+
+
+def _prepare(recipe: AttachRecipe, name: str, text: DataRecipe) -> TokenSet:
+    """A text in tokens of the base's own tokenizer, in the folder `name` of the run."""
+    out, cache = Path(recipe.out), Path(recipe.data.folder) / "pocket"
+    return prepare(replace(text, tokenizer=str(out / "tokenizer")), out=out / name, cache=cache)
 
 
 def prepare_attached(recipe: AttachRecipe) -> Prepared:
     """Loads the base and the text, and attaches the memory."""
-    model, tokenizer, tokens = read_text(recipe)
+    ready = read_text(recipe)
     set_seed(recipe.seed)
-    attach(model, memory_settings(recipe, len(find_decoder(model).blocks), tokenizer), tokenizer)
-    set_trainable(model, recipe.train)
-    return Prepared(model=model, tokenizer=tokenizer, tokens=tokens)
+    config = memory_settings(recipe, len(find_decoder(ready.model).blocks), ready.tokenizer)
+    attach(ready.model, config, ready.tokenizer)
+    set_trainable(ready.model, recipe.train)
+    return ready
 
 
 def plan_attached(recipe: AttachRecipe) -> str:
@@ -185,21 +192,14 @@ def train_attached(recipe: AttachRecipe) -> dict[str, Any]:
         ready = prepare_attached(recipe)
         blocks = _blocks(recipe, ready)
     trainer = _trainer(recipe, ready, arguments, blocks)
-    background = _background(recipe, ready)
+    background = _background(recipe)
     if background:
         rows, most_common = recipe.sparse.rows or None, recipe.sparse.most_common
         trainer.sparse = SparseRows(ready.model, background, rows, most_common=most_common)
-    tokens_per_second = None
     if trained:
-        assert checkpoint is not None
         trainer.place(checkpoint)
         trainer._load_from_checkpoint(str(checkpoint))
-        trainer.state = state
-        if arguments.should_save:
-            clear_partials(out)
-    else:
-        runtime = trainer.train(str(checkpoint) if checkpoint else None).metrics["train_runtime"]
-        tokens_per_second = (trainer.state.global_step - state.global_step) * _tokens_per_step(recipe) / runtime
+    tokens_per_second = finish_steps(trainer, recipe, checkpoint, state, trained)
     result = _measured(ready.model, trainer) | {
         "tokens_per_second": tokens_per_second,
         "steps": trainer.state.global_step,
@@ -239,37 +239,22 @@ def _blocks(recipe: AttachRecipe, ready: Prepared) -> dict[str, Any]:
     }
 
 
-def _background(recipe: AttachRecipe, ready: Prepared) -> list[Tensor]:
+def _background(recipe: AttachRecipe) -> list[Tensor]:
     """Blocks [B, T] of the text that should stay as it is; none if every row is trained."""
     if not recipe.sparse.rows and recipe.sparse.most_common == 1:
         return []
-    out, length = Path(recipe.out), recipe.data.sequence_length
     source, enough = recipe.sparse.background, 4 * recipe.sparse.blocks
     text = replace(recipe.data, source=source, limit_documents=enough, validation_share=0.0)
-    text = replace(text, tokenizer=str(out / "tokenizer"))
-    tokens = prepare(text, out=out / "background", cache=Path(recipe.data.folder) / "pocket")
-    blocks = tokens.blocks("train", length)
+    blocks = _prepare(recipe, "background", text).blocks("train", recipe.data.sequence_length)
     read = [blocks[index]["input_ids"] for index in range(min(recipe.sparse.blocks, len(blocks)))]
     return list(torch.stack(read).split(64))
 
 
 def _trainer(recipe: AttachRecipe, ready: Prepared, arguments: Any, blocks: dict[str, Any]) -> AttachedTrainer:
-    out = Path(recipe.out)
     return AttachedTrainer(
         ready.model,
         arguments,
-        optimizer_settings=OptimizerSettings(
-            memory=recipe.optimizer.memory,
-            memory_lr_scale=recipe.optimizer.memory_lr_scale,
-            matrices=recipe.optimizer.matrices,
-        ),
-        balance_rate=recipe.optimizer.balance_rate,
-        bytes_per_eval_token=ready.tokens.num_bytes("validation") / ready.tokens.num_tokens("validation"),
-        placement={
-            "where": recipe.placement.where,
-            "folder": recipe.placement.folder or out / "tables",
-            "overlap": recipe.placement.overlap,
-        },
+        **trainer_settings(recipe, ready.tokens),
         train_dataset=blocks["train"],
         eval_dataset=blocks["validation"],
         processing_class=ready.tokenizer,

@@ -11,11 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
+from transformers import PreTrainedTokenizerFast
 
 from engrammar.tables.sealed import check_writable, written_beside
 from engrammar.train.documents import Split, find_division, find_files, is_kept, read_documents
 from engrammar.train.duplicates import near_duplicates
 from engrammar.train.recipe import DataRecipe
+from engrammar.vocabulary import load_tokenizer
 
 FORMAT_VERSION = 1
 SHARD_TOKENS = 64 * 2**20
@@ -30,9 +36,6 @@ def train_tokenizer(documents: Iterable[str], *, vocab_size: int, path: Path) ->
     """
     if vocab_size < 258:
         raise ValueError(f"vocab_size {vocab_size} is too small: 256 bytes and 2 special tokens need at least 258")
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -46,13 +49,7 @@ def train_tokenizer(documents: Iterable[str], *, vocab_size: int, path: Path) ->
 
 
 def _load_tokenizer(name: str | Path) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(name))
-    except Exception as error:  # transformers raises many kinds, with messages of many lines
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"cannot load a tokenizer from {name}, a folder or a name: {reason}") from error
+    tokenizer = load_tokenizer(name)
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer {name} needs a fast version (tokenizer.json) and an eos token: give another")
     return tokenizer
@@ -180,8 +177,6 @@ class Blocks:
         return max(0, -(-(num_tokens - 1) // (self.length - 1)))
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        import torch
-
         if not 0 <= index < len(self):
             raise IndexError(f"block {index} of {len(self)}")
         start = index * (self.length if self.split == "train" else self.length - 1)
@@ -190,9 +185,9 @@ class Blocks:
             return {"input_ids": ids, "labels": ids.clone()}
         padding = (0, self.length - len(ids))
         return {
-            "input_ids": torch.nn.functional.pad(ids, padding, value=self.tokens.pad_id),
-            "labels": torch.nn.functional.pad(ids, padding, value=-100),
-            "attention_mask": torch.nn.functional.pad(torch.ones_like(ids), padding),
+            "input_ids": F.pad(ids, padding, value=self.tokens.pad_id),
+            "labels": F.pad(ids, padding, value=-100),
+            "attention_mask": F.pad(torch.ones_like(ids), padding),
         }
 
 
@@ -271,9 +266,6 @@ def _reuse(out: Path, settings: dict[str, Any]) -> TokenSet:
 
 def _write_tokens(texts: Iterator[tuple[Split, str]], tokenizer: Any, folder: Path) -> dict[str, Any]:
     """Writes the shards of both splits and returns the fields of tokens.json."""
-    from tokenizers import Tokenizer
-    from tqdm.auto import tqdm  # type: ignore[import-untyped]
-
     fast = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     fast.no_truncation()
     fast.no_padding()

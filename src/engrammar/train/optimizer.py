@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +27,7 @@ from engrammar.train.row_optimizers import (
     evaluate,
     sum_by_row,
 )
-
-if TYPE_CHECKING:
-    from engrammar.train.sparse import SparseRows
+from engrammar.train.sparse import SparseRows
 
 MatrixOptimizerKind = Literal["muon", "adamw"]
 MemoryOptimizerKind = Literal[RowOptimizerKind, "dense_adam"]

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,13 +16,9 @@ from engrammar.attach.attaching import attachment_of
 from engrammar.attach.blocks import evaluating, find_decoder
 from engrammar.attach.prefix import Items
 from engrammar.cells import Column, Lines, cells, titles
-from engrammar.config import MemoryConfig
-from engrammar.train.attached import memory_settings, read_text
+from engrammar.train.attached import Prepared, memory_settings, read_text
 from engrammar.train.optimizer import OptimizerSettings, build_optimizer
 from engrammar.train.recipe import AttachRecipe
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 COLUMNS = (
     Column("block", "layer"),
@@ -32,26 +28,6 @@ COLUMNS = (
     Column("gain/min", "gain_per_minute", "+.4f"),
     Column("s before", "prefix_seconds", ",.1f"),
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProbeSettings:
-    """How each block is tried.
-
-    Attributes:
-        layers: the blocks to try.
-        steps: training steps at each.
-        batch_size: items of a step.
-        lr: rate of the fusion; rows get `memory_lr_scale` times it.
-        seed: of the fusion's weights and the order of items, the same at every block.
-    """
-
-    layers: Sequence[int]
-    steps: int = 30
-    batch_size: int = 8
-    lr: float = 1e-3
-    memory_lr_scale: float = 60.0
-    seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,12 +55,7 @@ class Probe:
 
 
 def probe_layers(
-    model: Any,
-    config: MemoryConfig,
-    tokenizer: "PreTrainedTokenizerBase",
-    train: Items,
-    held: Items,
-    settings: ProbeSettings,
+    recipe: AttachRecipe, ready: Prepared, blocks: tuple[Items, Items], layers: Sequence[int], steps: int
 ) -> list[Probe]:
     """Trains a fresh memory at one block after another, from the same start, on the same batches.
 
@@ -92,56 +63,61 @@ def probe_layers(
     afterwards, to the bit.
 
     Args:
-        config: the memory's settings; its `layers` are replaced.
-        train, held: items of one length with labels, as for `keep_prefix`.
+        recipe: gives the memory's settings except its `layers`, the rates, the items of a step and the seed.
+        ready: the model and its tokenizer.
+        blocks: what is trained on and what is held out, items of one length with labels, as for `keep_prefix`.
+        layers: the blocks to try.
+        steps: training steps at each.
 
     Raises:
         ValueError: the model has a memory already, a setting is not allowed, or `attach` or `keep_prefix` refuses.
     """
+    model, num_blocks = ready.model, len(find_decoder(ready.model).blocks)
     if attachment_of(model) is not None:
         raise ValueError("The model has a memory already: detach it, and try the blocks of the base.")
-    num_blocks = len(find_decoder(model).blocks)
-    if not settings.layers or not all(0 <= layer < num_blocks for layer in settings.layers):
-        raise ValueError(f"layers is {list(settings.layers)}; allowed: blocks from 0 to {num_blocks - 1}.")
-    if settings.steps < 1:
-        raise ValueError(f"steps is {settings.steps}; allowed: 1 or more.")
+    if not layers or not all(0 <= layer < num_blocks for layer in layers):
+        raise ValueError(f"layers is {list(layers)}; allowed: blocks from 0 to {num_blocks - 1}.")
+    if steps < 1:
+        raise ValueError(f"steps is {steps}; allowed: 1 or more.")
+    config = memory_settings(recipe, num_blocks, ready.tokenizer)
     probes = []
-    for layer in settings.layers:
-        torch.manual_seed(settings.seed)
-        attach(model, replace(config, layers=(layer,)), tokenizer)
+    for layer in layers:
+        torch.manual_seed(recipe.seed)
+        attach(model, replace(config, layers=(layer,)), ready.tokenizer)
         try:
-            with evaluating(model), TemporaryDirectory() as folder:
-                probes.append(_probe(model, layer, (train, held), settings, Path(folder)))
+            with evaluating(model):
+                probes.append(_probe(recipe, model, blocks, layer, steps))
         finally:
             detach(model)
     return probes
 
 
-def _probe(model: Any, layer: int, items: tuple[Items, Items], settings: ProbeSettings, folder: Path) -> Probe:
-    started = time.process_time()
-    train, held = items
-    if layer:
-        train, held = (keep_prefix(model, own, folder / str(i), batch_size=8) for i, own in enumerate(items))
-    prefix_seconds, before = time.process_time() - started, mean_loss(model, held, settings.batch_size)
-    given = OptimizerSettings(memory_lr_scale=settings.memory_lr_scale, matrices="adamw", max_grad_norm=1.0)
-    optimizer = build_optimizer(model, given, lr=settings.lr, weight_decay=0.0, betas=(0.9, 0.99), eps=1e-8)
-    model.train()
-    started = time.process_time()
-    for batch, _ in zip(_batches(model, train, settings), range(settings.steps)):
-        model(**batch, use_cache=False).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    step_seconds = (time.process_time() - started) / settings.steps
-    model.eval()
-    loss = mean_loss(model, held, settings.batch_size)
+def _probe(recipe: AttachRecipe, model: Any, blocks: tuple[Items, Items], layer: int, steps: int) -> Probe:
+    batch_size, started = recipe.data.batch_size, time.process_time()
+    with TemporaryDirectory() as folder:
+        train, held = blocks
+        if layer:
+            train, held = (keep_prefix(model, own, Path(folder, str(i)), batch_size=8) for i, own in enumerate(blocks))
+        prefix_seconds, before = time.process_time() - started, mean_loss(model, held, batch_size)
+        scale = recipe.optimizer.memory_lr_scale
+        given = OptimizerSettings(memory_lr_scale=scale, matrices="adamw", max_grad_norm=1.0)
+        optimizer = build_optimizer(model, given, lr=recipe.optimizer.lr, weight_decay=0.0, betas=(0.9, 0.99), eps=1e-8)
+        model.train()
+        started = time.process_time()
+        for batch, _ in zip(_batches(model, train, batch_size, recipe.seed), range(steps)):
+            model(**batch, use_cache=False).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        step_seconds = (time.process_time() - started) / steps
+        model.eval()
+        loss = mean_loss(model, held, batch_size)
     spent = {"step_seconds": step_seconds, "prefix_seconds": prefix_seconds}
-    return Probe(layer=layer, steps=settings.steps, loss=loss, gain=before - loss, **spent)
+    return Probe(layer=layer, steps=steps, loss=loss, gain=before - loss, **spent)
 
 
-def _batches(model: Any, items: Items, settings: ProbeSettings) -> Iterator[dict[str, Tensor]]:
+def _batches(model: Any, items: Items, batch_size: int, seed: int) -> Iterator[dict[str, Tensor]]:
     """Batches of one epoch after another, each in an order of its own, for ever."""
-    generator = torch.Generator().manual_seed(settings.seed)
-    loader = _loader(items, settings.batch_size, shuffle=True, generator=generator)
+    loader = _loader(items, batch_size, shuffle=True, generator=torch.Generator().manual_seed(seed))
     while True:
         yield from (_on_device(model, batch) for batch in loader)
 
@@ -172,23 +148,12 @@ def probe_attached(recipe: AttachRecipe, layers: Sequence[int], steps: int) -> l
         ValueError: as `probe_layers`; or the text is too short for a block of training and one of validation.
     """
     with TemporaryDirectory() as folder:
-        model, tokenizer, tokens = read_text(replace(recipe, out=folder))
-        config = memory_settings(recipe, len(find_decoder(model).blocks), tokenizer)
-        train, held = (tokens.blocks(split, recipe.data.sequence_length) for split in ("train", "validation"))
-        settings = ProbeSettings(
-            layers=layers,
-            steps=steps,
-            batch_size=recipe.data.batch_size,
-            lr=recipe.optimizer.lr,
-            memory_lr_scale=recipe.optimizer.memory_lr_scale,
-            seed=recipe.seed,
-        )
-        return probe_layers(model, config, tokenizer, train, held, settings)
+        ready = read_text(replace(recipe, out=folder))
+        train, held = (ready.tokens.blocks(split, recipe.data.sequence_length) for split in ("train", "validation"))
+        return probe_layers(recipe, ready, (train, held), layers, steps)
 
 
 def table(probes: Sequence[Probe]) -> tuple[list[str], Lines]:
     """Header and lines, one for each block."""
-    lines = [
-        cells(COLUMNS, {name: getattr(probe, name) for name in (column.key for column in COLUMNS)}) for probe in probes
-    ]
+    lines = [cells(COLUMNS, {key: getattr(probe, key) for _, key, *_ in COLUMNS}) for probe in probes]
     return titles(COLUMNS), lines

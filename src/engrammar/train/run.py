@@ -8,9 +8,20 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from transformers import AutoTokenizer, TrainerState, TrainingArguments, set_seed
+
+from engrammar.model.budget import MemoryShare, count_parameters, solve_budget
+from engrammar.model.configuration import EngrammarConfig
+from engrammar.model.modeling import EngrammarForCausalLM, model_class
+from engrammar.model.presets import preset
+from engrammar.table import Tables
 from engrammar.tables.sealed import check_writable, clear_partials, last_good, verify, write_text, writing
+from engrammar.train.data import TokenSet, prepare
+from engrammar.train.exchange import rejoin_processes
+from engrammar.train.optimizer import OptimizerSettings
 from engrammar.train.recipe import (
     PLACES,
     AttachRecipe,
@@ -22,26 +33,15 @@ from engrammar.train.recipe import (
     read_recipe,
     to_yaml,
 )
+from engrammar.train.trainer import EngrammarTrainer
+from engrammar.vocabulary import cached_classes
 
-if TYPE_CHECKING:
-    from transformers import TrainerState, TrainingArguments
-
-    from engrammar.model.configuration import EngrammarConfig
-    from engrammar.model.modeling import EngrammarForCausalLM
-    from engrammar.table import Tables
-    from engrammar.train.data import TokenSet
-    from engrammar.train.trainer import EngrammarTrainer
-
-BuildConfig = Callable[[ModelRecipe, Any, Any], "EngrammarConfig"]
+BuildConfig = Callable[[ModelRecipe, Any, Any], EngrammarConfig]
 
 
-def build_config(recipe: ModelRecipe, tokenizer: Any, classes_V: Any) -> "EngrammarConfig":
+def build_config(recipe: ModelRecipe, tokenizer: Any, classes_V: Any) -> EngrammarConfig:
     """The model's config for this tokenizer, with its budget split as the recipe says."""
-    from engrammar.model.budget import MemoryShare, solve_budget
-    from engrammar.model.presets import preset
-
-    settings = dict(recipe.settings)
-    own = preset(recipe.preset, tokenizer=tokenizer, classes_V=classes_V, **settings)
+    own = preset(recipe.preset, tokenizer=tokenizer, classes_V=classes_V, **recipe.settings)
     if recipe.memory == "preset":
         return own
     plain = preset(recipe.preset, tokenizer=tokenizer, **(recipe.settings | {"memory": None}))
@@ -54,15 +54,8 @@ def build_config(recipe: ModelRecipe, tokenizer: Any, classes_V: Any) -> "Engram
     return solve_budget(plain, MemoryShare(memory=own.memory_config, classes_V=classes_V), rho=recipe.rho)
 
 
-def build_model(
-    config: "EngrammarConfig", classes_V: Any, seed: int, tables: "Tables" = "parameters"
-) -> "EngrammarForCausalLM":
+def build_model(config: EngrammarConfig, classes_V: Any, seed: int, tables: Tables) -> EngrammarForCausalLM:
     """A freshly initialized model with its class map set; with tables="external" its rows are still to be placed."""
-    import torch
-    from transformers import set_seed
-
-    from engrammar.model.modeling import model_class
-
     set_seed(seed)
     model = model_class(config)(config, tables)
     memory = model.model.memory
@@ -71,10 +64,8 @@ def build_model(
     return model
 
 
-def prepare_tokens(recipe: DataRecipe) -> "TokenSet":
+def prepare_tokens(recipe: DataRecipe) -> TokenSet:
     """The recipe's text as token shards; the first call makes them."""
-    from engrammar.train.data import prepare
-
     folder = Path(recipe.folder)
     name = recipe.source.replace("/", "_").replace(":", "-").replace("*", "_")
     kept = "" if recipe.keep_share == 1 else f"-{recipe.keep_share:g}"
@@ -83,13 +74,8 @@ def prepare_tokens(recipe: DataRecipe) -> "TokenSet":
     return prepare(recipe, out=folder / tokens, cache=folder / "pocket")
 
 
-def training_arguments(recipe: Recipe | AttachRecipe) -> "TrainingArguments":
+def training_arguments(recipe: Recipe | AttachRecipe) -> TrainingArguments:
     """transformers' settings; making them also joins the other processes, if there are any."""
-    import torch
-    from transformers import TrainingArguments
-
-    from engrammar.train.exchange import rejoin_processes
-
     settings = check_trainer(recipe)
     num_processes = int(os.environ.get("WORLD_SIZE", 1))
     shares = num_processes * settings.get("gradient_accumulation_steps", 1)
@@ -136,8 +122,6 @@ def train(recipe: Recipe, build: BuildConfig | None = None) -> dict[str, Any]:
         ValueError: a setting is wrong, `out` is not writable or holds another recipe's run, or a checkpoint is damaged.
         OSError: the disk is full or failed; the same call continues from the last good checkpoint.
     """
-    from engrammar.model.budget import count_parameters
-
     out = Path(recipe.out)
     check_writable(out)
     arguments = training_arguments(recipe)
@@ -149,15 +133,7 @@ def train(recipe: Recipe, build: BuildConfig | None = None) -> dict[str, Any]:
     if arguments.should_save:
         with writing("recipe.yaml", out):
             write_text(out / "recipe.yaml", to_yaml(recipe))
-    tokens_per_second = None
-    if trained:  # killed after its last step; the Trainer would make one more
-        trainer.state = state
-        if arguments.should_save:
-            clear_partials(out)  # if steps are left, the Trainer does this
-    else:
-        runtime = trainer.train(str(checkpoint) if checkpoint else None).metrics["train_runtime"]
-        num_steps = trainer.state.global_step - state.global_step
-        tokens_per_second = num_steps * recipe.data.batch_size * recipe.data.sequence_length / runtime
+    tokens_per_second = finish_steps(trainer, recipe, checkpoint, state, trained)
     metrics = trainer.evaluate()
     result = {
         **count_parameters(config).to_json(),
@@ -175,17 +151,28 @@ def train(recipe: Recipe, build: BuildConfig | None = None) -> dict[str, Any]:
     return result
 
 
+def finish_steps(
+    trainer: EngrammarTrainer,
+    recipe: Recipe | AttachRecipe,
+    checkpoint: Path | None,
+    state: TrainerState,
+    trained: bool,
+) -> float | None:
+    """Makes the steps that are left, from a checkpoint with `state` on; returns their tokens per second, or None."""
+    if trained:  # killed after its last step; the Trainer would make one more
+        trainer.state = state
+        if trainer.args.should_save:
+            clear_partials(Path(recipe.out))  # if steps are left, the Trainer does this
+        return None
+    runtime = trainer.train(str(checkpoint) if checkpoint else None).metrics["train_runtime"]
+    num_steps = trainer.state.global_step - state.global_step
+    return num_steps * recipe.data.batch_size * recipe.data.sequence_length / runtime
+
+
 def _trainer(
-    recipe: Recipe, arguments: "TrainingArguments", finished: Path | None, build: BuildConfig
-) -> "tuple[EngrammarTrainer, EngrammarConfig]":
+    recipe: Recipe, arguments: TrainingArguments, finished: Path | None, build: BuildConfig
+) -> tuple[EngrammarTrainer, EngrammarConfig]:
     """The recipe's trainer and its model's config. The model is read from the checkpoint `finished`, or else new."""
-    from transformers import AutoTokenizer
-
-    from engrammar.model.modeling import model_class
-    from engrammar.train.optimizer import OptimizerSettings
-    from engrammar.train.trainer import EngrammarTrainer
-    from engrammar.vocabulary import cached_classes
-
     with arguments.main_process_first(desc="data"):
         tokens = prepare_tokens(recipe.data)
         tokenizer = AutoTokenizer.from_pretrained(tokens.tokenizer_path)
@@ -206,18 +193,7 @@ def _trainer(
     trainer = EngrammarTrainer(
         model,
         arguments,
-        optimizer_settings=OptimizerSettings(
-            memory=recipe.optimizer.memory,
-            memory_lr_scale=recipe.optimizer.memory_lr_scale,
-            matrices=recipe.optimizer.matrices,
-        ),
-        balance_rate=recipe.optimizer.balance_rate,
-        bytes_per_eval_token=tokens.num_bytes("validation") / tokens.num_tokens("validation"),
-        placement={
-            "where": recipe.placement.where,
-            "folder": recipe.placement.folder or Path(recipe.out) / "tables",
-            "overlap": recipe.placement.overlap,
-        },
+        **trainer_settings(recipe, tokens),
         train_dataset=tokens.blocks("train", length),
         eval_dataset=tokens.blocks("validation", length),
         processing_class=tokenizer,
@@ -225,6 +201,19 @@ def _trainer(
     if finished is not None:
         trainer.place(finished)
     return trainer, config
+
+
+def trainer_settings(recipe: Recipe | AttachRecipe, tokens: TokenSet) -> dict[str, Any]:
+    """What a recipe and its text say of `EngrammarTrainer`'s own settings."""
+    optimizer, placement = recipe.optimizer, recipe.placement
+    return {
+        "optimizer_settings": OptimizerSettings(
+            memory=optimizer.memory, memory_lr_scale=optimizer.memory_lr_scale, matrices=optimizer.matrices
+        ),
+        "balance_rate": optimizer.balance_rate,
+        "bytes_per_eval_token": tokens.num_bytes("validation") / tokens.num_tokens("validation"),
+        "placement": asdict(placement) | {"folder": placement.folder or Path(recipe.out) / "tables"},
+    }
 
 
 def check_same_recipe(recipe: Recipe | AttachRecipe) -> None:
@@ -255,10 +244,8 @@ def last_checkpoint(recipe: Recipe | AttachRecipe) -> Path | None:
     return last_good(out)
 
 
-def progress(checkpoint: Path | None) -> "tuple[TrainerState, bool]":
+def progress(checkpoint: Path | None) -> tuple[TrainerState, bool]:
     """The training state in a checkpoint, which is verified before it is read, and whether all steps are done."""
-    from transformers import TrainerState
-
     if checkpoint is None:
         return TrainerState(), False
     verify(checkpoint, only=("trainer_state.json",))

@@ -8,7 +8,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
-from transformers import AutoTokenizer, StoppingCriteria, StoppingCriteriaList, set_seed
+from transformers import StoppingCriteria, StoppingCriteriaList, set_seed
 
 from engrammar.attach import load_attached
 from engrammar.edit.applying import apply_patch
@@ -23,6 +23,7 @@ from engrammar.tables.folder import TableFile, open_tables
 from engrammar.tables.headers import read_json
 from engrammar.train.attached import load_base
 from engrammar.train.recipe import BaseRecipe
+from engrammar.vocabulary import load_tokenizer
 
 
 def load(
@@ -52,11 +53,7 @@ def load(
         raise ValueError(
             f"{directory} has no tokenizer.json: copy the tokenizer that the model was trained with there."
         )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-    except Exception as error:  # tokenizers and transformers raise many kinds
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"The tokenizer in {directory} cannot be read ({reason}): copy it again.") from error
+    tokenizer = load_tokenizer(directory)
     if tables is None:
         model.config.check_tokenizer(tokenizer)
     return model.eval().to(device or torch.accelerator.current_accelerator(check_available=True) or "cpu"), tokenizer
