@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engrammar.config import Geometry, MemoryConfig
+from engrammar.config import Geometry, MemoryConfig, check_setting
 
 INT64_MAX = np.iinfo(np.int64).max
 LAYER_STRIDE = 10_007  # seed = base seed + LAYER_STRIDE * layer
@@ -33,8 +33,7 @@ def derive_geometry(config: MemoryConfig, *, num_classes: int, fill_class: int) 
     Raises:
         ValueError: `fill_class` is not one of the classes.
     """
-    if not 0 <= fill_class < num_classes:
-        raise ValueError(f"fill_class is {fill_class}; allowed: 0 to num_classes-1 = {num_classes - 1}.")
+    check_setting("fill_class", fill_class, 0 <= fill_class < num_classes, f"0 to num_classes-1 = {num_classes - 1}")
     half = max(1, (INT64_MAX // num_classes) // 2)  # keeps id * multiplier inside int64: the mix is never negative
     multipliers = tuple(
         _numpy_multipliers(config, layer, half)

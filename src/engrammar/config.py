@@ -13,6 +13,17 @@ Encoding = Literal["fp32", "bf16", "fp8", "fp8_row", "fp8_scale32", "int8", "int
 GROUP = 32  # values that share a scale, in `fp8_scale32` and `int4`
 
 
+def check_setting(setting: str, value: object, holds: bool, allowed: str) -> None:
+    """Raises a ValueError that says what was given and what is allowed, unless it `holds`."""
+    if not holds:
+        raise ValueError(f"{setting} is {value!r}; allowed: {allowed}.")
+
+
+def check_choice(setting: str, value: object, kind: Any) -> None:
+    """Raises a ValueError if `value` is not one of the Literal `kind`."""
+    check_setting(setting, value, value in get_args(kind), ", ".join(get_args(kind)))
+
+
 def row_bytes(encoding: Encoding, width: int) -> int:
     """Bytes of a stored row of `width` values and the scales that follow them in the row (`tables/encodings.py`)."""
     groups = -(-width // GROUP)
@@ -86,8 +97,7 @@ class MemoryConfig:
 
     def __post_init__(self) -> None:
         def require(holds: bool, setting: str, allowed: str) -> None:
-            if not holds:
-                raise ValueError(f"memory.{setting} is {getattr(self, setting)!r}; allowed: {allowed}.")
+            check_setting(f"memory.{setting}", getattr(self, setting), holds, allowed)
 
         for name, kind in get_type_hints(type(self)).items():
             value = getattr(self, name)
@@ -123,8 +133,8 @@ class MemoryConfig:
         if max(self.layers) >= num_layers:
             raise ValueError(f"memory.layers is {list(self.layers)}, but the model has blocks 0 to {num_layers - 1}.")
         for name, ids in (("fill_id", (self.fill_id,)), ("dead_ids", self.dead_ids), ("end_ids", self.end_ids)):
-            if max(ids, default=0) >= num_ids:
-                raise ValueError(f"memory.{name} is {list(ids)}; allowed: ids of the tokenizer, 0 to {num_ids - 1}.")
+            allowed = f"ids of the tokenizer, 0 to {num_ids - 1}"
+            check_setting(f"memory.{name}", list(ids), max(ids, default=0) < num_ids, allowed)
 
     @property
     def orders(self) -> range:
@@ -176,8 +186,7 @@ class MemoryConfig:
                     f"({', '.join(DIALECTS)})."
                 )
             return cls(**data)
-        if dialect not in DIALECTS:
-            raise ValueError(f"memory.dialect is {dialect!r}; allowed: {', '.join(DIALECTS)}.")
+        check_setting("memory.dialect", dialect, dialect in DIALECTS, ", ".join(DIALECTS))
         return replace(DIALECTS[dialect], **data)  # type: ignore[return-value]
 
 

@@ -212,8 +212,7 @@ class Memory(nn.Module):
         Args:
             passes: for each pass, the arguments of `retrieve` by name.
         """
-        self.require_classes()
-        looked_up = [self._look_up(**one) for one in passes]  # type: ignore[arg-type]
+        looked_up = [self.look_up(**one) for one in passes]  # type: ignore[arg-type]
         waits = self._read([rows for _, rows in looked_up])
         return [replace(retrieved, waits=own) for (retrieved, _), own in zip(looked_up, waits)]
 
@@ -233,10 +232,9 @@ class Memory(nn.Module):
         history: Tensor | None = None,
     ) -> dict[int, Tensor]:
         """For each memory layer, the rows_BTH that `retrieve` would read. Arguments and errors are the same."""
-        self.require_classes()
-        return self._look_up(input_ids, attention_mask, position_ids, history)[1]
+        return self.look_up(input_ids, attention_mask, position_ids, history)[1]
 
-    def _look_up(
+    def look_up(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
@@ -244,6 +242,7 @@ class Memory(nn.Module):
         history: Tensor | None = None,
     ) -> tuple[Retrieved, dict[int, Tensor]]:
         """Returns what is known of a pass before its rows arrive, and for each memory layer the numbers rows_BTH."""
+        self.require_classes()
         ids_BT, mask_BT, starts_BT = masked_ids(input_ids, attention_mask, position_ids, continued=history is not None)
         own_history = history is not None and history.ndim == 3
         ids, past = ids_BT, history

@@ -100,7 +100,7 @@ def test_what_cannot_be_sharded_is_refused(tmp_path):
 
 def test_a_checkpoint_of_the_other_kind_is_refused(tmp_path):
     from engrammar.train.optimizer import OptimizerSettings, build_optimizer
-    from engrammar.train.sharded import load_sharded_optimizer, save_sharded_optimizer
+    from engrammar.train.sharded import load_optimizer, save_optimizer
     from models import tiny_model
 
     model = tiny_model(None).train()
@@ -109,12 +109,12 @@ def test_a_checkpoint_of_the_other_kind_is_refused(tmp_path):
     model(ids, labels=ids).loss.backward()
     optimizer.step()
     with pytest.raises(ValueError, match=f"has no {OPTIMIZER}: it was written without fsdp"):
-        load_sharded_optimizer(tmp_path, optimizer, model)
+        load_optimizer(tmp_path, optimizer, model)
     optimizer.param_groups[0]["lr"] = 0.125
-    save_sharded_optimizer(tmp_path, optimizer, model)
+    save_optimizer(tmp_path, optimizer, model)
     other = tiny_model(None).train()
     again = build_optimizer(other, OptimizerSettings(), lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
-    load_sharded_optimizer(tmp_path, again, other)
+    load_optimizer(tmp_path, again, other)
     assert again.param_groups[0]["lr"] == 0.125 and again.inner[0].param_groups[0]["lr"] == 0.125
     theirs = {name: optimizer.state[param] for name, param in model.named_parameters() if param in optimizer.state}
     mine = {name: again.state[param] for name, param in other.named_parameters() if again.state.get(param)}
@@ -127,4 +127,4 @@ def test_a_checkpoint_of_the_other_kind_is_refused(tmp_path):
         other, OptimizerSettings(matrices="adamw"), lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8
     )
     with pytest.raises(ValueError, match="The saved groups are"):
-        load_sharded_optimizer(tmp_path, unlike, other)
+        load_optimizer(tmp_path, unlike, other)

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ from engrammar.attach.blocks import Decoder, find_decoder, host_of, is_plain, me
 from engrammar.attach.fingerprints import fingerprint_of
 from engrammar.attach.folder import write_adapter
 from engrammar.attach.passes import Attachment
-from engrammar.config import Geometry, MemoryConfig
+from engrammar.config import Geometry, MemoryConfig, check_choice, check_setting
 from engrammar.vocabulary import compress_vocabulary, fingerprint, require_tokenizer
 
 HOME = "engrammar"  # the name of the submodule
@@ -150,8 +150,7 @@ def set_trainable(model: nn.Module, what: Trained) -> None:
     Raises:
         ValueError: the model has no memory; or its own weights are quantized and cannot be trained.
     """
-    if what not in get_args(Trained):
-        raise ValueError(f"what is {what!r}; allowed: {', '.join(get_args(Trained))}.")
+    check_choice("what", what, Trained)
     attachment = require_attachment(model, None)
     attachment.requires_grad_(True)
     own = _own_parameters(host_of(model), attachment)
@@ -230,8 +229,8 @@ def check_name(host: nn.Module, name: str) -> None:
         raise ValueError(f"{type(host).__name__} has an attribute {HOME!r} of its own: no memory can be attached.")
     if attachment is not None and name in attachment:
         raise ValueError(f"This model has a memory {name!r}: detach it, or choose another name.")
-    if not name.isidentifier() or hasattr(Attachment(), name):
-        raise ValueError(f"name is {name!r}; allowed: letters, digits and _, and no attribute of a module.")
+    plain = name.isidentifier() and not hasattr(Attachment(), name)
+    check_setting("name", name, plain, "letters, digits and _, and no attribute of a module")
 
 
 def _classes(

@@ -8,7 +8,7 @@ U distinct rows.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, final, get_args
+from typing import Any, Literal, final
 
 import torch
 from torch import Tensor
@@ -17,7 +17,8 @@ from engrammar.addressing import look_back
 from engrammar.attach.attached import AttachedMemory, first_tokens
 from engrammar.attach.attaching import disabled, only_memory
 from engrammar.attach.blocks import find_decoder, in_branches
-from engrammar.attach.prefix import Below, Items, input_batches
+from engrammar.attach.prefix import NAMES, Below, Items, input_batches
+from engrammar.config import check_choice
 from engrammar.fusion import Fusion
 from engrammar.memory import Memory, masked_ids
 
@@ -75,8 +76,7 @@ def fill_rows(
         ValueError: there is no such memory, or its rows are not parameters; embeddings are not of the hidden width; or
             no n-gram of the text is followed by a token.
     """
-    if how not in get_args(How):
-        raise ValueError(f"how is {how!r}; allowed: {', '.join(get_args(How))}.")
+    check_choice("how", how, How)
     _, attached = only_memory(model, name)
     done = {}
     for layer in attached.config.layers:
@@ -190,28 +190,32 @@ def _sum(model: Any, value: _Value, items: Items, how: How) -> _Sums:
             f"Token embeddings have width {embedding_VD.shape[1]}, the residual stream {decoder.hidden_size}: fill "
             'the rows from "hidden" states.'
         )
-    pairs = [_pairs(memory, layer, *read) for read in _read(memory, items)]
+    pairs = [_pairs(memory, rows_PH, classes_PN) for _, _, rows_PH, classes_PN in _read(memory, layer, items)]
     distinct = torch.cat(pairs).unique(dim=0)
     if not len(distinct):
         raise ValueError("No n-gram of the text is followed by a token: give more text.")
     sums, below = _Sums(distinct[:, 0], value), Below(model=model, decoder=decoder, layer=layer)
-    for batch, ends_BT in _read(memory, items):
+    for batch, ends_BT, rows_PH, _ in _read(memory, layer, items):
         given = {key: x.to(embedding_VD.device) for key, x in batch.items()}
         if how == "embeddings":
             target_BTD = embedding_VD[given["input_ids"]]
         else:
             target_BTD = in_branches(below.run(given, training=False), decoder.hidden_size).mean(-2)
         target_PD = target_BTD[:, 1:][ends_BT[:, :-1].to(target_BTD.device)].float().cpu()
-        rows_BTH = memory.addresses(*_looked_up(batch, memory))[layer].cpu()
-        sums.add(rows_BTH[ends_BT], target_PD, value)
+        sums.add(rows_PH, target_PD, value)
     return sums
 
 
-def _read(memory: Memory, items: Items) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-    """Batches of the text, and True [B, T] where an n-gram ends and a token of the same document follows."""
+def _read(memory: Memory, layer: int, items: Items) -> Iterator[tuple[dict[str, Tensor], Tensor, Tensor, Tensor]]:
+    """Batches of the text, and True [B, T] where an n-gram ends and a token of the same document follows.
+
+    Of these positions also the rows [P, H] and the classes [P, N] that are seen from there.
+    """
+    device = memory.table(layer).weight.device  # type: ignore[union-attr]
+    chosen: dict[str, Any] = {"config": memory.config, "geometry": memory.geometry, "classes_V": memory.class_of_id}
     for batch in input_batches(items, 8):
-        given = _looked_up(batch, memory)
-        retrieved = memory.retrieve(*given)
+        given = [batch[key].to(device) if key in batch else None for key in NAMES]
+        retrieved, rows = memory.look_up(*given)
         masked_BT, mask_BT, starts_BT = masked_ids(*given, continued=False)
         ends_BT = ~first_tokens(masked_BT, None, starts_BT)
         if retrieved.dead_BT is not None:
@@ -220,26 +224,12 @@ def _read(memory: Memory, items: Items) -> Iterator[tuple[dict[str, Tensor], Ten
             if follows_BT is not None:
                 ends_BT[:, :-1] &= follows_BT[:, 1:]
         ends_BT[:, -1] = False
-        yield batch, ends_BT.cpu()
+        classes_BTN = torch.stack(look_back(masked_BT, starts_BT=starts_BT, **chosen), dim=-1)
+        yield batch, ends_BT.cpu(), rows[layer][ends_BT].cpu(), classes_BTN[ends_BT].cpu()
 
 
-def _looked_up(batch: dict[str, Tensor], memory: Memory) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """What rows are looked up by, on the memory's device: ids, mask and positions."""
-    device = memory.table(memory.config.layers[0]).weight.device  # type: ignore[union-attr]
-    ids, *others = (batch.get(key) for key in ("input_ids", "attention_mask", "position_ids"))
-    assert ids is not None
-    mask_BT, position_ids = (None if x is None else x.to(device) for x in others)
-    return ids.to(device), mask_BT, position_ids
-
-
-def _pairs(memory: Memory, layer: int, batch: dict[str, Tensor], ends_BT: Tensor) -> Tensor:
+def _pairs(memory: Memory, rows_PH: Tensor, classes_PN: Tensor) -> Tensor:
     """The distinct pairs [Q, 1 + N] of a row and an n-gram that reads it: its classes, -1 beyond its order."""
-    given = _looked_up(batch, memory)
-    masked_BT, _, starts_BT = masked_ids(*given, continued=False)
-    chosen = {"config": memory.config, "geometry": memory.geometry}
-    looked_back = look_back(masked_BT, classes_V=memory.class_of_id, starts_BT=starts_BT, **chosen)  # type: ignore[arg-type]
-    classes_PN = torch.stack(looked_back, dim=-1).cpu()[ends_BT]
-    rows_PH = memory.addresses(*given)[layer].cpu()[ends_BT]
     found = []
     for column in range(rows_PH.shape[1]):
         ngram_PN = classes_PN.clone()

@@ -79,8 +79,7 @@ class Share(ABC):
     def sized(self, size: int) -> "Share":
         """The same share with tables of that size."""
 
-    @abstractmethod
-    def check(self, size: int, rho: float) -> None:
+    def check(self, size: int, rho: float) -> None:  # noqa: B027 (most tables may have any size)
         """Raises a ValueError if tables of that size are too small."""
 
     @abstractmethod
@@ -101,9 +100,6 @@ class MemoryShare(Share):
 
     def sized(self, size: int) -> "MemoryShare":
         return replace(self, memory=replace(self.memory, rows_per_head=(size,) * len(self.memory.orders)))
-
-    def check(self, size: int, rho: float) -> None:
-        """Any size is a memory."""
 
     def table_parameters(self, plain: EngrammarConfig) -> int:
         tables = derive_geometry(self.memory, num_classes=1, fill_class=0)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from transformers import DeepseekV3Config, PreTrainedTokenizerBase
 
 from engrammar.addressing import derive_geometry
-from engrammar.config import Geometry, MemoryConfig
+from engrammar.config import Geometry, MemoryConfig, check_setting
 from engrammar.tables.headers import read_json
 from engrammar.tables.shards import CODE
 from engrammar.vocabulary import fingerprint
@@ -66,8 +66,7 @@ class EngrammarConfig(DeepseekV3Config):
             raise ValueError(
                 f"vocab_size is {self.vocab_size}; the tokenizer has {self.num_ids} ids: give it at least that."
             )
-        if self.num_branches < 1:
-            raise ValueError(f"num_branches is {self.num_branches}; allowed: 1 or more.")
+        check_setting("num_branches", self.num_branches, self.num_branches >= 1, "1 or more")
         if self.n_routed_experts < (self.num_experts_per_tok or 0):
             raise ValueError(f"num_experts_per_tok is {self.num_experts_per_tok} of {self.n_routed_experts} experts.")
         if self.memory is not None:

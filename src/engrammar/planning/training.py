@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from engrammar.config import MemoryConfig
+from engrammar.config import MemoryConfig, check_setting
 from engrammar.model.configuration import EngrammarConfig
 from engrammar.model.modeling import model_class
 from engrammar.train.optimizer import MatrixOptimizerKind, group_parameters
@@ -79,10 +79,9 @@ class Job:
     def __post_init__(self) -> None:
         if self.config.memory_config is None:
             raise ValueError("This model has no memory: plan a preset that has one.")
-        if self.gpus < 1 or self.tokens < 1:
-            raise ValueError(f"gpus is {self.gpus} and tokens {self.tokens}; allowed: 1 or more.")
-        if not 0 < self.share <= 1:
-            raise ValueError(f"The share of distinct rows is {self.share}; allowed: over 0, up to 1.")
+        check_setting("gpus", self.gpus, self.gpus >= 1, "1 or more")
+        check_setting("tokens", self.tokens, self.tokens >= 1, "1 or more")
+        check_setting("The share of distinct rows", self.share, 0 < self.share <= 1, "over 0, up to 1")
 
     @property
     def rows(self) -> MemoryConfig:

@@ -14,6 +14,7 @@ from typing import final
 import numpy as np
 from numpy.typing import NDArray
 
+from engrammar.config import check_setting
 from engrammar.stores.base import Arrived, Fetch, RowsMissing, RowStore
 from engrammar.stores.shared import Segment, SharedLock, private_bytes
 
@@ -55,8 +56,7 @@ class CachedStore(RowStore):
         Raises:
             ValueError: `cache_rows` is too small, or there is no room for them.
         """
-        if cache_rows < WAYS:
-            raise ValueError(f"cache_rows is {cache_rows}; allowed: {WAYS} or more.")
+        check_setting("cache_rows", cache_rows, cache_rows >= WAYS, f"{WAYS} or more")
         self.name, self.identity = store.name, store.identity
         self.num_rows, self.row_bytes = store.num_rows, store.row_bytes
         self._store = store

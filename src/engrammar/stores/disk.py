@@ -18,6 +18,7 @@ from typing import final
 import numpy as np
 from numpy.typing import NDArray
 
+from engrammar.config import check_setting
 from engrammar.stores.aio import AioQueue, Ints, ReadQueue, thread_queues
 from engrammar.stores.base import Arrived, Fetch, RowsMissing, RowStore
 from engrammar.stores.paged import NOT_READ, PagedFiles, PageReads
@@ -305,8 +306,7 @@ class DiskStore(RowStore):
     def __init__(
         self, table: TableFile, *, depth: int = DEPTH, queues: Callable[[int], ReadQueue] | None = None
     ) -> None:
-        if depth < 1:
-            raise ValueError(f"depth is {depth}; allowed: 1 or more pages in flight.")
+        check_setting("depth", depth, depth >= 1, "1 or more pages in flight")
         self.name = f"{table.name} in {table.shards[0].path.parent}"
         self.num_rows, self.row_bytes, self._settings = table.num_rows, table.row_bytes, (depth, queues)
         self._open(PagedFiles(table))

@@ -6,6 +6,7 @@ Letters: R rows of the table, U rows asked for, S bytes of a row, P pages of a p
 import contextlib
 import os
 from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
 from typing import final
 
@@ -18,7 +19,7 @@ from engrammar.stores.paged import identity_of
 from engrammar.stores.shared import Segment, private_bytes
 from engrammar.tables.checksums import first_damaged, read_page_sums
 from engrammar.tables.folder import Shard, TableFile
-from engrammar.tables.headers import PAGE
+from engrammar.tables.headers import AGAIN, PAGE, read_exactly
 
 PIECE = 2**20  # bytes read at once: few enough to stay in the processor's cache while they are summed and copied
 
@@ -62,14 +63,13 @@ class RamStore(RowStore):
 def _load(table: TableFile, name: str, shared: bool, verify: bool) -> tuple[NDArray[np.uint8], str, Segment | None]:
     """Returns the bytes of all rows, a fingerprint of the files, and the segment of the bytes if they are shared."""
     num_bytes, segment = table.num_rows * table.row_bytes, None
-    with contextlib.ExitStack() as files:
-        handles = [_open(shard.path) for shard in table.shards]
-        for handle in handles:
-            files.callback(os.close, handle)
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(_open(shard.path)) for shard in table.shards]
+        handles = [file.fileno() for file in files]
         identity = identity_of(table, handles)
 
         def fill(memory: NDArray[np.uint8]) -> None:
-            _read(table, handles, memory, verify)
+            _read(table, files, memory, verify)
             if identity_of(table, handles) != identity:
                 raise ValueError(f"The files of {name} changed while they were read: open the table again.")
 
@@ -83,29 +83,29 @@ def _load(table: TableFile, name: str, shared: bool, verify: bool) -> tuple[NDAr
     return memory, identity, segment
 
 
-def _open(path: Path) -> int:
+def _open(path: Path) -> FileIO:
     try:
-        return os.open(path, os.O_RDONLY)
+        return path.open("rb", buffering=0)
     except OSError as error:
         raise ValueError(
             f"{path} cannot be opened ({error.strerror}): put it back, or copy the folder again."
         ) from error
 
 
-def _read(table: TableFile, handles: list[int], memory: NDArray[np.uint8], verify: bool) -> None:
+def _read(table: TableFile, files: list[FileIO], memory: NDArray[np.uint8], verify: bool) -> None:
     bar = tqdm(desc=f"reading {table.name}", total=len(memory), unit="B", unit_scale=True, delay=2, leave=False)
     with bar:
-        for shard, handle in zip(table.shards, handles):
+        for shard, file in zip(table.shards, files):
             first = shard.first_row * table.row_bytes
             rows = memory[first : first + shard.num_rows * table.row_bytes]
-            _read_shard(shard, handle, rows, verify, bar.update)
+            _read_shard(shard, file, rows, verify, bar.update)
 
 
 def _read_shard(
-    shard: Shard, handle: int, rows: NDArray[np.uint8], verify: bool, advance: Callable[[int], object]
+    shard: Shard, file: FileIO, rows: NDArray[np.uint8], verify: bool, advance: Callable[[int], object]
 ) -> None:
     """Copies a shard's rows into `rows` [num_rows * S], whole pages at a time, and checks the pages."""
-    size, end = os.fstat(handle).st_size, shard.start + len(rows)
+    size, end = os.fstat(file.fileno()).st_size, shard.start + len(rows)
     if size < end:
         raise ValueError(f"{shard.path} has {size} bytes, its rows end at {end}: copy it again.")
     crc32_P = read_page_sums(shard.crc32, shard.path) if verify and shard.crc32 is not None else None
@@ -113,7 +113,10 @@ def _read_shard(
     last = min(-(-end // PAGE) * PAGE, size)
     for at in range(shard.start // PAGE * PAGE, last, PIECE):
         piece = buffer[: min(PIECE, last - at)]
-        _read_piece(shard, handle, piece, at)
+        try:
+            read_exactly(file, piece.data, at, shard.path)
+        except OSError as error:
+            raise ValueError(f"{shard.path} cannot be read from byte {at} on ({error.strerror}): {AGAIN}") from error
         if crc32_P is not None:
             bad_page = first_damaged(piece.data, crc32_P[at // PAGE :])
             if bad_page is not None:
@@ -123,19 +126,3 @@ def _read_shard(
         low, high = max(at, shard.start), min(at + len(piece), end)
         rows[low - shard.start : high - shard.start] = piece[low - at : high - at]
         advance(high - low)
-
-
-def _read_piece(shard: Shard, handle: int, piece: NDArray[np.uint8], at: int) -> None:
-    """Fills `piece` with the file's bytes from `at` on."""
-    num_read = 0
-    while num_read < len(piece):
-        try:
-            count = os.preadv(handle, [piece[num_read:].data], at + num_read)
-        except OSError as error:
-            where = f"{shard.path} cannot be read at byte {at + num_read}"
-            raise ValueError(f"{where} ({error.strerror}): copy it again.") from error
-        if not count:
-            raise ValueError(f"{shard.path} ends at byte {at + num_read}, amid its rows: copy it again.")
-        num_read += count
-    if hasattr(os, "posix_fadvise"):  # the rows are in memory now: leave the page cache to others
-        os.posix_fadvise(handle, at, len(piece), os.POSIX_FADV_DONTNEED)

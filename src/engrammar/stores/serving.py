@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from torch import Tensor, nn
 
+from engrammar.config import check_choice, check_setting
 from engrammar.memory import Memory, memory_of
 from engrammar.stores.base import Fetch, RowsMissing, RowStore
 from engrammar.stores.cache import CachedStore
@@ -59,14 +60,12 @@ class ServingSettings:
     sharing: Sharing = "none"
 
     def __post_init__(self) -> None:
-        if not callable(self.where) and self.where not in get_args(Tier):
-            allowed = ", ".join(get_args(Tier))
-            raise ValueError(f"memory is {self.where!r}; allowed: {allowed}, or a function that opens a table's store.")
-        if self.cache_rows < 0:
-            raise ValueError(f"cache_rows is {self.cache_rows}; allowed: 0 (no cache) or more.")
-        for name, choices in (("on_missing", get_args(OnMissing)), ("sharing", get_args(Sharing))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(choices)}.")
+        known = callable(self.where) or self.where in get_args(Tier)
+        tiers = ", ".join(get_args(Tier))
+        check_setting("memory", self.where, known, f"{tiers}, or a function that opens a table's store")
+        check_setting("cache_rows", self.cache_rows, self.cache_rows >= 0, "0 (no cache) or more")
+        check_choice("on_missing", self.on_missing, OnMissing)
+        check_choice("sharing", self.sharing, Sharing)
         if self.on_missing != "error" and (self.deadline is None or self.deadline <= 0):
             raise ValueError(
                 f"on_missing={self.on_missing!r} needs a deadline in seconds, over 0; it is {self.deadline}."

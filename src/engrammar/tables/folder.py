@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engrammar.config import Encoding, Geometry, MemoryConfig, row_bytes
+from engrammar.config import Encoding, Geometry, MemoryConfig, check_setting, row_bytes
 from engrammar.tables.checksums import page_sums_path, write_manifest
 from engrammar.tables.encodings import DTYPE_OF, DTYPES
 from engrammar.tables.headers import AGAIN, PAGE, Requirement, is_count, only_tensor
@@ -212,8 +212,8 @@ class TableWriter:
         self.memory, self.geometry, self.encoding = memory, geometry, encoding
         self.about = {"num_ids": num_ids, "tokenizer_sha256": tokenizer_sha256, "source": source}
         self.row_bytes = row_bytes(encoding, memory.head_dim)
-        if shard_bytes is not None and shard_bytes < self.row_bytes:
-            raise ValueError(f"shard_bytes is {shard_bytes}; allowed: {self.row_bytes}, the bytes of a row, or more.")
+        enough = shard_bytes is None or shard_bytes >= self.row_bytes
+        check_setting("shard_bytes", shard_bytes, enough, f"{self.row_bytes}, the bytes of a row, or more")
         self.shard_rows = None if shard_bytes is None else shard_bytes // self.row_bytes
         self.scales: dict[int, float | None] = {}
         self.names: dict[int, str] = {}

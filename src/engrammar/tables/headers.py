@@ -135,7 +135,7 @@ def read_exactly(file: RawIOBase, out: memoryview, start: int, path: Path) -> No
         if not count:
             raise ValueError(f"{path} is cut off at byte {start + done}: {AGAIN}")
         done += count
-    if hasattr(os, "posix_fadvise") and len(out) > BLOCK_BYTES // 2:  # read once: leave the cache to others
+    if hasattr(os, "posix_fadvise") and len(out) >= 2**20:  # read once: leave the cache to others
         os.posix_fadvise(file.fileno(), start, len(out), os.POSIX_FADV_DONTNEED)
 
 

@@ -144,15 +144,15 @@ def _checked_blocks(table: TableFile, shard: Shard, sums: Sums | None) -> Iterat
 
 
 def _check(table: TableFile, shard: Shard, sums: Sums, first: int, data: bytes) -> None:
+    """Compares the bytes of a shard's file from `first` on."""
     index = first_damaged(memoryview(data), sums.values[first // sums.block_bytes :], sums.block_bytes)
-    if index is not None:
-        start = index * sums.block_bytes
-        last = min(start + sums.block_bytes, len(data)) - 1
-        raise ValueError(_damage(table, shard, sums, first + start, first + last))
-
-
-def _damage(table: TableFile, shard: Shard, sums: Sums, first: int, last: int) -> str:
-    low, high = ((byte - shard.start) // table.row_bytes for byte in (first, last))
+    if index is None:
+        return
+    start = first + index * sums.block_bytes
+    last = min(start + sums.block_bytes, first + len(data)) - 1
+    low, high = ((byte - shard.start) // table.row_bytes for byte in (start, last))
     rows = f"rows {shard.first_row + max(low, 0)} to {shard.first_row + min(high, shard.num_rows - 1)}"
     what = f"{rows} of table {table.layer}" if high >= 0 else f"the header of table {table.layer}"
-    return f"{shard.path} is damaged in bytes {first} to {last}, {what}, by the checksums in {sums.path.name}: {AGAIN}"
+    raise ValueError(
+        f"{shard.path} is damaged in bytes {start} to {last}, {what}, by the checksums in {sums.path.name}: {AGAIN}"
+    )

@@ -20,7 +20,7 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import (
     DeepseekV4UnweightedRMSNorm,
 )
 
-from engrammar.config import MemoryConfig
+from engrammar.config import MemoryConfig, check_setting
 from engrammar.fusion import Fusion
 from engrammar.model.configuration import EngrammarConfig
 from engrammar.model.hyper import add_sublayer
@@ -205,8 +205,8 @@ def check_parallelism(config: Any) -> None:
                 "data_parallel_shard_degree, data_parallel_replicate_degree, expert_parallel_degree and "
                 "pipeline_parallel_degree."
             )
-    if parallelism.spmd_backend != "partial_dtensor":
-        raise ValueError(f"parallelism.spmd_backend is {parallelism.spmd_backend!r}; allowed: 'partial_dtensor'.")
+    backend = parallelism.spmd_backend
+    check_setting("parallelism.spmd_backend", backend, backend == "partial_dtensor", "'partial_dtensor'")
     if training is not None and not training.disable_cuda_graphs:
         raise ValueError("CUDA graphs cannot hold the exchange of rows: set --training.disable_cuda_graphs.")
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from engrammar.train.row_optimizers import check_choice
+from engrammar.config import check_choice
 
 Group = dist.ProcessGroup
 Reduce = Literal["mean", "sum"]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from engrammar.config import check_choice, check_setting
 from engrammar.table import SparseTable
 from engrammar.train.placement import TablePlacement, placement_of
 from engrammar.train.row_optimizers import (
@@ -23,7 +24,6 @@ from engrammar.train.row_optimizers import (
     RowOptimizer,
     RowOptimizerKind,
     build_row_optimizer,
-    check_choice,
     evaluate,
     sum_by_row,
 )
@@ -254,8 +254,7 @@ class OptimizerSettings:
         check_choice("memory", self.memory, MemoryOptimizerKind)
         check_choice("memory_rounding", self.memory_rounding, Rounding)
         check_choice("matrices", self.matrices, MatrixOptimizerKind)
-        if not self.memory_lr_scale >= 0:
-            raise ValueError(f"memory_lr_scale is {self.memory_lr_scale}; allowed: 0 or more.")
+        check_setting("memory_lr_scale", self.memory_lr_scale, self.memory_lr_scale >= 0, "0 or more")
         if self.max_grad_norm is not None:
             check_norm(self.max_grad_norm)
 
@@ -341,8 +340,7 @@ def group_parameters(
 
 def check_norm(max_norm: float) -> None:
     """Raises a ValueError unless `max_norm` is above 0."""
-    if not max_norm > 0:
-        raise ValueError(f"max_grad_norm is {max_norm}; allowed: over 0 (math.inf only measures).")
+    check_setting("max_grad_norm", max_norm, max_norm > 0, "over 0 (math.inf only measures)")
 
 
 @torch.no_grad()

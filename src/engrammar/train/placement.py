@@ -17,11 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from engrammar.config import check_choice
 from engrammar.table import MemoryTable, Rows, RowSource, draw_rows_
 from engrammar.tables.shards import lay_out, read_rows, table_shard, write_index, write_rows
 from engrammar.train.exchange import Route, Sharing, Traffic, all_sum, broadcast, gather, own_rows, share
 from engrammar.train.pages import zeros_in_file, zeros_in_ram
-from engrammar.train.row_optimizers import RowBackend, RowOptimizer, check_choice
+from engrammar.train.row_optimizers import RowBackend, RowOptimizer
 
 Where = Literal["device", "ram", "file"]
 Overlap = Literal["auto", "none", "exact", "stale"]
@@ -278,28 +279,26 @@ class TablePlacement(RowSource):
     def save(self, directory: Path) -> None:
         """As `RowSource.save`. All ranks must call it; each writes its own rows into the same file."""
         self.flush()
-        layouts = {name: {f"{name}.weight": (t.dtype, self.modules[name].shape)} for name, t in self.tables.items()}
-        self._lay_out(directory, "", layouts)
-        for name, table_RC in self.tables.items():
-            write_rows(directory / table_shard(name), f"{name}.weight", self._first_row(name), table_RC)
-        self._barrier()
+        self._write(directory, "", {name: {"weight": table_RC} for name, table_RC in self.tables.items()})
         if self.is_first:
             write_index(directory, [f"{name}.weight" for name in self.tables])
 
     def save_state(self, directory: Path, optimizer: RowOptimizer) -> None:
         """Adds the optimizer's state of every row, with one shard per table. All ranks must call it."""
         self.flush()
-        layouts = {
-            name: {
-                f"{name}.{key}": (dtype, shape)
-                for key, (shape, dtype) in optimizer.layout(self.modules[name].shape).items()
-            }
-            for name in self.tables
-        }
-        self._lay_out(directory, ".optimizer", layouts)
-        for name, table_RC in self.tables.items():
-            for key, values in optimizer.state[table_RC].items():
-                write_rows(directory / table_shard(name + ".optimizer"), f"{name}.{key}", self._first_row(name), values)
+        states = {name: optimizer.state_of(table_RC) for name, table_RC in self.tables.items()}
+        self._write(directory, ".optimizer", states)
+
+    def _write(self, directory: Path, suffix: str, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Writes what this rank has of each table's rows into the file of the table, which all ranks share."""
+        for name, own in parts.items() if self.is_first else ():
+            num_rows = self.modules[name].shape[0]
+            whole = {f"{name}.{key}": (part.dtype, (num_rows, *part.shape[1:])) for key, part in own.items()}
+            lay_out(directory / table_shard(name + suffix), whole)
+        self._barrier()
+        for name, own in parts.items():
+            for key, part in own.items():
+                write_rows(directory / table_shard(name + suffix), f"{name}.{key}", self._first_row(name), part)
         self._barrier()
 
     def load(self, directory: Path) -> None:
@@ -327,12 +326,6 @@ class TablePlacement(RowSource):
 
     def _first_row(self, name: str) -> int:
         return own_rows(self.modules[name].shape[0], self.group)[0]
-
-    def _lay_out(self, directory: Path, suffix: str, layouts: Mapping[str, Any]) -> None:
-        if self.is_first:
-            for name, layout in layouts.items():
-                lay_out(directory / table_shard(name + suffix), layout)
-        self._barrier()
 
     def _barrier(self) -> None:
         if self.group is not None:

@@ -16,6 +16,7 @@ from engrammar.attach.attaching import attachment_of
 from engrammar.attach.blocks import evaluating, find_decoder
 from engrammar.attach.prefix import Items
 from engrammar.cells import Column, Lines, cells, titles
+from engrammar.config import check_setting
 from engrammar.train.attached import Prepared, memory_settings, read_text
 from engrammar.train.optimizer import OptimizerSettings, build_optimizer
 from engrammar.train.recipe import AttachRecipe
@@ -75,10 +76,9 @@ def probe_layers(
     model, num_blocks = ready.model, len(find_decoder(ready.model).blocks)
     if attachment_of(model) is not None:
         raise ValueError("The model has a memory already: detach it, and try the blocks of the base.")
-    if not layers or not all(0 <= layer < num_blocks for layer in layers):
-        raise ValueError(f"layers is {list(layers)}; allowed: blocks from 0 to {num_blocks - 1}.")
-    if steps < 1:
-        raise ValueError(f"steps is {steps}; allowed: 1 or more.")
+    some = bool(layers) and all(0 <= layer < num_blocks for layer in layers)
+    check_setting("layers", list(layers), some, f"blocks from 0 to {num_blocks - 1}")
+    check_setting("steps", steps, steps >= 1, "1 or more")
     config = memory_settings(recipe, num_blocks, ready.tokenizer)
     probes = []
     for layer in layers:

@@ -9,6 +9,8 @@ from typing import Any, Literal, TypeVar, get_type_hints
 
 import yaml
 
+from engrammar.config import check_setting
+
 Settings = dict[str, Any]
 PLACES = ("out", "data.folder", "placement.where", "placement.folder")  # settings that do not change what is trained
 OWN_ARGUMENTS = {
@@ -20,11 +22,6 @@ OWN_ARGUMENTS = {
     "per_device_train_batch_size": "data.batch_size, sequences a step over all processes",
     "report_to": "nothing: read result.json",
 }  # TrainingArguments that the recipe sets elsewhere
-
-
-def _require(setting: str, value: object, holds: bool, allowed: str) -> None:
-    if not holds:
-        raise ValueError(f"{setting} is {value!r}; allowed: {allowed}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,15 +55,15 @@ class DataRecipe:
     folder: str = "data"
 
     def __post_init__(self) -> None:
-        _require("data.batch_size", self.batch_size, self.batch_size >= 1, "1 or more")
-        _require("data.sequence_length", self.sequence_length, self.sequence_length >= 2, "2 or more")
-        _require("data.keep_share", self.keep_share, 0 < self.keep_share <= 1, "over 0, up to 1")
+        check_setting("data.batch_size", self.batch_size, self.batch_size >= 1, "1 or more")
+        check_setting("data.sequence_length", self.sequence_length, self.sequence_length >= 2, "2 or more")
+        check_setting("data.keep_share", self.keep_share, 0 < self.keep_share <= 1, "over 0, up to 1")
         share = self.validation_share
-        _require("data.validation_share", share, 0 <= share < 1, "0 up to, not including, 1")
+        check_setting("data.validation_share", share, 0 <= share < 1, "0 up to, not including, 1")
         like = self.similarity
-        _require("data.similarity", like, like is None or 0 < like <= 1, "over 0, up to 1, or null to keep all")
+        check_setting("data.similarity", like, like is None or 0 < like <= 1, "over 0, up to 1, or null to keep all")
         limit = self.limit_documents
-        _require("data.limit_documents", limit, limit is None or limit >= 1, "1 or more, or null for all")
+        check_setting("data.limit_documents", limit, limit is None or limit >= 1, "1 or more, or null for all")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,8 +87,8 @@ class ModelRecipe:
     def __post_init__(self) -> None:
         from engrammar.model.presets import PRESETS
 
-        _require("model.preset", self.preset, self.preset in PRESETS, ", ".join(PRESETS))
-        _require("model.rho", self.rho, 0 < self.rho <= 1, "over 0, up to 1")
+        check_setting("model.preset", self.preset, self.preset in PRESETS, ", ".join(PRESETS))
+        check_setting("model.rho", self.rho, 0 < self.rho <= 1, "over 0, up to 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,8 +104,8 @@ class OptimizerRecipe:
 
     def __post_init__(self) -> None:
         for name in ("weight_decay", "memory_lr_scale", "balance_rate"):
-            _require(f"optimizer.{name}", getattr(self, name), getattr(self, name) >= 0, "0 or more")
-        _require("optimizer.lr", self.lr, self.lr > 0, "over 0")
+            check_setting(f"optimizer.{name}", getattr(self, name), getattr(self, name) >= 0, "0 or more")
+        check_setting("optimizer.lr", self.lr, self.lr > 0, "over 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,9 +167,9 @@ class SparseRecipe:
     blocks: int = 4096
 
     def __post_init__(self) -> None:
-        _require("sparse.rows", self.rows, self.rows >= 0, "1 or more, or 0 for all")
-        _require("sparse.most_common", self.most_common, 0 <= self.most_common <= 1, "0 to 1")
-        _require("sparse.blocks", self.blocks, self.blocks >= 1, "1 or more")
+        check_setting("sparse.rows", self.rows, self.rows >= 0, "1 or more, or 0 for all")
+        check_setting("sparse.most_common", self.most_common, 0 <= self.most_common <= 1, "0 to 1")
+        check_setting("sparse.blocks", self.blocks, self.blocks >= 1, "1 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,11 +200,11 @@ class AttachRecipe:
     trainer: Settings = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _require("base.model", self.base.model, bool(self.base.model), "a folder or a name on the Hub")
+        check_setting("base.model", self.base.model, bool(self.base.model), "a folder or a name on the Hub")
         given = self.data.tokenizer
-        _require("data.tokenizer", given, given is None, "null; the model's own is used")
+        check_setting("data.tokenizer", given, given is None, "null; the model's own is used")
         holds = self.train == "memory" or not self.keep_prefix
-        _require("keep_prefix", self.keep_prefix, holds, "false if the model is trained too")
+        check_setting("keep_prefix", self.keep_prefix, holds, "false if the model is trained too")
 
 
 Kind = TypeVar("Kind", bound=Recipe | AttachRecipe)
@@ -297,8 +294,7 @@ def _check(hint: Any, value: Any, setting: str) -> Any:
                 value = float(value)  # YAML reads 1e-3 as text
         allowed = " or ".join("null" if c is type(None) else c.__name__ for c in choices)
         holds = isinstance(value, choices) and not (isinstance(value, bool) and bool not in choices)
-    if not holds:
-        raise ValueError(f"{setting} is {value!r}; allowed: {allowed}.")
+    check_setting(setting, value, holds, allowed)
     return value
 
 

@@ -8,12 +8,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from engrammar.config import check_choice
 from engrammar.train.pages import zeros_in_ram
 
 Closure = Callable[[], float]
@@ -25,12 +26,6 @@ COUNT_BITS = 8  # bits of a row's 32-bit word in RowAdam that hold its count
 MAX_COUNT = 2**COUNT_BITS - 1
 SINKHORN_STEPS = 11  # odd: rows, columns, ..., rows
 SINKHORN_SMALL_ROW = 1e-3  # norm of a small row, relative to the mean row norm
-
-
-def check_choice(setting: str, value: object, kind: Any) -> None:
-    """Raises a ValueError if `value` is not one of the Literal `kind`."""
-    if value not in get_args(kind):
-        raise ValueError(f"{setting} is {value!r}; allowed: {', '.join(get_args(kind))}.")
 
 
 def evaluate(closure: Closure | None) -> float | None:

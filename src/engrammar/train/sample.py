@@ -11,6 +11,7 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import StoppingCriteria, StoppingCriteriaList, set_seed
 
 from engrammar.attach import load_attached
+from engrammar.config import check_setting
 from engrammar.edit.applying import apply_patch
 from engrammar.edit.forms import in_chat
 from engrammar.edit.kept import kept_files
@@ -140,14 +141,10 @@ class Sampling:
     chat: bool = False
 
     def __post_init__(self) -> None:
-        for name, holds, allowed in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
-            ("temperature", self.temperature >= 0, "0 or more"),
-            ("top_p", 0 < self.top_p <= 1, "over 0, up to 1"),
-            ("num_beams", self.num_beams >= 1, "1 or more"),
-        ):
-            if not holds:
-                raise ValueError(f"{name} is {getattr(self, name)}; allowed: {allowed}.")
+        check_setting("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "1 or more")
+        check_setting("temperature", self.temperature, self.temperature >= 0, "0 or more")
+        check_setting("top_p", self.top_p, 0 < self.top_p <= 1, "over 0, up to 1")
+        check_setting("num_beams", self.num_beams, self.num_beams >= 1, "1 or more")
 
 
 def complete(model: Any, tokenizer: Any, prompt: str, sampling: Sampling) -> str:

@@ -25,12 +25,12 @@ OPTIMIZER = "optimizer.safetensors"
 GROUPS = "optimizer.json"
 
 
-def save_sharded_model(folder: Path, model: nn.Module) -> None:
+def save_model(folder: Path, model: nn.Module) -> None:
     """Writes the weights of a model, except tables and tied weights, into one file. All ranks must call it."""
     _write(folder / WHOLE, _backbone(model))
 
 
-def load_sharded_model(folder: Path, model: nn.Module) -> None:
+def load_model(folder: Path, model: nn.Module) -> None:
     """Reads the weights of a checkpoint into a model, each rank its part.
 
     Raises:
@@ -45,7 +45,7 @@ def load_sharded_model(folder: Path, model: nn.Module) -> None:
         _read(folder / weights[name], name, tensor)
 
 
-def save_sharded_optimizer(folder: Path, mixed: MixedOptimizer, model: nn.Module) -> None:
+def save_optimizer(folder: Path, mixed: MixedOptimizer, model: nn.Module) -> None:
     """Writes the state of every parameter of the model, and the settings of the groups. All ranks must call it."""
     _write(folder / OPTIMIZER, dict(_states(mixed, model)))
     if _is_first():
@@ -53,8 +53,8 @@ def save_sharded_optimizer(folder: Path, mixed: MixedOptimizer, model: nn.Module
         (folder / GROUPS).write_text(json.dumps(groups) + "\n")
 
 
-def load_sharded_optimizer(folder: Path, mixed: MixedOptimizer, model: nn.Module) -> None:
-    """Reads what `save_sharded_optimizer` wrote, on any number of ranks.
+def load_optimizer(folder: Path, mixed: MixedOptimizer, model: nn.Module) -> None:
+    """Reads what `save_optimizer` wrote, on any number of ranks.
 
     Raises:
         ValueError: there is no such state, or it is that of another optimizer.

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from engrammar.attach.blocks import find_decoder, first_parameters
 from engrammar.attach.inputs import read_inputs
+from engrammar.config import check_setting
 from engrammar.memory import Memory
 from engrammar.train.placement import TablePlacement
 from engrammar.train.row_optimizers import sum_by_row
@@ -50,10 +51,8 @@ class SparseRows:
         memories = [module for module in decoder.host.modules() if isinstance(module, Memory)]
         if len(memories) != 1:
             raise ValueError(f"This model has {len(memories)} memories; rows are chosen in a model that has one.")
-        if num_rows is not None and num_rows < 1:
-            raise ValueError(f"num_rows is {num_rows}; allowed: 1 or more, or None.")
-        if not 0 <= most_common <= 1:
-            raise ValueError(f"most_common is {most_common}; allowed: 0 to 1.")
+        check_setting("num_rows", num_rows, num_rows is None or num_rows >= 1, "1 or more, or None")
+        check_setting("most_common", most_common, 0 <= most_common <= 1, "0 to 1")
         (self.memory,) = memories
         self.num_rows, self.most_common, self.num_blocks = num_rows, most_common, 0
         read: dict[int, list[Tensor]] = {layer: [] for layer in self.memory.config.layers}

@@ -22,19 +22,11 @@ from engrammar.tables.checksums import MANIFEST, add_to_manifest, file_stamps
 from engrammar.tables.memory_json import finish_checkpoint
 from engrammar.tables.sealed import PARTIAL, clear_partials, last_good, rotate, seal, verify, writing
 from engrammar.tables.shards import load_backbone, remove_checkpoint
+from engrammar.train import sharded
 from engrammar.train.balancing import LoadBalancing
 from engrammar.train.optimizer import DEFAULTS, MixedOptimizer, OptimizerSettings, build_optimizer
 from engrammar.train.placement import place_tables, placement_of
 from engrammar.train.scoring import LookingAhead, sum_cross_entropy
-from engrammar.train.sharded import (
-    OPTIMIZER,
-    check_fsdp,
-    load_sharded_model,
-    load_sharded_optimizer,
-    preparing_without_rows,
-    save_sharded_model,
-    save_sharded_optimizer,
-)
 from engrammar.versions import check_can_train
 
 logger = logging.getLogger(__name__)
@@ -80,7 +72,7 @@ class EngrammarTrainer(Trainer):
             )
         super().__init__(model=model, args=args, **kwargs)
         if args.fsdp:
-            check_fsdp(self.accelerator, args, optimizer_settings)
+            sharded.check_fsdp(self.accelerator, args, optimizer_settings)
         self.optimizer_settings = optimizer_settings
         self.bytes_per_eval_token = bytes_per_eval_token
         self.counts_bytes = False  # whether `bytes_per_eval_token` is that of the set being evaluated
@@ -110,7 +102,7 @@ class EngrammarTrainer(Trainer):
         """As in transformers, but FSDP2 sees no rows: accelerate maps the optimizer's parameters to the model's."""
         if not self.is_fsdp_enabled:
             return super()._prepare_for_training(*args)
-        with preparing_without_rows(self.accelerator, lambda: self.mixed_optimizer):
+        with sharded.preparing_without_rows(self.accelerator, lambda: self.mixed_optimizer):
             return super()._prepare_for_training(*args)
 
     def _shard_to_evaluate(self) -> None:
@@ -258,7 +250,7 @@ class EngrammarTrainer(Trainer):
                 if part is not None:
                     part.save_pretrained(str(folder))
             torch.save(self.args, folder / "training_args.bin")
-        save_sharded_model(folder, self.model)
+        sharded.save_model(folder, self.model)
         if self.placement is None and self.args.should_save:
             finish_checkpoint(folder)
 
@@ -266,7 +258,7 @@ class EngrammarTrainer(Trainer):
         if not self.is_fsdp_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        save_sharded_optimizer(Path(output_dir), self.mixed_optimizer, self.model)
+        sharded.save_optimizer(Path(output_dir), self.mixed_optimizer, self.model)
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
 
@@ -277,7 +269,7 @@ class EngrammarTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:
-            load_sharded_model(Path(resume_from_checkpoint), self.model if model is None else model)
+            sharded.load_model(Path(resume_from_checkpoint), self.model if model is None else model)
         elif self.placement is None:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
@@ -294,9 +286,9 @@ class EngrammarTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if self.is_fsdp_enabled and checkpoint is not None:
-            load_sharded_optimizer(Path(checkpoint), self.mixed_optimizer, self.model)
+            sharded.load_optimizer(Path(checkpoint), self.mixed_optimizer, self.model)
             self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
-        elif checkpoint is not None and (Path(checkpoint) / OPTIMIZER).exists():
+        elif checkpoint is not None and (Path(checkpoint) / sharded.OPTIMIZER).exists():
             raise ValueError(f"{checkpoint} was written with fsdp: resume it with fsdp, on any number of ranks.")
         else:
             super()._load_optimizer_and_scheduler(checkpoint)
