@@ -111,11 +111,7 @@ def _rows_of(table: MemoryTable) -> tuple[Encoding, float | None, Iterator[Tenso
 
 
 def read_adapter(folder: Path) -> AdapterFile:
-    """Reads and checks the `adapter.json` of a folder.
-
-    Raises:
-        ValueError: the file is missing or damaged, or the folder is not whole.
-    """
+    """Reads the `adapter.json` of a folder; raises a ValueError if it is missing or damaged."""
     path = folder / ADAPTER
     if not path.is_file():
         raise ValueError(f"{folder} has no {ADAPTER}: give a folder that save_attached wrote.")

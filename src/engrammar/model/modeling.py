@@ -221,11 +221,7 @@ def check_follow(position_ids: Tensor, seen: int) -> None:
 
 
 def new_positions(attention_mask: Tensor | None, input_ids: Tensor, cache: Cache | None) -> Tensor | None:
-    """The mask [B, T] of the new positions, cut out of a mask [B, positions] that includes the cached ones.
-
-    Raises:
-        ValueError: the mask has another shape.
-    """
+    """The mask [B, T] of the new positions, the end of a mask [B, positions]; raises a ValueError at other shapes."""
     if attention_mask is None:
         return None
     shape = (input_ids.shape[0], input_ids.shape[1] + (cache.get_seq_length() if cache is not None else 0))

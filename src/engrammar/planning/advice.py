@@ -60,11 +60,7 @@ def measured_of(content: Mapping[str, Any]) -> Measured:
 
 
 def number(text: str) -> float:
-    """ "10B" -> 1e10; units are k, M, B and T.
-
-    Raises:
-        ValueError: it is no positive number with such a unit.
-    """
+    """ "10B" -> 1e10; units are k, M, B and T. Raises a ValueError if it is no positive number with such a unit."""
     match = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)([kmbt]?)", text.strip().casefold().replace(",", ""))
     try:
         value = float(match[1]) * UNITS[match[2]] if match else 0.0

@@ -54,11 +54,7 @@ class DistinctRows:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Reads what `write` wrote.
-
-        Raises:
-            ValueError: the file cannot be read, or is none of these.
-        """
+        """Reads what `write` wrote; raises a ValueError if the file cannot be read, or is none of these."""
         try:
             content = json.loads(path.read_text())
             chosen = {field.name: content[field.name] for field in fields(cls)}
@@ -76,11 +72,7 @@ class DistinctRows:
 
 
 def measured_for(model: str) -> DistinctRows:
-    """What ships with the package for the paper's presets.
-
-    Raises:
-        ValueError: nothing was measured for this model.
-    """
+    """What ships with the package for the paper's presets; raises a ValueError for other models."""
     path = resources.files("engrammar.planning") / "distinct" / f"{model}.json"
     if not path.is_file():
         raise ValueError(

@@ -48,11 +48,7 @@ Figures = TypeVar("Figures")
 
 
 def read_figures(kind: type[Figures], path: Path) -> Figures:
-    """Builds a dataclass of figures from a JSON file with any of its names.
-
-    Raises:
-        ValueError: the file cannot be read, or holds another name or a value that is not above 0.
-    """
+    """Builds a dataclass of JSON figures; raises a ValueError at other names, and at values that are not above 0."""
     known = ", ".join(field.name for field in fields(kind))  # type: ignore[arg-type]
     try:
         settings = json.loads(path.read_text())

@@ -104,11 +104,7 @@ def write_page_sums(shard: Path) -> Path:
 
 
 def read_page_sums(path: Path, of: Path) -> NDArray[np.uint32]:
-    """Reads the checksums of the pages of the file `of` from `path`, uint32 [pages].
-
-    Raises:
-        ValueError: `path` holds no checksums, or those of another file.
-    """
+    """The checksums of the pages of the file `of`, uint32 [pages]; raises a ValueError if `path` holds no such sums."""
     try:
         return only_tensor(path, "crc32", "U32", (-(-of.stat().st_size // PAGE),)).read().view("<u4")
     except ValueError as error:
@@ -124,11 +120,7 @@ def first_damaged(data: memoryview, sums: NDArray[np.uint32], block_bytes: int =
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Reads the manifest of a folder.
-
-    Raises:
-        ValueError: there is none, or the file is not a manifest.
-    """
+    """Reads the manifest of a folder; raises a ValueError if there is none, or the file is not a manifest."""
     path = folder / MANIFEST
     if not path.is_file():
         raise ValueError(f"{folder} has no {MANIFEST} (never completed, or made by an older version)")
@@ -154,11 +146,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def check_sizes(folder: Path) -> Manifest:
-    """Reads the manifest of a folder and checks that every file is there with its size.
-
-    Raises:
-        ValueError: a file is missing or has another size; names the file and its bytes.
-    """
+    """Reads a folder's manifest; raises a ValueError that names a file which is missing or has another size."""
     manifest = read_manifest(folder)
     there = file_sizes(folder)
     for name, (size, _) in manifest.files.items():

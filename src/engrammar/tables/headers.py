@@ -64,11 +64,7 @@ def load_json(data: bytes, require: Requirement) -> Any:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads the object in a JSON file.
-
-    Raises:
-        ValueError: the file is missing, cannot be read, or does not hold a JSON object.
-    """
+    """Reads the object in a JSON file; raises a ValueError if the file is missing, unreadable or something else."""
     require = Requirement(path)
     try:
         require(path.is_file(), "it is missing, or no file")  # reading a pipe would wait for ever

@@ -136,11 +136,7 @@ def remove_checkpoint(directory: Path) -> None:
 
 
 def weight_map(directory: Path) -> dict[str, str]:
-    """The file of each weight of a checkpoint.
-
-    Raises:
-        ValueError: the checkpoint has no weights, or its index is not one.
-    """
+    """The file of each weight of a checkpoint; raises a ValueError if it has no weights, or its index is not one."""
     if (directory / WHOLE).exists():
         return dict.fromkeys(read_header(directory / WHOLE), WHOLE)
     path = directory / INDEX

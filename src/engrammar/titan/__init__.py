@@ -10,11 +10,7 @@ VERSION = "0.3.0"  # the lowest and the highest: 0.2.2 has neither `protocols.mo
 
 
 def require_torchtitan() -> None:
-    """Refuses another torchtitan than the one that was tested.
-
-    Raises:
-        ImportError: another version is installed.
-    """
+    """Raises an ImportError at another torchtitan than the one that was tested."""
     try:
         found = metadata.version("torchtitan")
     except metadata.PackageNotFoundError:

@@ -187,11 +187,7 @@ class MemoryModel(DeepSeekV3Model):
 
 
 def check_parallelism(config: Any) -> None:
-    """Refuses what would read wrong rows, or was never shown to be right.
-
-    Raises:
-        ValueError: names the setting of torchtitan and what to set.
-    """
+    """Raises a ValueError, and says what to set, where wrong rows would be read or nothing was shown to be right."""
     parallelism, training = config.parallelism, getattr(config, "training", None)
     check_pipeline(config)
     refused = {
@@ -212,11 +208,7 @@ def check_parallelism(config: Any) -> None:
 
 
 def check_pipeline(config: Any) -> None:
-    """Refuses schedules that leave rows without gradients.
-
-    Raises:
-        ValueError: names the setting and what to set.
-    """
+    """Raises a ValueError, and says what to set, at schedules that leave rows without gradients."""
     parallelism = config.parallelism
     if parallelism.pipeline_parallel_degree == 1:
         return

@@ -143,11 +143,7 @@ def of_model(config: EngrammarConfig, **settings: Any) -> Retrieval.Config:
 
 
 def classes_of(tokenizer: str) -> Any:
-    """The class of each id of the tokenizer in this folder.
-
-    Raises:
-        ValueError: no folder is given.
-    """
+    """The class of each id of the tokenizer in this folder; raises a ValueError if no folder is given."""
     if not tokenizer:
         raise ValueError(
             "This memory compresses ids, which needs the tokenizer: give its folder with "

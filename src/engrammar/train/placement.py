@@ -308,11 +308,7 @@ class TablePlacement(RowSource):
             read_rows(directory / table_shard(name), f"{name}.weight", self._first_row(name), table_RC.detach())
 
     def load_state(self, directory: Path, optimizer: RowOptimizer) -> None:
-        """Reads the optimizer's state of this rank's rows from a checkpoint.
-
-        Raises:
-            ValueError: the checkpoint has no such state, or it has another shape or dtype.
-        """
+        """Reads the optimizer's state of this rank's rows; raises a ValueError if a checkpoint has none that fits."""
         self.flush()
         for name, table_RC in self.tables.items():
             path = directory / table_shard(name + ".optimizer")

@@ -217,11 +217,7 @@ def trainer_settings(recipe: Recipe | AttachRecipe, tokens: TokenSet) -> dict[st
 
 
 def check_same_recipe(recipe: Recipe | AttachRecipe) -> None:
-    """Compares the recipe with that of the run in its `out`.
-
-    Raises:
-        ValueError: the run there has no recipe.yaml, or differs in a setting, which is named.
-    """
+    """Raises a ValueError unless the run in `out` is of this recipe; names the setting that differs."""
     out, advice = Path(recipe.out), "choose another `out`, or delete that folder"
     if not (out / "recipe.yaml").exists():
         raise ValueError(f"{out} holds a run without its recipe.yaml: {advice}.")

@@ -31,11 +31,7 @@ def save_model(folder: Path, model: nn.Module) -> None:
 
 
 def load_model(folder: Path, model: nn.Module) -> None:
-    """Reads the weights of a checkpoint into a model, each rank its part.
-
-    Raises:
-        ValueError: the checkpoint is of another model.
-    """
+    """Reads the weights of a checkpoint, each rank its part; raises a ValueError if it is of another model."""
     weights, own = weight_map(folder), _backbone(model)
     saved = {name for name in weights if not is_table(name)}
     if saved != own.keys():
@@ -54,11 +50,7 @@ def save_optimizer(folder: Path, mixed: MixedOptimizer, model: nn.Module) -> Non
 
 
 def load_optimizer(folder: Path, mixed: MixedOptimizer, model: nn.Module) -> None:
-    """Reads what `save_optimizer` wrote, on any number of ranks.
-
-    Raises:
-        ValueError: there is no such state, or it is that of another optimizer.
-    """
+    """Reads what `save_optimizer` wrote, on any number of ranks; raises a ValueError if that does not fit."""
     path = folder / OPTIMIZER
     if not path.exists():
         raise ValueError(f"{folder} has no {OPTIMIZER}: it was written without fsdp; resume it without, or train anew.")

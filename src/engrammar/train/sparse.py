@@ -93,11 +93,7 @@ class SparseRows:
 
     @torch.no_grad()
     def keep(self, placement: TablePlacement | None) -> None:
-        """Drops the gradients of all rows that are not chosen.
-
-        Raises:
-            ValueError: the tables are spread over ranks.
-        """
+        """Drops the gradients of rows that are not chosen; raises a ValueError if the tables are spread over ranks."""
         if placement is not None and placement.num_ranks > 1:
             raise ValueError("The rows to train are chosen by one process: train on one, or train all rows.")
         for layer in self.memory.config.layers:

@@ -73,11 +73,7 @@ def row_sums(rows_US: NDArray[np.uint8], rows_U: NDArray[np.int64], upload: str)
 
 
 def read_note(pool: Pool, table: str, seconds: float) -> Note | None:
-    """Reads the note of a table; None if there is none.
-
-    Raises:
-        ValueError: the value there is not a note.
-    """
+    """Reads the note of a table; None if there is none. Raises a ValueError if the value there is not a note."""
     text = pool.ask("text", seconds, key=note_key(table))
     if not text:
         return None

@@ -204,11 +204,7 @@ def _require_same(folder: TableFolder, memory: MemoryConfig, geometry: Geometry,
 
 
 def read_names(path: Path) -> dict[str, str]:
-    """Reads the names of tensors in a JSON file, an object of strings.
-
-    Raises:
-        ValueError: the file holds something else.
-    """
+    """Reads the names of tensors in a JSON file; raises a ValueError if it holds no object of strings."""
     try:
         names = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:

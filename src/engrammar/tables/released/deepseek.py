@@ -79,11 +79,7 @@ def _read_classes(model: ReleasedModel) -> tuple[NDArray[np.int64], str]:
 def table_parts(
     model: ReleasedModel, names: Mapping[str, str], memory: MemoryConfig, geometry: Geometry, layer: int
 ) -> tuple[Part, Part]:
-    """The values [R, C] and the scales [R, C/32] of a layer's table, checked.
-
-    Raises:
-        ValueError: one is missing, or of another shape or dtype.
-    """
+    """The values [R, C] and the scales [R, C/32] of a layer's table; raises a ValueError if one does not fit."""
     rows, width = geometry.num_stored_rows(memory.layers.index(layer)), memory.head_dim
     values = model.need(names["values"].format(layer=layer))
     scales = model.need(names["scales"].format(layer=layer))

@@ -41,11 +41,7 @@ def read_memory(model: ReleasedModel, names: Mapping[str, str]) -> tuple[MemoryC
 
 
 def require_layers(settings: Settings) -> list[int]:
-    """The layers that have a table, counted from 1.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """The layers that have a table, counted from 1; raises a ValueError if there is none."""
     layers: list[int] = settings.need("ple_layer_ids", list)
     if not layers:
         raise ValueError(f"{settings.where} has no ple_layer_ids: this model has no n-gram table.")
@@ -53,11 +49,7 @@ def require_layers(settings: Settings) -> list[int]:
 
 
 def describe_memory(settings: Settings, encoding: Encoding) -> tuple[MemoryConfig, Geometry]:
-    """The memory that a model's settings describe, with rows stored in `encoding`.
-
-    Raises:
-        ValueError: there is no table, or a setting is missing.
-    """
+    """The memory that settings describe, with rows in `encoding`; raises a ValueError if a setting is missing."""
     dialect, need = DIALECTS["qwen_next"], settings.need
     layers = require_layers(settings)
     size, heads = need("ngram_size", int, dialect.max_ngram_size), need("heads_per_ngram", int, dialect.num_heads)
@@ -172,11 +164,7 @@ def scale_value(part: Part) -> float:
 
 
 def scale_bytes(part: Part, scale: float) -> NDArray[np.uint8]:
-    """The bytes of a scale in the dtype of `part`.
-
-    Raises:
-        ValueError: the dtype is bf16, which cannot hold the scale exactly.
-    """
+    """The bytes of a scale in the dtype of `part`; raises a ValueError if bf16 cannot hold it exactly."""
     raw = np.array([scale], dtype="<f4").view(np.uint8)
     if part.dtype == "BF16" and raw[:2].any():
         raise ValueError(f"The table's scale {scale} is no bf16 number, as {part.name} is: quantize with one that is.")
