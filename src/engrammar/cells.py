@@ -13,7 +13,6 @@ class Column(NamedTuple):
     """One column of a table of results.
 
     Attributes:
-        title: the header.
         key: the key of the value in a result; dots lead into nested dicts. A value of None gives an empty cell.
         form: the format of a value, as `format` takes it.
         per: the unit; values are divided by it.

@@ -26,7 +26,6 @@ class Inputs:
         input_ids: [B, T].
         mask_BT: False at padding; None if nothing is padded.
         position_ids: [B or 1, T], if they may mark packed documents; else None.
-        cache: the cache that was given; None if there was none.
         seen: positions in that cache; None if it cannot say.
         caches: whether later passes may go on from this one.
     """

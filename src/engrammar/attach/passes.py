@@ -27,10 +27,8 @@ class Pass:
     """One pass of a decoder, from its call to its return.
 
     Attributes:
-        attachment: whose pass it is.
         reads: for each memory that is on, what was retrieved, and its state if later passes may go on from this one.
         keep_all: whether the states keep positions that may be taken back.
-        cache: the cache that was given.
     """
 
     attachment: "Attachment"
@@ -50,7 +48,6 @@ class Attachment(nn.ModuleDict):
 
     Attributes:
         off: the names of the memories that are switched off.
-        handles: the hooks on the model.
         trained: the model's own parameters that were trainable before.
         blocks_return_tuples: whether blocks return a tuple of hidden states and nothing else; `keep_prefix` finds out.
     """

@@ -86,7 +86,6 @@ class MemoryState(DummyLayer):
     def __init__(self, name: str, config: Hashable, num_back: int, windows: Mapping[Any, int]) -> None:
         """
         Args:
-            name: the memory's name in its model.
             config: what the state belongs to; a state of another config is not continued.
             num_back: ids to look back to.
             windows: positions to look back to of other things, by their names (of a convolution: its layer).

@@ -22,7 +22,6 @@ class MeasuredLength:
     """One length of training of the study.
 
     Attributes:
-        tokens: tokens of a run.
         memory: memory's share of the idle parameters, in percent, of the best point; None if experts alone were best.
         as_good: the shares that the seeds do not separate from the best one, the best included.
         gain: bits per byte that the best share gains over experts alone, and half of its 95 % interval (None: one

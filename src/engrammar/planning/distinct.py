@@ -23,7 +23,6 @@ class DistinctRows:
 
     Attributes:
         model: the preset or folder whose addresses were counted.
-        corpus: the text.
         sequence: tokens of a sequence; a step is made of sequences drawn from all of the sample.
         tokens: numbers of tokens, ascending.
         shares: for each, the distinct rows divided by tokens * columns, in the first memory layer.

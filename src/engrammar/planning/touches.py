@@ -32,7 +32,6 @@ class Sample:
     """Text as prompts, one after the other.
 
     Attributes:
-        ids_T: token ids.
         prompt_T: the number of the prompt that each token belongs to, ascending from 0.
     """
 

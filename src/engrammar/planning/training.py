@@ -32,7 +32,6 @@ class Cluster:
 
     Attributes:
         gpus_per_node: GPUs that reach each other faster than the network.
-        gpu_bytes: memory of a GPU.
         flops_per_s: what the model reaches: 35 % of the 989 TFLOP/s of dense bf16.
         gpu_bytes_per_s: gathering and scattering rows in the GPU's memory, a third of its bandwidth.
         node_bytes_per_s: sent to GPUs of the node (NVLink), of 450 GB/s.

@@ -295,7 +295,6 @@ class DiskStore(RowStore):
     """A table in its files. Several threads may fetch and wait at once.
 
     Args:
-        table: where its rows are.
         depth: how many pages of large fetches are in flight at once.
         queues: makes queues of reads. None takes the best kind that this system and the files allow.
 

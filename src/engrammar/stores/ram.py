@@ -35,7 +35,6 @@ class RamStore(RowStore):
         """Reads the table; shows a progress bar if that takes more than two seconds.
 
         Args:
-            table: where the rows are.
             shared: all processes of this user that open the table use one copy; the last to close it frees it.
             verify: checks each page against its CRC-32, if the table has checksums.
 

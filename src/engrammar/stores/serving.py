@@ -76,13 +76,7 @@ class ServingSettings:
 
 @dataclass(kw_only=True)
 class Counts:
-    """What has been read so far.
-
-    Attributes:
-        rows: rows asked for.
-        missing_rows: rows that could not be read.
-        closed: (layer, position) pairs whose gate was closed because a row was missing.
-    """
+    """Rows asked for and missing so far, and (layer, position) pairs whose gate was closed because a row was."""
 
     rows: int = 0
     missing_rows: int = 0

@@ -115,7 +115,6 @@ class Segment:
     """Bytes that are shared by all processes of this user that ask for the same content.
 
     Attributes:
-        path: the segment's file.
         bytes: the shared bytes, as writable uint8 [num_bytes].
         lock: must be held to change the bytes once they are filled.
     """
@@ -127,7 +126,6 @@ class Segment:
 
         Args:
             content: describes the bytes, in any words; the same text and number of bytes give the same segment.
-            num_bytes: the number of bytes.
             fill: writes the content into the bytes, which are zeros. Only the process that makes the segment calls it.
             keep: whether a complete segment that killed processes left is used; otherwise it is made again.
             folder: the folder of the file; None is /dev/shm or, on a system without it, the one for temporary files.

@@ -53,7 +53,6 @@ def pack(source: Path, out: Path, *, shard_bytes: int | None = None, tables_only
 
     Args:
         source: a checkpoint of any version, or a folder of tables.
-        out: the new folder.
         shard_bytes: the most bytes of rows in one file; None writes one file for each table.
         tables_only: leaves the other files out.
 

@@ -30,11 +30,8 @@ class Shard:
     """A run of a table's rows in one safetensors file.
 
     Attributes:
-        path: the file.
-        tensor: the name of its tensor.
         start: the byte of the file where its first row begins.
         first_row: that row's number in the table.
-        num_rows: rows in this shard.
         crc32: the file with the CRC-32 of each page of `path`; None if there is none.
     """
 
@@ -51,10 +48,8 @@ class TableFile:
     """Where the rows of one memory layer are, and how they are stored.
 
     Attributes:
-        layer: index of the layer in its model.
         name: the name of the table's weight in a model.
         num_rows, width: R and C.
-        encoding: how a row is stored.
         scale: the scale of all rows, if the encoding has one for the whole table.
         shards: consecutive runs of rows.
     """
@@ -182,7 +177,6 @@ class TableWriter:
     The folder appears, sealed, at the end of the statement, or not at all.
 
     Args:
-        folder: the new folder.
         memory, geometry, encoding, num_ids, tokenizer_sha256, source: as in `TableFolder`.
         shard_bytes: the most bytes of rows in one file; None writes one file for each table.
 
@@ -251,7 +245,6 @@ class TableWriter:
         """Writes all rows of a layer's table.
 
         Args:
-            layer: the layer's index in the model.
             scale: the table's scale, for fp8.
             blocks: consecutive rows, uint8 [U, S].
             name: the name of the table's weight in the model; None is its name in our own model.

@@ -77,15 +77,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One tensor of a safetensors file.
-
-    Attributes:
-        path: the file.
-        name: the tensor's name in the file.
-        dtype: the name of its dtype in safetensors.
-        shape: the tensor's shape.
-        start, num_bytes: the first byte of its values in the file, and how many bytes they take.
-    """
+    """One tensor of a safetensors file, which calls its dtype `dtype`; its values are `num_bytes` from `start` on."""
 
     path: Path
     name: str

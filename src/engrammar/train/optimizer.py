@@ -235,7 +235,6 @@ class OptimizerSettings:
         memory_lr_scale: the tables' lr divided by the lr of all other parameters (5 in the paper, section 4).
         memory_rounding: how numbers written to a bf16 table are rounded.
         matrices: the optimizer of the backbone's matrices.
-        muon_momentum: the momentum of Muon.
         max_grad_norm: the norm to which each step first clips rows and dense gradients together. It is for loops that
             cannot do so, such as transformers' plain Trainer (whose own max_grad_norm must then be 0). None: no clip.
 

@@ -43,7 +43,6 @@ class Read:
     Attributes:
         rows: for each table, the distinct rows_U.
         places: for each table, the index in rows_U of each row asked for, all passes one after another.
-        fetched: the values.
         dtype: the dtype of the embeddings.
         training: whether gradients will be collected.
         collected: whether they have been collected, so that the values are those of an earlier step.

@@ -65,9 +65,7 @@ def probe_layers(
 
     Args:
         recipe: gives the memory's settings except its `layers`, the rates, the items of a step and the seed.
-        ready: the model and its tokenizer.
         blocks: what is trained on and what is held out, items of one length with labels, as for `keep_prefix`.
-        layers: the blocks to try.
         steps: training steps at each.
 
     Raises:

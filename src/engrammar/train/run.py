@@ -110,7 +110,6 @@ def train(recipe: Recipe, build: BuildConfig | None = None) -> dict[str, Any]:
     processes than when the checkpoint was written.
 
     Args:
-        recipe: the settings of the run.
         build: makes the model's config from the recipe's model, the tokenizer and the class map, for kinds of models
             that `build_config` does not make. Their classes must be registered with transformers.
 

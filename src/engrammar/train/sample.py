@@ -33,7 +33,6 @@ def load(
     """Loads the model and tokenizer of a folder that training wrote, or of a released Qwen4-Exp model.
 
     Args:
-        directory: the folder.
         device: the model's device; by default the accelerator if there is one, else the CPU.
         tables: for a released model, the folder that `engrammar table import` made of its tables.
         serving: `memory`, `cache_rows`, `on_missing` and `deadline` of `EngrammarForCausalLM.from_pretrained`.

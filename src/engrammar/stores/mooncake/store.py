@@ -157,7 +157,6 @@ class RemoteStore(RowStore):
 
         Args:
             table: the name that the table was uploaded under.
-            server: the pool.
             num_rows, row_bytes, encoding: what the table must have.
             geometry: the model's geometry, which the table must have too; None does not compare it.
 

@@ -54,8 +54,6 @@ def import_tables(model: Path, out: Path, names: Mapping[str, str] | None = None
     the files with the fusion weights, which are written to `fusion.safetensors` as fp32, under our model's names.
 
     Args:
-        model: the released model's folder.
-        out: the new folder.
         names: replaces names of tensors in this layout's `NAMES`.
 
     Returns:
@@ -117,7 +115,6 @@ def export_tables(tables: Path, model: Path, out: Path, names: Mapping[str, str]
     Args:
         tables: a folder of table files, in the encoding of the model's files.
         model: the released model, or the part of it that holds the tables.
-        out: the new folder.
         names: as for `import_tables`.
 
     Raises:

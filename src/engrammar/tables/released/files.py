@@ -60,13 +60,7 @@ class Settings:
 
 @final
 class ReleasedModel:
-    """A released model's folder: its settings, and which file holds which tensor. Headers are read only when needed.
-
-    Attributes:
-        folder: the path of the folder.
-        settings: those of its config.json.
-        file_of: for each tensor, the name of its file.
-    """
+    """A released model's folder: its settings, and which file holds which tensor. Headers are read only when needed."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -131,8 +125,6 @@ def copy_model(model: ReleasedModel, out: Path, replaced: Mapping[str, Iterator[
     Files that the index lists but the folder lacks are skipped. `out` appears once it is whole.
 
     Args:
-        model: the folder to copy.
-        out: the new folder.
         replaced: by full tensor name, the new bytes in blocks, as many bytes as the tensor had.
 
     Raises:
