@@ -7,7 +7,7 @@ package says in its docstring what else is public.
 
 from typing import TYPE_CHECKING, Any
 
-from engrammar import edit
+from engrammar import edit, train
 from engrammar.attach import attach, detach, disabled, load_attached, save_attached, set_trainable
 from engrammar.config import Geometry, MemoryConfig
 from engrammar.model import (
@@ -61,9 +61,7 @@ __version__ = "0.2.0"
 
 def __getattr__(name: str) -> Any:
     if name == "EngrammarTrainer":  # as in `engrammar.train`: transformers' Trainer is slow to import
-        from engrammar.train import EngrammarTrainer
-
-        return EngrammarTrainer
+        return train.EngrammarTrainer
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -147,10 +147,7 @@ def preset(
         settings["memory"] = _memory_settings(PRESETS[name].get("memory") or {}, overrides.get("memory", {}), tokenizer)
     if tokenizer is None:
         if settings.get("memory") is not None and "num_classes" not in settings and "geometry" not in settings:
-            settings |= {
-                "num_classes": settings["vocab_size"],
-                "fill_class": 0,
-            }  # enough to count parameters
+            settings |= {"num_classes": settings["vocab_size"], "fill_class": 0}  # enough to count parameters
         return EngrammarConfig(**settings)
     for key in ("vocab_size", "num_ids", "num_classes", "fill_class", "pad_token_id", "bos_token_id", "eos_token_id"):
         if key not in overrides:

@@ -8,13 +8,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
-    DeepseekV3Attention,
-    DeepseekV3Experts,
-    DeepseekV3TopkRouter,
-)
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3PreTrainedModel
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4HyperConnection, DeepseekV4HyperHead
-from transformers.utils.output_capturing import OutputRecorder
 
 from engrammar.fusion import Fusion
 from engrammar.memory import Memory
@@ -26,25 +21,18 @@ from engrammar.table import MemoryTable, draw_rows_
 from engrammar.vocabulary import compress_vocabulary
 
 
-class EngrammarPreTrainedModel(SavedModel):
+class EngrammarPreTrainedModel(SavedModel, DeepseekV3PreTrainedModel):
     """The base of our models, with and without a head (abstract)."""
 
     config: EngrammarConfig
     config_class = EngrammarConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
     _no_split_modules = ("EngrammarBlock",)
-    _skip_keys_device_placement = ("past_key_values",)
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
+    _can_compile_fullgraph = False  # ids are checked, and rows may be read from elsewhere
     _can_record_outputs: ClassVar[dict[str, Any]] = {
+        **DeepseekV3PreTrainedModel._can_record_outputs,
         "hidden_states": BranchMean,
-        "attentions": DeepseekV3Attention,
-        "router_logits": OutputRecorder(DeepseekV3TopkRouter, index=0),
     }
-    _keep_in_fp32_modules_strict = ("e_score_correction_bias",)
+    _keys_to_ignore_on_load_unexpected = None  # not DeepSeek-V3's, which hides weights of a block 61
 
     @classmethod
     def from_preset(cls, name: str, *, tokenizer: Any, **overrides: Any) -> Self:
@@ -109,13 +97,7 @@ class EngrammarPreTrainedModel(SavedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         std = self.config.initializer_range
-        if isinstance(module, DeepseekV3TopkRouter):
-            init.normal_(module.weight, mean=0.0, std=std)
-            init.zeros_(module.e_score_correction_bias)
-        elif isinstance(module, DeepseekV3Experts):
-            init.normal_(module.gate_up_proj, mean=0.0, std=std)
-            init.normal_(module.down_proj, mean=0.0, std=std)
-        elif isinstance(module, DeepseekV4HyperConnection):
+        if isinstance(module, DeepseekV4HyperConnection):
             init.normal_(module.fn, mean=0.0, std=std)
             init.zeros_(module.base)
             init.ones_(module.scale)

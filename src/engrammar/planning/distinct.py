@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict, dataclass, fields
 from importlib import resources
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 
@@ -64,10 +64,7 @@ class DistinctRows:
             ) from error
 
     def write(self, path: Path) -> None:
-        path.write_text(json.dumps(self.to_json(), indent=1) + "\n")
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
 
 
 def measured_for(model: str) -> DistinctRows:

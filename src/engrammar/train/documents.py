@@ -19,6 +19,7 @@ import numpy as np
 from engrammar.train import corpora
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
+TEXT = "give .txt or .jsonl files"
 # Up to 1,000 characters, cut after a line that ends in the second half, else after a word, else anywhere.
 PIECE = re.compile(r".{500,1000}\n|.{1,1000}(?:\s|$)|.{1,1000}", re.DOTALL)
 
@@ -69,7 +70,7 @@ def find_files(source: str) -> list[Path]:
 
 
 def _read_file(path: Path, text_field: str) -> Iterator[Any]:
-    parquet: Any = _data_library("pyarrow.parquet", str(path)) if path.suffix == ".parquet" else None
+    parquet: Any = data_library("pyarrow.parquet", f"{path} is read", TEXT) if path.suffix == ".parquet" else None
     try:
         if path.suffix == ".txt":
             yield path.read_bytes().decode("utf-8")
@@ -88,7 +89,7 @@ def _read_file(path: Path, text_field: str) -> Iterator[Any]:
 
 
 def _read_hugging_face(name: str, text_field: str) -> Iterator[Any]:
-    datasets = _data_library("datasets", f"hf:{name}")
+    datasets = data_library("datasets", f"hf:{name} is read", TEXT)
     path, _, config = name.partition(":")
     try:
         rows = datasets.load_dataset(path, config or None, split="train", streaming=True)
@@ -101,13 +102,13 @@ def _read_hugging_face(name: str, text_field: str) -> Iterator[Any]:
         raise ValueError(f"cannot read the dataset {name!r} from Hugging Face: {reason}") from error
 
 
-def _data_library(name: str, source: str) -> ModuleType:
+def data_library(name: str, use: str, instead: str) -> ModuleType:
+    """Imports a library of the extra `data`; where it lacks, a ValueError says what it is for and what to do."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"{source} is read with {name.partition('.')[0]}, which is not installed: pip install 'engrammar[data]', "
-            "or give .txt or .jsonl files"
+            f"{use} with {name.partition('.')[0]}, which is not installed: pip install 'engrammar[data]', or {instead}"
         ) from error
 
 

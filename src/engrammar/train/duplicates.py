@@ -1,8 +1,11 @@
 """Documents that nearly repeat an earlier one, found by MinHash over their word 5-grams (datasketch)."""
 
-import importlib
 from collections.abc import Iterable
 from typing import Any
+
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
+from engrammar.train.documents import data_library
 
 WORDS = 5  # of a shingle
 NUM_HASHES = 64  # a similarity is estimated to about 1/16
@@ -16,15 +19,7 @@ def near_duplicates(texts: Iterable[str], similarity: float) -> set[int]:
     Raises:
         ValueError: datasketch is not installed.
     """
-    from tqdm.auto import tqdm  # type: ignore[import-untyped]
-
-    try:
-        datasketch = importlib.import_module("datasketch")
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            "near-duplicates are found with datasketch, which is not installed: pip install 'engrammar[data]', or set "
-            "data.similarity to null"
-        ) from error
+    datasketch = data_library("datasketch", "near-duplicates are found", "set data.similarity to null")
     index = datasketch.MinHashLSH(threshold=similarity, num_perm=NUM_HASHES)
     kept: dict[int, Any] = {}
     dropped: set[int] = set()

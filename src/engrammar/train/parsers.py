@@ -20,25 +20,11 @@ GCIDE_LETTERS = {"ae": "æ", "oe": "œ", "AE": "Æ", "OE": "Œ", "eth": "ð", "t
 
 # Blocks of the Python manual that are instructions for building it, not text.
 RST_HIDDEN = {"index", "toctree", "testsetup", "testcleanup", "module", "moduleauthor", "sectionauthor", "highlight"}
-RST_HIDDEN |= {
-    "currentmodule",
-    "only",
-    "raw",
-    "image",
-    "figure",
-    "include",
-    "literalinclude",
-    "tabularcolumns",
-    "cssclass",
-}
+RST_HIDDEN |= {"currentmodule", "only", "raw", "image", "figure", "include", "literalinclude"}
+RST_HIDDEN |= {"tabularcolumns", "cssclass"}
 RST_OPENINGS = {"versionadded": "New in version ", "versionchanged": "Changed in version "}
-RST_OPENINGS |= {
-    "deprecated": "Deprecated since version ",
-    "seealso": "See also: ",
-    "note": "Note: ",
-    "warning": "Warning: ",
-}
-
+RST_OPENINGS |= {"deprecated": "Deprecated since version ", "seealso": "See also: "}
+RST_OPENINGS |= {"note": "Note: ", "warning": "Warning: "}
 
 POD_ESCAPES = {"sol": "/", "verbar": "|"}
 
@@ -189,9 +175,8 @@ def parse_pod(root: Path) -> Iterator[Entry]:
 def _pod_escape(match: re.Match[str]) -> str:
     name = match[1]
     found = chr(int(name)) if name.isdigit() else POD_ESCAPES.get(name, html.unescape(f"&{name};"))
-    return {"<": "\ue000", ">": "\ue001"}.get(
-        found, found
-    )  # set back later, since they would end the codes around them
+    # Brackets are set back later, since they would end the codes around them.
+    return {"<": "\ue000", ">": "\ue001"}.get(found, found)
 
 
 def parse_aws(root: Path) -> Iterator[Entry]:

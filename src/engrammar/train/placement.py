@@ -21,8 +21,8 @@ from engrammar.config import check_choice
 from engrammar.table import MemoryTable, Rows, RowSource, draw_rows_
 from engrammar.tables.shards import lay_out, read_rows, table_shard, write_index, write_rows
 from engrammar.train.exchange import Route, Sharing, Traffic, all_sum, broadcast, gather, own_rows, share
-from engrammar.train.pages import zeros_in_file, zeros_in_ram
-from engrammar.train.row_optimizers import RowBackend, RowOptimizer
+from engrammar.train.pages import zeros_in_file
+from engrammar.train.row_optimizers import RowBackend, RowOptimizer, allocate
 
 Where = Literal["device", "ram", "file"]
 Overlap = Literal["auto", "none", "exact", "stale"]
@@ -94,9 +94,8 @@ class TablePlacement(RowSource):
         )
 
     def _allocate(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        if self.where == "file":
-            return zeros_in_file(shape, dtype, self.folder)
-        return zeros_in_ram(shape, dtype) if device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=device)
+        in_file = self.where == "file"
+        return zeros_in_file(shape, dtype, self.folder) if in_file else allocate(shape, dtype, device)
 
     @torch.no_grad()
     def take(self, std: float, device: torch.device, dtype: torch.dtype, checkpoint: Path | None) -> None:

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import call
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -36,15 +37,12 @@ def evaluate(closure: Closure | None) -> float | None:
         return closure()
 
 
-def _now(update: Callable[[], None]) -> None:
-    update()
-
-
 def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros, whose pages in RAM take memory once they are written to."""
     return zeros_in_ram(shape, dtype) if device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=device)
 
 
@@ -59,8 +57,8 @@ class RowBackend:
         is_sharded: whether there are several such ranks. All of them then take part in every update.
     """
 
-    allocate: Callable[[Sequence[int], torch.dtype, torch.device], Tensor] = _allocate
-    submit: Callable[[Callable[[], None]], None] = _now
+    allocate: Callable[[Sequence[int], torch.dtype, torch.device], Tensor] = allocate
+    submit: Callable[[Callable[[], None]], None] = call
     all_sum: Callable[[Tensor], Tensor] = _same
     is_sharded: bool = False
 
