@@ -10,13 +10,7 @@ from typing import TYPE_CHECKING, Any
 from engrammar import edit, train
 from engrammar.attach import attach, detach, disabled, load_attached, save_attached, set_trainable
 from engrammar.config import Geometry, MemoryConfig
-from engrammar.model import (
-    EngrammarConfig,
-    EngrammarForCausalLM,
-    EngrammarModel,
-    count_parameters,
-    preset,
-)
+from engrammar.model import EngrammarConfig, EngrammarForCausalLM, EngrammarModel, count_parameters, preset
 from engrammar.stores import CachedStore, DiskStore, RamStore, RowStore
 from engrammar.stores.serving import ServingSettings, look_ahead, serve_tables
 from engrammar.tables import open_tables

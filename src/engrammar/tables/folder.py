@@ -119,8 +119,8 @@ def tables_of(folder: Path, content: Mapping[str, Any]) -> TableFolder:
         tables[layer] = replace(bare, shards=_shards_of(folder, entry["shards"], bare, require))
     require.where = ""
     require(len({table.name for table in tables.values()}) == len(tables), "two tables have one name")
-    found = {"memory": memory, "geometry": geometry, "encoding": encoding, "tables": tables}
-    return TableFolder(path=folder, **found, **{key: content[key] for key in ("num_ids", "tokenizer_sha256", "source")})
+    about = {key: content[key] for key in ("num_ids", "tokenizer_sha256", "source")}
+    return TableFolder(path=folder, memory=memory, geometry=geometry, encoding=encoding, tables=tables, **about)
 
 
 def _shards_of(folder: Path, entries: Any, table: TableFile, require: Requirement) -> tuple[Shard, ...]:

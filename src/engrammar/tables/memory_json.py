@@ -8,15 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from engrammar.config import Encoding, Geometry, MemoryConfig
-from engrammar.tables.checksums import (
-    MANIFEST,
-    check_file,
-    json_sum,
-    page_sums_path,
-    read_manifest,
-    require_sum,
-    write_manifest,
-)
+from engrammar.tables import checksums
 from engrammar.tables.encodings import ENCODING_OF, PLAIN
 from engrammar.tables.headers import AGAIN, Requirement, is_count, load_json, read_header, read_json
 from engrammar.tables.sealed import PARTIAL
@@ -47,13 +39,13 @@ def read_memory(folder: Path) -> dict[str, Any]:
         data = path.read_bytes()
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}): {AGAIN}") from error
-    if (folder / MANIFEST).is_file():
-        manifest = read_manifest(folder)
+    if (folder / checksums.MANIFEST).is_file():
+        manifest = checksums.read_manifest(folder)
         try:
             if MEMORY in manifest.files:
-                check_file(folder, manifest, MEMORY)
+                checksums.check_file(folder, manifest, MEMORY)
         except ValueError:
-            require(False, f"it is not the one that {MANIFEST} lists")
+            require(False, f"it is not the one that {checksums.MANIFEST} lists")
     content = load_json(data, require)
     check_content(content, require)
     return content
@@ -65,7 +57,7 @@ def write_memory(folder: Path, content: Mapping[str, Any]) -> None:
     Its checksum detects, for instance, a flipped digit of a multiplier, which would be another valid memory.
     """
     content = {"version": VERSION, **content}
-    content["crc32"] = json_sum(content)
+    content["crc32"] = checksums.json_sum(content)
     check_content(content, Requirement(folder / MEMORY))
     (folder / MEMORY).write_text(json.dumps(content, indent=1) + "\n")
 
@@ -75,7 +67,7 @@ def check_content(content: Any, require: Requirement) -> None:
     require(isinstance(content, dict), "it is not an object")
     require(content.get("version") == VERSION, f"its version is {content.get('version')!r}, not {VERSION}")
     require(content.keys() == set(KEYS), f"its keys are {', '.join(content)}, not {', '.join(KEYS)}")
-    require_sum(content, require)
+    checksums.require_sum(content, require)
     memory, geometry = memory_of(content["memory"], require), geometry_of(content["geometry"], require)
     try:
         geometry.check(memory)
@@ -143,7 +135,7 @@ def describe_checkpoint(folder: Path, *, source: str = "a checkpoint of engramma
         (table,) = read_header(folder / shard).values()
         dtypes.add(table.dtype)
         rows, width = table.shape
-        files = [{"file": shard, "rows": rows, "crc32": page_sums_path(folder / shard).name}]
+        files = [{"file": shard, "rows": rows, "crc32": checksums.page_sums_path(folder / shard).name}]
         tables[str(layer)] = {"name": name, "rows": rows, "width": width, "scale": None, "shards": files}
     encoding = ENCODING_OF.get(dtypes.pop())
     if dtypes or encoding not in PLAIN:
@@ -169,4 +161,4 @@ def finish_checkpoint(folder: Path) -> None:
     if content is not None:
         write_memory(folder, content)
     if not folder.parent.name.startswith(PARTIAL):
-        write_manifest(folder, model_files(folder))
+        checksums.write_manifest(folder, model_files(folder))

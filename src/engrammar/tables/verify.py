@@ -11,16 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-from engrammar.tables.checksums import (
-    MANIFEST,
-    check_file,
-    check_sizes,
-    file_sizes,
-    first_damaged,
-    page_sums_path,
-    read_manifest,
-    read_page_sums,
-)
+from engrammar.tables import checksums
 from engrammar.tables.folder import Shard, TableFile, TableFolder, open_tables
 from engrammar.tables.headers import AGAIN, PAGE
 from engrammar.tables.shards import MEMORY
@@ -51,23 +42,23 @@ def verify_folder(folder: Path) -> Verified:
     Raises:
         ValueError: a file is damaged, and is named with its bytes; or the folder has no checksums.
     """
-    has_manifest, has_tables = (folder / MANIFEST).is_file(), (folder / MEMORY).is_file()
+    has_manifest, has_tables = (folder / checksums.MANIFEST).is_file(), (folder / MEMORY).is_file()
     if not has_manifest and not has_tables:
         raise ValueError(
-            f"{folder} has neither {MANIFEST} nor {MEMORY}, so nothing in it has checksums: save it again."
+            f"{folder} has neither {checksums.MANIFEST} nor {MEMORY}, so nothing in it has checksums: save it again."
         )
     shards = [shard for table in open_tables(folder).tables.values() for shard in table.shards] if has_tables else []
     paged = {shard.path.name for shard in shards}
-    covered = {MANIFEST, MEMORY, *paged, *(shard.crc32.name for shard in shards if shard.crc32 is not None)}
+    covered = {checksums.MANIFEST, MEMORY, *paged, *(shard.crc32.name for shard in shards if shard.crc32 is not None)}
     num_bytes = verify_tables(folder) if has_tables else 0
     if has_manifest:
         try:
-            manifest = check_sizes(folder)
-            num_bytes += sum(check_file(folder, manifest, name) for name in manifest.files.keys() - paged)
+            manifest = checksums.check_sizes(folder)
+            num_bytes += sum(checksums.check_file(folder, manifest, name) for name in manifest.files.keys() - paged)
         except ValueError as error:
             raise ValueError(f"{error}: {AGAIN}") from error
         covered |= manifest.files.keys()
-    return Verified(num_bytes=num_bytes, without_sums=tuple(sorted(file_sizes(folder).keys() - covered)))
+    return Verified(num_bytes=num_bytes, without_sums=tuple(sorted(checksums.file_sizes(folder).keys() - covered)))
 
 
 def verify_tables(folder: Path) -> int:
@@ -84,7 +75,7 @@ def verify_tables(folder: Path) -> int:
     for path, sums in found.items():
         if sums is None:
             raise ValueError(
-                f"{path} has no checksums, neither {page_sums_path(path).name} nor in {MANIFEST}: "
+                f"{path} has no checksums, neither {checksums.page_sums_path(path).name} nor in {checksums.MANIFEST}: "
                 f"`engrammar table pack {folder} NEW` makes a copy that has."
             )
     num_bytes = sum(path.stat().st_size for path in found)
@@ -99,12 +90,12 @@ def verify_tables(folder: Path) -> int:
 def sums_of(folder: TableFolder, shard: Shard) -> Sums | None:
     """The checksums of a shard's pages; without those, of its blocks in the manifest; without either, None."""
     if shard.crc32 is not None:
-        return Sums(path=shard.crc32, block_bytes=PAGE, values=read_page_sums(shard.crc32, shard.path))
-    if (folder.path / MANIFEST).is_file():
-        manifest = read_manifest(folder.path)
+        return Sums(path=shard.crc32, block_bytes=PAGE, values=checksums.read_page_sums(shard.crc32, shard.path))
+    if (folder.path / checksums.MANIFEST).is_file():
+        manifest = checksums.read_manifest(folder.path)
         if shard.path.name in manifest.files:
             sums = np.array(manifest.files[shard.path.name][1], dtype=np.uint32)
-            return Sums(path=folder.path / MANIFEST, block_bytes=manifest.block_bytes, values=sums)
+            return Sums(path=folder.path / checksums.MANIFEST, block_bytes=manifest.block_bytes, values=sums)
     return None
 
 
@@ -145,7 +136,7 @@ def _checked_blocks(table: TableFile, shard: Shard, sums: Sums | None) -> Iterat
 
 def _check(table: TableFile, shard: Shard, sums: Sums, first: int, data: bytes) -> None:
     """Compares the bytes of a shard's file from `first` on."""
-    index = first_damaged(memoryview(data), sums.values[first // sums.block_bytes :], sums.block_bytes)
+    index = checksums.first_damaged(memoryview(data), sums.values[first // sums.block_bytes :], sums.block_bytes)
     if index is None:
         return
     start = first + index * sums.block_bytes
