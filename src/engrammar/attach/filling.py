@@ -214,7 +214,7 @@ def _read(memory: Memory, layer: int, items: Items) -> Iterator[tuple[dict[str, 
     device = memory.table(layer).weight.device  # type: ignore[union-attr]
     chosen: dict[str, Any] = {"config": memory.config, "geometry": memory.geometry, "classes_V": memory.class_of_id}
     for batch in input_batches(items, 8):
-        given = [batch[key].to(device) if key in batch else None for key in NAMES]
+        given: Any = [batch[key].to(device) if key in batch else None for key in NAMES]
         retrieved, rows = memory.look_up(*given)
         masked_BT, mask_BT, starts_BT = masked_ids(*given, continued=False)
         ends_BT = ~first_tokens(masked_BT, None, starts_BT)

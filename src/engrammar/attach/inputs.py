@@ -61,7 +61,9 @@ def read_inputs(decoder: nn.Module, given: Mapping[str, Any]) -> Inputs:
             "use_cache=False."
         )
     seen = positions_in(cache)
-    caches = cache is not None or _will_cache(decoder, given)
+    use_cache = given.get("use_cache")
+    will_cache = getattr(decoder.config, "use_cache", False) if use_cache is None else use_cache
+    caches = cache is not None or bool(will_cache)
     mask_BT = new_mask(given.get("attention_mask"), input_ids, seen)
     position_ids = given.get("position_ids")
     if isinstance(position_ids, Tensor) and position_ids.ndim == 3:  # a row for each axis of an image; text has one
@@ -76,11 +78,6 @@ def read_inputs(decoder: nn.Module, given: Mapping[str, Any]) -> Inputs:
         seen=seen,
         caches=caches,
     )
-
-
-def _will_cache(decoder: nn.Module, given: Mapping[str, Any]) -> bool:
-    use_cache = given.get("use_cache")
-    return bool(getattr(decoder.config, "use_cache", False) if use_cache is None else use_cache)
 
 
 def new_mask(attention_mask: Any, input_ids: Tensor, seen: int | None) -> Tensor | None:

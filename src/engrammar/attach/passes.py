@@ -65,7 +65,9 @@ class Attachment(nn.ModuleDict):
 
     def hook(self, decoder: Decoder) -> None:
         """Places the hooks anew: on the decoder, and on each block that a memory reads at."""
-        self.unhook()
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
         if not len(self):
             return
         self.arguments = first_parameters(decoder.module)
@@ -81,11 +83,6 @@ class Attachment(nn.ModuleDict):
         for layer in layers:
             before = partial(self.before_block, layer, decoder.argument)
             self.handles.append(decoder.blocks[layer].register_forward_pre_hook(before, with_kwargs=True))
-
-    def unhook(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-        self.handles = []
 
     def before_call(
         self, decoder: Decoder, layer: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

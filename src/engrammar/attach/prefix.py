@@ -81,7 +81,9 @@ def keep_prefix(model: nn.Module, items: Items, folder: Path, *, batch_size: int
             the folder holds another prefix; a patch is applied; or the base hands more than hidden states from block
             to block.
     """
-    below = Below(model=model, decoder=find_decoder(model), layer=first_layer(model))
+    memories = require_attachment(model, None).memories().values()
+    first = min(min(memory.config.layers) for memory in memories)
+    below = Below(model=model, decoder=find_decoder(model), layer=first)
     if below.layer == 0:
         raise ValueError("A memory reads at block 0, so nothing lies below it: keep no prefix.")
     if hasattr(below.decoder.host, PATCHES):
@@ -123,12 +125,6 @@ class Below:
             except _Reached:
                 return found[0]
         raise AssertionError("the pass ended before the block")
-
-
-def first_layer(model: nn.Module) -> int:
-    """The first block at which a memory of the model reads."""
-    memories = require_attachment(model, None).memories().values()
-    return min(min(memory.config.layers) for memory in memories)
 
 
 def _about(below: Below, items: Items) -> dict[str, Any]:

@@ -32,7 +32,7 @@ class EngrammarPreTrainedModel(SavedModel, DeepseekV3PreTrainedModel):
         **DeepseekV3PreTrainedModel._can_record_outputs,
         "hidden_states": BranchMean,
     }
-    _keys_to_ignore_on_load_unexpected = None  # not DeepSeek-V3's, which hides weights of a block 61
+    _keys_to_ignore_on_load_unexpected: Any = None  # not DeepSeek-V3's, which hides weights of a block 61
 
     @classmethod
     def from_preset(cls, name: str, *, tokenizer: Any, **overrides: Any) -> Self:

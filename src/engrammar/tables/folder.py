@@ -301,16 +301,8 @@ class TableWriter:
             ]
             entry = {"name": self._name(layer), "rows": written, "width": self.memory.head_dim}
             tables[str(layer)] = {**entry, "scale": self.scales.get(layer), "shards": files}
-        write_memory(
-            self.partial,
-            {
-                "memory": self.memory.to_json(),
-                "geometry": self.geometry.to_json(),
-                "encoding": self.encoding,
-                **self.about,
-                "tables": tables,
-            },
-        )
+        own = {"memory": self.memory.to_json(), "geometry": self.geometry.to_json(), "encoding": self.encoding}
+        write_memory(self.partial, {**own, **self.about, "tables": tables})
         write_manifest(self.partial)
 
     def _failed(self, error: BaseException) -> Exception:

@@ -113,7 +113,7 @@ def geometry_of(data: Any, require: Requirement) -> Geometry:
     return Geometry.from_json(data)
 
 
-def describe_checkpoint(folder: Path, *, source: str = "a checkpoint of engrammar") -> dict[str, Any] | None:
+def describe_checkpoint(folder: Path) -> dict[str, Any] | None:
     """Makes the content of a checkpoint's memory.json from its config.json, index and shards.
 
     Returns:
@@ -146,7 +146,7 @@ def describe_checkpoint(folder: Path, *, source: str = "a checkpoint of engramma
         "num_ids": settings.get("num_ids"),
         "tokenizer_sha256": settings.get("tokenizer_sha256"),
         "encoding": encoding,
-        "source": source,
+        "source": "a checkpoint of engrammar",
         "tables": tables,
     }
 

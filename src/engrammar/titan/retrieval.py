@@ -15,10 +15,10 @@ from torch.distributed.tensor import DTensor, Shard
 from torchtitan.protocols.module import Module
 
 from engrammar.addressing import derive_geometry
-from engrammar.config import Geometry, MemoryConfig
+from engrammar.config import MemoryConfig
 from engrammar.memory import Memory
 from engrammar.model.configuration import EngrammarConfig
-from engrammar.train.exchange import Traffic, share
+from engrammar.train.exchange import Sharing, Traffic, share
 from engrammar.train.placement import TablePlacement, Where
 from engrammar.vocabulary import compress_vocabulary, load_tokenizer
 
@@ -71,7 +71,7 @@ class Retrieval(Module):
         with torch.device("cpu"):
             memory = Memory(
                 config.memory,
-                geometry_of(config),
+                derive_geometry(config.memory, num_classes=config.num_classes, fill_class=config.fill_class),
                 num_ids=config.num_ids,
                 vocab_size=config.vocab_size,
                 tables="external",
@@ -84,7 +84,9 @@ class Retrieval(Module):
         memory.to(self.device)
         tables = {str(layer): memory.table(layer) for layer in memory.layers}
         group = None if self.mesh is None or self.mesh.size() == 1 else self.mesh.get_group()
-        shared = share(on_device=config.where == "device", group=group, reduce="sum") if group else _ALONE
+        shared: Sharing = {"group": None, "reduce": "sum"}
+        if group is not None:
+            shared = share(on_device=config.where == "device", group=group, reduce="sum")
         self._hidden = (memory,)
         self.placement = TablePlacement(
             tables, where=config.where, folder=Path(config.folder), overlap="none", **shared
@@ -117,14 +119,6 @@ class Retrieval(Module):
         shape = torch.Size((self.placement.modules[name].shape[0], *own.shape[1:]))
         stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(own.detach(), self.mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
-
-
-_ALONE: Any = {"group": None, "reduce": "sum"}
-
-
-def geometry_of(config: Retrieval.Config) -> Geometry:
-    """The integers of the addresses, which follow from the settings."""
-    return derive_geometry(config.memory, num_classes=config.num_classes, fill_class=config.fill_class)
 
 
 def of_model(config: EngrammarConfig, **settings: Any) -> Retrieval.Config:

@@ -19,10 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from engrammar.attach import attach, disabled, keep_prefix, save_attached, set_trainable
 from engrammar.attach.attached import AttachedMemory
-from engrammar.attach.attaching import require_attachment, save_base
+from engrammar.attach.attaching import only_memory, save_base
 from engrammar.attach.blocks import find_decoder
 from engrammar.config import MemoryConfig
-from engrammar.table import MemoryTable
 from engrammar.tables.sealed import check_writable, write_text, writing
 from engrammar.tables.shards import BACKBONE, WHOLE, is_table
 from engrammar.train.data import TokenSet, prepare
@@ -135,12 +134,12 @@ def plan_attached(recipe: AttachRecipe) -> str:
     """What `train_attached` would do: loads the base and the text, attaches the memory, and trains nothing."""
     with TemporaryDirectory() as folder:
         ready = prepare_attached(replace(recipe, out=folder))
-        attached = require_attachment(ready.model, None).memories()["default"]
+        _, attached = only_memory(ready.model, None)
         blocks, config = len(ready.tokens.blocks("train", recipe.data.sequence_length)), attached.config
         num_steps = recipe.trainer.get("max_steps", -1)
         if num_steps < 0:
             num_steps = math.ceil(recipe.trainer.get("num_train_epochs", 3) * -(-blocks // recipe.data.batch_size))
-        tables = sum(table.shape[0] * table.shape[1] for table in _tables(attached))
+        tables = _in_tables(attached)
         base = next(find_decoder(ready.model).blocks.parameters())
         kept = blocks * recipe.data.sequence_length * attached.place.hidden_size * attached.place.num_branches
         own = sum(p.numel() for p in ready.model.parameters()) - _trained(attached)
@@ -260,8 +259,8 @@ def _tokens_per_step(recipe: AttachRecipe) -> int:
     return recipe.data.batch_size * recipe.data.sequence_length
 
 
-def _tables(attached: AttachedMemory) -> list[MemoryTable]:
-    return [attached.memory.table(layer) for layer in attached.config.layers]
+def _in_tables(attached: AttachedMemory) -> int:
+    return sum(math.prod(attached.memory.table(layer).shape) for layer in attached.config.layers)
 
 
 def _trained(attached: AttachedMemory) -> int:
@@ -270,10 +269,10 @@ def _trained(attached: AttachedMemory) -> int:
 
 def _measured(model: nn.Module, trainer: AttachedTrainer) -> dict[str, Any]:
     """Sizes, and bits per byte of the validation text without and with the memory."""
-    attached = require_attachment(model, None).memories()["default"]
+    _, attached = only_memory(model, None)
     found: dict[str, Any] = {
         "fusion_parameters": sum(p.numel() for name, p in attached.named_parameters() if not is_table(name)),
-        "table_parameters": sum(table.shape[0] * table.shape[1] for table in _tables(attached)),
+        "table_parameters": _in_tables(attached),
         "layers": list(attached.config.layers),
     }
     for name, context in (("without_memory", disabled(model)), ("with_memory", nullcontext())):

@@ -105,7 +105,8 @@ class TablePlacement(RowSource):
         for name, table in self.modules.items():
             given = table.weight
             first, end = own_rows(table.shape[0], self.group)
-            if checkpoint is None and given is not None and self._keeps(given, home):
+            stays = self.num_ranks == 1 and self.where != "file" and given is not None and given.device == home
+            if checkpoint is None and given is not None and stays:
                 self.tables[name] = given
             else:
                 own_UC = self._allocate((end - first, table.shape[1]), dtype if given is None else given.dtype, home)
@@ -133,10 +134,6 @@ class TablePlacement(RowSource):
         self.flush()
         first, end = own_rows(table.shape[0], self.group)
         self.tables[table.name].copy_(whole_RC[first:end])
-
-    def _keeps(self, given: Tensor, home: torch.device) -> bool:
-        """Whether the model's own parameter is already where the rows should be."""
-        return self.num_ranks == 1 and self.where != "file" and given.device == home
 
     def release(self) -> bool:
         """Gives the tables back to the model as its parameters; returns False if they are in a file or sharded."""

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from engrammar.config import check_setting
+
 BUFFER_BYTES = 2**24  # the library's own buffer, for small texts
 IN_FLIGHT = 4  # messages that are served at the same time
 
@@ -141,11 +143,10 @@ class Pool:
 
 def _check_port(address: str, seconds: float) -> None:
     """Raises at once if nothing listens on the port; the library would try forever."""
-    host, _, port = address.rpartition(":")
-    if "://" in address or not host or not port.isdecimal():
-        if "://" not in address:
-            raise ValueError(f"The pool's address is {address!r}; allowed: HOST:PORT of mooncake_master.")
+    if "://" in address:
         return
+    host, _, port = address.rpartition(":")
+    check_setting("The pool's address", address, bool(host) and port.isdecimal(), "HOST:PORT of mooncake_master")
     try:
         socket.create_connection((host, int(port)), timeout=seconds).close()
     except OSError as error:
