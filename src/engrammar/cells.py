@@ -10,18 +10,12 @@ GAP, SHORT = "  ", 12
 
 
 class Column(NamedTuple):
-    """One column of a table of results.
-
-    Attributes:
-        key: the key of the value in a result; dots lead into nested dicts. A value of None gives an empty cell.
-        form: the format of a value, as `format` takes it.
-        per: the unit; values are divided by it.
-    """
+    """One column of a table of results."""
 
     title: str
-    key: str
-    form: str = ""
-    per: float = 1
+    key: str  # the key of the value in a result; dots lead into nested dicts. A value of None gives an empty cell.
+    form: str = ""  # the format of a value, as `format` takes it
+    per: float = 1  # the unit; values are divided by it
 
     def cell(self, figures: Mapping[str, Any]) -> str:
         value: Any = figures

@@ -22,24 +22,16 @@ from engrammar.table import Tables
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """What a memory has to know of the model that it is attached to.
+    """What a memory has to know of the model that it is attached to."""
 
-    Attributes:
-        num_ids: ids of the tokenizer, which the class map covers.
-        tokenizer_sha256: `vocabulary.fingerprint` of the tokenizer.
-        vocab_size: rows of the base's token embedding.
-        hidden_size: D, the width of one residual stream.
-        num_branches: M, residual streams of the base; 1 in most models.
-        scales: for each memory layer, the root mean square of the residual stream at that block. The fusion's output is
-            multiplied by it, so that rows and projections have one size, and learning rates one meaning, at every block
-            of every base.
-    """
-
-    num_ids: int
-    tokenizer_sha256: str
-    vocab_size: int
-    hidden_size: int
-    num_branches: int
+    num_ids: int  # ids of the tokenizer, which the class map covers
+    tokenizer_sha256: str  # `vocabulary.fingerprint` of the tokenizer
+    vocab_size: int  # rows of the base's token embedding
+    hidden_size: int  # D, the width of one residual stream
+    num_branches: int  # M, residual streams of the base; 1 in most models
+    # For each memory layer, the root mean square of the residual stream at that block. The fusion's output is
+    # multiplied by it, so that rows and projections have one size, and learning rates one meaning, at every block of
+    # every base.
     scales: tuple[float, ...]
 
 

@@ -18,21 +18,13 @@ REFUSED = "memory is attached to causal language models of transformers."
 
 @dataclass(frozen=True, kw_only=True)
 class Decoder:
-    """The part of a model that takes token ids and runs its blocks one after another.
+    """The part of a model that takes token ids and runs its blocks one after another."""
 
-    Attributes:
-        host: the causal LM around it, without PEFT's wrapper.
-        module: the decoder, whose `forward` takes `input_ids`.
-        blocks: its blocks, in order.
-        argument: the name of the blocks' first argument, the hidden states.
-        hidden_size: D, the width of one residual stream.
-    """
-
-    host: nn.Module
-    module: nn.Module
-    blocks: nn.ModuleList
-    argument: str
-    hidden_size: int
+    host: nn.Module  # the causal LM around it, without PEFT's wrapper
+    module: nn.Module  # the decoder, whose `forward` takes `input_ids`
+    blocks: nn.ModuleList  # its blocks, in order
+    argument: str  # the name of the blocks' first argument, the hidden states
+    hidden_size: int  # D, the width of one residual stream
 
     @property
     def vocab_size(self) -> int:

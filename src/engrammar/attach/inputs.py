@@ -20,22 +20,14 @@ OTHER_STATES = ("mems", "state", "past_buckets_states", "cache")  # what else a 
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What a pass of a decoder was called with.
+    """What a pass of a decoder was called with."""
 
-    Attributes:
-        input_ids: [B, T].
-        mask_BT: False at padding; None if nothing is padded.
-        position_ids: [B or 1, T], if they may mark packed documents; else None.
-        seen: positions in that cache; None if it cannot say.
-        caches: whether later passes may go on from this one.
-    """
-
-    input_ids: Tensor
-    mask_BT: Tensor | None
-    position_ids: Tensor | None
+    input_ids: Tensor  # [B, T]
+    mask_BT: Tensor | None  # False at padding; None if nothing is padded
+    position_ids: Tensor | None  # [B or 1, T], if they may mark packed documents; else None
     cache: Cache | None
-    seen: int | None
-    caches: bool
+    seen: int | None  # positions in that cache; None if it cannot say
+    caches: bool  # whether later passes may go on from this one
 
 
 def read_inputs(decoder: nn.Module, given: Mapping[str, Any]) -> Inputs:

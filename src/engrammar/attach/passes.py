@@ -24,16 +24,12 @@ from engrammar.memory import Retrieved
 
 @dataclass(frozen=True, kw_only=True)
 class Pass:
-    """One pass of a decoder, from its call to its return.
-
-    Attributes:
-        reads: for each memory that is on, what was retrieved, and its state if later passes may go on from this one.
-        keep_all: whether the states keep positions that may be taken back.
-    """
+    """One pass of a decoder, from its call to its return."""
 
     attachment: "Attachment"
+    # For each memory that is on, what was retrieved, and its state if later passes may go on from this one.
     reads: Mapping[str, tuple[Retrieved, MemoryState | PagedPass | None]] = field(default_factory=dict)
-    keep_all: bool = False
+    keep_all: bool = False  # whether the states keep positions that may be taken back
     cache: Cache | None = None
 
 

@@ -19,18 +19,14 @@ NEAR = math.log(2)  # lengths within this factor of one that was measured count 
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuredLength:
-    """One length of training of the study.
-
-    Attributes:
-        memory: memory's share of the idle parameters, in percent, of the best point; None if experts alone were best.
-        as_good: the shares that the seeds do not separate from the best one, the best included.
-        gain: bits per byte that the best share gains over experts alone, and half of its 95 % interval (None: one
-            seed has none).
-    """
+    """One length of training of the study."""
 
     tokens: int
+    # Memory's share of the idle parameters, in percent, of the best point; None if experts alone were best.
     memory: float | None
-    as_good: tuple[float, ...]
+    as_good: tuple[float, ...]  # the shares that the seeds do not separate from the best one, the best included
+    # Bits per byte that the best share gains over experts alone, and half of its 95 % interval (None: one seed has
+    # none).
     gain: tuple[float, float | None]
     seeds: int
 

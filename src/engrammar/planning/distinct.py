@@ -19,20 +19,13 @@ MOST_STEPS = 16  # steps that are counted for one number of tokens
 
 @dataclass(frozen=True, kw_only=True)
 class DistinctRows:
-    """The share of a step's rows that are distinct, by the number of tokens that a rank reads in the step.
+    """The share of a step's rows that are distinct, by the number of tokens that a rank reads in the step."""
 
-    Attributes:
-        model: the preset or folder whose addresses were counted.
-        sequence: tokens of a sequence; a step is made of sequences drawn from all of the sample.
-        tokens: numbers of tokens, ascending.
-        shares: for each, the distinct rows divided by tokens * columns, in the first memory layer.
-    """
-
-    model: str
+    model: str  # the preset or folder whose addresses were counted
     corpus: str
-    sequence: int
-    tokens: tuple[int, ...]
-    shares: tuple[float, ...]
+    sequence: int  # tokens of a sequence; a step is made of sequences drawn from all of the sample
+    tokens: tuple[int, ...]  # numbers of tokens, ascending
+    shares: tuple[float, ...]  # for each, the distinct rows divided by tokens * columns, in the first memory layer
 
     def __post_init__(self) -> None:
         if not self.tokens or len(self.tokens) != len(self.shares) or sorted(set(self.tokens)) != list(self.tokens):

@@ -45,15 +45,11 @@ def find_tokenizer(model: str, corpus: str, tokenizer: Path | None) -> PreTraine
 
 @dataclass(frozen=True, kw_only=True)
 class Addresses:
-    """What turns ids into rows.
-
-    Attributes:
-        classes_V: the class of each raw id; None if raw ids are hashed.
-    """
+    """What turns ids into rows."""
 
     memory: MemoryConfig
     geometry: Geometry
-    classes_V: NDArray[np.int64] | None
+    classes_V: NDArray[np.int64] | None  # the class of each raw id; None if raw ids are hashed
 
     @classmethod
     def of_model(cls, model: str, tokenizer: PreTrainedTokenizerBase) -> Self:
@@ -96,23 +92,18 @@ def _released_settings(folder: Path) -> Settings | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """What a sample does to the tables.
+    """What a sample does to the tables."""
 
-    Attributes:
-        pinned_S, afterwards_S: at index S, the hit rate of S pinned rows, chosen by the first half or in hindsight.
-        sizes, dynamic: some cache sizes, and the dynamic cache's hit rate at each, in the first memory layer.
-        pages: for each encoding, the pages of a token in one layer; see `pages_per_token`.
-        facts: the sample in numbers.
-        hot: for each layer, `hot_rows` of the whole sample.
-    """
-
+    # At index S, the hit rate of S pinned rows, chosen by the first half or in hindsight.
     pinned_S: NDArray[np.float64]
     afterwards_S: NDArray[np.float64]
+    # Some cache sizes, and the dynamic cache's hit rate at each, in the first memory layer.
     sizes: list[int]
     dynamic: list[float]
+    # For each encoding, the pages of a token in one layer; see `pages_per_token`.
     pages: dict[Encoding, tuple[float, float]]
-    facts: dict[str, Any]
-    hot: dict[int, NDArray[np.int64]]
+    facts: dict[str, Any]  # the sample in numbers
+    hot: dict[int, NDArray[np.int64]]  # for each layer, `hot_rows` of the whole sample
 
 
 def study(addresses: Addresses, sample: Sample) -> Study:

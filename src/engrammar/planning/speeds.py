@@ -24,19 +24,12 @@ TIERS = ("ram", "disk", "remote")
 
 @dataclass(frozen=True, kw_only=True)
 class Speeds:
-    """What a machine can do in a second; None: not known.
+    """What a machine can do in a second; None: not known."""
 
-    Attributes:
-        ram_rows_per_s: rows gathered from RAM, in large calls.
-        disk_reads_per_s: 4 KiB reads from its disk, at the queue depth where it is fastest.
-        remote_rows_per_s: rows read from a pool on other machines.
-        compute_tokens_per_s: tokens of the model alone, as if its tables cost nothing.
-    """
-
-    ram_rows_per_s: float | None = None
-    disk_reads_per_s: float | None = None
-    remote_rows_per_s: float | None = None
-    compute_tokens_per_s: float | None = None
+    ram_rows_per_s: float | None = None  # rows gathered from RAM, in large calls
+    disk_reads_per_s: float | None = None  # 4 KiB reads from its disk, at the queue depth where it is fastest
+    remote_rows_per_s: float | None = None  # rows read from a pool on other machines
+    compute_tokens_per_s: float | None = None  # tokens of the model alone, as if its tables cost nothing
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -90,15 +83,11 @@ def _time(run: Callable[[], object]) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """How long a token's rows take.
-
-    Attributes:
-        pages_per_row: pages that are read for a row that is not in the cache.
-    """
+    """How long a token's rows take."""
 
     memory: MemoryConfig
     speeds: Speeds
-    pages_per_row: float
+    pages_per_row: float  # pages that are read for a row that is not in the cache
 
     def seconds_per_row(self, tier: str) -> tuple[float, float] | None:
         """Seconds for a row in the cache, and for one that is not; None if a speed is not known."""

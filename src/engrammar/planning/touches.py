@@ -29,14 +29,10 @@ CALL_TOKENS = 32  # tokens whose rows are asked of the simulated cache at once
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """Text as prompts, one after the other.
-
-    Attributes:
-        prompt_T: the number of the prompt that each token belongs to, ascending from 0.
-    """
+    """Text as prompts, one after the other."""
 
     ids_T: NDArray[np.int64]
-    prompt_T: NDArray[np.int64]
+    prompt_T: NDArray[np.int64]  # the number of the prompt that each token belongs to, ascending from 0
 
     @property
     def starts_T(self) -> NDArray[np.bool_]:

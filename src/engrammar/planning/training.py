@@ -28,52 +28,32 @@ MOMENTS = {"muon": 1, "adamw_decay": 2, "adamw_no_decay": 2}  # fp32 numbers of 
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """Speeds of one rank, a GPU. The defaults are assumptions for nodes of 8 H100 SXM (80 GB), none measured here.
+    """Speeds of one rank, a GPU. The defaults are assumptions for nodes of 8 H100 SXM (80 GB), none measured here."""
 
-    Attributes:
-        gpus_per_node: GPUs that reach each other faster than the network.
-        flops_per_s: what the model reaches: 35 % of the 989 TFLOP/s of dense bf16.
-        gpu_bytes_per_s: gathering and scattering rows in the GPU's memory, a third of its bandwidth.
-        node_bytes_per_s: sent to GPUs of the node (NVLink), of 450 GB/s.
-        network_bytes_per_s: sent to other nodes by a GPU, of its 400 Gb/s.
-        host_bytes_per_s: sent between hosts' RAM by a rank, over gloo and TCP.
-        pcie_bytes_per_s: between RAM and GPU.
-        host_rows_per_s: rows gathered from RAM by a rank.
-        host_updates_per_s: rows updated in RAM by a rank.
-        disk_reads_per_s: random 4 KiB reads and writes of a node's disks, which its ranks share.
-    """
-
-    gpus_per_node: int = 8
+    gpus_per_node: int = 8  # GPUs that reach each other faster than the network
     gpu_bytes: float = 80e9
-    flops_per_s: float = 346e12
-    gpu_bytes_per_s: float = 1.0e12
-    node_bytes_per_s: float = 300e9
-    network_bytes_per_s: float = 35e9
-    host_bytes_per_s: float = 1.5e9
-    pcie_bytes_per_s: float = 45e9
-    host_rows_per_s: float = 10e6
-    host_updates_per_s: float = 5e6
-    disk_reads_per_s: float = 2e6
+    flops_per_s: float = 346e12  # what the model reaches: 35 % of the 989 TFLOP/s of dense bf16
+    gpu_bytes_per_s: float = 1.0e12  # gathering and scattering rows in the GPU's memory, a third of its bandwidth
+    node_bytes_per_s: float = 300e9  # sent to GPUs of the node (NVLink), of 450 GB/s
+    network_bytes_per_s: float = 35e9  # sent to other nodes by a GPU, of its 400 Gb/s
+    host_bytes_per_s: float = 1.5e9  # sent between hosts' RAM by a rank, over gloo and TCP
+    pcie_bytes_per_s: float = 45e9  # between RAM and GPU
+    host_rows_per_s: float = 10e6  # rows gathered from RAM by a rank
+    host_updates_per_s: float = 5e6  # rows updated in RAM by a rank
+    disk_reads_per_s: float = 2e6  # random 4 KiB reads and writes of a node's disks, which its ranks share
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What is trained, and how.
-
-    Attributes:
-        gpus: ranks, all of one data-parallel group: the backbone is sharded over them (FSDP2), and so are the tables.
-        tokens: tokens of a rank's step.
-        share: distinct rows divided by rows looked up, of a rank's step.
-        table_bytes: bytes of a value of a table: 4 (fp32) or 2 (bf16).
-    """
+    """What is trained, and how."""
 
     config: EngrammarConfig
-    gpus: int
-    tokens: int
-    share: float
+    gpus: int  # ranks, all of one data-parallel group: the backbone is sharded over them (FSDP2), and so are the tables
+    tokens: int  # tokens of a rank's step
+    share: float  # distinct rows divided by rows looked up, of a rank's step
     memory: RowOptimizerKind = "row_adam"
     matrices: MatrixOptimizerKind = "muon"
-    table_bytes: int = FP32
+    table_bytes: int = FP32  # bytes of a value of a table: 4 (fp32) or 2 (bf16)
 
     def __post_init__(self) -> None:
         if self.config.memory_config is None:

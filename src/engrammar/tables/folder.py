@@ -27,20 +27,14 @@ from engrammar.tables.shards import MEMORY, lay_out, table_shard, write_rows
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """A run of a table's rows in one safetensors file.
-
-    Attributes:
-        start: the byte of the file where its first row begins.
-        first_row: that row's number in the table.
-        crc32: the file with the CRC-32 of each page of `path`; None if there is none.
-    """
+    """A run of a table's rows in one safetensors file."""
 
     path: Path
     tensor: str
-    start: int
-    first_row: int
+    start: int  # the byte of the file where its first row begins
+    first_row: int  # that row's number in the table
     num_rows: int
-    crc32: Path | None
+    crc32: Path | None  # the file with the CRC-32 of each page of `path`; None if there is none
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -114,16 +114,11 @@ def data_library(name: str, use: str, instead: str) -> ModuleType:
 
 @dataclass(frozen=True, kw_only=True)
 class Division:
-    """Which text is for training and which for validation.
+    """Which text is for training and which for validation."""
 
-    Attributes:
-        unit: what goes to one side as a whole: a document or, if a source has too few documents, a piece of one
-            (`PIECE`).
-        threshold: units whose draw (`_draw`) is below this are for validation.
-    """
-
+    # What goes to one side as a whole: a document or, if a source has too few documents, a piece of one (`PIECE`).
     unit: Literal["document", "piece"]
-    threshold: float
+    threshold: float  # units whose draw (`_draw`) is below this are for validation
 
     def split_of(self, unit: str) -> Split:
         """The side of a document or piece, which depends only on its text without differences of case and spacing."""

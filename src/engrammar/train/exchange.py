@@ -100,17 +100,12 @@ class Traffic:
 
 @dataclass(frozen=True, kw_only=True)
 class Route:
-    """The rows that ranks asked of each other in one read.
-
-    Attributes:
-        asked_PL: how many rows of each table this rank asked of each peer.
-        served_PL: how many rows of each table each peer asked of this rank.
-        served_rows: the rows that were asked of this rank, numbered from its first row; by peer, then by table.
-    """
+    """The rows that ranks asked of each other in one read."""
 
     group: Group
-    asked_PL: list[list[int]]
-    served_PL: list[list[int]]
+    asked_PL: list[list[int]]  # how many rows of each table this rank asked of each peer
+    served_PL: list[list[int]]  # how many rows of each table each peer asked of this rank
+    # The rows that were asked of this rank, numbered from its first row; by peer, then by table.
     served_rows: list[Tensor]
     traffic: Traffic = field(repr=False)
 

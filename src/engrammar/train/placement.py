@@ -38,22 +38,14 @@ class Fetched:
 
 @dataclass(eq=False, kw_only=True)
 class Read:
-    """The distinct rows of one read, ascending, and their values once they have arrived.
+    """The distinct rows of one read, ascending, and their values once they have arrived."""
 
-    Attributes:
-        rows: for each table, the distinct rows_U.
-        places: for each table, the index in rows_U of each row asked for, all passes one after another.
-        dtype: the dtype of the embeddings.
-        training: whether gradients will be collected.
-        collected: whether they have been collected, so that the values are those of an earlier step.
-    """
-
-    rows: dict[str, Tensor]
-    places: dict[str, Tensor]
+    rows: dict[str, Tensor]  # for each table, the distinct rows_U
+    places: dict[str, Tensor]  # for each table, the index in rows_U of each row asked for, all passes one after another
     fetched: Future[Fetched]
-    dtype: torch.dtype
-    training: bool
-    collected: bool = False
+    dtype: torch.dtype  # the dtype of the embeddings
+    training: bool  # whether gradients will be collected
+    collected: bool = False  # whether they have been collected, so that the values are those of an earlier step
 
 
 class TablePlacement(RowSource):

@@ -33,21 +33,14 @@ COLUMNS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """What a memory at one block came to.
-
-    Attributes:
-        steps: that were made.
-        loss: nats per token of the held-out items after the steps; `gain` is how much that is below the base's.
-        step_seconds: CPU seconds of a training step.
-        prefix_seconds: CPU seconds of computing, once, what lies below the block.
-    """
+    """What a memory at one block came to."""
 
     layer: int
-    steps: int
-    loss: float
+    steps: int  # that were made
+    loss: float  # nats per token of the held-out items after the steps; `gain` is how much that is below the base's
     gain: float
-    step_seconds: float
-    prefix_seconds: float
+    step_seconds: float  # CPU seconds of a training step
+    prefix_seconds: float  # CPU seconds of computing, once, what lies below the block
 
     @property
     def gain_per_minute(self) -> float:

@@ -68,20 +68,15 @@ class DataRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRecipe:
-    """The model to train.
+    """The model to train."""
 
-    Attributes:
-        preset: the name of a preset.
-        memory: `preset` keeps the preset's memory; `none` leaves it out; `budget` starts from the plain model and moves
-            a share 1 - rho of its inactive parameters into memory, at equal total and active parameters.
-        rho: the experts' share of the inactive parameters, for `budget`.
-        settings: settings of EngrammarConfig that replace the preset's; those in `memory` replace the preset's memory
-            settings one by one.
-    """
-
-    preset: str = "nano"
+    preset: str = "nano"  # the name of a preset
+    # `preset` keeps the preset's memory; `none` leaves it out; `budget` starts from the plain model and moves a share
+    # 1 - rho of its inactive parameters into memory, at equal total and active parameters.
     memory: Literal["preset", "none", "budget"] = "preset"
-    rho: float = 0.78
+    rho: float = 0.78  # the experts' share of the inactive parameters, for `budget`
+    # Settings of EngrammarConfig that replace the preset's; those in `memory` replace the preset's memory settings one
+    # by one.
     settings: Settings = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -136,35 +131,24 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True)
 class BaseRecipe:
-    """The model that a memory is attached to.
+    """The model that a memory is attached to."""
 
-    Attributes:
-        model: a folder, or a name on the Hub, of a causal language model of transformers.
-        gguf_file: the file in it that holds the weights, if it is of that kind (needs the package gguf).
-        dtype: the precision of its weights; `auto` is that of the file.
-    """
-
-    model: str = ""
+    model: str = ""  # a folder, or a name on the Hub, of a causal language model of transformers
+    # The file in it that holds the weights, if it is of that kind (needs the package gguf).
     gguf_file: str | None = None
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # the precision of its weights; `auto` is that of the file
 
 
 @dataclass(frozen=True, kw_only=True)
 class SparseRecipe:
-    """Which rows a step trains (`train.sparse.SparseRows`).
+    """Which rows a step trains (`train.sparse.SparseRows`)."""
 
-    Attributes:
-        rows: of each layer the most rows that a step trains: those that its text reads often and the background seldom;
-            0 for no limit.
-        most_common: the share of background blocks that may read a row which is trained; 1 for no limit.
-        background: text that should stay as it is, as of `data.source`.
-        blocks: blocks of it.
-    """
-
+    # Of each layer the most rows that a step trains: those that its text reads often and the background seldom; 0 for
+    # no limit.
     rows: int = 0
-    most_common: float = 1.0
-    background: str = "pocket:wiki"
-    blocks: int = 4096
+    most_common: float = 1.0  # the share of background blocks that may read a row which is trained; 1 for no limit
+    background: str = "pocket:wiki"  # text that should stay as it is, as of `data.source`
+    blocks: int = 4096  # blocks of it
 
     def __post_init__(self) -> None:
         check_setting("sparse.rows", self.rows, self.rows >= 0, "1 or more, or 0 for all")
@@ -174,30 +158,22 @@ class SparseRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class AttachRecipe:
-    """Everything that decides a run of `engrammar attach`: training a memory on a model that exists.
-
-    Attributes:
-        data: the text; its tokenizer is the model's own.
-        memory: settings of MemoryConfig. `layers` may be left out (two thirds of the depth), as may `fill_id`,
-            `end_ids` and `boundary` (look-back ends at the tokenizer's end of text).
-        train: the memory alone, or the model with it.
-        keep_prefix: whether what lies below the memory is computed once and kept in `out` (docs/attach.md).
-        optimizer: `lr` is that of the fusion (and of the model, if it is trained).
-        sparse: which rows a step trains.
-        trainer: any of transformers' TrainingArguments.
-    """
+    """Everything that decides a run of `engrammar attach`: training a memory on a model that exists."""
 
     out: str = "runs/attached"
     seed: int = 0
     base: BaseRecipe = field(default_factory=BaseRecipe)
-    data: DataRecipe = field(default_factory=DataRecipe)
+    data: DataRecipe = field(default_factory=DataRecipe)  # the text; its tokenizer is the model's own
+    # Settings of MemoryConfig. `layers` may be left out (two thirds of the depth), as may `fill_id`, `end_ids` and
+    # `boundary` (look-back ends at the tokenizer's end of text).
     memory: Settings = field(default_factory=dict)
-    train: Literal["memory", "joint"] = "memory"
-    keep_prefix: bool = True
+    train: Literal["memory", "joint"] = "memory"  # the memory alone, or the model with it
+    keep_prefix: bool = True  # whether what lies below the memory is computed once and kept in `out` (docs/attach.md)
+    # `lr` is that of the fusion (and of the model, if it is trained).
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
-    sparse: SparseRecipe = field(default_factory=SparseRecipe)
+    sparse: SparseRecipe = field(default_factory=SparseRecipe)  # which rows a step trains
     placement: PlacementRecipe = field(default_factory=PlacementRecipe)
-    trainer: Settings = field(default_factory=dict)
+    trainer: Settings = field(default_factory=dict)  # any of transformers' TrainingArguments
 
     def __post_init__(self) -> None:
         check_setting("base.model", self.base.model, bool(self.base.model), "a folder or a name on the Hub")

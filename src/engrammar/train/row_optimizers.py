@@ -48,19 +48,13 @@ def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> 
 
 @dataclass(frozen=True, kw_only=True)
 class RowBackend:
-    """How a row optimizer gets memory, runs updates and sums over ranks; by default in one process, at once.
+    """How a row optimizer gets memory, runs updates and sums over ranks; by default in one process, at once."""
 
-    Attributes:
-        allocate: makes zeros of a shape, for state.
-        submit: runs an update, now or in order after earlier ones.
-        all_sum: sums a tensor in place over the ranks that share the tables.
-        is_sharded: whether there are several such ranks. All of them then take part in every update.
-    """
-
+    # Makes zeros of a shape, for state.
     allocate: Callable[[Sequence[int], torch.dtype, torch.device], Tensor] = allocate
-    submit: Callable[[Callable[[], None]], None] = call
-    all_sum: Callable[[Tensor], Tensor] = _same
-    is_sharded: bool = False
+    submit: Callable[[Callable[[], None]], None] = call  # runs an update, now or in order after earlier ones
+    all_sum: Callable[[Tensor], Tensor] = _same  # sums a tensor in place over the ranks that share the tables
+    is_sharded: bool = False  # whether there are several such ranks. All of them then take part in every update.
 
 
 def sum_by_row(gradient: Tensor) -> Tensor:

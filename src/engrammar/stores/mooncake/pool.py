@@ -23,22 +23,15 @@ IN_FLIGHT = 4  # messages that are served at the same time
 
 @dataclass(frozen=True, kw_only=True)
 class PoolServer:
-    """Where a pool is, and how long to wait for it.
+    """Where a pool is, and how long to wait for it."""
 
-    Attributes:
-        address: the address of `mooncake_master`.
-        metadata: where the two ends of a transfer find each other; `P2PHANDSHAKE` needs no server for that.
-        protocol: `tcp`, or `rdma` with `devices`.
-        devices: RDMA devices, separated by commas.
-        host: the name of this machine in the pool.
-        seconds: how long to wait for an answer, a second try over a new connection included, before rows are missing.
-    """
-
-    address: str = "127.0.0.1:50051"
+    address: str = "127.0.0.1:50051"  # the address of `mooncake_master`
+    # Where the two ends of a transfer find each other; `P2PHANDSHAKE` needs no server for that.
     metadata: str = "P2PHANDSHAKE"
-    protocol: str = "tcp"
-    devices: str = ""
-    host: str = "127.0.0.1"
+    protocol: str = "tcp"  # `tcp`, or `rdma` with `devices`
+    devices: str = ""  # RDMA devices, separated by commas
+    host: str = "127.0.0.1"  # the name of this machine in the pool
+    # How long to wait for an answer, a second try over a new connection included, before rows are missing.
     seconds: float = 10.0
 
 

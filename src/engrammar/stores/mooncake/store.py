@@ -33,21 +33,15 @@ ADVICE = "see that mooncake_master and mooncake_client run there and that the ta
 
 @dataclass(frozen=True, kw_only=True)
 class Note:
-    """Describes a table in the pool; it is kept beside the table's pieces.
+    """Describes a table in the pool; it is kept beside the table's pieces."""
 
-    Attributes:
-        num_rows, row_bytes, encoding: the table's rows, S, and how a row is stored.
-        geometry: `hash_geometry` of the geometry of its addresses; empty if that is not known.
-        piece_rows: rows of a piece; the last piece may have fewer.
-        upload: the id in the pieces' keys; another table uploaded under the same name has another id.
-    """
-
+    # The table's rows, S, and how a row is stored.
     num_rows: int
     row_bytes: int
     encoding: Encoding
-    geometry: str
-    piece_rows: int
-    upload: str
+    geometry: str  # `hash_geometry` of the geometry of its addresses; empty if that is not known
+    piece_rows: int  # rows of a piece; the last piece may have fewer
+    upload: str  # the id in the pieces' keys; another table uploaded under the same name has another id
 
     def keys(self, table: str) -> list[str]:
         """The keys of the pieces, in order."""
@@ -89,22 +83,17 @@ def read_note(pool: Pool, table: str, seconds: float) -> Note | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Slice:
-    """The rows of one message to the pool, as ranges of pieces that are read into shared memory end to end.
+    """The rows of one message to the pool, as ranges of pieces that are read into shared memory end to end."""
 
-    Attributes:
-        first, last: the message's rows are `first` to `last` - 1 of the distinct rows.
-        piece_G, start_G, size_G: the piece of each range, its first byte there, and its number of bytes.
-        range_D: the range of each row.
-        place_D: the place of each row among the rows that arrive.
-    """
-
+    # The message's rows are `first` to `last` - 1 of the distinct rows.
     first: int
     last: int
+    # The piece of each range, its first byte there, and its number of bytes.
     piece_G: NDArray[np.int64]
     start_G: NDArray[np.int64]
     size_G: NDArray[np.int64]
-    range_D: NDArray[np.int64]
-    place_D: NDArray[np.int64]
+    range_D: NDArray[np.int64]  # the range of each row
+    place_D: NDArray[np.int64]  # the place of each row among the rows that arrive
 
 
 def cut_slices(rows_D: NDArray[np.int64], note: Note) -> Iterator[Slice]:
