@@ -25,15 +25,10 @@ class Rows(NamedTuple):
 
 
 class RowSource(ABC):
-    """Holds the rows of tables outside their model: in other memory, in a file, spread over processes.
+    """Holds the rows of tables outside their model: in other memory, in a file, spread over processes."""
 
-    Attributes:
-        tables: by the table's name, the rows that this process holds, a parameter [rows, C].
-        is_first: whether this process is the first of those that share the tables.
-    """
-
-    tables: dict[str, nn.Parameter]
-    is_first = True
+    tables: dict[str, nn.Parameter]  # by the table's name, the rows that this process holds, a parameter [rows, C]
+    is_first = True  # whether this process is the first of those that share the tables
 
     @abstractmethod
     def read(self, passes: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Callable[[], Rows]]]:

@@ -98,38 +98,26 @@ def fill_rows(
 
 @final
 class _Value:
-    """How the fusion of a block makes its value of a token's rows, backwards.
-
-    Attributes:
-        memory, layer: whose rows, and at which block.
-        weight_DE, bias_D: W_V and b.
-        inverse_ED: W_V^+.
-        gate: the gate that is reckoned with.
-    """
+    """How the fusion of a block makes its value of a token's rows, backwards."""
 
     def __init__(self, attached: AttachedMemory, layer: int) -> None:
+        # memory, layer: whose rows, and at which block.
         self.memory, self.layer = attached.memory, layer
         fusion = attached.fusions[str(layer)]
         assert isinstance(fusion, Fusion)
         projection = fusion.projection
+        # weight_DE, bias_D: W_V and b.
         self.weight_DE = projection.weight[: fusion.hidden_size].float().cpu()
-        self.inverse_ED = torch.linalg.pinv(self.weight_DE, rtol=SMALLEST)
+        self.inverse_ED = torch.linalg.pinv(self.weight_DE, rtol=SMALLEST)  # W_V^+
         bias = projection.bias
         self.bias_D = torch.zeros(fusion.hidden_size) if bias is None else bias[: fusion.hidden_size].float().cpu()
-        self.gate = 0.5 if fusion.num_keys else 1.0
+        self.gate = 0.5 if fusion.num_keys else 1.0  # the gate that is reckoned with
         self.num_columns = fusion.config.num_columns
 
 
 @final
 class _Sums:
-    """Sums over the positions of a text.
-
-    Attributes:
-        rows_U: the rows that it reads, sorted; of them `num_shared` are read by several n-grams.
-        column_U: the column that a row belongs to.
-        part_UC, reads_U: the sum of W_V^+ y over the positions that read a row, its column's part; and their number.
-        total_D, square_DD: the sums of y and of its outer products over all positions.
-    """
+    """Sums over the positions of a text."""
 
     def __init__(self, pairs_Q: Tensor, value: _Value) -> None:
         """
@@ -137,11 +125,14 @@ class _Sums:
             pairs_Q: for each distinct pair of a row and an n-gram that reads it, the row.
         """
         hidden_size, num_embedded = value.weight_DE.shape
+        # rows_U: the rows that it reads, sorted; of them `num_shared` are read by several n-grams.
         self.rows_U, num_ngrams_U = pairs_Q.unique(return_counts=True)
         self.num_shared = int((num_ngrams_U > 1).sum())
-        self.column_U = torch.zeros_like(self.rows_U)
+        self.column_U = torch.zeros_like(self.rows_U)  # the column that a row belongs to
+        # part_UC, reads_U: the sum of W_V^+ y over the positions that read a row, its column's part; and their number.
         self.part_UC = torch.zeros(len(self.rows_U), num_embedded // value.num_columns)
         self.reads_U = torch.zeros(len(self.rows_U))
+        # total_D, square_DD: the sums of y and of its outer products over all positions.
         self.total_D = torch.zeros(hidden_size, dtype=torch.float64)
         self.square_DD = torch.zeros(hidden_size, hidden_size, dtype=torch.float64)
         self.num_positions = 0

@@ -40,20 +40,15 @@ _passes: ContextVar[tuple[Pass, ...]] = ContextVar("engrammar_passes", default=(
 
 @final
 class Attachment(nn.ModuleDict):
-    """All memories of one model by their names: the submodule `engrammar` of the model.
-
-    Attributes:
-        off: the names of the memories that are switched off.
-        trained: the model's own parameters that were trainable before.
-        blocks_return_tuples: whether blocks return a tuple of hidden states and nothing else; `keep_prefix` finds out.
-    """
+    """All memories of one model by their names: the submodule `engrammar` of the model."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.off: frozenset[str] = frozenset()
+        self.off: frozenset[str] = frozenset()  # the names of the memories that are switched off
         self.handles: list[RemovableHandle] = []
-        self.trained: list[nn.Parameter] = []
+        self.trained: list[nn.Parameter] = []  # the model's own parameters that were trainable before
         self.arguments: list[str] = []
+        # Whether blocks return a tuple of hidden states and nothing else; `keep_prefix` finds out.
         self.blocks_return_tuples = False
 
     def memories(self) -> dict[str, AttachedMemory]:

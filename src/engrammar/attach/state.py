@@ -74,12 +74,7 @@ class Track:
 
 @final
 class MemoryState(DummyLayer):
-    """A cache layer without keys and values that holds the state of one named memory.
-
-    Attributes:
-        seen: the number of positions whose ids it holds or has held.
-        record_past: transformers' mark that positions may be taken back.
-    """
+    """A cache layer without keys and values that holds the state of one named memory."""
 
     is_compileable = False  # so `generate` neither compiles the pass nor replaces the mask by one of four dimensions
 
@@ -92,8 +87,8 @@ class MemoryState(DummyLayer):
         """
         super().__init__()
         self.name, self.config = name, config
-        self.seen = 0
-        self.record_past = False
+        self.seen = 0  # the number of positions whose ids it holds or has held
+        self.record_past = False  # transformers' mark that positions may be taken back
         self.ids = Track(num_back)
         self.windows = {key: Track(window) for key, window in windows.items()}
 

@@ -41,15 +41,10 @@ NUM_THREADS = 32
 
 
 class ReadQueue(ABC):
-    """Staging memory and the reads into it. Only one thread may use it at a time.
+    """Staging memory and the reads into it. Only one thread may use it at a time."""
 
-    Attributes:
-        memory: the bytes of all slots; it starts at a page boundary.
-        in_flight: how many reads were started but not collected yet; their slots must not be touched.
-    """
-
-    memory: NDArray[np.uint8]
-    in_flight: int
+    memory: NDArray[np.uint8]  # the bytes of all slots; it starts at a page boundary
+    in_flight: int  # how many reads were started but not collected yet; their slots must not be touched
 
     @abstractmethod
     def start(self, descriptor_N: Ints, byte_N: Ints, slot_N: Ints, pages_N: Ints) -> None:

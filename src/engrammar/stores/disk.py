@@ -149,13 +149,10 @@ class _SmallFetch(Fetch):
 
 @final
 class _LargeFetch(Fetch):
-    """Rows that the store's thread reads, slice by slice.
-
-    Attributes:
-        given_up: whether rows that have not arrived are no longer wanted.
-    """
+    """Rows that the store's thread reads, slice by slice."""
 
     def __init__(self, source: _Source, rows_U: Ints) -> None:
+        # given_up: whether rows that have not arrived are no longer wanted.
         self._source, self.rows_U, self.given_up = source, rows_U, False
         self._rows_US = np.empty((len(rows_U), source.files.row_bytes), np.uint8)
         self._have_U = np.zeros(len(rows_U), bool)

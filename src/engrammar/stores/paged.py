@@ -33,17 +33,14 @@ logger = logging.getLogger(__name__)
 class PagedFiles:
     """The open shards of a table. Pages are numbered across all files, with a gap between two files.
 
-    Attributes:
-        direct: whether reads bypass the page cache.
-        identity: a fingerprint of the contents.
-        pages_per_row: the most pages that one row can be on.
-
     Raises:
         ValueError: a file cannot be opened or is shorter than its rows, or its checksums are those of another file.
     """
 
     def __init__(self, table: TableFile) -> None:
+        # direct: whether reads bypass the page cache.
         self.name, self.row_bytes, self.direct = table.name, table.row_bytes, hasattr(os, "O_DIRECT")
+        # The most pages that one row can be on.
         self.pages_per_row = (self.row_bytes + PAGE - 2) // PAGE + 1  # at most
         shard_of = {shard.path: shard for shard in table.shards}
         self.paths = list(shard_of)
@@ -58,7 +55,7 @@ class PagedFiles:
             else:
                 self._open.append(handle)
         self.descriptor_F = np.array(self._open, np.int64)
-        self.identity = identity_of(table, self._open)
+        self.identity = identity_of(table, self._open)  # a fingerprint of the contents
         self.size_F = np.array([os.fstat(handle).st_size for handle in self._open], np.int64)
         pages_F = -(-self.size_F // PAGE)
         self.first_page_F = np.cumsum(pages_F + 1) - (pages_F + 1)
@@ -153,12 +150,7 @@ def identity_of(table: TableFile, handles: Sequence[int]) -> str:
 
 @final
 class PageReads:
-    """Reads of distinct pages into a queue's slots from `base` on; a page that fails is read again.
-
-    Attributes:
-        left: how many reads are in flight.
-        why: for each page, what is wrong with it; 0 once the page was read and its checksum fits.
-    """
+    """Reads of distinct pages into a queue's slots from `base` on; a page that fails is read again."""
 
     def __init__(self, files: PagedFiles, queue: ReadQueue, base: int, page_P: Ints) -> None:
         self.files, self.queue, self.base, self.page_P = files, queue, base, page_P
@@ -168,6 +160,8 @@ class PageReads:
         self._size = np.minimum(files.size_F[file_P] - self._byte_P, PAGE).tolist()
         self._crc32, self._checked = files.crc32_P[page_P].tolist(), files.has_crc32_F[file_P].tolist()
         self._memory = queue.memory.data[base * PAGE :]
+        # why: for each page, what is wrong with it; 0 once the page was read and its checksum fits.
+        # left: how many reads are in flight.
         self.why, self.left, self._tries = [NOT_READ] * len(page_P), 0, TRIES
         beginning_P = np.ones(len(page_P), bool)
         beginning_P[1:] = (page_P[1:] != page_P[:-1] + 1) | (np.arange(1, len(page_P)) % LONGEST_READ == 0)

@@ -85,21 +85,17 @@ class Counts:
 
 @final
 class StoredTables(RowSource):
-    """Reads a model's rows from stores, one for each table; made by `serve_tables`.
-
-    Attributes:
-        stores: the store of each table, by the table's name in the model.
-        counts: rows read and missed so far.
-    """
+    """Reads a model's rows from stores, one for each table; made by `serve_tables`."""
 
     def __init__(
         self, folder: TableFolder, stores: Mapping[str, RowStore], settings: ServingSettings, dtype: torch.dtype
     ) -> None:
         self.tables: dict[str, nn.Parameter] = {}  # empty, since nothing here is trained
+        # stores: the store of each table, by the table's name in the model.
         self.folder, self.stores, self.dtype = folder, dict(stores), dtype
         self.files = {file.name: file for file in folder.tables.values()}
         self.on_missing, self.deadline = settings.on_missing, settings.deadline
-        self.counts = Counts()
+        self.counts = Counts()  # rows read and missed so far
 
     def read(self, passes: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Callable[[], Rows]]]:
         """As `RowSource.read`."""

@@ -112,12 +112,7 @@ class _Held:
 
 @final
 class Segment:
-    """Bytes that are shared by all processes of this user that ask for the same content.
-
-    Attributes:
-        bytes: the shared bytes, as writable uint8 [num_bytes].
-        lock: must be held to change the bytes once they are filled.
-    """
+    """Bytes that are shared by all processes of this user that ask for the same content."""
 
     def __init__(
         self, content: str, num_bytes: int, fill: Fill, *, keep: bool = True, folder: Path | None = None
@@ -145,8 +140,8 @@ class Segment:
         while (file := self._open(fill, keep)) is None:
             time.sleep(random.uniform(0, 0.01))  # processes that start over should do so at different times
         self._file = file
-        self.lock = SharedLock(_lock_path(self.path))
-        self.bytes = self._map(file)
+        self.lock = SharedLock(_lock_path(self.path))  # must be held to change the bytes once they are filled
+        self.bytes = self._map(file)  # the shared bytes, as writable uint8 [num_bytes]
         self._finalizer = weakref.finalize(self, _leave, file, self.path, self.lock, os.getpid())
 
     def close(self) -> None:

@@ -55,13 +55,9 @@ def memory_settings(recipe: AttachRecipe, num_blocks: int, tokenizer: PreTrained
 
 
 class AttachedTrainer(EngrammarTrainer):
-    """As `EngrammarTrainer`; its checkpoints hold what is trained, and not the frozen base.
+    """As `EngrammarTrainer`; its checkpoints hold what is trained, and not the frozen base."""
 
-    Attributes:
-        sparse: chooses the rows that a step trains; None: all that it reads.
-    """
-
-    sparse: SparseRows | None = None
+    sparse: SparseRows | None = None  # chooses the rows that a step trains; None: all that it reads
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)

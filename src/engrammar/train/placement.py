@@ -49,12 +49,7 @@ class Read:
 
 
 class TablePlacement(RowSource):
-    """Holds tables outside their model while it trains; made by `place_tables`.
-
-    Attributes:
-        tables: this rank's rows of each table, a parameter whose `.grad` is sparse after `collect`.
-        traffic: what has been read and sent so far.
-    """
+    """Holds tables outside their model while it trains; made by `place_tables`."""
 
     def __init__(
         self,
@@ -68,6 +63,7 @@ class TablePlacement(RowSource):
         self.modules = dict(modules)
         self.where, self.folder = where, folder
         self.group, self.reduce = (group := sharing["group"]), sharing["reduce"]
+        # This rank's rows of each table, a parameter whose `.grad` is sparse after `collect`.
         self.tables: dict[str, nn.Parameter] = {}
         self.stale = overlap == "stale"
         overlaps = overlap in ("exact", "stale") or (overlap == "auto" and torch.accelerator.is_available())
@@ -75,7 +71,7 @@ class TablePlacement(RowSource):
         self.updates: list[Future[None]] = []
         self.open: list[Read] = []  # reads that a training pass waited for since the last `collect`
         self.hooks: list[torch.utils.hooks.RemovableHandle] = []
-        self.traffic = Traffic()
+        self.traffic = Traffic()  # what has been read and sent so far
         self.num_ranks = 1 if group is None else dist.get_world_size(group)
         self.is_first = group is None or dist.get_rank(group) == 0
         self.backend = RowBackend(

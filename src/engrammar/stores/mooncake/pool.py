@@ -40,11 +40,7 @@ class PoolLost(OSError):
 
 
 class Pool:
-    """One connection. After a `PoolLost` it cannot be used again: close it and open another.
-
-    Attributes:
-        memory: the bytes shared with the process, uint8: the request `read` writes to them, `put` reads them.
-    """
+    """One connection. After a `PoolLost` it cannot be used again: close it and open another."""
 
     def __init__(self, server: PoolServer, num_bytes: int, seconds: float) -> None:
         """Connects.
@@ -56,6 +52,7 @@ class Pool:
         _check_port(server.address, seconds)
         handle = os.memfd_create("engrammar-pool")
         os.ftruncate(handle, num_bytes)
+        # The bytes shared with the process, uint8: the request `read` writes to them, `put` reads them.
         self.memory = np.frombuffer(mmap.mmap(handle, num_bytes), dtype=np.uint8)
         self._connection, theirs = Pipe()
         program = Path(__file__).with_name("process.py")

@@ -31,15 +31,11 @@ def require(part: Part, dtypes: tuple[str, ...], shape: tuple[int | None, ...], 
 
 @final
 class Settings:
-    """The settings of a released model.
-
-    Attributes:
-        where: what errors call them.
-        values: the settings of the language model; those of `text_config` win, if there is one.
-    """
+    """The settings of a released model."""
 
     def __init__(self, where: Path | str, config: Mapping[str, Any]) -> None:
-        self.where = where
+        self.where = where  # what errors call them
+        # The settings of the language model; those of `text_config` win, if there is one.
         self.values: dict[str, Any] = {**config, **(config.get("text_config") or {})}
 
     def need(self, name: str, kind: type, default: Any = None) -> Any:
