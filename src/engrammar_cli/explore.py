@@ -56,10 +56,11 @@ def explore(
 
 
 def _count(source: Any, corpus: str, out: Path, max_ngrams: int) -> None:
-    from engrammar_explore.census import CensusSettings
-    from engrammar_explore.opening import make_census
+    from engrammar_explore.census import CensusSettings, build_census
+    from engrammar_explore.opening import memory_in, open_model
 
-    about = make_census(source, corpus, out, CensusSettings(most_ngrams=max_ngrams))
+    model, tokenizer = open_model(source)
+    about = build_census(memory_in(model), tokenizer, corpus, out, CensusSettings(most_ngrams=max_ngrams))
     forgotten = ", ".join(f"{number:,} {order}-grams" for order, number in about["forgotten"].items() if number)
     print(f"{out}: {about['tokens']:,} tokens of {corpus}, {out.stat().st_size:,} bytes")
     if forgotten:

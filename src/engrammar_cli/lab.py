@@ -44,7 +44,7 @@ def run(
     if not dry_run:
         run_study(study, **_where(scale, out, results), seeds=seeds, jobs=jobs, scale=scale, overrides=overrides)
         return
-    planned = plan(study, scale=scale, seeds=seeds, overrides=overrides)
+    planned = plan(study, scale=scale, overrides=overrides)
     print(f"{study}, {scale}", as_text(titles(PLANNED), [cells(PLANNED, point) for point in planned]), sep="\n\n")
     print(f"{len(planned) * seeds} runs, {sum(each['training_flops'] for each in planned) * seeds:.2e} FLOPs in all.")
 

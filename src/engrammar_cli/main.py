@@ -225,9 +225,9 @@ def bench(
         json_output: Print JSON.
     """
     require("lab")
-    from engrammar_lab.bench.report import BENCHES, show
+    from engrammar_lab.bench.report import run, show
 
-    result = BENCHES[what].run(quick)
+    result = run(what, quick)
     print(json.dumps(result, indent=1)) if json_output else show(what, result)
 
 

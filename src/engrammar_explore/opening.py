@@ -8,7 +8,7 @@ from typing import Any, Literal
 from engrammar.edit import Patch, read_patch
 from engrammar.memory import Memory
 from engrammar.serve.openai.loading import is_ours, load_served
-from engrammar_explore.census import Census, CensusSettings, build_census
+from engrammar_explore.census import Census
 from engrammar_explore.looking import LookSettings
 from engrammar_explore.session import Explored, Session
 from engrammar_explore.watching import places_of
@@ -60,9 +60,3 @@ def memory_in(model: Any) -> Memory:
         names = ", ".join(place.name for place in memories.values()) or "none"
         raise ValueError(f"A census is of one memory, and this model has {names}: give a model or an adapter with one.")
     return next(iter(memories.values())).memory
-
-
-def make_census(source: Source, corpus: str, out: Path, settings: CensusSettings) -> dict[str, Any]:
-    """`build_census` of a model's memory."""
-    model, tokenizer = open_model(source)
-    return build_census(memory_in(model), tokenizer, corpus, out, settings)

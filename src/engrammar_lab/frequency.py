@@ -112,20 +112,20 @@ def gate_by_frequency(
             f"plain has {plain.config.vocab_size} ids and the model {model.config.vocab_size}; allowed: one tokenizer."
         )
     orders = memory.config.orders
-    found: dict[str, list[Any]] = {f"keys_{order}": [] for order in orders}
+    found: dict[str, list[Any]] = {}
+    keys: dict[int, list[Any]] = {order: [] for order in orders}
     for ids_BT, real_BT in validation_batches(tokens, length=length, batch_size=batch_size, num_tokens=num_tokens):
         scored_BT = real_BT[:, 1:]  # tokens that another one follows
         for name, values_BT in _losses_and_gates(model.eval(), plain, ids_BT).items():
             found.setdefault(name, []).append(values_BT[scored_BT].double().numpy())
         for order in orders:
-            found[f"keys_{order}"].append(_keys(memory, ids_BT, order)[:, :-1][scored_BT.numpy()])
+            keys[order].append(_keys(memory, ids_BT, order)[:, :-1][scored_BT.numpy()])
     columns = {name: np.concatenate(parts) for name, parts in found.items()}
-    keys = {order: columns.pop(f"keys_{order}") for order in orders}
     bins = {}
     for order in orders:
         known = text_keys(memory, tokens, length=length, order=order)
         known.sort()
-        bins[str(order)] = frequency_bins(occurrences(known, keys[order]), columns)
+        bins[str(order)] = frequency_bins(occurrences(known, np.concatenate(keys[order])), columns)
     return {"tokens": len(columns["gate"]), "orders": bins}
 
 

@@ -7,6 +7,7 @@ import json
 import random
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing import get_context
@@ -152,12 +153,10 @@ def _score(
             rows = tuning_rows(tokenizer, data, seed=recipe.seed, num_steps=SETTINGS.num_tuning_steps)
             for model in (own, other):
                 tune(model, rows)
-        for point, model in zip(PAIR, (other, own)):
-            scores = score_suite(model, tokenizer, asked, length=data.sequence_length)
+        for point, model in zip((*PAIR, OFF), (other, own, own)):
+            with memory_off(model) if point == OFF else nullcontext():
+                scores = score_suite(model, tokenizer, asked, length=data.sequence_length)
             found.setdefault(point, {}).update({name + suffix: score for name, score in scores.items()})
-        with memory_off(own):
-            scores = score_suite(own, tokenizer, asked, length=data.sequence_length)
-        found.setdefault(OFF, {}).update({name + suffix: score for name, score in scores.items()})
     return found
 
 

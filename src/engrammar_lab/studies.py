@@ -183,31 +183,27 @@ def committed(queue: Mapping[tuple[str, int], Recipe], results: Path) -> dict[tu
     return found
 
 
-def plan(name: str, *, scale: str = "lab", seeds: int = 3, overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
+def plan(name: str, *, scale: str = "lab", overrides: Sequence[str] = ()) -> list[dict[str, Any]]:
     """What `run_study` would train, without training: prepares the text and counts every model's parameters.
 
     Returns:
-        per point, `total_parameters`, `active_parameters` and `memory_rows`, and the `tokens` and `training_flops` of a
-        run (6 per token and active parameter: forward and backward, without attention's products).
+        per point its counts of parameters and rows, and the `tokens` and `training_flops` of a run (6 per token and
+        active parameter: forward and backward, without attention's products).
     """
     planned = []
     for (point, _), recipe in recipes(name, Path(), range(1), overrides, scale=scale).items():
         folder = prepare_tokens(recipe.data).tokenizer_path
         tokenizer = AutoTokenizer.from_pretrained(folder)
         counts = count_parameters(build_lab_config(recipe.model, tokenizer, cached_classes(tokenizer, folder)))
-        num_tokens = recipe.trainer["max_steps"] * recipe.data.batch_size * recipe.data.sequence_length
-        planned.append(
-            {
-                "point": point,
-                "seeds": seeds,
-                "total_parameters": counts.total_parameters,
-                "active_parameters": counts.active_parameters,
-                "memory_rows": counts.memory_rows,
-                "tokens": num_tokens,
-                "training_flops": 6.0 * counts.active_parameters * num_tokens,
-            }
-        )
+        tokens = num_tokens(recipe)
+        flops = 6.0 * counts.active_parameters * tokens
+        planned.append({"point": point, **counts.to_json(), "tokens": tokens, "training_flops": flops})
     return planned
+
+
+def num_tokens(recipe: Recipe) -> int:
+    """Tokens that a run trains on."""
+    return recipe.trainer["max_steps"] * recipe.data.batch_size * recipe.data.sequence_length
 
 
 def finished(recipe: Recipe) -> dict[str, Any] | None:
@@ -236,7 +232,7 @@ def _head(name: str, scale: str, base: Recipe, seeds: int, overrides: Sequence[s
         "scale": scale,
         "overrides": list(overrides),
         "recipe": to_yaml(replace(base, out="")),
-        "tokens": base.trainer["max_steps"] * base.data.batch_size * base.data.sequence_length,
+        "tokens": num_tokens(base),
     }
 
 
@@ -245,7 +241,7 @@ def _kept(recipe: Recipe, run: dict[str, Any]) -> dict[str, Any]:
     return {
         "recipe": Path(recipe.out).name,
         **{key: run[key] for key in counts},
-        "tokens": recipe.trainer["max_steps"] * recipe.data.batch_size * recipe.data.sequence_length,
+        "tokens": num_tokens(recipe),
         "bits_per_byte": run["validation_bits_per_byte"],
         "tokens_per_second": run["tokens_per_second"],
         "curve": [[entry["step"], round(entry["loss"], 4)] for entry in run["curve"] if "loss" in entry],

@@ -124,30 +124,24 @@ def memory_traffic(memory: Memory, tokens: TokenSet, *, length: int, window_toke
         `tokens`, and per layer: under `orders`, per order the `collisions` and `zipf` of its n-grams; `row_traffic`;
         `untouched_expected` of a random hash; and `distinct_rows_per_1000_tokens` of `lookups_per_1000_tokens`.
     """
-    layers = memory.config.layers
     num_tokens = len(tokens.blocks("train", length)) * length
     ids_F = tokens.read("train", 0, num_tokens)
-    orders: dict[int, dict[str, Any]] = {layer: {} for layer in layers}
-    counts: dict[int, list[NDArray[np.int64]]] = {layer: [] for layer in layers}
-    expected: dict[int, list[float]] = {layer: [] for layer in layers}
-    for index_order, order in enumerate(memory.config.orders):
-        place_D, count_D = distinct(text_keys(memory, tokens, length=length, order=order))
-        for index, layer in enumerate(layers):
+    ngrams = [distinct(text_keys(memory, tokens, length=length, order=order)) for order in memory.config.orders]
+    found: dict[str, Any] = {"tokens": num_tokens, "layers": {}}
+    for index, layer in enumerate(memory.config.layers):
+        orders, counts, untouched = {}, [], 0.0
+        for index_order, (order, (place_D, count_D)) in enumerate(zip(memory.config.orders, ngrams)):
             sizes_K = memory.geometry.table_sizes[index][index_order]
             rows_DK = _rows_at(memory, ids_F, place_D, length, index, index_order)
-            orders[layer][str(order)] = collisions(rows_DK, count_D, sizes_K) | {"zipf": _zipf(count_D)}
-            counts[layer] += [
-                np.bincount(rows_D, weights=count_D, minlength=size).astype(np.int64)
-                for rows_D, size in zip(rows_DK.T, sizes_K)
-            ]
-            expected[layer] += [size * float(np.exp(len(place_D) * np.log1p(-1 / size))) for size in sizes_K]
-    found: dict[str, Any] = {"tokens": num_tokens, "layers": {}}
-    for index, layer in enumerate(layers):
-        traffic = row_traffic(np.concatenate(counts[layer]))
+            orders[str(order)] = collisions(rows_DK, count_D, sizes_K) | {"zipf": _zipf(count_D)}
+            for rows_D, size in zip(rows_DK.T, sizes_K):
+                counts.append(np.bincount(rows_D, weights=count_D, minlength=size).astype(np.int64))
+                untouched += size * float(np.exp(len(place_D) * np.log1p(-1 / size)))
+        traffic = row_traffic(np.concatenate(counts))
         found["layers"][str(layer)] = {
-            "orders": orders[layer],
+            "orders": orders,
             **traffic,
-            "untouched_expected": sum(expected[layer]) / traffic["rows"],
+            "untouched_expected": untouched / traffic["rows"],
             **_distinct_per_window(memory, ids_F[:window_tokens], index),
         }
     return found

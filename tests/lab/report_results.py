@@ -224,7 +224,7 @@ def made_attach(memory=0.6, seconds=0.2, chat=0.005):
 
 def made_edit(said=0.97):
     """One order of facts, two ways at two numbers of edits; the share said as given."""
-    shares = {name: 0.9 for name, _ in SHOWN} | {name: 0.5 for name, *_ in BESIDES} | {"free/prompt": said}
+    shares = {name: 0.9 for name, *_ in SHOWN} | {name: 0.5 for name, *_ in BESIDES} | {"free/prompt": said}
     costs = {"bytes": 5000, "seconds": 20.0, "undo seconds": 0.1, "refused": 0, "undone to the bit": True}
     runs = [
         {"cases": "counterfact", "way": way, "edits": edits, "seed": 0, **shares, **costs}

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from engrammar.model.budget import count_parameters
+from engrammar.model.budget import count_parameters, solve_budget
 from engrammar.model.configuration import EngrammarConfig
 from engrammar.model.modeling import EngrammarForCausalLM
 from engrammar.model.presets import preset
@@ -17,8 +17,8 @@ from engrammar_lab.rivals import RIVALS, rival_from_json
 from engrammar_lab.rivals.modeling import (
     EngrammarRivalConfig,
     EngrammarRivalForCausalLM,
+    RivalShare,
     build_lab_config,
-    solve_rival_budget,
 )
 from models import END, VOCABULARY, tiny_config, tiny_model
 
@@ -159,7 +159,7 @@ def test_packed_texts_are_read_apart():
 @kinds
 def test_total_and_active_parameters_stay_as_in_the_plain_model(kind):
     plain = preset("micro", memory=None, n_routed_experts=32)
-    solved = solve_rival_budget(plain, rival_from_json({"kind": kind}), rho=0.8)
+    solved = solve_budget(plain, RivalShare(rival=rival_from_json({"kind": kind})), rho=0.8)
     before, after = count_parameters(plain), count_parameters(solved)
     assert after.total_parameters == pytest.approx(before.total_parameters, rel=5e-3)
     assert after.active_parameters == pytest.approx(before.active_parameters, rel=5e-3)
@@ -251,10 +251,12 @@ def test_memory_and_rival_are_refused_together():
         build_lab_config(recipe.model, None, None)
     with pytest.raises(ValueError, match="without memory"):
         rival = rival_from_json(SMALL["bigram"])
-        solve_rival_budget(tiny_config(None, kind=EngrammarRivalConfig, rival=SMALL["bigram"]), rival, rho=0.5)
+        solve_budget(
+            tiny_config(None, kind=EngrammarRivalConfig, rival=SMALL["bigram"]), RivalShare(rival=rival), rho=0.5
+        )
     with pytest.raises(ValueError, match="no room for rival.num_keys=40"):
         rival = rival_from_json({"kind": "product_keys", "num_keys": 40, "top_k": 40})
-        solve_rival_budget(preset("micro", memory=None), rival, rho=0.9)
+        solve_budget(preset("micro", memory=None), RivalShare(rival=rival), rho=0.9)
 
 
 def test_configs_from_before_a_setting_load_as_before():

@@ -25,8 +25,7 @@ from engrammar.train.documents import read_documents
 from engrammar.train.optimizer import OptimizerSettings, build_optimizer
 from engrammar_lab.adapters.smollm import fetch_smollm
 from engrammar_lab.bench.figures import line_by_line
-from engrammar_lab.bench.turns import measured_in_turn, seconds_of, settle_allocator
-from engrammar_lab.machine import describe_run
+from engrammar_lab.bench.turns import measured_in_turn, ratio, seconds_of, settle_allocator
 
 BASE, PARAMETERS, RAM, DISK = "base", "memory, parameters", "memory, RAM", "memory, disk and cache"
 LORA, WHOLE = "LoRA", "memory, whole pass"
@@ -138,49 +137,29 @@ def _misses(model: Any) -> int | None:
     return sum(counted) if counted else None
 
 
-Caches = dict[str, DynamicCache]
-
-
 @torch.no_grad()
-def filled_caches(models: dict[str, Any], ids_BT: Tensor) -> Caches:
-    """A cache for each model that has read the prompts."""
+def decode(models: dict[str, Any], ids_BT: Tensor, prompt: int) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    """Times the models in turn, token by token after a prompt, all on the same tokens.
+
+    Returns:
+        a line for each model, with what its step takes beyond the base's (by pairs: both saw the same load of the
+        machine); and the last logits of each.
+    """
     caches = {name: DynamicCache(config=model.config) for name, model in models.items()}
-    for name, model in models.items():
-        model(ids_BT, past_key_values=caches[name], use_cache=True, logits_to_keep=1)
-    return caches
-
-
-@torch.no_grad()
-def step_times(
-    models: dict[str, Any], caches: Caches, ids_BT: Tensor
-) -> tuple[dict[str, list[float]], dict[str, Tensor]]:
-    """Seconds of a step of each model, the models in turn, at every position the same tokens; their last logits."""
     said: dict[str, Tensor] = {}
 
-    def step(name: str, token: Tensor) -> None:
-        said[name] = models[name](token, past_key_values=caches[name], use_cache=True, logits_to_keep=1).logits
+    def step(name: str, token_BT: Tensor) -> None:
+        said[name] = models[name](token_BT, past_key_values=caches[name], use_cache=True, logits_to_keep=1).logits
 
-    def measure(turn: int, _place: int, name: str) -> float:
-        return seconds_of(step, name, ids_BT[:, turn, None])
-
-    return measured_in_turn(measure, models, ids_BT.shape[1]), said
-
-
-def over_base(times: dict[str, list[float]], name: str) -> float:
-    """What a model takes beyond the base, by pairs: both steps of a pair saw the same load of the machine."""
-    return median(own / of_base for own, of_base in zip(times[name], times[BASE], strict=True)) - 1
-
-
-def decode(models: dict[str, Any], ids_BT: Tensor, prompt: int) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-    """A line for each model: its steps after a prompt, and what they take beyond the base's; and their last logits."""
-    caches = filled_caches(models, ids_BT[:, :prompt])
+    for name in models:
+        step(name, ids_BT[:, :prompt])
     before = {name: _misses(model) for name, model in models.items()}
-    times, said = step_times(models, caches, ids_BT[:, prompt:])
+    tokens = ids_BT[:, prompt:].split(1, dim=1)
+    times = measured_in_turn(lambda turn, _place, name: seconds_of(step, name, tokens[turn]), models, len(tokens))
     lines = []
     for name, model in models.items():
-        figures = {"milliseconds": 1e3 * median(times[name]), "over": over_base(times, name)}
-        figures["over_median"] = median(times[name]) / median(times[BASE]) - 1
-        missed = _misses(model)
+        missed, over = _misses(model), ratio(times[name], times[BASE]) - 1
+        figures = {"milliseconds": 1e3 * median(times[name]), "over": over}
         misses = None if missed is None else missed - (before[name] or 0)
         lines.append({"batch": len(ids_BT), "variant": name, **figures, "misses": misses})
     return lines, said
@@ -253,8 +232,6 @@ def bench_attached(quick: bool, plan: Plan | None = None, base: Path | None = No
     blocks = [{"input_ids": block, "labels": block} for block in ids[-trained:].view(-1, plan.length)]
     memory = f"{plan.memory['num_heads']} heads of {plan.memory['head_dim']} for 2- and 3-grams"
     return {
-        **describe_run("engrammar bench attach" + (" --quick" if quick else "")),
-        "quick": quick,
         "shapes": f"SmolLM2-135M in fp32, {bases.num_blocks} blocks; one memory at two thirds of the depth, {memory}, "
         f"{plan.memory['rows_per_head'][0]:,} rows a head, convolution of {plan.memory['conv_kernel']}; "
         f"{plan.steps} steps of decoding after {plan.prompt} tokens; training on {plan.train_batch} blocks of "

@@ -20,7 +20,7 @@ from engrammar.tables.folder import TableFile
 from engrammar.tables.headers import PAGE
 from engrammar_lab.bench.figures import Figures, line_by_line, meets, named
 from engrammar_lab.bench.files import drop_page_cache
-from engrammar_lab.bench.large_file import count_pages, draw_rows, in_fresh_process
+from engrammar_lab.bench.large_file import draw_rows, in_fresh_process
 from engrammar_lab.bench.readers import (
     ADVISED,
     DISK,
@@ -29,6 +29,7 @@ from engrammar_lab.bench.readers import (
     FROM_FILE,
     READERS,
     TAKE,
+    pages_of,
     why_no_engramdb,
 )
 from engrammar_lab.bench.turns import seconds_of
@@ -61,7 +62,7 @@ def measure_cold(table: TableFile, way: str, num_rows: int, seed: int) -> dict[s
         for row, found in zip(rows_U[:NUM_CHECKED].tolist(), rows_US):
             file.seek(shard.start + row * table.row_bytes)
             assert file.read(table.row_bytes) == found.tobytes(), f"{way} read row {row} wrongly"
-    return {"seconds": seconds, "pages": count_pages(table, rows_U), "bytes": num_bytes}
+    return {"seconds": seconds, "pages": len(pages_of(table, rows_U)), "bytes": num_bytes}
 
 
 def measure_limit(table: TableFile, num_pages: int, seed: int) -> dict[str, float]:
@@ -135,7 +136,6 @@ def bench_cold(quick: bool, table: TableFile) -> dict[str, Any]:
         "shapes": f"cold file of {gib:g} GiB{' (smaller than it should be: hides read-ahead)' if quick else ''}, "
         f"256-byte rows, {num_rows:,} uniform rows in one call ({num_slow:,} for {' and '.join(SLOW)}), "
         f"{rounds} rounds in turn, a fresh process each",
-        "quick": quick,
         "limit": {kind: median(limit[kind] for limit in limits) for kind in limits[0]},
         "ways": {
             way: {

@@ -33,8 +33,7 @@ from engrammar.tables.folder import TableWriter, open_tables
 from engrammar.train.documents import read_documents
 from engrammar_lab.bench.figures import line_by_line
 from engrammar_lab.bench.files import bench_folder
-from engrammar_lab.bench.turns import seconds_of, share_of
-from engrammar_lab.machine import describe_run
+from engrammar_lab.bench.turns import ratio, seconds_of
 
 COLD, COLD_LATE, RAM = "disk, cold", "disk, cold, no prefetch", "RAM"
 WARM, WARM_LATE = "disk, warm cache", "disk, warm cache, no prefetch"
@@ -229,7 +228,7 @@ def _rates(plan: Plan, model: EngrammarForCausalLM, sources: Mapping[str, Stored
                 kind: {
                     "tokens_per_second": batch / median(seconds[kind]),
                     "step_ms": 1e3 * median(seconds[kind]),
-                    "share": share_of(seconds[RAM], seconds[kind]),
+                    "share": ratio(seconds[RAM], seconds[kind]),
                     **({"misses": misses[kind]} if kind in misses else {}),
                 }
                 for kind in VARIANTS
@@ -262,8 +261,6 @@ def bench_decode(quick: bool, plan: Plan | None = None) -> dict[str, Any]:
         source.close()
     table_bytes = sum(table.num_rows * table.row_bytes for table in tables)
     return {
-        **describe_run("engrammar bench decode"),
-        "quick": quick,
         "shapes": f"{plan.preset}, fp32, {len(memory.layers)} layers of {memory.num_columns} rows of {memory.head_dim} "
         f"bf16 a token, {table_bytes / 2**30:.2f} GiB of rows, {plan.rounds} rounds of {plan.steps} tokens after "
         f"{PROMPT} of prompt",

@@ -143,7 +143,6 @@ def bench_footprint(quick: bool, file: TableFile) -> dict[str, Any]:
         "shapes": f"shared: {warm_gib:g} GiB of 256-byte rows, {plan[0]:,} uniform rows a call, the cache as large as "
         f"half of them; long: {num_tokens:,} tokens of {ROWS_PER_TOKEN} Zipf rows over {gib:g} GiB, "
         "a cache of a tenth of the rows",
-        "quick": quick,
         "shared": {
             kind: [measure_processes(kind, table, count, plan) for count in NUM_PROCESSES] for kind in (RAM, CACHED)
         },

@@ -81,12 +81,6 @@ def draw_rows(table: TableFile, num_rows: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, table.num_rows, num_rows)
 
 
-def count_pages(table: TableFile, rows_U: np.ndarray) -> int:
-    """The number of distinct pages that the rows are on."""
-    first_U = START + rows_U * table.row_bytes
-    return len(np.union1d(first_U // PAGE, (first_U + table.row_bytes - 1) // PAGE))
-
-
 def in_fresh_process(function: Callable[..., T], *arguments: object) -> T:
     """Runs a function in a process that has read, mapped and computed nothing yet, and returns its result."""
     context = get_context("forkserver")

@@ -7,12 +7,10 @@ Remake: python -m engrammar_lab.bench.load
 """
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -22,8 +20,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
+import psutil  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from engrammar.cells import Lines
 from engrammar.edit import ExactEntry, apply_patch, base_of, build_patch, undo_patch, write_patch
@@ -36,7 +36,7 @@ from engrammar.train.documents import read_documents
 from engrammar.train.sample import load
 from engrammar_lab.bench.load_clients import NUM_NEW, Clients, Prompt, Tally
 from engrammar_lab.bench.load_faults import changing, damaged, killed, read_ms, replaced, send, slow_disk
-from engrammar_lab.bench.loopback import LoopbackPool, free_port, why_no_pool
+from engrammar_lab.bench.loopback import LoopbackPool, free_port, wait_for_port, why_no_pool
 from engrammar_lab.machine import describe_run
 
 CORPUS, VOCABULARY = "pocket:stdlib", 1000
@@ -74,21 +74,15 @@ class Served(NamedTuple):
 
     def facts(self) -> dict[str, float]:
         """Memory, open files and threads of the process, and its counters."""
-        own = Path(f"/proc/{self.process.pid}")
-        status = dict(line.split(":", 1) for line in (own / "status").read_text().splitlines())
+        own = psutil.Process(self.process.pid)
         with urllib.request.urlopen(f"{self.url}/metrics") as response:
             lines = [line.rpartition(" ") for line in response.read().decode().splitlines() if line[0] != "#"]
-        return {
-            "rss_mb": int(status["VmRSS"].split()[0]) / 1024,
-            "open_files": len(os.listdir(own / "fd")),
-            "threads": int(status["Threads"]),
-        } | {name.removeprefix("engrammar_"): float(value) for name, _, value in lines}
+        held = {"rss_mb": own.memory_info().rss / 2**20, "open_files": own.num_fds(), "threads": own.num_threads()}
+        return held | {name.removeprefix("engrammar_"): float(value) for name, _, value in lines}
 
 
 def make_model(folder: Path, rows_per_head: int) -> None:
     """`nano` with random weights, gates and convolutions, and a tokenizer of its own."""
-    from transformers import AutoTokenizer
-
     documents = list(islice(read_documents(CORPUS, cache=Path("data/pocket")), 100))
     train_tokenizer(documents, vocab_size=VOCABULARY, path=folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -141,11 +135,12 @@ def make_prompts(folder: Path, number: int, patch: Path) -> tuple[list[Prompt], 
     apply_patch(model, patch, tokenizer)
     changed = {ids: greedy(model, torch.tensor(ids)) for ids in own}
     undo_patch(model, "changes")
-    sure = [ids for ids in own if min(own[ids][1], changed[ids][1]) > APART][:number]
+    all_sure = [ids for ids in own if min(own[ids][1], changed[ids][1]) > APART]
+    sure = all_sure[:number]
     prompts = [Prompt([*ids], (own[ids][0], changed[ids][0])) for ids in sure]
     about = {
         "prompts": len(prompts),
-        "left_out": len(own) - len([ids for ids in own if min(own[ids][1], changed[ids][1]) > APART]),
+        "left_out": len(own) - len(all_sure),
         "other_without_memory": sum(off[ids] != own[ids][0] for ids in sure),
         "other_with_patch": sum(changed[ids][0] != own[ids][0] for ids in sure),
     }
@@ -167,12 +162,11 @@ def serving(folder: Path, *settings: str) -> Iterator[Served]:
         with log.open("w") as out:
             process = subprocess.Popen([*command, "--served-name", NAME, *settings], stdout=out, stderr=out, text=True)
         try:
-            served, until = Served(f"http://127.0.0.1:{port}", process), time.monotonic() + START_SECONDS
-            while not _answers(f"{served.url}/health"):
-                if process.poll() is not None or time.monotonic() > until:
-                    raise OSError(f"The server does not start: {log.read_text()[-2000:]}")
-                time.sleep(0.1)
-            yield served
+            try:
+                wait_for_port(port, process, START_SECONDS)
+            except OSError as error:
+                raise OSError(f"The server does not start: {log.read_text()[-2000:]}") from error
+            yield Served(f"http://127.0.0.1:{port}", process)
         finally:
             process.send_signal(signal.SIGINT)
             ended = process.wait(START_SECONDS)
@@ -180,18 +174,8 @@ def serving(folder: Path, *settings: str) -> Iterator[Served]:
             raise OSError(f"The server ended with {ended}: {log.read_text()[-2000:]}")
 
 
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url):
-            return True
-    except urllib.error.HTTPError:
-        return True
-    except OSError:
-        return False
-
-
 def run_phases(served: Served, prompts: Sequence[Prompt], plan: Plan, phases: Sequence[Phase], path: Path) -> list[Any]:
-    """What clients got in each phase, and what the server's process held at its end."""
+    """What clients got in each phase, what the server's process held at its end, and how long a page of `path` took."""
     found = []
     with Clients(served.url, NAME, prompts, number=plan.clients, pause=plan.pause) as clients:
         for phase in phases:
@@ -206,9 +190,15 @@ def run_phases(served: Served, prompts: Sequence[Prompt], plan: Plan, phases: Se
     return found
 
 
+def tables_of(folder: Path) -> Path:
+    """The one file that holds a model's tables."""
+    (path,) = {shard.path for table in open_tables(folder).tables.values() for shard in table.shards}
+    return path
+
+
 def on_disk(folder: Path, prompts: Sequence[Prompt], plan: Plan) -> list[Any]:
     """Rows on disk behind a small cache: a busy disk, and files that are damaged."""
-    (path,) = {shard.path for table in open_tables(folder).tables.values() for shard in table.shards}
+    path = tables_of(folder)
     with serving(folder, "--memory", "disk", "--cache-rows", CACHE_ROWS) as served:
         phases = [
             Phase("nothing wrong", 5 / 30, nullcontext()),
@@ -222,7 +212,6 @@ def on_disk(folder: Path, prompts: Sequence[Prompt], plan: Plan) -> list[Any]:
 
 def in_pool(folder: Path, prompts: Sequence[Prompt], plan: Plan) -> list[Any]:
     """Rows in a pool of other machines, which is killed and started again. Needs Mooncake."""
-    (path,) = {shard.path for table in open_tables(folder).tables.values() for shard in table.shards}
     with LoopbackPool("1GB") as pool:
         send(pool, folder, NAME)
         settings = ("--memory", "remote", "--name", NAME, "--address", pool.server.address, "--cache-rows", CACHE_ROWS)
@@ -232,12 +221,11 @@ def in_pool(folder: Path, prompts: Sequence[Prompt], plan: Plan) -> list[Any]:
                 Phase("the pool is killed", 2 / 30, killed(pool, folder, NAME)),
                 Phase("started again", 3 / 30, nullcontext()),
             ]
-            return run_phases(served, prompts, plan, phases, path)
+            return run_phases(served, prompts, plan, phases, tables_of(folder))
 
 
 def patched(folder: Path, prompts: Sequence[Prompt], plan: Plan, patch: Path) -> list[Any]:
     """Rows in RAM, and a patch that comes and goes: each answer is one of two, whole."""
-    (path,) = {shard.path for table in open_tables(folder).tables.values() for shard in table.shards}
     token = patch.with_name("token")
     token.write_text(TOKEN)
     with serving(folder, "--memory", "ram", "--token-file", str(token)) as served:
@@ -246,7 +234,7 @@ def patched(folder: Path, prompts: Sequence[Prompt], plan: Plan, patch: Path) ->
             Phase("a patch comes and goes", 2 / 30, changing(served.url, TOKEN, patch)),
             Phase("undone", 2 / 30, nullcontext()),
         ]
-        return run_phases(served, prompts, plan, phases, path)
+        return run_phases(served, prompts, plan, phases, tables_of(folder))
 
 
 def measure(plan: Plan) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import socket
 import subprocess
 import time
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from engrammar.stores.mooncake.pool import PoolServer
 
@@ -53,13 +53,13 @@ class LoopbackPool:
             folder / "mooncake_master", "--rpc_address=127.0.0.1", f"--rpc_port={port}", "--metrics_host=127.0.0.1",
             f"--metrics_port={free_port()}", f"--default_kv_lease_ttl={self.lease_ms}",
         )  # fmt: skip
-        _wait_for_port(port, self.master)
+        wait_for_port(port, self.master)
         storage_port = free_port()
         self.storage = _run(
             folder / "mooncake_client", "--host=127.0.0.1", f"--port={storage_port}", "--metadata_server=P2PHANDSHAKE",
             f"--master_server_address={self.server.address}", f"--global_segment_size={self.segment}",
         )  # fmt: skip
-        _wait_for_port(storage_port, self.storage)
+        wait_for_port(storage_port, self.storage)
 
     def stop(self) -> None:
         for process in (self.storage, self.master):
@@ -88,8 +88,13 @@ def free_port() -> int:
         return listening.getsockname()[1]
 
 
-def _wait_for_port(port: int, process: subprocess.Popen[bytes]) -> None:
-    until = time.monotonic() + START_SECONDS
+def wait_for_port(port: int, process: subprocess.Popen[Any], seconds: float = START_SECONDS) -> None:
+    """Waits until a process listens at a port of this machine.
+
+    Raises:
+        OSError: it does not in time, or has ended.
+    """
+    until = time.monotonic() + seconds
     while time.monotonic() < until and process.poll() is None:
         try:
             socket.create_connection(("127.0.0.1", port), timeout=1).close()

@@ -14,7 +14,6 @@ from torch.optim.optimizer import Optimizer
 from engrammar.cells import Lines
 from engrammar.train.row_optimizers import ROW_OPTIMIZERS, RowOptimizerKind, build_row_optimizer, state_bytes_per_row
 from engrammar_lab.bench.turns import measured_in_turn, rates_of, seconds_of, settle_allocator
-from engrammar_lab.machine import describe_run
 
 ROW_WIDTH, NUM_DRAWN, NUM_BATCHES = 64, 20_000, 16
 SETTINGS: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8}
@@ -121,8 +120,6 @@ def bench_optimizer(quick: bool) -> dict[str, Any]:
     speedups = {kind: [table["rates"][kind]["speedup"] for table in tables] for kind in ROW_OPTIMIZERS}
     tables.append(_measure(REPEATED_ROWS, "repeated", repeats))
     return {
-        **describe_run("engrammar bench optimizer"),
-        "quick": quick,
         "shapes": f"rows of {ROW_WIDTH} fp32, {NUM_DRAWN:,} drawn a step (Zipf; half the table if that is fewer), "
         f"{repeats} steps each, in turn",
         "state_bytes": {name: _state_bytes(name) for name in (*ROW_OPTIMIZERS, SPARSE_ADAM, DENSE_ADAM)},

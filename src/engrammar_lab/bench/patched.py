@@ -24,7 +24,6 @@ from engrammar_lab.adapters.smollm import fetch_smollm
 from engrammar_lab.bench.attached import BASE, Bases, decode, load_bases, real_text
 from engrammar_lab.bench.figures import line_by_line
 from engrammar_lab.bench.turns import seconds_of, settle_allocator
-from engrammar_lab.machine import describe_run
 
 PROBES, VALUES, LONGEST = 32, 64, 4  # of a patch; the longest key
 NEVER = 2.0  # a threshold that no cosine passes: probes are read, and nothing is written, so all models say the same
@@ -168,8 +167,6 @@ def bench_patched(quick: bool, plan: Plan | None = None, base: Path | None = Non
         assert all(torch.equal(logits, said[BASE]) for logits in said.values())
         decoded += lines
     return {
-        **describe_run("engrammar bench edit" + (" --quick" if quick else "")),
-        "quick": quick,
         "shapes": f"SmolLM2-135M in fp32, {bases.num_blocks} blocks; gated entries of keys of 2 to {LONGEST} classes, "
         f"{plan.from_text} of which occur in the text, {PROBES} probes; {plan.steps} steps after {plan.prompt} tokens",
         "decode": decoded,

@@ -13,20 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engrammar.addressing import derive_geometry
 from engrammar.cells import Column
-from engrammar.config import MemoryConfig
-from engrammar.memory import Memory, Retrieved
+from engrammar.memory import Retrieved
 from engrammar.model.modeling import EngrammarForCausalLM
 from engrammar.model.presets import preset
 from engrammar.train.optimizer import MixedOptimizer, build_optimizer
 from engrammar.train.placement import Overlap, TablePlacement, Where, place_tables
 from engrammar.train.row_optimizers import build_row_optimizer
 from engrammar_lab.bench.figures import line_by_line, named
-from engrammar_lab.bench.rows import BETAS, EPS, LR, MEMORY_LR, draw_ids
+from engrammar_lab.bench.rows import BETAS, EPS, LR, MEMORY_LR, draw_ids, new_memory
 from engrammar_lab.bench.rows import LENGTH as DRAWN_LENGTH
-from engrammar_lab.bench.turns import measured_in_turn, rates_of, share_of
-from engrammar_lab.machine import accelerator, describe_run
+from engrammar_lab.bench.turns import measured_in_turn, rates_of, ratio
+from engrammar_lab.machine import accelerator
 
 COLUMNS = (
     Column("rows, overlap", "name"),
@@ -71,15 +69,15 @@ def _wait_for(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def _build_backbone(plan: Plan, device: torch.device) -> tuple[EngrammarForCausalLM, MixedOptimizer, MemoryConfig]:
-    """The model without tables, the optimizer of its parameters, and the memory settings of the variants."""
+def _build_backbone(plan: Plan, device: torch.device) -> tuple[EngrammarForCausalLM, MixedOptimizer]:
+    """The model without tables, and the optimizer of its parameters."""
     torch.manual_seed(0)
     config = preset(plan.preset).memory_config
     assert config is not None
     memory = replace(config, rows_per_head=(plan.rows_per_head,) * len(config.orders))
     model = EngrammarForCausalLM(preset(plan.preset, memory=memory.to_json()), tables="external").train().to(device)
     model.model.memory = None
-    return model, build_optimizer(model, lr=LR, weight_decay=0.1, betas=BETAS, eps=EPS), memory
+    return model, build_optimizer(model, lr=LR, weight_decay=0.1, betas=BETAS, eps=EPS)
 
 
 class Variant:
@@ -89,17 +87,11 @@ class Variant:
         placement: the place of its rows.
     """
 
-    def __init__(
-        self, model: EngrammarForCausalLM, backbone: MixedOptimizer, config: MemoryConfig, kind: str, folder: Path
-    ) -> None:
-        classes, fill_class, num_ids = model.config.num_classes, model.config.fill_class, model.config.vocab_size
-        assert classes is not None and fill_class is not None
-        geometry = derive_geometry(config, num_classes=classes, fill_class=fill_class)
+    def __init__(self, model: EngrammarForCausalLM, backbone: MixedOptimizer, kind: str, folder: Path) -> None:
         self.model, self.next = model, 0
         self.ahead: deque[Retrieved] = deque()  # the next steps' rows
-        self.memory = Memory(config, geometry, num_ids=num_ids, vocab_size=num_ids, tables="external")
-        self.memory.set_classes(torch.arange(num_ids))
-        for layer in config.layers:
+        self.memory = new_memory(model)
+        for layer in self.memory.config.layers:
             self.memory.table(layer).init_seed = layer
         self.device = next(model.parameters()).device
         self.model.model.memory = self.memory.to(self.device)
@@ -147,13 +139,13 @@ class Variant:
 
 def _measure(plan: Plan, device: torch.device, folder: Path) -> tuple[dict[str, Any], int]:
     """Runs the variants in turn; returns the figures of each, and the bytes of a variant's tables and their state."""
-    model, backbone, config = _build_backbone(plan, device)
+    model, backbone = _build_backbone(plan, device)
     num_drawn = plan.batch * plan.length // DRAWN_LENGTH
     batches = [
         draw_ids(model.config.vocab_size, num_drawn, seed=seed).view(plan.batch, plan.length).to(device)
         for seed in range(plan.num_batches)
     ]
-    variants = {kind: Variant(model, backbone, config, kind, folder) for kind in VARIANTS}
+    variants = {kind: Variant(model, backbone, kind, folder) for kind in VARIANTS}
     for variant in variants.values():
         variant.run(batches, plan.num_batches)  # touches every row and page
     seconds = measured_in_turn(lambda *turn: variants[turn[-1]].run(batches, plan.steps), variants, plan.rounds)
@@ -166,7 +158,7 @@ def _measure(plan: Plan, device: torch.device, folder: Path) -> tuple[dict[str, 
     ]
     measured = rates_of(seconds, plan.steps * plan.batch * plan.length, "tokens")
     for kind, rate in measured.items():
-        rate |= {"share": share_of(seconds[BASELINE], seconds[kind]), "bytes_moved": variants[kind].bytes_moved()}
+        rate |= {"share": ratio(seconds[BASELINE], seconds[kind]), "bytes_moved": variants[kind].bytes_moved()}
     return measured, sum(tensor.nbytes for tensor in held)
 
 
@@ -185,8 +177,6 @@ def bench_placement(quick: bool) -> dict[str, Any]:
         variants, held_bytes = _measure(plan, device, Path(folder))
     precision = "fp32" if device.type == "cpu" else "bf16 autocast"
     return {
-        **describe_run("engrammar bench placement"),
-        "quick": quick,
         "shapes": f"{plan.preset}, {plan.batch} x {plan.length} tokens, {precision}, {held_bytes / 1e9:.2f} GB of rows "
         f"and Adam's state, {plan.rounds} rounds of {plan.steps} steps each, in turn, on {plan.num_batches} batches "
         "that come round",

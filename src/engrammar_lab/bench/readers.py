@@ -42,14 +42,15 @@ def take_from_advised_map(table: TableFile) -> Read:
     handle = os.open(shard.path, os.O_RDONLY)
 
     def read(rows_U: Ints) -> NDArray[np.uint8]:
-        for page in _pages(table, rows_U).tolist():
+        for page in pages_of(table, rows_U).tolist():
             os.posix_fadvise(handle, page * PAGE, PAGE, os.POSIX_FADV_WILLNEED)
         return np.take(rows_RS, rows_U, axis=0)
 
     return read
 
 
-def _pages(table: TableFile, rows_U: Ints) -> Ints:
+def pages_of(table: TableFile, rows_U: Ints) -> Ints:
+    """The distinct pages of the file that rows are on, ascending."""
     first_U = table.shards[0].start + rows_U * table.row_bytes
     return np.union1d(first_U // PAGE, (first_U + table.row_bytes - 1) // PAGE)
 
@@ -95,7 +96,7 @@ def engramdb_pages(table: TableFile) -> Read:
     reader = engramdb.IoUringPageReader(PAGE)
 
     def read(rows_U: Ints) -> NDArray[np.uint8]:
-        page_P, first_U = _pages(table, rows_U), table.shards[0].start + rows_U * table.row_bytes
+        page_P, first_U = pages_of(table, rows_U), table.shards[0].start + rows_U * table.row_bytes
         pages = reader.read_pages([handle] * len(page_P), (page_P * PAGE).tolist())
         rows_RS = np.frombuffer(b"".join(pages), np.uint8).reshape(-1, table.row_bytes)
         begin_U = np.searchsorted(page_P, first_U // PAGE) * PAGE + first_U % PAGE
@@ -108,19 +109,6 @@ def _fetcher(store: RowStore) -> Read:
     return lambda rows_U: store.fetch(rows_U).wait()
 
 
-def ram_store(table: TableFile) -> Read:
-    return _fetcher(RamStore(table))
-
-
-def disk_store(table: TableFile) -> Read:
-    return _fetcher(DiskStore(table))
-
-
-def cached_store(table: TableFile) -> Read:
-    """A cache of as many rows as the table has, so that it takes as much memory as the table."""
-    return _fetcher(CachedStore(DiskStore(table), table.num_rows))
-
-
 TAKE, FROM_FILE = "np.take on a memmap", "torch.from_file, index_select"
 ENGRAMDB, ENGRAMDB_PAGES = "engramdb Store", "engramdb io_uring pages"
 ADVISED = "fadvise WILLNEED, gather from a map"
@@ -131,7 +119,7 @@ READERS: dict[str, Callable[[TableFile], Read]] = {
     ADVISED: take_from_advised_map,
     ENGRAMDB: engramdb_store,
     ENGRAMDB_PAGES: engramdb_pages,
-    RAM: ram_store,
-    CACHED: cached_store,
-    DISK: disk_store,
+    RAM: lambda table: _fetcher(RamStore(table)),
+    CACHED: lambda table: _fetcher(CachedStore(DiskStore(table), table.num_rows)),  # as much memory as the table
+    DISK: lambda table: _fetcher(DiskStore(table)),
 }

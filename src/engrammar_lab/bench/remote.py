@@ -19,7 +19,6 @@ from engrammar_lab.bench.figures import line_by_line, named
 from engrammar_lab.bench.loopback import LoopbackPool, why_no_pool
 from engrammar_lab.bench.remote_peers import draw, time_reads
 from engrammar_lab.bench.turns import seconds_of
-from engrammar_lab.machine import describe_run
 
 ROW_BYTES, WIDTH = 256, 128
 NUM_ROWS, NUM_READ, ROUNDS = 2_000_000, 100_000, 3
@@ -46,8 +45,6 @@ def bench_remote(quick: bool) -> dict[str, Any]:
     num_rows, num_read, rounds = (QUICK_ROWS, QUICK_READ, QUICK_ROUNDS) if quick else (NUM_ROWS, NUM_READ, ROUNDS)
     absent = why_no_pool()
     return {
-        **describe_run("engrammar bench store"),
-        "quick": quick,
         "shapes": f"{num_read:,} distinct random rows of {ROW_BYTES} bytes out of {num_rows:,}, over TCP on loopback, "
         f"one reader, {rounds} rounds in turn",
         "absent": absent,

@@ -29,6 +29,7 @@ from engrammar_lab.bench import (
     titan,
 )
 from engrammar_lab.bench import hash as hashing
+from engrammar_lab.machine import describe_run
 
 
 class Part(NamedTuple):
@@ -42,9 +43,9 @@ class Part(NamedTuple):
 
 
 class Bench(NamedTuple):
-    """A bench: `run(quick)` measures, `part` shows the result, and `others` show what it holds under their names."""
+    """A bench: `measure(quick)`, `part` shows its result, and `others` show what that holds under their names."""
 
-    run: Callable[[bool], dict[str, Any]]
+    measure: Callable[..., dict[str, Any]]
     part: Part
     others: dict[str, Part] = {}  # noqa: RUF012 (a NamedTuple)
 
@@ -91,6 +92,12 @@ def _conditions(result: dict[str, Any], part: dict[str, Any]) -> str:
         f"{part['shapes']}. {result['date']}; {accelerator}{machine['cpu']}, {machine['cores']} cores, "
         f"{machine['threads']} threads; torch {machine['torch']}, numpy {machine['numpy']}."
     )
+
+
+def run(name: str, quick: bool, *given: Any) -> dict[str, Any]:
+    """What a bench measures, and before it the command, the day and the machine. `given` is for the bench."""
+    head = describe_run(f"engrammar bench {name}{' --quick' * quick}")
+    return {**head, "quick": quick, **BENCHES[name].measure(quick, *given)}
 
 
 def show(name: str, result: dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ from engrammar.train.optimizer import MixedOptimizer, build_optimizer, clip_grad
 from engrammar.train.row_optimizers import ROW_OPTIMIZERS, build_row_optimizer
 from engrammar_lab.bench.optimizer import gather_and_scatter
 from engrammar_lab.bench.rivals import EmbeddingRows, FbgemmRows, why_no_fbgemm
-from engrammar_lab.bench.turns import in_turn, seconds_of, settle_allocator
+from engrammar_lab.bench.turns import in_turn, ratio, seconds_of, settle_allocator
 
 LENGTH, NUM_HEADS = 128, 2  # two heads per order, not nano's four, so that all tables of a run fit 16 GB
 LR, BETAS, EPS = 1e-3, (0.9, 0.999), 1e-8
@@ -101,11 +101,12 @@ def build_backbone() -> tuple[EngrammarForCausalLM, MixedOptimizer]:
     return model, build_optimizer(model, lr=LR, weight_decay=0.1, betas=BETAS, eps=EPS)
 
 
-def new_memory(model: EngrammarForCausalLM, rows_per_head: int) -> Memory:
-    """A memory of that size for this backbone; its rows are external."""
+def new_memory(model: EngrammarForCausalLM, rows_per_head: int | None = None) -> Memory:
+    """Another memory for this backbone, of its own size or of that one; the rows are external."""
     config = model.config.memory_config
     assert config is not None and model.config.num_classes is not None and model.config.fill_class is not None
-    config = replace(config, rows_per_head=(rows_per_head,) * len(config.orders))
+    if rows_per_head is not None:
+        config = replace(config, rows_per_head=(rows_per_head,) * len(config.orders))
     geometry = derive_geometry(config, num_classes=model.config.num_classes, fill_class=model.config.fill_class)
     vocab_size = model.config.vocab_size
     memory = Memory(config, geometry, num_ids=vocab_size, vocab_size=vocab_size, tables="external")
@@ -248,8 +249,8 @@ def _measure(plan: Plan, names: list[str]) -> dict[str, list[dict[str, Any]]]:
 
 def _summary(timed: dict[str, list[float]], smallest: dict[str, list[float]]) -> dict[str, Any]:
     milliseconds = {kind: 1e3 * median(seconds) if seconds else None for kind, seconds in timed.items()}
-    ratios = [here / there for here, there in zip(timed["step"], smallest["step"])]
-    return {"milliseconds": milliseconds, "best_milliseconds": 1e3 * min(timed["step"]), "ratio": median(ratios)}
+    best = 1e3 * min(timed["step"])
+    return {"milliseconds": milliseconds, "best_milliseconds": best, "ratio": ratio(timed["step"], smallest["step"])}
 
 
 def bench_rows(plan: Plan) -> dict[str, Any]:

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -32,7 +31,6 @@ from engrammar.train.optimizer import MixedOptimizer, OptimizerSettings, build_o
 from engrammar.train.placement import TablePlacement, place_tables
 from engrammar_lab.bench.figures import line_by_line, meets
 from engrammar_lab.bench.rows import LENGTH, draw_ids
-from engrammar_lab.machine import describe_run
 
 RANKS = (1, 2, 4)
 BATCH = 8  # over all ranks
@@ -56,18 +54,7 @@ COLUMNS = (
 )
 table = line_by_line(COLUMNS, lambda result: result["ranks"])
 Precision = Literal["fp64", "fp32"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """One training run, as the first rank records it."""
-
-    losses: list[float]  # the loss of every step, the mean over the whole batch
-    milliseconds: float  # the median time of a step, from reading ahead to the update
-    # Bytes of the tables' rows and of their optimizer state, on the rank that holds most.
-    table_bytes: int
-    state_bytes: int
-    wire: dict[str, float]  # bytes that leave a rank in a step, by kind, and "undeduplicated"; the mean over ranks
+Run = dict[str, Any]  # a training run, as the first rank records it
 
 
 class Fp64Casts(TorchFunctionMode):
@@ -132,7 +119,12 @@ def _accumulate(
 
 
 def train(precision: Precision, num_steps: int, num_passes: int) -> Run:
-    """Trains on this rank's share of every batch, in `num_passes` accumulated passes."""
+    """Trains on this rank's share of every batch, in `num_passes` accumulated passes.
+
+    Returns:
+        `losses`, the mean over the whole batch at every step; `milliseconds`, the median of a step from reading ahead
+        to the update; `table_bytes` and `state_bytes`, as `_bytes_held` says; and `wire`, as `_wire` says.
+    """
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     model, placement, optimizer = _build(precision)
     losses, seconds = [], []
@@ -150,29 +142,25 @@ def train(precision: Precision, num_steps: int, num_passes: int) -> Run:
         seconds.append(time.perf_counter() - started)
         dist.all_reduce(loss)
         losses.append(loss.item() / num_ranks)
-    table_bytes, state_bytes = _bytes_held(placement, optimizer)
-    return Run(
-        losses=losses,
-        milliseconds=1e3 * median(seconds[WARM_UP:]),
-        table_bytes=table_bytes,
-        state_bytes=state_bytes,
-        wire=_wire(placement, num_steps),
-    )
+    wire, milliseconds = _wire(placement, num_steps), 1e3 * median(seconds[WARM_UP:])
+    return {"losses": losses, "milliseconds": milliseconds, **_bytes_held(placement, optimizer), "wire": wire}
 
 
-def _bytes_held(placement: TablePlacement, optimizer: MixedOptimizer) -> tuple[int, int]:
-    """Bytes of rows and of their state, on the rank that holds most."""
+def _bytes_held(placement: TablePlacement, optimizer: MixedOptimizer) -> dict[str, int]:
+    """Bytes of rows and of their optimizer state, on the rank that holds most."""
     assert optimizer.rows is not None
     tables = placement.tables.values()
     state = [values for table_RC in tables for values in optimizer.rows.state_of(table_RC).values()]
     held = torch.tensor([sum(t.nbytes for t in tables), sum(values.nbytes for values in state)])
     dist.all_reduce(held, op=dist.ReduceOp.MAX)
-    table_bytes, state_bytes = held.tolist()
-    return table_bytes, state_bytes
+    return dict(zip(("table_bytes", "state_bytes"), held.tolist()))
 
 
 def _wire(placement: TablePlacement, num_steps: int) -> dict[str, float]:
-    """Bytes that leave a rank in a step. Undeduplicated: an id, a row and a gradient for every lookup elsewhere."""
+    """Bytes that leave a rank in a step, by kind; the mean over ranks.
+
+    "undeduplicated" is an id, a row and a gradient for every lookup elsewhere.
+    """
     traffic, num_ranks = placement.traffic, placement.num_ranks
     a_row = next(iter(placement.tables.values()))[0].nbytes
     undeduplicated = traffic.num_looked_up * (8 + 2 * a_row) * (num_ranks - 1) / num_ranks
@@ -190,7 +178,7 @@ def _run_rank(out: Path, num_steps: int) -> None:
     num_passes = RANKS if dist.get_world_size() == 1 else (1,)
     runs = {"fp64": train("fp64", num_steps, 1)} | {f"fp32 {n}": train("fp32", num_steps, n) for n in num_passes}
     if dist.get_rank() == 0:
-        out.write_text(json.dumps({name: asdict(run) for name, run in runs.items()}))
+        out.write_text(json.dumps(runs))
     leave_processes()
 
 
@@ -208,12 +196,12 @@ def _torchrun(num_ranks: int, num_steps: int) -> dict[str, Run]:
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             check=True,
         )
-        return {name: Run(**run) for name, run in json.loads(out.read_text()).items()}
+        return json.loads(out.read_text())
 
 
 def _largest_difference(run: Run, other: Run, num_steps: int | None = None) -> float:
     """The largest difference of any step's loss, or of any of the first `num_steps`."""
-    return max(abs(a - b) for a, b in list(zip(run.losses, other.losses, strict=True))[:num_steps])
+    return max(abs(a - b) for a, b in list(zip(run["losses"], other["losses"], strict=True))[:num_steps])
 
 
 def bench_sharded(quick: bool) -> dict[str, Any]:
@@ -239,10 +227,8 @@ def bench_sharded(quick: bool) -> dict[str, Any]:
             "passes": _largest_difference(passes, alone["fp32 1"]),
             "ranks_to_passes": _largest_difference(run, passes),
         }
-        rows.append({"ranks": num_ranks, "differences": differences, **asdict(run)})
+        rows.append({"ranks": num_ranks, "differences": differences, **run})
     return {
-        **describe_run("engrammar bench sharded"),
-        "quick": quick,
         "shapes": f"{BATCH} x {LENGTH} tokens over all ranks, {num_steps} steps, DDP on gloo, each rank a process with "
         "one thread, tables in RAM",
         "ranks": rows,

@@ -21,7 +21,6 @@ from engrammar.train.optimizer import build_optimizer, clip_grad_norm
 from engrammar_lab.bench.figures import line_by_line, named
 from engrammar_lab.bench.rows import FULL, LENGTH, QUICK, bench_rows, draw_ids
 from engrammar_lab.bench.turns import measured_in_turn, rates_of, seconds_of
-from engrammar_lab.machine import describe_run
 
 BATCH, RHO = 16, 0.78
 PHASES = ("retrieval", "forward", "backward", "optimizer")
@@ -120,8 +119,6 @@ def bench_step(quick: bool) -> dict[str, Any]:
         }
     with_memory, without = rows["moe + memory"], rows["moe"]
     return {
-        **describe_run("engrammar bench step"),
-        "quick": quick,
         "shapes": f"nano, {BATCH} x {LENGTH} tokens, fp32, {repeats} steps each, in turn",
         "peak_gflops": peak / 1e9,
         "models": rows,

@@ -15,8 +15,7 @@ from engrammar_lab.bench import cold, footprint, remote
 from engrammar_lab.bench.figures import line_by_line, meets
 from engrammar_lab.bench.large_file import draw_rows, first_rows, in_fresh_process, large_table
 from engrammar_lab.bench.readers import CACHED, DISK, ENGRAMDB, FROM_FILE, RAM, READERS, TAKE, Read, why_no_engramdb
-from engrammar_lab.bench.turns import measured_in_turn, rates_of, seconds_of, share_of
-from engrammar_lab.machine import describe_run
+from engrammar_lab.bench.turns import measured_in_turn, rates_of, ratio, seconds_of
 
 WAYS = (TAKE, FROM_FILE, ENGRAMDB, RAM, CACHED, DISK)
 ROW_BYTES = (64, 256, 1024)
@@ -77,7 +76,7 @@ def measure_warm(plan: Plan, path: Path, row_bytes: int) -> dict[str, dict[str, 
     large = {way: [one for one, _ in own] for way, own in times.items()}
     rates = rates_of(large, plan.num_rows, "rows")
     for way, rate in rates.items():
-        rate["share"] = share_of(large[TAKE], large[way])
+        rate["share"] = ratio(large[TAKE], large[way])
         rate["microseconds_of_few"] = 1e6 * median(small for _, small in times[way])
     return rates
 
@@ -94,8 +93,6 @@ def bench_store(quick: bool) -> dict[str, Any]:
     path = file.shards[0].path
     warm = {str(row_bytes): in_fresh_process(measure_warm, plan, path, row_bytes) for row_bytes in ROW_BYTES}
     return {
-        **describe_run("engrammar bench store"),
-        "quick": quick,
         "shapes": f"{'QUICK, smaller than it should be: ' if quick else ''}warm table of {plan.warm_gib:g} GiB, "
         f"{plan.num_rows:,} uniform rows a large call, {FEW} a small one, {plan.rounds} rounds in turn",
         "row_bytes": warm,

@@ -55,9 +55,9 @@ def rates_of(seconds: Mapping[str, Sequence[float]], amount: float, unit: str) -
     }
 
 
-def share_of(base: Sequence[float], own: Sequence[float]) -> float:
-    """The base's time over the own one: the median over turns, in each of which both saw the same machine."""
-    return median(there / here for there, here in zip(base, own, strict=True))
+def ratio(seconds: Sequence[float], others: Sequence[float]) -> float:
+    """Times over other times: the median over turns, in each of which both saw the same machine."""
+    return median(one / other for one, other in zip(seconds, others, strict=True))
 
 
 def settle_allocator() -> None:

@@ -10,20 +10,21 @@ from engrammar_lab.report.parts import Figure, Section, Table, Verdict, machine_
 EDIT = "Can facts be changed, many at once, and nothing else?"
 PAPER = "no comparison: it does not edit"
 GATED = "gated"
+# Of each table: measures, their titles, and digits.
 SHOWN = (
-    ("free/prompt", "whole object said"),
-    ("free/direct", "asked in other words"),
-    ("free/follows", "only follows"),
-    ("free/reverse", "reverse"),
-    ("kept/neighbor", "neighbors kept"),
-    ("kept/beside", "second subject kept"),
-    ("kept/subject", "subject's other relations kept"),
+    ("free/prompt", "whole object said", 3),
+    ("free/direct", "asked in other words", 3),
+    ("free/follows", "only follows", 3),
+    ("free/reverse", "reverse", 3),
+    ("kept/neighbor", "neighbors kept", 3),
+    ("kept/beside", "second subject kept", 3),
+    ("kept/subject", "subject's other relations kept", 3),
 )
 ASKED = (
-    ("free/question", "as a question"),
-    ("free/chat", "in a chat"),
-    ("kept/other question", "other questions kept"),
-    ("kept/other chat", "in a chat, kept"),
+    ("free/question", "as a question", 3),
+    ("free/chat", "in a chat", 3),
+    ("kept/other question", "other questions kept", 3),
+    ("kept/other chat", "in a chat, kept", 3),
 )
 BESIDES = (
     ("probability/prompt", "efficacy", 3),
@@ -34,6 +35,32 @@ BESIDES = (
     ("neutral/divergence", "divergence", 5),
     ("fluency/entropy", "entropy", 2),
     ("fluency/repeats", "object again", 2),
+)
+COSTS = tuple(
+    (name, name, digits)
+    for name, digits in (("seconds a fact", 2), ("bytes a fact", 0), ("undo seconds", 3), ("refused", 0))
+)
+TABLES = (
+    (
+        SHOWN,
+        "Free generation: greedy decoding, nothing forced. The first four: shares of prompts answered with the whole "
+        "object (reverse: with the subject). The last three: shares of prompts that go on with the same six tokens as "
+        "before. “Second subject”: a neighbor's prompt after words that name the edited subject.",
+    ),
+    (
+        ASKED,
+        "Asked as a question, and as a user asks it in a chat (the model's own template): shares answered with the "
+        "whole object; and of the same subject's other questions those that go on with the same six tokens as before. "
+        "Runs without a row were made before these questions were asked.",
+    ),
+    (
+        BESIDES,
+        "Efficacy, paraphrases and neighbors as CounterFact's authors define them: the new object is likelier than the "
+        "true one, for neighbors less likely. Neutral text is half chat, half prose: the share of positions whose "
+        "likeliest token is another, whose logits are the same bits, and the divergence in nats. Entropy of 2- and "
+        "3-grams, and how often the object is said again, in fifty tokens.",
+    ),
+    (COSTS, "CPU seconds on one thread, and bytes that have to be kept."),
 )
 # At a thousand edits: measure, what was aimed at, whether more is better, and its name.
 AIMS = (
@@ -58,7 +85,8 @@ def edit_section(result: Mapping[str, Any]) -> Section:
     for cases in dict.fromkeys(run["cases"] for run in result["runs"]):
         runs = [with_shares(run) for run in result["runs"] if run["cases"] == cases]
         points = by_point(runs)
-        body += [_reached(cases, points), *_asked(cases, points), _besides(cases, points), _costs(cases, points)]
+        tables = [_table(cases, points, shown, caption) for shown, caption in TABLES]
+        body += [table for table in tables if table.rows]
         for name, title in (("free/prompt", "whole object said"), ("kept/subject", "subject's other relations kept")):
             lines = _lines(points, name)
             if any(len(line) > 1 for line in lines.values()):
@@ -101,54 +129,15 @@ def _cell(runs: Runs, name: str, digits: int) -> str:
     return spread(values, digits) if values else "–"
 
 
-def _rows(points: Mapping[Point, Runs], columns: Sequence[tuple[str, int]]) -> tuple[tuple[str, ...], ...]:
-    return tuple(
-        (way, f"{edits:,}", *(_cell(runs, name, digits) for name, digits in columns))
+def _table(cases: str, points: Mapping[Point, Runs], shown: Sequence[tuple[str, str, int]], caption: str) -> Table:
+    """The points of which anything was measured that is shown."""
+    rows = [
+        (way, f"{edits:,}", *(_cell(runs, name, digits) for name, _, digits in shown))
         for (way, edits), runs in points.items()
-    )
-
-
-def _reached(cases: str, points: Mapping[Point, Runs]) -> Table:
-    return Table(
-        columns=(cases, "edits", *(title for _, title in SHOWN)),
-        rows=_rows(points, [(name, 3) for name, _ in SHOWN]),
-        caption="Free generation: greedy decoding, nothing forced. The first four: shares of prompts answered with the "
-        "whole object (reverse: with the subject). The last three: shares of prompts that go on with the same six "
-        "tokens as before. “Second subject”: a neighbor's prompt after words that name the edited subject.",
-    )
-
-
-def _asked(cases: str, points: Mapping[Point, Runs]) -> list[Table]:
-    """What questions reach, of the runs that were asked any."""
-    asked = {point: runs for point, runs in points.items() if any(_values(runs, name) for name, _ in ASKED)}
-    table = Table(
-        columns=(cases, "edits", *(title for _, title in ASKED)),
-        rows=_rows(asked, [(name, 3) for name, _ in ASKED]),
-        caption="Asked as a question, and as a user asks it in a chat (the model's own template): shares answered "
-        "with the whole object; and of the same subject's other questions those that go on with the same six tokens as "
-        "before. Runs without a row were made before these questions were asked.",
-    )
-    return [table] if asked else []
-
-
-def _besides(cases: str, points: Mapping[Point, Runs]) -> Table:
-    return Table(
-        columns=(cases, "edits", *(title for _, title, _ in BESIDES)),
-        rows=_rows(points, [(name, digits) for name, _, digits in BESIDES]),
-        caption="Efficacy, paraphrases and neighbors as CounterFact's authors define them: the new object is likelier "
-        "than the true one, for neighbors less likely. Neutral text is half chat, half prose: the share of positions "
-        "whose likeliest token is another, whose logits are the same bits, and the divergence in nats. Entropy of 2- "
-        "and 3-grams, and how often the object is said again, in fifty tokens.",
-    )
-
-
-def _costs(cases: str, points: Mapping[Point, Runs]) -> Table:
-    names = (("seconds a fact", 2), ("bytes a fact", 0), ("undo seconds", 3), ("refused", 0))
-    return Table(
-        columns=(cases, "edits", *(name for name, _ in names)),
-        rows=_rows(points, names),
-        caption="CPU seconds on one thread, and bytes that have to be kept.",
-    )
+        if any(_values(runs, name) for name, *_ in shown)
+    ]
+    columns = (cases, "edits", *(title for _, title, _ in shown))
+    return Table(columns=columns, rows=tuple(rows), caption=caption)
 
 
 def _lines(points: Mapping[Point, Runs], name: str) -> dict[str, list[tuple[float, float]]]:
@@ -180,7 +169,7 @@ def _verdict(runs: Runs) -> Verdict:
         return Verdict(answer="No gated write was measured yet.", sure="no", paper=PAPER, agrees="no comparison")
     most = max(int(run["edits"]) for run in own)
     last = [run for run in own if run["edits"] == most]
-    told = [f"{title} {_cell(last, name, 3)}" for name, title in SHOWN if _values(last, name)]
+    told = [f"{title} {_cell(last, name, digits)}" for name, title, digits in SHOWN if _values(last, name)]
     seeds = len({run["seed"] for run in last})
     return Verdict(
         answer=f"Gated writes, {most:,} edits: {'; '.join(told)}.",

@@ -104,7 +104,6 @@ def measured(result: Mapping[str, Any]) -> str:
 def _score_table(result: Mapping[str, Any]) -> Table:
     study, complete, against, found = study_of(result), scores(result), bases(result), differences(result)
     factor = nats_per_bit(result)
-    best = min(complete, key=lambda point: mean(complete[point]))
     rows = []
     for point, values in complete.items():
         row = [point, spread(values)]
@@ -123,7 +122,7 @@ def _score_table(result: Mapping[str, Any]) -> Table:
         ),
         rows=tuple(rows),
         caption="Negative differences are gains. The best point is in bold.",
-        strong=(list(complete).index(best),),
+        strong=(list(complete).index(best_of(complete)[0]),),
     )  # fmt: skip
 
 
@@ -177,9 +176,8 @@ def _pictures(result: Mapping[str, Any]) -> Figure:
 def _findings(result: Mapping[str, Any]) -> list[str]:
     """The results of the means, the fits and the paper's own orderings, in sentences."""
     complete, factor, sentences = scores(result), nats_per_bit(result), []
-    ties = as_good_as_the_best(complete)
     if len(complete) > 2:
-        best = min(complete, key=lambda point: mean(complete[point]))
+        best, ties = best_of(complete)
         tied = f"do not separate it from {quoted(ties)}" if ties else "separate it from all others"
         sentences.append(f"The lowest mean is that of “{best}”; the seeds {tied}.")
     if result["study"] == "scaling" and len(complete) > 3:
@@ -190,11 +188,11 @@ def _findings(result: Mapping[str, Any]) -> list[str]:
     return [words for words in (" ".join(sentences), claims) if words]
 
 
-def as_good_as_the_best(complete: Mapping[str, Sequence[float]]) -> list[str]:
-    """The points whose difference from the best one is not settled."""
+def best_of(complete: Mapping[str, Sequence[float]]) -> tuple[str, list[str]]:
+    """The point whose mean is lowest, and the points whose difference from it is not settled."""
     best = min(complete, key=lambda point: mean(complete[point]))
     found = compare({point: (own, complete[best]) for point, own in complete.items() if point != best})
-    return [point for point, own in found.items() if not own.settled]
+    return best, [point for point, own in found.items() if not own.settled]
 
 
 def _verdict(result: Mapping[str, Any]) -> Verdict:
@@ -217,10 +215,9 @@ def _answer(
     complete: Mapping[str, Sequence[float]], found: Mapping[str, Difference], against: Mapping[str, str]
 ) -> str:
     """Which point is best and by how much; if the lowest is not settled, which points are settled better and worse."""
-    best = min(complete, key=lambda point: mean(complete[point]))
+    best, ties = best_of(complete)
     if best in found and found[best].settled:
         words = f"“{best}” is best: {-found[best].mean:.4f} bits per byte less than “{against[best]}”."
-        ties = as_good_as_the_best(complete)
         return f"{words} The seeds do not separate it from {quoted(ties)}." if ties else words
     better, worse = (
         [f"“{point}” ({own.mean:+.4f})" for point, own in found.items() if own.settled and sign * own.mean > 0]

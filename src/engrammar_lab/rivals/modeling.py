@@ -37,11 +37,6 @@ class EngrammarRivalConfig(EngrammarConfig):
         self.rival = rival_from_json(self.rival).to_json()
         super().__post_init__(**kwargs)
 
-    @property
-    def rival_config(self) -> RivalConfig:
-        assert self.rival is not None
-        return rival_from_json(self.rival)
-
 
 def backbone_of(config: EngrammarConfig) -> Backbone:
     """What a rival needs to know of its model; `eos_token_id` ends its texts."""
@@ -79,7 +74,8 @@ class EngrammarRivalModel(RivalPreTrainedModel, EngrammarModel):
 
     def __init__(self, config: EngrammarRivalConfig, tables: Tables = "parameters") -> None:
         super().__init__(config, tables)
-        self.rival: Rival = config.rival_config.build(backbone_of(config))
+        assert config.rival is not None
+        self.rival: Rival = rival_from_json(config.rival).build(backbone_of(config))
         self.post_init()
 
     def retrieve(
@@ -137,11 +133,6 @@ class RivalShare(Share):
         return EngrammarRivalConfig(**(settings | {"rival": self.rival.to_json()}))
 
 
-def solve_rival_budget(plain: EngrammarConfig, rival: RivalConfig, *, rho: float) -> EngrammarConfig:
-    """Like `solve_budget`, with a rival's tables instead of a memory's."""
-    return solve_budget(plain, RivalShare(rival=rival), rho=rho)
-
-
 def build_lab_config(recipe: ModelRecipe, tokenizer: Any, classes_V: Any) -> EngrammarConfig:
     """Like `train.run.build_config`, but also for recipes whose `model.settings.rival` names a rival."""
     settings = dict(recipe.settings)
@@ -151,7 +142,7 @@ def build_lab_config(recipe: ModelRecipe, tokenizer: Any, classes_V: Any) -> Eng
     if recipe.memory != "none":
         raise ValueError(f"model.memory is {recipe.memory!r}; allowed: none, beside a model.settings.rival.")
     plain = preset(recipe.preset, tokenizer=tokenizer, **(settings | {"memory": None}))
-    return solve_rival_budget(plain, rival_from_json(rival), rho=recipe.rho)
+    return solve_budget(plain, RivalShare(rival=rival_from_json(rival)), rho=recipe.rho)
 
 
 AutoConfig.register(EngrammarRivalConfig.model_type, EngrammarRivalConfig)

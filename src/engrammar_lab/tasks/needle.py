@@ -7,7 +7,7 @@ Training (a short fine-tuning on the format) and test share no key, name or valu
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -99,10 +99,8 @@ def needle_questions(
         text = haystack.scatter(statements, _room(tokenizer, [*statements, end], list(codes.values()), length), rng)
         for query, key in zip(queries, asked):
             text = f"{text} {query}"
-            wrong = [f" {code}." for code in codes.values() if code != codes[key]]
-            right = f" {codes[key]}."
-            questions.append(pose(rng, context=text, right=right, wrong=wrong, task=task, split="unseen"))
-            text += right
+            questions.append(_ask(rng, text, codes.values(), codes[key], task))
+            text += f" {codes[key]}."
     return questions[:num]
 
 
@@ -141,10 +139,13 @@ def tracking_questions(
         end = f"{chains[which][-1]} ="
         room = _room(tokenizer, [*statements, f"{end} {values[which]}."], values, length)
         context = f"{haystack.scatter(statements, room, rng)} {end}"
-        wrong = [f" {value}." for value in values if value != values[which]]
-        right = f" {values[which]}."
-        questions.append(pose(rng, context=context, right=right, wrong=wrong, task=task, split="unseen"))
+        questions.append(_ask(rng, context, values, values[which], task))
     return questions
+
+
+def _ask(rng: random.Random, context: str, values: Iterable[str], right: str, task: str) -> Question:
+    wrong = [f" {value}." for value in values if value != right]
+    return pose(rng, context=context, right=f" {right}.", wrong=wrong, task=task, split="unseen")
 
 
 def _values(rng: random.Random, num: int, use: Use) -> list[str]:

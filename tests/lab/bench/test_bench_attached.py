@@ -17,13 +17,13 @@ from engrammar_lab.bench.attached import (
     RAM,
     WHOLE,
     _decoders,
-    bench_attached,
     load_bases,
     table,
     train_table,
     train_verdict,
     verdict,
 )
+from engrammar_lab.bench.report import run
 from texts import WORDS
 
 MEMORY = {"rows_per_head": [211, 223], "num_heads": 2, "head_dim": 8, "conv_kernel": 4}
@@ -53,7 +53,7 @@ def test_every_contender_reads_the_same_rows(place, tmp_path):
 
 def test_a_small_run_has_a_line_for_every_contender(place):
     plan, folder = place
-    result = bench_attached(True, plan, folder)
+    result = run("attach", True, plan, folder)
     _, lines = table(result)
     assert [line[:2] for line in lines] == [
         [str(batch), name] for batch in plan.batches for name in (BASE, PARAMETERS, RAM, DISK)

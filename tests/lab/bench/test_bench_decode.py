@@ -8,7 +8,8 @@ import torch
 
 from committed import RESULTS
 from engrammar_lab.bench import decode
-from engrammar_lab.bench.decode import COLD, RAM, VARIANTS, WARM, Plan, Texts, bench_decode, table, verdict
+from engrammar_lab.bench.decode import COLD, RAM, VARIANTS, WARM, Plan, Texts, table, verdict
+from engrammar_lab.bench.report import run
 
 TINY = Plan(preset="micro", rows_per_head=2003, batches=(1, 2), rounds=1, steps=2, corpus="pocket:stdlib")
 
@@ -19,7 +20,7 @@ def result(tmp_path_factory):
     patch.setenv("ENGRAMMAR_BENCH_FOLDER", str(tmp_path_factory.mktemp("bench")))
     fed = []
     patch.setattr(decode, "_decode", lambda model, ids: fed.append((_source(model), ids)) or [0.01] * TINY.steps)
-    result = bench_decode(True, TINY)
+    result = run("decode", True, TINY)
     patch.undo()
     return result, fed
 
@@ -67,5 +68,5 @@ def test_text_is_handed_out_once_and_its_end_is_said():
 @pytest.mark.slow
 def test_the_quick_bench_takes_ram_as_its_baseline(tmp_path, monkeypatch):
     monkeypatch.setenv("ENGRAMMAR_BENCH_FOLDER", str(tmp_path))
-    result = bench_decode(True)
+    result = run("decode", True)
     assert all(part["variants"][RAM]["share"] == 1 for part in result["batches"])

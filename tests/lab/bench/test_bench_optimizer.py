@@ -40,6 +40,6 @@ def test_every_optimizer_is_measured_against_sparse_adam():
 @pytest.mark.slow
 def test_quick_optimizer_bench_beats_sparse_adam():
     result = bench_optimizer(quick=True)
-    assert result["quick"] and [table["num_rows"] for table in result["tables"]] == [100_000, 1_000_000, 1_000_000]
+    assert [table["num_rows"] for table in result["tables"]] == [100_000, 1_000_000, 1_000_000]
     assert all(speedup > 1 for by_size in result["speedups"].values() for speedup in by_size)  # 2.2 on a quiet machine
     assert {name: result["state_bytes"][name] for name in OURS} == {"adam": 516, "row_adam": 4, "sinkhorn": 256}

@@ -14,10 +14,10 @@ from engrammar_lab.bench.placement import (
     VARIANTS,
     Variant,
     _build_backbone,
-    bench_placement,
     table,
     verdict,
 )
+from engrammar_lab.bench.report import run
 from engrammar_lab.bench.rows import draw_ids
 from engrammar_lab.machine import accelerator
 
@@ -26,8 +26,8 @@ TINY = replace(ON_CPU, preset="micro", rows_per_head=1009, batch=1)
 
 def train(kind, batches, folder, num_steps):
     """A backbone of its own with that variant of memory after some steps: its weights and rows, and the variant."""
-    model, backbone, config = _build_backbone(TINY, torch.device("cpu"))
-    variant = Variant(model, backbone, config, kind, folder)
+    model, backbone = _build_backbone(TINY, torch.device("cpu"))
+    variant = Variant(model, backbone, kind, folder)
     for _ in range(num_steps):
         variant.step(batches)
     variant.placement.flush()
@@ -55,8 +55,8 @@ def test_bytes_moved_are_the_distinct_rows_of_a_step(batches, tmp_path):
 
 
 def test_variants_share_a_backbone_and_only_the_running_ones_rows_change(batches, tmp_path):
-    model, backbone, config = _build_backbone(TINY, torch.device("cpu"))
-    first, second = (Variant(model, backbone, config, kind, tmp_path) for kind in (BASELINE, "RAM, exact"))
+    model, backbone = _build_backbone(TINY, torch.device("cpu"))
+    first, second = (Variant(model, backbone, kind, tmp_path) for kind in (BASELINE, "RAM, exact"))
     (before,) = [table.detach().clone() for table in first.placement.tables.values()]
     (other,) = [table.detach().clone() for table in second.placement.tables.values()]
     assert torch.equal(before, other)  # they start alike
@@ -67,7 +67,7 @@ def test_variants_share_a_backbone_and_only_the_running_ones_rows_change(batches
 
 @pytest.mark.slow
 def test_quick_placement_bench_says_whether_it_used_an_accelerator():
-    result = json.loads(json.dumps(bench_placement(quick=True)))
+    result = json.loads(json.dumps(run("placement", True)))
     assert result["quick"] and result["device"] == accelerator().type
     check(result)
 

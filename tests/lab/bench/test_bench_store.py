@@ -12,8 +12,19 @@ from engrammar.stores.disk import DiskStore
 from engrammar.tables.headers import PAGE
 from engrammar_lab.bench import cold, footprint, store
 from engrammar_lab.bench.files import FOLDER
-from engrammar_lab.bench.large_file import START, count_pages, draw_rows, first_rows, large_table
-from engrammar_lab.bench.readers import CACHED, DISK, ENGRAMDB, ENGRAMDB_PAGES, RAM, READERS, TAKE, why_no_engramdb
+from engrammar_lab.bench.large_file import START, draw_rows, first_rows, large_table
+from engrammar_lab.bench.readers import (
+    CACHED,
+    DISK,
+    ENGRAMDB,
+    ENGRAMDB_PAGES,
+    RAM,
+    READERS,
+    TAKE,
+    pages_of,
+    why_no_engramdb,
+)
+from engrammar_lab.bench.report import run
 
 GIB = 2.0**-8  # 4 MiB
 
@@ -53,8 +64,8 @@ def test_a_folder_without_room_is_an_error_that_names_the_setting(table, monkeyp
 
 
 def test_pages_of_rows_are_counted_once(table):
-    assert count_pages(table, np.array([0, 15, 16, 0])) == 2
-    assert count_pages(first_rows(table.shards[0].path, 2**20, 3000), np.array([1])) == 2
+    assert len(pages_of(table, np.array([0, 15, 16, 0]))) == 2
+    assert len(pages_of(first_rows(table.shards[0].path, 2**20, 3000), np.array([1]))) == 2
 
 
 @pytest.mark.parametrize("way", [TAKE, DISK])
@@ -62,7 +73,7 @@ def test_a_cold_read_comes_from_the_disk(table, way):
     if not DiskStore(table)._source.files.direct:
         pytest.skip("files of this system cannot be read past the page cache")
     run = cold.measure_cold(table, way, 50, seed=0)
-    assert run["pages"] == count_pages(table, draw_rows(table, 50, 0)) and run["seconds"] > 0
+    assert run["pages"] == len(pages_of(table, draw_rows(table, 50, 0))) and run["seconds"] > 0
     assert run["bytes"] >= run["pages"] * PAGE
     if way == DISK:
         assert run["bytes"] == run["pages"] * PAGE
@@ -137,7 +148,7 @@ def test_tables_have_a_cell_for_each_column():
 @pytest.mark.slow
 def test_the_quick_bench_says_that_it_is_smaller(tmp_path, monkeypatch):
     monkeypatch.setenv(FOLDER, str(tmp_path))
-    found = json.loads(json.dumps(store.bench_store(quick=True)))
+    found = json.loads(json.dumps(run("store", True)))
     check_tables(found)
     assert found["quick"] and "smaller" in found["shapes"] and "smaller" in found["cold"]["shapes"]
     assert {"cold", "footprint", "remote"} < set(found) and found["cold"]["ways"][DISK]["bytes"] <= 1.05

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from committed import RESULTS
-from engrammar_lab.bench import sharded
-from engrammar_lab.bench.sharded import KINDS, RANKS, Run, bench_sharded, table, verdict
+from engrammar_lab.bench import report, sharded
+from engrammar_lab.bench.sharded import KINDS, RANKS, table, verdict
 
 
 def check(result):
@@ -28,7 +28,7 @@ def check(result):
 
 @pytest.mark.slow
 def test_quick_sharded_bench_is_on_one_curve_with_equal_shares():
-    result = json.loads(json.dumps(bench_sharded(quick=True)))
+    result = json.loads(json.dumps(report.run("sharded", True)))
     assert result["quick"] and all(row["differences"]["fp64"] < 1e-5 for row in result["ranks"])
     check(result)
 
@@ -43,13 +43,8 @@ def test_the_committed_run_has_fifty_steps_and_says_whether_the_target_is_met():
 
 def test_differences_are_those_of_the_runs_they_name(monkeypatch):
     def run(*losses):
-        return Run(
-            losses=list(losses),
-            milliseconds=5.0,
-            table_bytes=100,
-            state_bytes=200,
-            wire={**dict.fromkeys(KINDS, 10.0), "undeduplicated": 60.0},
-        )
+        held = {"milliseconds": 5.0, "table_bytes": 100, "state_bytes": 200}
+        return {"losses": list(losses), **held, "wire": {**dict.fromkeys(KINDS, 10.0), "undeduplicated": 60.0}}
 
     runs = {
         1: {"fp64": run(8, 7), "fp32 1": run(8, 6), "fp32 2": run(8, 6.25), "fp32 4": run(8, 6.5)},
@@ -57,7 +52,7 @@ def test_differences_are_those_of_the_runs_they_name(monkeypatch):
         4: {"fp64": run(8, 6), "fp32 1": run(7.5, 6.5)},
     }
     monkeypatch.setattr(sharded, "_torchrun", lambda num_ranks, num_steps: runs[num_ranks])
-    result = bench_sharded(quick=True)
+    result = report.run("sharded", True)
     assert [row["differences"] for row in result["ranks"]] == [
         {"fp64_first": 0, "fp64": 0, "fp32": 0, "passes": 0, "ranks_to_passes": 0},
         {"fp64_first": 0.5, "fp64": 0.5, "fp32": 0.125, "passes": 0.25, "ranks_to_passes": 0.125},

@@ -13,7 +13,7 @@ def test_quick_step_bench_compares_equal_models():
         assert memory[key] == pytest.approx(plain[key], rel=1e-3)
     assert memory["flops_per_token"] == pytest.approx(plain["flops_per_token"], rel=0.01)
     assert plain["milliseconds"]["retrieval"] < 1 < memory["tokens_per_second"]
-    assert 0 < memory["share_of_peak"] < 1 and result["quick"]
+    assert 0 < memory["share_of_peak"] < 1
     assert result["memory_tax"] == pytest.approx(1 - memory["tokens_per_second"] / plain["tokens_per_second"])
     assert {name: cells[-1]["rows_per_head"] for name, cells in result["rows"]["contenders"].items()} == dict.fromkeys(
         result["rows"]["contenders"], 100_000
