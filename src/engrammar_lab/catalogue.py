@@ -14,8 +14,8 @@ class Study:
     # Settings of each point over the scale's recipe (`section.setting=value`). The other points are compared with the
     # first.
     points: Mapping[str, tuple[str, ...]]
-    equal: bool  # whether all points must have the same total and active parameters
     paper: str  # what the paper found
+    equal: bool = True  # whether all points must have the same total and active parameters
     common: tuple[str, ...] = ()  # settings that all points share
     exempt: tuple[str, ...] = ()  # points that have fewer parameters on purpose
     recipe: str | None = None  # the recipe that the points change, if it is not the scale's
@@ -104,7 +104,6 @@ def _budgets(scale: Scale) -> dict[str, Study]:
             question="Which share of the idle parameters should be memory?",
             axis="experts' share of the idle parameters",
             points={f"{share:.0%}": _rho(share) for share in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)},
-            equal=True,
             paper="best at 75 to 80 % experts, flat from 60 to 95 %",
         ),
         "scaling": Study(
@@ -131,7 +130,6 @@ def _budgets(scale: Scale) -> dict[str, Study]:
                 },
                 "nothing (dense)": ("model.memory=none", *scale.dense),
             },
-            equal=True,
             exempt=("nothing (dense)",),
             paper="no comparison but with experts",
         ),
@@ -140,7 +138,6 @@ def _budgets(scale: Scale) -> dict[str, Study]:
             axis="model",
             points={"MoE": ("model.memory=none",), "MoE + memory": ("model.rho=0.2",)},
             common=scale.pair,
-            equal=True,
             paper="1.7248 to 1.7109 nats at 6e20 FLOPs",
         ),
     }
@@ -158,7 +155,6 @@ def _horizon(scale: Scale) -> dict[str, Study]:
                 for share in (HORIZON_SHARES[0], HORIZON_SHARES[-1])
                 for rate in SWEPT[tokens]
             },
-            equal=True,
             paper="a rate of 4e-4 for all",
             recipe="horizon",
         ),
@@ -175,7 +171,6 @@ def _horizon(scale: Scale) -> dict[str, Study]:
                 )
             },
             exempt=tuple(f"{tokens}, dense" for tokens in HORIZONS),
-            equal=True,
             paper="75 to 80 % experts at 262B tokens, one length only",
             recipe="horizon",
         ),
@@ -203,14 +198,12 @@ def _parts(scale: Scale) -> dict[str, Study]:
                 "one head": _memory(num_heads=1, head_dim=scale.row_width),
                 "at the first block": _memory(layers="[0]"),
             },
-            equal=True,
             paper="every part helps, compression and gate more than the convolution; 4-grams do not",
         ),
         "gate": Study(
             question="Does the gate help, or does adding the value as it is do as well?",
             axis="memory",
             points={"gate": (), "no gate": _memory(gate="none")},
-            equal=True,
             paper="the gate is better",
         ),
         "branches": Study(
@@ -218,7 +211,6 @@ def _parts(scale: Scale) -> dict[str, Study]:
             axis="keys of two residual branches",
             points={"a key for each": (), "one key for both": _memory(branch_keys="shared")},
             common=("model.settings.num_branches=2",),
-            equal=True,
             paper="a key for each is better",
         ),
         "placement": Study(
@@ -226,7 +218,6 @@ def _parts(scale: Scale) -> dict[str, Study]:
             axis="blocks that read it, counted from 0",
             points={blocks: _memory(layers=f"[{blocks}]") for blocks in scale.blocks},
             common=scale.depth,
-            equal=True,
             paper="one layer: best at the second block; two, early and late, are better still",
         ),
     }
@@ -250,7 +241,6 @@ def _choices() -> dict[str, Study]:
                     ("sinkhorn", 10),
                 )
             },
-            equal=True,
             paper="Adam, five times the backbone's rate, without decay",
         ),
         "dialects": Study(
@@ -269,14 +259,12 @@ def _choices() -> dict[str, Study]:
                 ),
                 "qwen_next": _memory(dialect="qwen_next"),
             },
-            equal=True,
             paper="no comparison: the dialects are of three models",
         ),
         "boundary": Study(
             question="Should look-back stop where a packed document ends?",
             axis="what look-back never crosses",
             points={"end of text": (), "start of row": _memory(boundary="row", end_ids="[]")},
-            equal=True,
             paper="the demo stops at the start of a row only, Qwen at an end of text",
         ),
     }

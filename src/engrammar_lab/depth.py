@@ -6,6 +6,7 @@ S of both, V vocabulary.
 """
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -42,20 +43,12 @@ def validation_batches(
 def layer_streams(model: EngrammarForCausalLM, ids_BT: Tensor) -> list[Tensor]:
     """The residual streams [B, T, M, D] of every layer: the embedding, then after each block (L = blocks + 1)."""
     streams: list[Tensor] = []
-
-    def before_first(_: Any, inputs: tuple[Any, ...]) -> None:
-        streams.append(inputs[0])
-
-    def after(_: Any, __: Any, output: Tensor) -> None:
-        streams.append(output)
-
     blocks = list(model.model.layers)
-    hooks = [blocks[0].register_forward_pre_hook(before_first), *(b.register_forward_hook(after) for b in blocks)]
-    try:
+    with ExitStack() as stack:
+        stack.callback(blocks[0].register_forward_pre_hook(lambda _, inputs: streams.append(inputs[0])).remove)
+        for block in blocks:
+            stack.callback(block.register_forward_hook(lambda _, __, output: streams.append(output)).remove)
         model.model(ids_BT, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return streams
 
 

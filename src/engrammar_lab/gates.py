@@ -4,7 +4,8 @@ Letters: B batch, T tokens, M branches.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -22,24 +23,15 @@ def recorded_gates(model: EngrammarForCausalLM) -> Iterator[dict[int, Tensor]]:
     """In this context, each forward pass puts its gates into the dict: {layer: gate_BT, the mean over branches}."""
     seen: dict[int, Tensor] = {}
 
-    def record(layer: int) -> Any:
-        def hook(fusion: Fusion, inputs: tuple[Any, ...]) -> None:
-            gate_BTM, _ = fusion.gate(inputs[0], inputs[1])
-            seen[layer] = gate_BTM.mean(-1)
+    def record(layer: int, fusion: Fusion, inputs: tuple[Any, ...]) -> None:
+        gate_BTM, _ = fusion.gate(inputs[0], inputs[1])
+        seen[layer] = gate_BTM.mean(-1)
 
-        return hook
-
-    fusions = {layer: block.fusion for layer, block in enumerate(model.model.layers)}
-    hooks = [
-        fusion.register_forward_pre_hook(record(layer))
-        for layer, fusion in fusions.items()
-        if isinstance(fusion, Fusion)
-    ]
-    try:
+    with ExitStack() as stack:
+        for layer, block in enumerate(model.model.layers):
+            if isinstance(block.fusion, Fusion):
+                stack.callback(block.fusion.register_forward_pre_hook(partial(record, layer)).remove)
         yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @torch.no_grad()

@@ -18,6 +18,8 @@ from typing import Any, Literal, get_args
 
 from engrammar.cells import Column, as_text, cells, titles
 from engrammar.off import adding_modules, memory_off
+from engrammar.train.attached import load_base
+from engrammar.train.recipe import BaseRecipe
 from engrammar.train.sample import load, load_with_adapter
 from engrammar_lab.machine import accelerator
 from engrammar_lab.question_sets import SETS, questions
@@ -121,21 +123,11 @@ def _load_alone(folder: Path, memory: Where, tables: Path | None) -> tuple[Any, 
             "`engrammar table import` made, if it is a Qwen4-Exp model, or --adapter, the folder of an attached memory."
         )
     else:
-        model, tokenizer = _load_other(folder)
+        model, tokenizer = load_base(BaseRecipe(model=str(folder)))
+        model.eval()
     if memory != "weights" and not adding_modules(model):
         raise ValueError(f"--memory is {memory}, but the model in {folder} has no memory; allowed: weights.")
     return model, tokenizer
-
-
-def _load_other(folder: Path) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
-        return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers and tokenizers raise many kinds
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"{folder} cannot be read as a causal LM with its tokenizer ({reason}).") from error
 
 
 def _find_tasks(tasks: Sequence[str], cache: Path) -> tuple[list[Any], dict[str, float]]:

@@ -6,7 +6,6 @@ Letters: B batch, T tokens, V ids, H columns, M residual branches, D hidden widt
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from engrammar.config import DIALECTS, Geometry, MemoryConfig
 from engrammar.fusion import Fusion
 from engrammar.reference import fuse_reference, hash_ngrams_reference, lookup_reference
 from engrammar.table import MemoryTable
+from engrammar.tables.headers import read_json
 from engrammar.vocabulary import compress_vocabulary
 
 TOLERANCE = 1e-5  # on outputs in fp32; integers must be equal
@@ -86,13 +86,8 @@ def check_reference(path: Path, tokenizer: Path | None = None) -> Report:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        reference = json.loads(path.read_text())
-    except OSError as error:
-        raise ValueError(f"The reference file {path} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
-        raise ValueError(f"The reference file {path} is not JSON: {error}.") from error
-    missing = {"multipliers", "table_sizes"} - set(reference) if isinstance(reference, dict) else {"settings"}
+    reference = read_json(path)
+    missing = {"multipliers", "table_sizes"} - set(reference)
     if missing:
         raise ValueError(f"{path} is not a reference file: it has no {' and no '.join(sorted(missing))}.")
     return reference

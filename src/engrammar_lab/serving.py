@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import default_collate
+from torch.utils.data import DataLoader
 
 from engrammar.cells import as_markdown
 from engrammar.config import Encoding, row_bytes
@@ -96,13 +96,8 @@ def make_questions(tokens: TokenSet, end_id: int, seed: int = 0) -> Tensor:
 @torch.no_grad()
 def score(model: Any, tokens: TokenSet, questions: Tensor) -> dict[str, float]:
     """Bits per byte and next-token accuracy on the validation text, and the share of right answers to the questions."""
-    blocks = tokens.blocks("validation", LENGTH)
-    batches = (
-        default_collate([blocks[index] for index in range(first, min(first + BATCH, len(blocks)))])
-        for first in range(0, len(blocks), BATCH)
-    )
     nats, right, scored = 0.0, 0, 0
-    for batch in look_ahead(model, batches):
+    for batch in look_ahead(model, DataLoader(tokens.blocks("validation", LENGTH), BATCH)):  # type: ignore[arg-type]
         masked = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
         logits, targets = model(**masked, use_cache=False).logits[:, :-1], batch["labels"][:, 1:]
         nats += F.cross_entropy(logits.mT, targets, ignore_index=IGNORED, reduction="sum").item()

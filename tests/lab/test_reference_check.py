@@ -204,13 +204,16 @@ def test_missing_and_damaged_files_are_one_sentence(copied, tmp_path, deepseek_v
     with pytest.raises(ValueError, match="weights .*reference_small.safetensors cannot be read"):
         check_reference(path)
     path.write_text("[]")
+    with pytest.raises(ValueError, match="it is not an object"):
+        check_reference(path)
+    path.write_text("{}")
     with pytest.raises(ValueError, match="is not a reference file"):
         check_reference(path)
     path.write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
         check_reference(path)
     path.unlink()
-    with pytest.raises(ValueError, match="reference_small.json cannot be read"):
+    with pytest.raises(ValueError, match="reference_small.json is not right .it is missing"):
         check_reference(path)
 
 

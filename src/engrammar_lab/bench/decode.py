@@ -9,6 +9,7 @@ import re
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, final
@@ -29,7 +30,7 @@ from engrammar.stores.cache import CachedStore
 from engrammar.stores.disk import DiskStore
 from engrammar.stores.ram import RamStore
 from engrammar.stores.serving import ServingSettings, StoredTables, serve_tables
-from engrammar.tables.folder import TableWriter, open_tables
+from engrammar.tables.folder import TableFile, TableWriter, open_tables
 from engrammar.train.documents import read_documents
 from engrammar_lab.bench.figures import line_by_line
 from engrammar_lab.bench.files import bench_folder
@@ -167,19 +168,16 @@ def _serve(model: EngrammarForCausalLM, folder: Path, cache_rows: int) -> dict[s
     """The source of the model's rows by variant. Variants with a cache share one; those in RAM share one copy."""
     stores: dict[tuple[str, int], RowStore] = {}
 
-    def opened(kind: str) -> StoredTables:
-        def open_store(table: Any) -> RowStore:
-            place = "RAM" if kind == RAM else "cache" if kind in (WARM, WARM_LATE) else "disk"
-            if (place, table.layer) not in stores:
-                store: RowStore = RamStore(table) if place == "RAM" else DiskStore(table)
-                stores[place, table.layer] = CachedStore(store, cache_rows) if place == "cache" else store
-            return stores[place, table.layer]
+    def open_store(kind: str, table: TableFile) -> RowStore:
+        place = "RAM" if kind == RAM else "cache" if kind in (WARM, WARM_LATE) else "disk"
+        if (place, table.layer) not in stores:
+            store: RowStore = RamStore(table) if place == "RAM" else DiskStore(table)
+            stores[place, table.layer] = CachedStore(store, cache_rows) if place == "cache" else store
+        found = stores[place, table.layer]
+        return Late(found) if kind in (COLD_LATE, WARM_LATE) else found
 
-        late = kind in (COLD_LATE, WARM_LATE)
-        where = (lambda table: Late(open_store(table))) if late else open_store
-        return serve_tables(model, folder, ServingSettings(where=where))
-
-    return {kind: opened(kind) for kind in VARIANTS}
+    how = {kind: ServingSettings(where=partial(open_store, kind)) for kind in VARIANTS}
+    return {kind: serve_tables(model, folder, settings) for kind, settings in how.items()}
 
 
 def _give(model: EngrammarForCausalLM, source: StoredTables) -> None:

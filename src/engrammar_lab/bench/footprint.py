@@ -4,9 +4,9 @@ Letters: U rows of a call.
 """
 
 import time
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from multiprocessing.connection import Connection
-from multiprocessing.synchronize import Barrier
+from threading import Barrier
 from typing import Any
 
 import numpy as np
@@ -53,7 +53,7 @@ def _open(kind: str, table: TableFile) -> tuple[RowStore, int]:
     return CachedStore(DiskStore(table), cache_rows, shared=True), cache_rows * table.row_bytes
 
 
-def _work(kind: str, table: TableFile, plan: tuple[int, float], barrier: Barrier, out: Connection) -> None:
+def _work(kind: str, table: TableFile, plan: tuple[int, float], barrier: Barrier) -> dict[str, float]:
     (num_rows, seconds), before = plan, memory_of_process()
     store, num_bytes = _open(kind, table)
     sets = [draw_rows(table, num_rows, seed) for seed in range(NUM_SETS)]
@@ -73,7 +73,7 @@ def _work(kind: str, table: TableFile, plan: tuple[int, float], barrier: Barrier
     shared, own = (after - earlier for after, earlier in zip(memory_of_process(), before))
     barrier.wait()  # no process closes its store while another one counts
     store.close()
-    out.send({"rows_per_second": rate, "shared": shared, "own": own, "bytes": num_bytes})
+    return {"rows_per_second": rate, "shared": shared, "own": own, "bytes": num_bytes}
 
 
 def measure_processes(kind: str, table: TableFile, num_processes: int, plan: tuple[int, float]) -> dict[str, float]:
@@ -84,16 +84,10 @@ def measure_processes(kind: str, table: TableFile, num_processes: int, plan: tup
         `own`, the part of it that they do not share; `bytes` of the rows.
     """
     context = get_context("forkserver")
-    barrier = context.Barrier(num_processes, timeout=600)
-    pipes = [context.Pipe(duplex=False) for _ in range(num_processes)]
-    workers = [context.Process(target=_work, args=(kind, table, plan, barrier, out)) for _, out in pipes]
-    for worker in workers:
-        worker.start()
-    for _, out in pipes:
-        out.close()  # so that a worker that died ends the wait
-    runs = [receive.recv() for receive, _ in pipes]
-    for worker in workers:
-        worker.join()
+    with context.Manager() as manager, ProcessPoolExecutor(num_processes, context) as pool:
+        barrier = manager.Barrier(num_processes, timeout=600)
+        waiting = [pool.submit(_work, kind, table, plan, barrier) for _ in range(num_processes)]
+        runs = [one.result() for one in waiting]
     return {
         "processes": num_processes,
         "rows_per_second": sum(run["rows_per_second"] for run in runs),

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import PreTrainedTokenizerBase
 
@@ -95,17 +96,13 @@ def _batches(lengths: Sequence[tuple[int, int]], batch_tokens: int) -> Iterator[
 @torch.inference_mode()
 def _score_rows(model: Any, rows: Sequence[tuple[list[int], list[int]]], pad_id: int) -> list[tuple[float, bool]]:
     device = getattr(model, "device", "cpu")
-    num_tokens = max(len(before) + len(after) for before, after in rows)
-    ids_BT = torch.full((len(rows), num_tokens), pad_id)
-    mask_BT = torch.zeros_like(ids_BT)
-    scored_BT = torch.zeros_like(ids_BT, dtype=torch.bool)
-    for row, (before, after) in enumerate(rows):
-        stop = len(before) + len(after)
-        ids_BT[row, :stop] = torch.tensor(before + after)
-        mask_BT[row, :stop] = 1
-        scored_BT[row, len(before) : stop] = True
-    ids_BT, mask_BT, scored_BT = ids_BT.to(device), mask_BT.to(device), scored_BT.to(device)
-    logits_BTV: Tensor = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits
+    whole = [torch.tensor(before + after) for before, after in rows]
+    ids_BT = pad_sequence(whole, batch_first=True, padding_value=pad_id).to(device)
+    first_B, stop_B = torch.tensor([[len(before), len(ids)] for (before, _), ids in zip(rows, whole)], device=device).T
+    place_T = torch.arange(ids_BT.shape[1], device=device)
+    mask_BT = place_T < stop_B[:, None]
+    scored_BT = mask_BT & (place_T >= first_B[:, None])
+    logits_BTV: Tensor = model(input_ids=ids_BT, attention_mask=mask_BT.long(), use_cache=False).logits
     logits_SV = logits_BTV[:, :-1][scored_BT[:, 1:]].float()
     target_S = ids_BT[scored_BT]
     log_likelihood_S = -torch.nn.functional.cross_entropy(logits_SV, target_S, reduction="none")
