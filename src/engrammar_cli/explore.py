@@ -46,13 +46,13 @@ def explore(
     from engrammar_explore.opening import Source
 
     model = what[-1]
-    source = {"model": model, "adapter": adapter, "memory": memory, "cache_rows": cache_rows}
+    source = Source(model=model, adapter=adapter, patches=patch, memory=memory, cache_rows=cache_rows, census=census)
     if len(what) == 3:
         if census is None:
             raise ValueError("engrammar explore census needs --census, the file to write.")
-        _count(Source(**source), what[1], census, max_ngrams)  # type: ignore[arg-type]
-        return
-    _open(Source(**source, patches=patch, census=census), export, text, host, port, max_tokens)  # type: ignore[arg-type]
+        _count(source, what[1], census, max_ngrams)
+    else:
+        _open(source, export, text, host, port, max_tokens)
 
 
 def _count(source: Any, corpus: str, out: Path, max_ngrams: int) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from engrammar_lab.tasks.questions import Document, Question, Split, count_tokens, exact, pose
+from engrammar_lab.tasks.questions import SPLITS, Document, Question, Split, count_tokens, exact, pose
 
 LINE_LENGTHS = range(12, 81)  # of the line that is asked for, in characters without indentation
 NUM_BEFORE = 3  # lines of the function, its head included, that precede the line that is asked for
@@ -63,8 +63,7 @@ def code_questions(
     context.
     """
     found: dict[str, list[Question]] = {}
-    splits: tuple[Split, ...] = ("seen", "unseen")
-    for split in splits:
+    for split in SPLITS:
         own = [document.text for document in documents if document.split == split]
         choice = _choices(own, split, tokenizer, length, num, random.Random(f"code {split} {seed}"))
         found[f"code/choice/{split}"] = choice

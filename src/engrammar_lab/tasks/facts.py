@@ -16,7 +16,7 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from engrammar_lab.tasks.questions import Document, Question, Split, fits, pose
+from engrammar_lab.tasks.questions import SPLITS, Document, Question, Split, fits, pose
 
 PATTERNS = {
     "wordnet": r"(?P<names>.+?) \((?P<kind>noun|verb|adjective|adverb)\):(?P<definition> [^;:.()\"]+)",
@@ -83,14 +83,13 @@ def fact_questions(
     facts = [fact for document in documents if (fact := read_fact(document)) is not None]
     told = _told(facts, documents)
     facts = [fact for fact in facts if fact.split == "seen" or _words(fact.sentence) not in told]
-    splits: tuple[Split, ...] = ("seen", "unseen")
     forms: tuple[Form, ...] = ("choice", "cloze")
     return {
         f"facts/{form}/{split}": _take(
             [fact for fact in facts if fact.split == split], form, tokenizer, length, num, seed
         )
         for form in forms
-        for split in splits
+        for split in SPLITS
     }
 
 

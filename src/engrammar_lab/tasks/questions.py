@@ -10,6 +10,7 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 Split = Literal["seen", "unseen"]
+SPLITS: tuple[Split, ...] = ("seen", "unseen")
 SplitOf = Callable[[str], Split | None]  # from a document's text; None leaves the document out
 
 
@@ -39,7 +40,7 @@ class Question:
             raise ValueError(f"choices is {self.choices!r}; allowed: texts that differ.")
         if type(self.answer) is not int or not 0 <= self.answer < len(self.choices):
             raise ValueError(f"answer is {self.answer!r}; allowed: 0 to {len(self.choices) - 1}, an index of choices.")
-        if self.split not in ("seen", "unseen"):
+        if self.split not in SPLITS:
             raise ValueError(f"split is {self.split!r}; allowed: seen, unseen.")
         for name in ("context", "task"):
             if not isinstance(getattr(self, name), str):
