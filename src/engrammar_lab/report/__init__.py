@@ -25,26 +25,18 @@ from engrammar_lab.report.tasks import tasks_section
 from engrammar_lab.report.traffic import traffic_section
 
 PAGE, PDF = "report.html", "report.pdf"
-SECTIONS: Mapping[str, Callable[[Mapping[str, Any]], Section]] = {
-    **dict.fromkeys(STUDIES, study_section),
-    "rates": rates_section,
-    "horizon": horizon_section,
-    "horizon-tasks": horizon_tasks_section,
-    "tasks": tasks_section,
-    "attach": attach_section,
-    "edit": edit_section,
-    "depth": depth_section,
-    "gates": gates_section,
-    "traffic": traffic_section,
-}
-QUESTIONS = {name: study.question for name, study in STUDIES.items()} | {
-    "horizon-tasks": HORIZON_TASKS,
-    "tasks": tasks.QUESTION,
-    "attach": ATTACH,
-    "edit": EDIT,
-    "depth": analysis.DEPTH,
-    "gates": analysis.GATES,
-    "traffic": traffic.QUESTION,
+# Of each result: the question, and the function that makes its section.
+SECTIONS: Mapping[str, tuple[str, Callable[[Mapping[str, Any]], Section]]] = {
+    **{name: (study.question, study_section) for name, study in STUDIES.items()},
+    "rates": (STUDIES["rates"].question, rates_section),
+    "horizon": (STUDIES["horizon"].question, horizon_section),
+    "horizon-tasks": (HORIZON_TASKS, horizon_tasks_section),
+    "tasks": (tasks.QUESTION, tasks_section),
+    "attach": (ATTACH, attach_section),
+    "edit": (EDIT, edit_section),
+    "depth": (analysis.DEPTH, depth_section),
+    "gates": (analysis.GATES, gates_section),
+    "traffic": (traffic.QUESTION, traffic_section),
 }
 
 
@@ -71,8 +63,8 @@ def make_report(results: Mapping[str, Mapping[str, Any]]) -> Report:
     """The report, a function of the results (and of the libraries that draw)."""
     content = json.dumps(results, sort_keys=True).encode()
     return Report(
-        sections=tuple(SECTIONS[name](result) for name, result in results.items()),
-        missing=tuple(QUESTIONS[name] for name in SECTIONS if name not in results),
+        sections=tuple(SECTIONS[name][1](result) for name, result in results.items()),
+        missing=tuple(question for name, (question, _) in SECTIONS.items() if name not in results),
         date=max(result["date"] for result in results.values()),
         digest=hashlib.sha256(content).hexdigest(),
         versions=_versions(),

@@ -95,6 +95,7 @@ def horizon_section(result: Mapping[str, Any]) -> Section:
         if len(found) > 1:
             body.append(Figure(png=_draw_gains(found), caption="What each model gains over experts alone, by length."))
     hours = sum(each.hours for each in found)
+    num_seeds = min((len(each.points[EXPERTS]) for each in found), default=0)
     body.append(
         f"{len(result['runs'])} of {num_runs} runs of these seeds are done; those of the lengths above took "
         f"{hours:.1f} core-hours."
@@ -103,7 +104,7 @@ def horizon_section(result: Mapping[str, Any]) -> Section:
         key="horizon",
         question=study.question,
         verdict=_verdict(found, study.paper),
-        measured=_measured(result, _num_seeds(found)),
+        measured=_measured(result, num_seeds),
         body=tuple(body),
     )
 
@@ -117,10 +118,6 @@ _CAPTION = (
 def _measured(result: Mapping[str, Any], num_seeds: int) -> str:
     words = machine_words({name: value for name, value in result.items() if name != "tokens"}, num_seeds)
     return f"{words} Bits per byte of validation text; lower is better."
-
-
-def _num_seeds(found: Sequence[Length]) -> int:
-    return min((len(each.points[EXPERTS]) for each in found), default=0)
 
 
 def _compared(found: Sequence[Length]) -> dict[tuple[str, str], Difference]:

@@ -64,7 +64,9 @@ def tasks_section(result: Mapping[str, Any]) -> Section:
     if len(result["points"]) != 3:
         raise ValueError(f"tasks.json has the points {result['points']}; needed: without memory, with it, with it off.")
     found = task_differences(result)
-    body: list[Table | Figure | str] = [_table(result, group, names, found) for group, names in _named(result)]
+    body: list[Table | Figure | str] = [
+        _table(result, group, names, found) for group, names in groups(result["tasks"]).items()
+    ]
     body.append(
         Figure(
             png=draw_differences(
@@ -85,10 +87,6 @@ def tasks_section(result: Mapping[str, Any]) -> Section:
     )
 
 
-def _named(result: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
-    return list(groups(result["tasks"]).items())
-
-
 def _table(result: Mapping[str, Any], group: str, names: list[str], found: Mapping[str, Difference]) -> Table:
     rows = []
     for name in names:
@@ -106,7 +104,7 @@ def _table(result: Mapping[str, Any], group: str, names: list[str], found: Mappi
 
 def _sensitivity_table(result: Mapping[str, Any]) -> Table:
     rows = []
-    for group, names in _named(result):
+    for group, names in groups(result["tasks"]).items():
         shares, band = kept(result, names), KEPT.get(group)
         words = spread(shares, 2) if shares else "nothing above chance to keep"
         rows.append((group, words, f"{band[0]:.2f} to {band[1]:.2f}" if band else ""))
@@ -118,7 +116,7 @@ def _sensitivity_table(result: Mapping[str, Any]) -> Table:
 
 
 def _sensitivity_words(result: Mapping[str, Any]) -> str:
-    by_group = {group: kept(result, names) for group, names in _named(result)}
+    by_group = {group: kept(result, names) for group, names in groups(result["tasks"]).items()}
     facts, reading = by_group.get("facts", []), by_group.get("context", [])
     if not facts or not reading:
         return "Whether facts need memory more than reading does cannot be said: one of the two is not above chance."
