@@ -68,15 +68,16 @@ def serve(
     run(Server(engine, served_name or model, token), host, port)
 
 
-def vllm(model: Positional[str], /, adapter: Path, out: Path) -> None:
-    """Write a folder from which vLLM serves a model with its attached memory. It holds links; nothing is copied.
+def vllm(model: Positional[str], /, out: Path, adapter: Path | None = None, patch: tuple[Path, ...] = ()) -> None:
+    """Write a folder from which vLLM serves a model with an attached memory, or patches. It holds links, no copies.
 
     Args:
-        model: The folder, or the name on the Hub, of the model that the memory was attached to.
-        adapter: The folder of the memory.
+        model: The folder, or the name on the Hub, of the model that the memory was attached to, or patches are for.
         out: The folder to write.
+        adapter: The folder of the memory.
+        patch: Files of patches.
     """
     from engrammar.serve.folder import link_folder
 
-    link_folder(model, adapter, out)
+    link_folder(model, adapter, out, patch)
     print(f"{out}: serve it with python -m vllm.entrypoints.openai.api_server --model {out}")

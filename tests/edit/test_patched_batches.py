@@ -6,6 +6,7 @@ import batches
 from batches import check
 from edited_models import WITH_MEMORY, model_of_kind, rich_patch, spoken_ids, tokenizer
 from engrammar.edit import apply_patch, undo_patch
+from engrammar.edit.exact import NOTHING
 from engrammar.edit.sequences import FOUND, WRITTEN, Requests
 
 LENGTHS = (14, 41, 1, 23, 5, 2)
@@ -51,9 +52,9 @@ def test_other_ways_of_batching(settings):
 def test_without_what_is_kept_the_test_fails(dropped, monkeypatch):
     model, before = patched("llama"), Requests._before
 
-    def without(requests, name, missing):
-        known = before(requests, name, missing)
-        return known * 0 + missing if name == dropped else known
+    def without(requests, name):
+        known = before(requests, name)
+        return known * 0 + NOTHING if name == dropped else known
 
     monkeypatch.setattr(Requests, "_before", without)
     with pytest.raises(AssertionError, match="not close"):

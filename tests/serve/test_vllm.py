@@ -169,9 +169,9 @@ def test_tables_are_neither_allocated_nor_read_as_weights(folder, monkeypatch):
     assert read == ["backbone.safetensors"]
 
 
-def test_patched_rows_are_read_and_other_patches_refused(folder, tmp_path):
+def test_patched_rows_are_read(folder, tmp_path):
     """From the start on, with prefix hits: answers are those of the patched model in transformers, twice."""
-    asked, (rows, entries) = prompts()[::4], write_patches(folder, tmp_path)
+    asked, (rows, _) = prompts()[::4], write_patches(folder, tmp_path)
     model = EngrammarForCausalLM.from_pretrained(folder, memory="ram")
     unpatched = answers_of(model, asked[:5])
     patched = answers_of(apply_patch(model, rows), asked)
@@ -179,8 +179,6 @@ def test_patched_rows_are_read_and_other_patches_refused(folder, tmp_path):
     with engine(folder, {"patches": [str(rows)]}) as llm:
         for _ in range(2):
             check_equal(served(llm, asked), patched)
-    with pytest.raises(ValueError, match="adds to hidden states"), engine(folder, {"patches": [str(entries)]}):
-        pass
 
 
 def test_vllms_own_transformers_backend_is_refused(folder, monkeypatch):
@@ -247,6 +245,14 @@ def test_what_would_be_wrong_or_was_never_compared_is_refused(changed, said):
 def test_settings_that_are_not_allowed_are_refused(given, said):
     with pytest.raises(ValueError, match=said):
         settings.memory_settings(engine_config(additional_config={"engrammar": given}), Path("m"))
+
+
+def test_a_model_without_memory_takes_patches_alone():
+    given = {"patches": ["facts.safetensors"], "self_test": True}
+    made = settings.memory_settings(engine_config(additional_config={"engrammar": given}), None)
+    assert made.patches == (Path("facts.safetensors"),)
+    with pytest.raises(ValueError, match="has 'memory', which is about a memory, and this model has none"):
+        settings.memory_settings(engine_config(additional_config={"engrammar": {**given, "memory": "disk"}}), None)
 
 
 def test_settings_are_those_of_from_pretrained():

@@ -9,6 +9,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed here: `make test-serve
 from test_vllm import HEADS, generated, save
 from test_vllm_attached import asked as asked_of_bases
 from test_vllm_attached import save as save_attached_model
+from test_vllm_patched import OURS, check_twice, made_and_asked
 
 from vllm_engines import BLOCK, answers_of, check_equal, count, engine, forget_history, num_equal, prompts, served
 
@@ -46,3 +47,10 @@ def test_our_models(tmp_path):
 def test_attached_memories(tmp_path):
     model, folder = save_attached_model(tmp_path, "llama")
     check_two_processes(folder, asked_of_bases(), answers_of(model, asked_of_bases()))
+
+
+def test_patches(tmp_path):
+    """Both processes find the same keys, and add to whole hidden states."""
+    folder, settings, expected = made_and_asked(tmp_path, OURS)
+    with engine(folder, settings, tensor_parallel_size=2, distributed_executor_backend="mp") as llm:
+        check_twice(llm, expected)

@@ -12,6 +12,7 @@ from typing import Any, final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -31,7 +32,7 @@ from engrammar.edit.lookup import (
     find_keys,
 )
 from engrammar.edit.rows import ReadRows
-from engrammar.edit.sequences import STACKS, Reach, Requests, Rows, by_choice
+from engrammar.edit.sequences import STACKS, Paged, Reach, Requests, Rows, by_choice
 from engrammar.edit.stack import Stack
 from engrammar.stores.base import RowStore
 
@@ -40,13 +41,18 @@ _passes: ContextVar[tuple["Begun", ...]] = ContextVar("engrammar_edit_passes", d
 
 @final
 class EditPass:
-    """The sequences of a pass that share a stack: which keys they hold, and what is to be added where."""
+    """The sequences of a pass that share a stack: which keys they hold, and what is to be added where.
 
-    def __init__(self, hooks: "EditHooks", sequences: Rows | Requests) -> None:
-        self.hooks, self.sequences = hooks, sequences
+    Args:
+        classes_V: the class of each id.
+        width: D.
+    """
+
+    def __init__(self, classes_V: NDArray[np.int32], width: int, sequences: Rows | Requests) -> None:
+        self.width, self.sequences = width, sequences
         stack = self.stack = sequences.stack
         text = self.text = sequences.text
-        found_BP = sequences.found(find_keys(stack.table, hooks.classes_V, text))
+        found_BP = sequences.found(find_keys(stack.table, classes_V, text))
         self.writes, self.candidates = NO_WRITES, NO_CANDIDATES
         if (found_BP >= 0).any():
             self.writes = direct_writes(stack, text, found_BP)
@@ -70,7 +76,7 @@ class EditPass:
         """The input of a block, or of the final norm, with what is to be added; the tensor itself if nothing is."""
         if hidden.shape[:2] != self.sequences.shape:
             raise RuntimeError(f"Block {block} reads {list(hidden.shape)} in a pass of {list(self.sequences.shape)}.")
-        streams_BTMD = in_branches(hidden, self.hooks.decoder.hidden_size)
+        streams_BTMD = in_branches(hidden, self.width)
         if len(self.candidates.entry):
             each_BTMD = self.sequences.streams(streams_BTMD)
             read_C = margins(self.stack, self.candidates, block, each_BTMD, self.rows).numpy()
@@ -80,12 +86,19 @@ class EditPass:
         return self._add(block, hidden, streams_BTMD)
 
     def _decide(self) -> None:
-        """Decides what the entries with a probe write, and keeps it for later passes."""
-        written, codes_BT = decide(self.stack, self.text, self.candidates, self.margin_C, self.codes_BH)
+        """Decides what the entries with a probe write, and keeps it for later passes.
+
+        It is decided anew while something changes in a prefix that another request of this pass computes.
+        """
+        while True:
+            written, codes_BT = decide(self.stack, self.text, self.candidates, self.margin_C, self.codes_BH)
+            codes_BH = self.sequences.keep_codes(codes_BT)
+            if codes_BH is None or np.array_equal(codes_BH, self.codes_BH):
+                break
+            self.codes_BH = codes_BH
         if len(written.entry):
             pairs = {name: np.concatenate([getattr(self.writes, name), getattr(written, name)]) for name in WRITES}
             self.writes = Writes(**pairs)
-        self.sequences.keep_codes(codes_BT)
 
     def _add(self, block: int, hidden: Tensor, streams_BTMD: Tensor) -> Tensor:
         writes, columns = self.writes, self.stack.columns
@@ -201,12 +214,14 @@ class EditHooks:
         sequences: list[Rows | Requests] = []
         if chosen is not None:
             assert tokens is not None and reach is not None
-            sequences += [Requests(*one, reach) for one in by_choice(reach, tokens, chosen())]
+            parts = by_choice(reach, tokens, chosen())
+            sequences += [Requests(one, Paged(reach, own)) for one, own in parts]
         elif stack is not None and tokens is not None:
-            sequences.append(Requests(stack, tokens, Reach.of([stack])))
+            sequences.append(Requests(stack, Paged(Reach.of([stack]), tokens)))
         elif stack is not None:
             sequences.append(Rows(stack, read_inputs(decoder, given)))
-        begun = Begun(hooks=self, parts=[EditPass(self, one) for one in sequences])
+        width = self.decoder.hidden_size
+        begun = Begun(hooks=self, parts=[EditPass(self.classes_V, width, one) for one in sequences])
         with self.lock:
             self.under_way += 1
             self.threads.add(threading.get_ident())

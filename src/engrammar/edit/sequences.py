@@ -4,6 +4,7 @@ Letters: B batch, T tokens, M residual branches, D hidden width, S positions of 
 tokens of many requests.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, final
@@ -19,7 +20,6 @@ from engrammar.attach.paged import FlatTokens, PagedState, paged_state
 from engrammar.attach.passes import cache_in, continue_state
 from engrammar.attach.state import MemoryState, keeps_all, positions_in, state_in
 from engrammar.edit.exact import NOTHING, Ints
-from engrammar.edit.gating import NO_WRITE
 from engrammar.edit.lookup import text_of
 from engrammar.edit.stack import Stack
 from engrammar.memory import masked_ids
@@ -89,9 +89,11 @@ class Rows:
             latest = self.state.windows[WRITTEN].latest()
         return np.empty((len(self.text.ids_BP), 0), np.int64) if latest is None else latest.numpy()
 
-    def keep_codes(self, codes_BT: Ints) -> None:
+    def keep_codes(self, codes_BT: Ints) -> Ints | None:
+        """Keeps what the pass writes; returns `codes` anew where they may be of this very pass, else None."""
         if self.state is not None:
             self.state.windows[WRITTEN].extend(torch.from_numpy(codes_BT), self.keep_all)
+        return None
 
     def streams(self, streams_BTMD: Tensor) -> Tensor:
         """The hidden states of the pass, a row for each sequence."""
@@ -110,52 +112,107 @@ class Rows:
             cache.layers.append(self.state)
 
 
+class FlatState(ABC):
+    """Flat tokens of requests, and what an engine keeps of them beside its keys and values (abstract).
+
+    Attributes:
+        ids_F: their ids.
+        request_F, chunk_F: the number of each token's request, and how many of its tokens stand before it in the pass.
+        live_F: False at tokens that only fill the pass up, or are not read with this stack.
+    """
+
+    ids_F: Tensor
+    request_F: Tensor
+    chunk_F: Tensor
+    live_F: Tensor
+
+    @abstractmethod
+    def begin(self) -> Tensor:
+        """Keeps the ids; returns those before each token [F, S], -1 where there are none."""
+
+    @abstractmethod
+    def before(self, name: str, first_B: Tensor, window: int) -> Tensor:
+        """What was kept of the positions before some tokens, [B, window], `NOTHING` where there are none."""
+
+    @abstractmethod
+    def keep(self, name: str, new_F: Tensor) -> None:
+        """Keeps a number of each live token."""
+
+    @abstractmethod
+    def end(self) -> None:
+        """Ends the pass."""
+
+
+@final
+class Paged(FlatState):
+    """Flat tokens under transformers' continuous batching, whose state lies by slot of its paged cache."""
+
+    def __init__(self, reach: Reach, tokens: FlatTokens) -> None:
+        self.tokens, self.state = tokens, state_of(reach, tokens)
+        self.ids_F, self.live_F = tokens.input_ids[0], tokens.live_T
+        self.request_F, self.chunk_F = tokens.request_T, tokens.chunk_T
+
+    def begin(self) -> Tensor:
+        return self.state.begin(self.tokens)[0]
+
+    def before(self, name: str, first_B: Tensor, window: int) -> Tensor:
+        if name not in self.state.windows:
+            return first_B.new_empty((len(first_B), 0))
+        places_KF = self.tokens.places(range(window, 0, -1))
+        return self.state.seen(self.state.windows[name], places_KF[:, first_B], NOTHING).T
+
+    def keep(self, name: str, new_F: Tensor) -> None:
+        self.state.write(name, self.tokens, new_F)
+
+    def end(self) -> None:
+        self.state.end(self.tokens)
+
+
 @final
 class Requests:
-    """Flat tokens of requests, whose state lies by slot of a paged cache. Short ones are padded on the right here.
+    """Flat tokens of requests, a row for each. Short ones are padded on the right here.
 
     Attributes: as those of `Rows`.
     """
 
-    def __init__(self, stack: Stack, tokens: FlatTokens, reach: Reach) -> None:
-        self.stack, self.tokens, self.state = stack, tokens, state_of(reach, tokens)
-        history_FS = self.state.begin(tokens)[0]
-        live_F = tokens.live_T
-        _, request = tokens.request_T[live_F].unique(return_inverse=True)
-        chunk = tokens.chunk_T[live_F]
+    def __init__(self, stack: Stack, state: FlatState) -> None:
+        self.stack, self.state = stack, state
+        history_FS = state.begin()
+        live_F = state.live_F
+        _, request = state.request_F[live_F].unique(return_inverse=True)
+        chunk = state.chunk_F[live_F]
         index_BT = request.new_full((int(request.max()) + 1, int(chunk.max()) + 1), -1)
         index_BT[request, chunk] = live_F.nonzero()[:, 0]
         self.index_BT, self.is_real_BT = index_BT, index_BT >= 0
-        ids_BT = tokens.input_ids[0][index_BT.clamp_min(0)].where(self.is_real_BT, -1)
+        ids_BT = state.ids_F[index_BT.clamp_min(0)].where(self.is_real_BT, -1)
         self.text = text_of(_numpy(ids_BT), _numpy(history_FS[index_BT[:, 0]]), None)
-        self.shape = tuple(tokens.input_ids.shape)
+        self.shape = (1, len(state.ids_F))
 
     def found(self, found_BT: Ints) -> Ints:
-        """As `Rows.found`."""
-        before_BS = self._before(FOUND, NOTHING)
-        self._keep(FOUND, found_BT, NOTHING)
-        return _at_the_end(self.text.ids_BP.shape, np.concatenate([before_BS, found_BT], axis=1))
+        """As `Rows.found`. A request may go on from a prefix that another one computes in the same pass."""
+        self._keep(FOUND, found_BT)
+        return _at_the_end(self.text.ids_BP.shape, np.concatenate([self._before(FOUND), found_BT], axis=1))
 
     def codes(self) -> Ints:
         """As `Rows.codes`. Stacks without probes write none: their slots hold what others have left there."""
         if self.stack.decided_at is None:
             return np.empty((len(self.index_BT), 0), np.int64)
-        return self._before(WRITTEN, NO_WRITE)
+        self._keep(WRITTEN, np.full(self.index_BT.shape, NOTHING))  # not known yet
+        return self._before(WRITTEN)
 
-    def keep_codes(self, codes_BT: Ints) -> None:
-        self._keep(WRITTEN, codes_BT, NO_WRITE)
+    def keep_codes(self, codes_BT: Ints) -> Ints | None:
+        """As `Rows.keep_codes`."""
+        self._keep(WRITTEN, codes_BT)
+        return self._before(WRITTEN)
 
-    def _before(self, name: str, missing: int) -> Ints:
+    def _before(self, name: str) -> Ints:
         """What was kept of the positions before each request's first token in the pass."""
-        if name not in self.state.windows:
-            return np.empty((len(self.index_BT), 0), np.int64)
-        places_KF = self.tokens.places(range(self.stack.window, 0, -1))
-        return _numpy(self.state.seen(self.state.windows[name], places_KF[:, self.index_BT[:, 0]], missing).T)
+        return _numpy(self.state.before(name, self.index_BT[:, 0], self.stack.window))
 
-    def _keep(self, name: str, new_BT: Ints, missing: int) -> None:
-        new_F = self.index_BT.new_full((self.shape[1],), missing)
+    def _keep(self, name: str, new_BT: Ints) -> None:
+        new_F = self.index_BT.new_full((self.shape[1],), NOTHING)
         new_F[self.index_BT[self.is_real_BT]] = torch.from_numpy(new_BT).to(new_F.device)[self.is_real_BT]
-        self.state.write(name, self.tokens, new_F)
+        self.state.keep(name, new_F)
 
     def streams(self, streams_BTMD: Tensor) -> Tensor:
         """As `Rows.streams`."""
@@ -166,9 +223,9 @@ class Requests:
         return np.zeros_like(row), _numpy(self.index_BT)[row, token]
 
     def end(self, output: Any) -> None:
-        """Stamps the slots that the pass has written."""
+        """Ends the pass, unless it has failed."""
         if output is not None:
-            self.state.end(self.tokens)
+            self.state.end()
 
 
 def state_of(reach: Reach, tokens: FlatTokens) -> PagedState:

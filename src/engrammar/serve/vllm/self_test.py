@@ -44,6 +44,8 @@ class SelfTest:
         vocab_size = self.served.text_config.vocab_size
         generator = torch.Generator().manual_seed(0)
         requests = [torch.randint(vocab_size, (length,), generator=generator) for length in LENGTHS]
+        if self.served.patcher is not None:
+            self.served.patcher.put_keys(requests)
         expected = self._plain(requests)
         self._compile()
         found = self._served(requests)
@@ -66,8 +68,7 @@ class SelfTest:
             self.served(positions.to(IDS), positions)
 
     def _plain(self, requests: list[Tensor]) -> list[Tensor]:
-        stores = self.served.source.stores
-        model = self.served.plain_model(lambda table: stores[table.name]).eval()
+        model = self.served.plain_model().eval()
         return [model(ids_T[None], use_cache=False).logits[0].float() for ids_T in requests]
 
     def _served(self, requests: list[Tensor]) -> list[Tensor]:

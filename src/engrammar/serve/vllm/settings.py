@@ -12,7 +12,8 @@ from engrammar.train.sample import pool_store
 KEY = "engrammar"  # our part of vLLM's additional config
 SERVING = {field.name for field in fields(ServingSettings)} - {"where"}
 POOL = {"name", "address"}
-ALLOWED = sorted({"memory", "self_test", "patches"} | SERVING | POOL)
+WITHOUT_MEMORY = {"self_test", "patches"}
+ALLOWED = sorted({"memory"} | WITHOUT_MEMORY | SERVING | POOL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +31,12 @@ class MemorySettings:
     patches: tuple[Path, ...] = ()
 
 
-def memory_settings(vllm_config: VllmConfig, tables: Path) -> MemorySettings:
+def memory_settings(vllm_config: VllmConfig, tables: Path | None) -> MemorySettings:
     """Reads `--additional-config '{"engrammar": {"memory": "disk", ...}}'`; without it the rows are in RAM.
 
     The settings are those of `from_pretrained`. For tables on other machines, `memory` is "remote", and `name` and
-    `address` are those of `engrammar generate`. `tables` is the folder whose tables they are.
+    `address` are those of `engrammar generate`. `tables` is the folder whose tables they are; None for a model without
+    a memory.
 
     Raises:
         ValueError: a setting is unknown or not allowed.
@@ -43,6 +45,11 @@ def memory_settings(vllm_config: VllmConfig, tables: Path) -> MemorySettings:
     unknown = sorted(given.keys() - set(ALLOWED))
     if unknown:
         raise ValueError(f"additional_config[{KEY!r}] has {unknown[0]!r}; allowed: {', '.join(ALLOWED)}.")
+    if tables is None and given.keys() - WITHOUT_MEMORY:
+        raise ValueError(
+            f"additional_config[{KEY!r}] has {min(given.keys() - WITHOUT_MEMORY)!r}, which is about a memory, and this "
+            "model has none: leave it out."
+        )
     self_test, where = given.pop("self_test", True), given.pop("memory", "ram")
     if not isinstance(self_test, bool):
         raise ValueError(f"self_test is {self_test!r}; allowed: true or false.")
@@ -53,15 +60,10 @@ def memory_settings(vllm_config: VllmConfig, tables: Path) -> MemorySettings:
     if (where == "remote") != ("name" in pool) or ("address" in pool and "name" not in pool):
         raise ValueError("memory='remote' and `name` go together: name the tables as `engrammar table upload` did.")
     if where == "remote":
+        assert tables is not None
         where = pool_store(tables, pool["name"], pool.get("address", "127.0.0.1:50051"))
     files = tuple(map(Path, patches))
     return MemorySettings(serving=ServingSettings(where=where, **given), self_test=self_test, patches=files)
-
-
-def check_no_settings(vllm_config: VllmConfig) -> None:
-    """Raises a ValueError if a model without memory is told where its rows are."""
-    if (vllm_config.additional_config or {}).get(KEY):
-        raise ValueError(f"additional_config[{KEY!r}] is about a memory, and this model has none: leave it out.")
 
 
 def check_engine(vllm_config: VllmConfig) -> None:

@@ -1,5 +1,7 @@
 """What a memory layer keeps of each token, inside vLLM's KV cache: its id, and what it gave to the convolution.
 
+Patches keep more numbers than an id (`patching`), and give nothing to a convolution.
+
 Letters: T flat tokens of many requests, K positions looked back at, C channels of the convolution.
 """
 
@@ -19,7 +21,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
-ID_BYTES = 4
+NUMBER_BYTES = 4
 
 
 @dataclass
@@ -80,21 +82,22 @@ class StateBackend(AttentionBackend):
 
 @final
 class StateLayer(nn.Module, AttentionLayerBase):
-    """The state of one memory layer. vLLM allocates it, beside the keys and values of the same tokens.
+    """The state of one memory layer, or of patches. vLLM allocates it, beside the keys and values of the same tokens.
 
     Args:
         name: its name in vLLM's `static_forward_context`, with the layer's number.
         num_channels: channels of the convolution's input; 0 if there is no convolution.
+        num_numbers: numbers of a token, of which the first is its id.
     """
 
-    def __init__(self, vllm_config: VllmConfig, name: str, num_channels: int) -> None:
+    def __init__(self, vllm_config: VllmConfig, name: str, num_channels: int, num_numbers: int = 1) -> None:
         super().__init__()
-        self.num_channels = num_channels
+        self.num_channels, self.num_numbers = num_channels, num_numbers
         self.dtype = vllm_config.model_config.dtype
-        padded = num_channels + num_channels % 2  # an id starts at a multiple of its own size
-        self.width = padded + ID_BYTES // self.dtype.itemsize
+        padded = num_channels + num_channels % 2  # a number starts at a multiple of its own size
+        self.width = padded + num_numbers * NUMBER_BYTES // self.dtype.itemsize
         self.kv_cache = torch.tensor([])
-        self.retriever: Any = None  # of the layer that holds the ids: `reading.Retriever` or `adding.Adder`
+        self.retriever: Any = None  # what reads it: `reading.Retriever`, `adding.Adder` or `patching.Patcher`
         self.on_bound: Callable[[], None] | None = None
         vllm_config.compilation_config.static_forward_context[name] = self
 
@@ -121,7 +124,11 @@ class StateLayer(nn.Module, AttentionLayerBase):
     @property
     def ids(self) -> Tensor:
         """The ids in the cache, int32 [blocks, positions]."""
-        return self.kv_cache[:, 0].view(torch.int32)[..., -1]
+        return self.numbers(0)
+
+    def numbers(self, index: int) -> Tensor:
+        """One of the numbers of each token, int32 [blocks, positions]."""
+        return self.kv_cache[:, 0].view(torch.int32)[..., index - self.num_numbers]
 
     @property
     def inputs(self) -> Tensor:
@@ -129,7 +136,7 @@ class StateLayer(nn.Module, AttentionLayerBase):
         return self.kv_cache[:, 0, :, : self.num_channels]
 
     def write(self, cached: Tensor, new_T: Tensor, where: StateMetadata) -> None:
-        """Writes one value (or vector) for each token of a pass into `ids` or `inputs`."""
+        """Writes one value (or vector) for each token of a pass into `numbers` or `inputs`."""
         live_T = where.slot_T >= 0
         slot_T, size = where.slot_T[live_T], cached.shape[1]
         cached[slot_T // size, slot_T % size] = new_T[live_T].to(cached.dtype)
@@ -137,7 +144,7 @@ class StateLayer(nn.Module, AttentionLayerBase):
     def read(
         self, cached: Tensor, positions_T: Tensor, back: Sequence[int], where: StateMetadata
     ) -> tuple[Tensor, Tensor]:
-        """What `ids` or `inputs` hold `back` positions before each token, [T, K, ...]; and which of them exist."""
+        """What `numbers` or `inputs` hold `back` positions before each token, [T, K, ...]; and which of them exist."""
         size = cached.shape[1]
         wanted_TK = positions_T.long()[:, None] - torch.tensor(back, device=positions_T.device)
         exists_TK, wanted_TK = wanted_TK >= 0, wanted_TK.clamp_min(0)
