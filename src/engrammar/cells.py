@@ -34,11 +34,6 @@ def titles(columns: Sequence[Column]) -> list[str]:
     return [column.title for column in columns]
 
 
-def by_name(title: str, columns: Sequence[Column], named: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], Lines]:
-    """Returns the header and the lines of a table with one line per name; the column `title` holds the names."""
-    return [title, *titles(columns)], [[name, *cells(columns, figures)] for name, figures in named.items()]
-
-
 def as_text(header: Sequence[str], lines: Lines, *, num_keys: int = 1, width: int | None = None) -> str:
     """Draws columns side by side, numbers aligned to the right.
 

@@ -23,6 +23,7 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import PreTrainedTokenizerBase
 
 from engrammar.addressing import hash_ngrams, look_back
+from engrammar.config import check_setting
 from engrammar.edit.exact import distinct_rows
 from engrammar.edit.patch import addressing_digest, classes_digest
 from engrammar.memory import Memory
@@ -47,8 +48,7 @@ class CensusSettings:
     def __post_init__(self) -> None:
         for name in ("most_ngrams", "most_tokens"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; allowed: 1 or more.")
+            check_setting(name, value, value is None or value >= 1, "1 or more")
 
 
 @final

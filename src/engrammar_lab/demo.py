@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engrammar.cells import as_text, in_lines
+from engrammar.config import check_setting
 from engrammar.tables.sealed import check_writable
 from engrammar.train.recipe import Recipe, to_yaml
 from engrammar.train.run import prepare_tokens, train
@@ -36,8 +37,7 @@ def run_demo(recipe: Recipe, out: Path, seeds: int) -> dict[str, Any]:
     Returns:
         The content of demo.json.
     """
-    if seeds < 1:
-        raise ValueError(f"--seeds is {seeds}; allowed: 1 or more.")
+    check_setting("--seeds", seeds, seeds >= 1, "1 or more")
     check_writable(out)
     prepare_tokens(recipe.data)
     runs = [

@@ -14,9 +14,10 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from engrammar.cells import Column, as_text, cells, titles
+from engrammar.config import check_choice, check_setting
 from engrammar.off import adding_modules, memory_off
 from engrammar.train.attached import load_base
 from engrammar.train.recipe import BaseRecipe
@@ -82,8 +83,7 @@ def load_model(
         ValueError: the folder holds no model, its tokenizer or the adapter belongs to another model, or `memory` does
             not fit it.
     """
-    if memory not in get_args(Where):
-        raise ValueError(f"memory is {memory!r}; allowed: {', '.join(get_args(Where))}.")
+    check_choice("memory", memory, Where)
     if adapter is not None:
         if tables is not None:
             raise ValueError("--tables and --adapter do not go together: an adapter has its own tables.")
@@ -222,8 +222,7 @@ def _score(
     num_fewshot: int | None = None,
 ) -> dict[str, dict[str, Any]]:
     for name, value, least in (("limit", limit, 1), ("batch_size", batch_size, 1), ("num_fewshot", num_fewshot, 0)):
-        if value is not None and value < least:
-            raise ValueError(f"{name} is {value}; allowed: {least} or more.")
+        check_setting(name, value, value is None or value >= least, f"{least} or more")
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from engrammar.addressing import look_back, table_sizes
-from engrammar.config import Geometry, MemoryConfig
+from engrammar.config import Geometry, MemoryConfig, check_setting
 from engrammar.table import SparseTable
 
 
@@ -70,8 +70,8 @@ class RivalConfig(ABC):
     def __post_init__(self) -> None:
         for field in fields(self):
             value, least = getattr(self, field.name), int(field.name != "layer")
-            if type(value) is not int or value < least:
-                raise ValueError(f"rival.{field.name} is {value!r}; allowed: an integer of {least} or more.")
+            is_count = type(value) is int and value >= least
+            check_setting(f"rival.{field.name}", value, is_count, f"an integer of {least} or more")
 
     @property
     def smallest(self) -> int:

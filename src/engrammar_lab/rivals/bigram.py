@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from engrammar.config import check_setting
 from engrammar.table import gather_rows
 from engrammar_lab.rivals.base import Backbone, Rival, RivalConfig, plan_ngrams, see
 
@@ -30,8 +31,7 @@ class BigramConfig(RivalConfig):
     solved: ClassVar[str] = "rows"
 
     def build(self, backbone: Backbone) -> "Bigram":
-        if self.rows < 2:
-            raise ValueError(f"rival.rows is {self.rows}; allowed: 2 or more, one of them for the start of a text.")
+        check_setting("rival.rows", self.rows, self.rows >= 2, "2 or more, one of them for the start of a text")
         return Bigram(self, backbone)
 
 

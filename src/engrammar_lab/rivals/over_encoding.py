@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from engrammar.config import check_setting
 from engrammar.table import gather_rows
 from engrammar_lab.rivals.base import Backbone, Rival, RivalConfig, plan_ngrams, see
 
@@ -29,8 +30,8 @@ class OverEncodingConfig(RivalConfig):
     solved: ClassVar[str] = "rows"
 
     def build(self, backbone: Backbone) -> "OverEncoding":
-        if backbone.hidden_size % self.num_tables:
-            raise ValueError(f"rival.num_tables is {self.num_tables}; allowed: divisors of {backbone.hidden_size}.")
+        divides = backbone.hidden_size % self.num_tables == 0
+        check_setting("rival.num_tables", self.num_tables, divides, f"divisors of {backbone.hidden_size}")
         return OverEncoding(self, backbone)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from engrammar.config import check_setting
 from engrammar.fusion import rms_norm
 from engrammar.table import gather_rows
 from engrammar_lab.rivals.base import Backbone, Rival, RivalConfig
@@ -37,13 +38,9 @@ class ProductKeysConfig(RivalConfig):
         return self.top_k
 
     def build(self, backbone: Backbone) -> "ProductKeys":
-        for name, holds, allowed in (
-            ("query_dim", self.query_dim % 2 == 0, "even numbers"),
-            ("num_keys", self.num_keys >= self.top_k, f"top_k={self.top_k} or more"),
-            ("layer", self.layer < backbone.num_layers, f"0 to {backbone.num_layers - 1}"),
-        ):
-            if not holds:
-                raise ValueError(f"rival.{name} is {getattr(self, name)}; allowed: {allowed}.")
+        check_setting("rival.query_dim", self.query_dim, self.query_dim % 2 == 0, "even numbers")
+        check_setting("rival.num_keys", self.num_keys, self.num_keys >= self.top_k, f"top_k={self.top_k} or more")
+        check_setting("rival.layer", self.layer, self.layer < backbone.num_layers, f"0 to {backbone.num_layers - 1}")
         return ProductKeys(self, backbone)
 
 

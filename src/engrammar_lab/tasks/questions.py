@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from engrammar.config import check_choice, check_setting
+
 Split = Literal["seen", "unseen"]
 SPLITS: tuple[Split, ...] = ("seen", "unseen")
 SplitOf = Callable[[str], Split | None]  # from a document's text; None leaves the document out
@@ -34,17 +36,15 @@ class Question:
     split: Split = "unseen"
 
     def __post_init__(self) -> None:
-        if not self.choices or not all(isinstance(choice, str) and choice for choice in self.choices):
-            raise ValueError(f"choices is {self.choices!r}; allowed: one text or more, none of them empty.")
-        if len(set(self.choices)) < len(self.choices):
-            raise ValueError(f"choices is {self.choices!r}; allowed: texts that differ.")
-        if type(self.answer) is not int or not 0 <= self.answer < len(self.choices):
-            raise ValueError(f"answer is {self.answer!r}; allowed: 0 to {len(self.choices) - 1}, an index of choices.")
-        if self.split not in SPLITS:
-            raise ValueError(f"split is {self.split!r}; allowed: seen, unseen.")
+        num, choices, answer = len(self.choices), self.choices, self.answer
+        texts = num > 0 and all(isinstance(choice, str) and choice for choice in choices)
+        check_setting("choices", choices, texts, "one text or more, none of them empty")
+        check_setting("choices", choices, len(set(choices)) == num, "texts that differ")
+        is_index = type(answer) is int and 0 <= answer < num
+        check_setting("answer", answer, is_index, f"0 to {num - 1}, an index of choices")
+        check_choice("split", self.split, Split)
         for name in ("context", "task"):
-            if not isinstance(getattr(self, name), str):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: a text.")
+            check_setting(name, getattr(self, name), isinstance(getattr(self, name), str), "a text")
 
     @property
     def right(self) -> str:

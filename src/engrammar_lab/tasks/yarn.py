@@ -10,6 +10,8 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     yarn_apply_mscale,
 )
 
+from engrammar.config import check_setting
+
 
 def yarn_parameters(rope_theta: float, *, factor: float, length: int) -> dict[str, Any]:
     """transformers' `rope_parameters` for `factor` times the trained `length`.
@@ -37,8 +39,7 @@ def stretched(model: Any, *, factor: float, length: int) -> Iterator[None]:
     config = model.config
     backbone: Any = getattr(model, "model", None)
     rotary = getattr(backbone, "rotary_emb", None)
-    if factor < 1:
-        raise ValueError(f"factor is {factor}; allowed: 1 or more, in trained lengths.")
+    check_setting("factor", factor, factor >= 1, "1 or more, in trained lengths")
     if not isinstance(rotary, DeepseekV3RotaryEmbedding) or rotary.rope_type != "default":
         raise ValueError("Only a model with DeepSeek-V3's rotary positions of rope_type 'default' can be stretched.")
     before = (config.rope_parameters, config.max_position_embeddings)
