@@ -4,7 +4,7 @@ from importlib.util import find_spec
 from typing import Literal
 
 MODULES = {
-    "lab": ("matplotlib", "scipy", "fpdf", "PIL"),
+    "lab": ("matplotlib", "scipy", "fpdf", "PIL", "psutil"),
     "eval": ("lm_eval",),
     "serve": ("starlette", "uvicorn"),
     "explore": ("starlette", "uvicorn", "anyio"),
