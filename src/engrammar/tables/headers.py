@@ -77,13 +77,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One tensor of a safetensors file, which calls its dtype `dtype`; its values are `num_bytes` from `start` on."""
+    """One tensor of a safetensors file."""
 
     path: Path
     name: str
-    dtype: str
+    dtype: str  # its name in safetensors
     shape: tuple[int, ...]
-    start: int
+    start: int  # the first byte of its values in the file
     num_bytes: int
 
     @property
