@@ -87,6 +87,7 @@ ROOMS = {
         "multihop",
         "units",
         "states",
+        "wording",
         "phrasings",
         "answers",
         "forgetting",

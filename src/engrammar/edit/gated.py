@@ -29,6 +29,7 @@ from engrammar.edit.ranges import require_most, require_range
 from engrammar.edit.shared import SharedStates
 from engrammar.edit.states import last_states, text_states
 from engrammar.edit.units import Part, Unit
+from engrammar.edit.wording import worded_states
 from engrammar.vocabulary import compress_vocabulary
 
 if TYPE_CHECKING:
@@ -265,13 +266,26 @@ class GatedReader:
     def bank(self, form: Form) -> Bank:
         """What else may be asked in a form; its states are read when it is first asked for."""
         if form.name not in self._banks:
-            self._banks[form.name] = Bank(partial(self._bank_units, form=form), self.settings, form)
+            later = None if form.questions or not self.settings.num_worded else self._later  # only sentences go on
+            self._banks[form.name] = Bank(partial(self._bank_units, form=form), later, self.settings, form)
         return self._banks[form.name]
 
     def _bank_units(self, prompts: Sequence[str], form: Form) -> Tensor:
         """As `units`, from the folder if they are kept there."""
         compute = partial(self.units, prompts, form)
         return compute() if self.shared is None else self.shared.read([form.put(one) for one in prompts], compute)
+
+    def _later(self, prompts: Sequence[str]) -> Tensor:
+        """[N, J, D]: as `units`, at the tokens that the model goes on with after each prompt."""
+        num = self.settings.num_worded
+
+        def compute() -> Tensor:
+            found_NJD = worded_states(self.model, self.tokenizer, prompts, self.block, num)
+            return F.normalize(found_NJD - self.centre_D, dim=-1).flatten(0, 1)
+
+        named = [f"{prompt} + {token}" for prompt in prompts for token in range(1, num + 1)]
+        found_ND = compute() if self.shared is None else self.shared.read(named, compute)
+        return found_ND.unflatten(0, (len(prompts), num))
 
     def other_forms(self, form: Form, match: Match) -> list[Tensor]:
         """The states of prompts that ask something else in the forms that come before."""

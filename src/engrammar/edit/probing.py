@@ -1,8 +1,9 @@
 """Fits the probe of a relation: prompts that ask it against all that may be asked of its subjects otherwise.
 
 What else may be asked comes from common relations in several phrasings (`phrasings`), whose states are read once. They
-also tell which of them the facts ask, so that other phrasings of it count as asking too.
-Letters: N prompts, D hidden width, R relations.
+also tell which of them the facts ask, so that other phrasings of it count as asking too. What the model itself goes on
+with after the others asks nothing.
+Letters: N prompts, J tokens after a prompt, D hidden width, R relations.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,9 +16,10 @@ from torch import Tensor
 from engrammar.edit.forms import Form
 from engrammar.edit.patch import Probe
 from engrammar.edit.phrasings import NAMES, NUM_OTHER, RELATIONS, about
-from engrammar.edit.ranges import require_range
+from engrammar.edit.ranges import require_most, require_range
 
 Units = Callable[[Sequence[str]], Tensor]  # prompts -> centred hidden states of length 1 at their ends, [N, D]
+Later = Callable[[Sequence[str]], Tensor]  # prompts -> the same where the model goes on after them, [N, J, D]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,12 +39,12 @@ class Bank:
     """The states of all phrasings of a form, each with a name that the model does not know.
 
     Attributes:
-        units_ND: the states.
+        units_ND: the states. later_NJD: those of what the model goes on with.
         relation_N, phrasing_N: which relation a prompt asks; which phrasing it is, numbered over all relations.
         texts: the phrasings.
     """
 
-    def __init__(self, units: Units, settings: "ProbeSettings", form: Form) -> None:
+    def __init__(self, units: Units, later: Later | None, settings: "ProbeSettings", form: Form) -> None:
         self.settings = settings
         self.texts = [text for relation in RELATIONS for text in relation.phrasings if form.fits(text)]
         number = {text: index for index, text in enumerate(self.texts)}
@@ -53,7 +55,9 @@ class Bank:
             if form.fits(text)
             for kind in relation.kinds
         ]
-        self.units_ND = units([about(text, NAMES[kind]) for _, text, kind in asked])
+        prompts = [about(text, NAMES[kind]) for _, text, kind in asked]
+        self.units_ND = units(prompts)
+        self.later_NJD = self.units_ND[:, None][:, :0] if later is None else later(prompts)
         self.relation_N = torch.tensor([index for index, *_ in asked])
         self.phrasing_N = torch.tensor([number[text] for _, text, _ in asked])
         self.classifiers_RD = torch.stack([self._classifier(index) for index in range(len(RELATIONS) - NUM_OTHER)])
@@ -107,6 +111,8 @@ class ProbeSettings:
         opens_wrongly: the share of other prompts, kept apart from the fit, that may open a probe.
         at_most_wrongly: the share of the nearest other prompts of its subjects up to which a threshold may be lowered,
             to let the facts' own prompts in.
+        num_worded: tokens that the model goes on with after a sentence of another relation, where it is not asked
+            either; 0: none are read.
     """
 
     ridge: float = 5e-3
@@ -114,11 +120,13 @@ class ProbeSettings:
     alike_above: float = -0.2
     opens_wrongly: float = 0.06
     at_most_wrongly: float = 0.2
+    num_worded: int = 0
 
     def __post_init__(self) -> None:
         require_range(self, "over 0", "ridge")
         require_range(self, "a number", "match_above", "alike_above")
         require_range(self, "0 to 1", "opens_wrongly", "at_most_wrongly")
+        require_most(self, 64, "num_worded")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,19 +159,21 @@ def fit_probe(probe: Probe, bank: Bank, match: Match, asked: Asked) -> Probe:
     settings = bank.settings
     is_other_N = bank.is_other(match)
     bank_ND, odd_N = bank.units_ND[is_other_N], bank.phrasing_N[is_other_N] % 2 == 1
+    later_NJD = bank.later_NJD[is_other_N]
     asks = [asked.own_FND[:, ::2].flatten(0, 1), asked.asks_ND]
     if match.relation is not None:
         asks.append(bank.units_ND[bank.relation_N == match.relation])
     asks_ND = torch.cat(asks)
     odd_M = torch.arange(len(asked.others_ND)) % 2 == 1
 
-    def fit(of_bank: Tensor, of_others: Tensor) -> Tensor:
-        return ridge([asks_ND, torch.cat([of_bank, asked.plain_ND]), of_others], settings.ridge)[:-1]
+    def fit(of_bank: Tensor, of_others: Tensor, of_later: Tensor) -> Tensor:
+        groups = [asks_ND, torch.cat([of_bank, asked.plain_ND]), of_others, of_later.flatten(0, 1)]
+        return ridge(groups, settings.ridge)[:-1]
 
-    direction_D = fit(bank_ND, asked.others_ND)
+    direction_D = fit(bank_ND, asked.others_ND, later_NJD)
     scores, own_scores = [], []
     for odd in (True, False):  # fitted on one half, scored on the other
-        half_D = fit(bank_ND[odd_N != odd], asked.others_ND[odd_M != odd])
+        half_D = fit(bank_ND[odd_N != odd], asked.others_ND[odd_M != odd], later_NJD[odd_N != odd])
         scores.append(bank_ND[odd_N == odd] @ half_D)
         own_scores.append(asked.others_ND[odd_M == odd] @ half_D)
     others = torch.cat(own_scores) if len(asked.others_ND) else torch.cat(scores)
