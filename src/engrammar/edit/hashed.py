@@ -10,12 +10,13 @@ Letters: W places at which a key ends, H columns, C row width, E = H*C, D hidden
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
 from engrammar.attach.blocks import evaluating, find_decoder
+from engrammar.config import check_choice
 from engrammar.edit.applying import applied_patches, edits_of, without_patches
 from engrammar.edit.asking import Asking, Rewording, Subject, contexts, others, require_asking, subjects_of
 from engrammar.edit.building import build_patch
@@ -23,7 +24,7 @@ from engrammar.edit.facts import Fact, Refused
 from engrammar.edit.optimizing import Descent, Sought, Text, Texts, descend, frozen, one_value_a_group
 from engrammar.edit.overlay import TableOverlay, replace_rows, stored_rows, tables_of
 from engrammar.edit.patch import Patch, base_of
-from engrammar.edit.ranges import require, require_range
+from engrammar.edit.ranges import require_range
 from engrammar.edit.solving import Solving, Spread, after_memory, at_rows, find_site, solve_rows
 from engrammar.edit.uses import inner_rows
 from engrammar.edit.vector import NO_PLACE, UNSAID
@@ -69,7 +70,7 @@ class RowSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require("by", self.by, self.by in get_args(By), ", ".join(get_args(By)))
+        check_choice("by", self.by, By)
         require_range(self, "over 0", "lr", "most", "ridge")
         require_range(self, "0 or more", "stop", "kl")
         require_range(self, "1 or more", "steps", "rounds")

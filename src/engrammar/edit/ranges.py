@@ -3,6 +3,8 @@
 import math
 from collections.abc import Callable, Mapping
 
+from engrammar.config import check_setting
+
 RANGES: Mapping[str, Callable[[float], bool]] = {
     "a number": math.isfinite,
     "over 0": lambda value: 0 < value < math.inf,
@@ -16,15 +18,10 @@ RANGES: Mapping[str, Callable[[float], bool]] = {
 def require_range(settings: object, allowed: str, *names: str) -> None:
     """Checks settings against one of `RANGES`; raises a ValueError that names the first one outside it."""
     for name in names:
-        require(name, value := getattr(settings, name), RANGES[allowed](value), allowed)
+        check_setting(name, value := getattr(settings, name), RANGES[allowed](value), allowed)
 
 
 def require_most(settings: object, most: int, *names: str, least: int = 0) -> None:
     """Checks that settings are from `least` to `most`."""
     for name in names:
-        require(name, value := getattr(settings, name), least <= value <= most, f"{least} to {most}")
-
-
-def require(name: str, value: object, holds: bool, allowed: str) -> None:
-    if not holds:
-        raise ValueError(f"{name} is {value!r}; allowed: {allowed}.")
+        check_setting(name, value := getattr(settings, name), least <= value <= most, f"{least} to {most}")
