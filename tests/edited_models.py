@@ -133,6 +133,25 @@ def small_patch(model, name: str, ids: tuple[int, ...], seed: int = 50, block: i
     return build_patch(name, base_of(model, tokenizer()), [entry], encoding="fp32", **about)
 
 
+ALL, RICH, OTHER, DIRECT = "for_all", "rich", "other", "direct"
+CHOICES = [(), (RICH,), (OTHER,), (DIRECT,), (RICH, DIRECT), (OTHER, DIRECT), ()]
+
+
+def patches_to_choose(model) -> dict[str, Patch]:
+    """One that is for all requests; two in conflict with each other; one with longer keys and no probe."""
+    longer = [
+        ExactEntry(key=key(12, 30), block=1, values=vectors(60, 2, size=2.0), says=(31,)),
+        ExactEntry(key=key(10), block=2, values=vectors(61, 1, size=2.0)),
+        ExactEntry(key=key(12), block=0, values=vectors(62, 1, size=2.0)),
+    ]
+    return {
+        ALL: small_patch(model, ALL, (4,), block=3),
+        RICH: rich_patch(model, RICH),
+        OTHER: rich_patch(model, OTHER, gate=-0.7),
+        DIRECT: build_patch(DIRECT, base_of(model, tokenizer()), longer, encoding="fp32"),
+    }
+
+
 def edited_model(kind: str, gate: float = 1.0):
     model = model_of_kind(kind)
     return apply_patch(model, rich_patch(model, gate=gate), tokenizer())

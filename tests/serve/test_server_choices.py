@@ -10,18 +10,19 @@ from transformers.generation.continuous_batching.cb_logits_processors import Con
 
 import batches
 from edited_models import (
+    ALL,
+    CHOICES,
+    DIRECT,
+    OTHER,
     OURS,
+    RICH,
     WITH_MEMORY,
-    key,
     model_of_kind,
-    rich_patch,
-    small_patch,
+    patches_to_choose,
     spoken_ids,
     tokenizer,
-    vectors,
 )
 from engrammar.edit import (
-    ExactEntry,
     applied_patches,
     apply_patch,
     base_of,
@@ -37,8 +38,6 @@ from engrammar.serve.openai.sampling import Sampler
 from servers import NAME, TOKEN, ask, complete, serving
 
 NEW = 8
-ALL, RICH, OTHER, DIRECT = "for_all", "rich", "other", "direct"
-CHOICES = [(), (RICH,), (OTHER,), (DIRECT,), (RICH, DIRECT), (OTHER, DIRECT), ()]
 
 
 @pytest.fixture(autouse=True)
@@ -48,19 +47,7 @@ def quiet(caplog):
 
 @functools.cache
 def patches(kind: str) -> dict:
-    """One that is for all requests; two in conflict with each other; one with longer keys and no probe."""
-    model = model_of_kind(kind)
-    longer = [
-        ExactEntry(key=key(12, 30), block=1, values=vectors(60, 2, size=2.0), says=(31,)),
-        ExactEntry(key=key(10), block=2, values=vectors(61, 1, size=2.0)),
-        ExactEntry(key=key(12), block=0, values=vectors(62, 1, size=2.0)),
-    ]
-    return {
-        ALL: small_patch(model, ALL, (4,), block=3),
-        RICH: rich_patch(model, RICH),
-        OTHER: rich_patch(model, OTHER, gate=-0.7),
-        DIRECT: build_patch(DIRECT, base_of(model, tokenizer()), longer, encoding="fp32"),
-    }
+    return patches_to_choose(model_of_kind(kind))
 
 
 def model_with(kind: str, names, offered=()):

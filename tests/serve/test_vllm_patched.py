@@ -115,8 +115,8 @@ def test_ours_in_chunks_and_with_prefix_hits_and_controls_without_what_is_kept(o
                 assert num_exact(served(llm, some), same) < (len(same) if name == WRITTEN else 2)
         llm.reset_prefix_cache()
         check_equal(served(llm, some), same)
-        named = SamplingParams(max_tokens=1, extra_args={"patches": ["rich"]})
-        with pytest.raises(VLLMValidationError, match="In vLLM patches are for all requests, from the start on"):
+        named = SamplingParams(max_tokens=1, extra_args={"patches": ["none"]})
+        with pytest.raises(VLLMValidationError, match="No patch 'none' can be chosen"):
             llm.generate([{"prompt_token_ids": [3]}], named, use_tqdm=False)
 
 

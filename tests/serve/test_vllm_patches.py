@@ -5,7 +5,7 @@ import torch
 
 from engrammar import EngrammarForCausalLM
 from engrammar.edit import apply_patch, read_patch, write_patch
-from engrammar.serve.vllm.patches import read_patches, replace_patched_rows
+from engrammar.serve.vllm.patches import read_offer, read_patches, replace_patched_rows
 from models import VOCABULARY, tiny_model
 from row_patches import write_patches
 
@@ -35,9 +35,14 @@ def test_patches_that_would_be_wrong_are_refused(tmp_path):
     for given, self_test, said in (
         ([entries], False, "found out by the self-test: do not turn it off"),
         ([rows, tmp_path / "other.safetensors"], True, "change the same differently"),
-        ([rows, rows], True, "Two patches are called 'rows'"),
     ):
         with pytest.raises(ValueError, match=said):
             read_patches(given, self_test=self_test)
+    with pytest.raises(ValueError, match="Two patches are called 'entries'"):
+        read_offer([entries], [entries])
+    with pytest.raises(ValueError, match="which all requests read: it cannot be chosen"):
+        read_offer([], [rows])
+    with pytest.raises(ValueError, match="No patch 'other' can be chosen; patches for requests are: entries"):
+        read_offer([rows], [entries]).stack(["other"])
     with pytest.raises(ValueError, match="replaces rows of tables, and this model has no memory"):
         replace_patched_rows(None, read_patches([rows], self_test=True))

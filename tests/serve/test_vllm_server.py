@@ -20,6 +20,8 @@ from transformers import AutoTokenizer
 pytest.importorskip("vllm", reason="vLLM is not installed here: `make test-serve` makes an environment with it")
 
 from engrammar import EngrammarForCausalLM
+from engrammar.edit import ExactEntry, apply_patch, base_of, build_patch, write_patch
+from engrammar.vocabulary import compress_vocabulary
 from models import save_micro
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -50,8 +52,8 @@ def free_port() -> int:
         return listening.getsockname()[1]
 
 
-def complete(port: int, text: str) -> list[int]:
-    body = {"model": "served", "prompt": text, "max_tokens": NEW, "temperature": 0, "ignore_eos": True}
+def complete(port: int, text: str, **extra) -> list[int]:
+    body = {"model": "served", "prompt": text, "max_tokens": NEW, "temperature": 0, "ignore_eos": True, **extra}
     body["return_token_ids"] = True  # vLLM leaves out the last token's bytes if they are half a letter
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
@@ -70,8 +72,8 @@ def wait_until_it_answers(server: subprocess.Popen, port: int, log: Path) -> Non
             time.sleep(1)
 
 
-def start(folder: Path, port: int, log: Path, *arguments: str) -> subprocess.Popen:
-    settings = {"engrammar": {"memory": "disk", "cache_rows": 50}}
+def start(folder: Path, port: int, log: Path, *arguments: str, **more) -> subprocess.Popen:
+    settings = {"engrammar": {"memory": "disk", "cache_rows": 50, **more}}
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
     return subprocess.Popen(
         [
@@ -108,3 +110,33 @@ def test_the_server_answers_as_generate_does(folder, tmp_path, arguments):
         server.wait(60)
     assert answers == expected * 2
     assert "engrammar's self-test: logits differ from transformers' by" in log.read_text()
+
+
+def test_requests_name_patches(folder, tmp_path):
+    """The process that takes requests knows the patches that the one that runs the model offers."""
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), EngrammarForCausalLM.from_pretrained(folder)
+    model.generation_config.eos_token_id = None
+    ids = tokenizer(TEXTS[2], return_tensors="pt").input_ids
+    value = torch.randn(1, model.config.hidden_size, generator=torch.Generator().manual_seed(1)) * 9
+    entry = ExactEntry(key=(int(compress_vocabulary(tokenizer)[ids[0, -1]]),), block=1, values=value)
+    patch = build_patch("facts", base_of(model, tokenizer), [entry])
+    write_patch(patch, tmp_path / "facts.safetensors")
+    expected = []
+    for _ in range(2):
+        expected.append(model.generate(ids, max_new_tokens=NEW, do_sample=False)[0, ids.shape[1] :].tolist())
+        if len(expected) == 1:
+            apply_patch(model, patch, tokenizer)
+    port, log, named = free_port(), tmp_path / "log.txt", {"vllm_xargs": {"patches": ["facts"]}}
+    arguments = ("--enforce-eager", "--no-enable-prefix-caching")
+    server = start(folder, port, log, *arguments, patches_on_request=[str(tmp_path / "facts.safetensors")])
+    try:
+        wait_until_it_answers(server, port, log)
+        with ThreadPoolExecutor(4) as pool:
+            answers = [*pool.map(lambda extra: complete(port, TEXTS[2], **extra), [{}, named] * 2)]
+        with pytest.raises(urllib.error.HTTPError, match="400"):
+            complete(port, TEXTS[2], vllm_xargs={"patches": ["none"]})
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # it may have ended by itself
+            os.killpg(server.pid, signal.SIGTERM)
+        server.wait(60)
+    assert answers == expected * 2 and expected[0] != expected[1]

@@ -13,12 +13,16 @@ def register() -> None:
     """Tells transformers which config and vLLM which model class belong to our checkpoints."""
     from transformers import AutoConfig, AutoModel
     from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     from engrammar.serve.folder import DENSE, EXPERTS
     from engrammar.serve.vllm.backbone import ServedConfig, ServedModel
+    from engrammar.serve.vllm.choosing import ReadOffer
 
     AutoConfig.register(ServedConfig.model_type, ServedConfig, exist_ok=True)
     AutoModel.register(ServedConfig, ServedModel, exist_ok=True)
     ModelRegistry.register_model(ARCHITECTURE, "engrammar.serve.vllm.model:ServedForCausalLM")
     ModelRegistry.register_model(DENSE, "engrammar.serve.vllm.attached:AttachedForCausalLM")
     ModelRegistry.register_model(EXPERTS, "engrammar.serve.vllm.attached:AttachedMoEForCausalLM")
+    for architecture in (ARCHITECTURE, DENSE, EXPERTS):
+        MODELS_CONFIG_MAP[architecture] = ReadOffer

@@ -22,7 +22,7 @@ from engrammar.model.saving import local_folder
 from engrammar.serve.folder import adapter_of, patches_of
 from engrammar.serve.vllm.adding import Adder
 from engrammar.serve.vllm.backbone import state_name
-from engrammar.serve.vllm.patches import read_patches, replace_patched_rows
+from engrammar.serve.vllm.patches import read_offer, replace_patched_rows
 from engrammar.serve.vllm.patching import Patcher, patched, patcher_of
 from engrammar.serve.vllm.self_test import SelfTest
 from engrammar.serve.vllm.settings import check_engine, memory_settings
@@ -43,7 +43,8 @@ class Attached(Base):
         folder = local_folder(vllm_config.model_config.model, {})
         adapter = adapter_of(folder, config)
         settings = memory_settings(vllm_config, adapter)
-        patches = read_patches([*patches_of(folder, config), *settings.patches], self_test=settings.self_test)
+        files = [*patches_of(folder, config), *settings.patches]
+        offer = read_offer(files, settings.offered, self_test=settings.self_test)
         with set_default_torch_dtype(torch.float32):  # the memory has its own precision, as in transformers
             attached = None
             if adapter is not None:
@@ -57,12 +58,12 @@ class Attached(Base):
                 f"vLLM's Transformers backend does not run a base of type {config.model_type!r} ({reason}): serve it "
                 "with `engrammar serve`."
             ) from error
-        replace_patched_rows(None if attached is None else attached.memory, patches)
+        replace_patched_rows(None if attached is None else attached.memory, offer.for_all)
         self.folder, self.adder = folder, None
         self.adapter: Any = adapter
         self.source: Any = None if attached is None else attached.memory.source  # no module: its weights are not vLLM's
         states = [] if attached is None else self._add(attached, vllm_config)
-        self.patcher = patcher_of(self, vllm_config, patches)  # its hooks go before the memory's
+        self.patcher = patcher_of(self, vllm_config, offer)  # its hooks go before the memory's
         states += [] if self.patcher is None else [self.patcher.state]
         if states and settings.self_test:
             states[0].on_bound = SelfTest(self)

@@ -12,7 +12,7 @@ from engrammar.model.modeling import EngrammarForCausalLM
 from engrammar.model.saving import local_folder
 from engrammar.serve.vllm.backbone import state_name
 from engrammar.serve.vllm.heads import pad_heads, wide_heads, width_of
-from engrammar.serve.vllm.patches import read_patches, replace_patched_rows
+from engrammar.serve.vllm.patches import read_offer, replace_patched_rows
 from engrammar.serve.vllm.patching import patched, patcher_of
 from engrammar.serve.vllm.reading import Retriever
 from engrammar.serve.vllm.self_test import SelfTest
@@ -34,8 +34,9 @@ class ServedForCausalLM(TransformersMoEForCausalLM):
         memory = self.config.memory_config
         self.folder = local_folder(self.model_config.model, {"revision": self.model_config.revision})
         self.settings = memory_settings(vllm_config, None if memory is None else self.folder)
-        self.patches = read_patches(self.settings.patches, self_test=self.settings.self_test)
-        self.patcher = patcher_of(self, vllm_config, self.patches)
+        offer = read_offer(self.settings.patches, self.settings.offered, self_test=self.settings.self_test)
+        self.patches = offer.for_all
+        self.patcher = patcher_of(self, vllm_config, offer)
         states = [] if self.patcher is None else [self.patcher.state]
         if memory is not None:
             self.ignore_unexpected_prefixes.append("model.memory.tables.")

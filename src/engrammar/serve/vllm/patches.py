@@ -1,4 +1,4 @@
-"""Patches of a model in vLLM, from the start on: rows of its tables that are replaced, and what is added at blocks.
+"""Patches of a model in vLLM: rows of its tables that are replaced, and what is added at blocks.
 
 vLLM's prefix cache is empty at the start, and patches stay as long as it runs: it never answers from before a change.
 """
@@ -6,12 +6,17 @@ vLLM's prefix cache is empty at the start, and patches stay as long as it runs: 
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 from engrammar.edit import Patch, apply_patch, read_patch
 from engrammar.edit.building import conflicts, in_conflict
+from engrammar.edit.files import patch_digest
 from engrammar.edit.overlay import TableOverlay, check_tables, joined
+from engrammar.edit.rows import ArrayStore, ValueRows
+from engrammar.edit.stack import Stack, stack_patches
 from engrammar.memory import Memory
+
+MOST_STACKS = 64  # sets of patches whose keys are kept in one table; others are put together anew
 
 
 def read_patches(paths: Sequence[Path], *, self_test: bool) -> list[Patch]:
@@ -21,8 +26,7 @@ def read_patches(paths: Sequence[Path], *, self_test: bool) -> list[Patch]:
         self_test: whether the served model is compared with transformers' before it serves.
 
     Raises:
-        ValueError: a patch is damaged, two have one name or are in conflict, or one adds to hidden states and is not
-            to be compared.
+        ValueError: a patch is damaged, two are in conflict, or one adds to hidden states and is not to be compared.
     """
     patches: list[Patch] = []
     for path in paths:
@@ -32,13 +36,87 @@ def read_patches(paths: Sequence[Path], *, self_test: bool) -> list[Patch]:
                 f"The patch {patch.name!r} adds to hidden states, and whether it is for this model is found out by the "
                 "self-test: do not turn it off."
             )
-        for other in patches:
-            if found := conflicts(other, patch):
-                raise ValueError(in_conflict(other.name, patch.name, found))
-            if other.name == patch.name:
-                raise ValueError(f"Two patches are called {patch.name!r}: leave one out, or give it another name.")
+        refuse_conflicts(patch, patches)
         patches.append(patch)
     return patches
+
+
+@final
+class Offer:
+    """The patches of an engine, and the stack of those that a request has.
+
+    Attributes:
+        for_all: patches for all requests.
+        on_request: patches for those that name them.
+    """
+
+    def __init__(self, for_all: Sequence[Patch], on_request: Sequence[Patch]) -> None:
+        self.for_all, self.on_request = for_all, on_request
+        self.stacks: dict[tuple[str, ...], Stack | None] = {}
+
+    @property
+    def adding(self) -> list[Patch]:
+        """Those that add to hidden states."""
+        return [one for one in (*self.for_all, *self.on_request) if len(one.entries)]
+
+    def stack(self, names: Sequence[str]) -> Stack | None:
+        """What a request is read with that names these patches; None if nothing is added.
+
+        Raises:
+            ValueError: a name is not known, or the patches do not fit each other.
+        """
+        known = [one.name for one in self.on_request]
+        for name in names:
+            if name not in known and name not in [one.name for one in self.for_all]:
+                raise ValueError(
+                    f"No patch {name!r} can be chosen; patches for requests are: {', '.join(known) or 'none'}."
+                )
+        chosen = tuple(name for name in known if name in names)
+        if chosen not in self.stacks:
+            while len(self.stacks) >= MOST_STACKS:
+                self.stacks.pop(next(iter(self.stacks)))
+            own = [one for one in self.on_request if one.name in chosen]
+            for index, one in enumerate(own):
+                refuse_conflicts(one, [*self.for_all, *own[:index]])
+            self.stacks[chosen] = _stack([one for one in (*self.for_all, *own) if len(one.entries)])
+        return self.stacks[chosen]
+
+
+def read_offer(for_all: Sequence[Path], on_request: Sequence[Path], *, self_test: bool = True) -> Offer:
+    """Reads the patches of an engine.
+
+    Raises:
+        ValueError: as `read_patches`; or a patch replaces rows and is not for all requests.
+    """
+    offered = [patch for path in on_request for patch in read_patches([path], self_test=self_test)]
+    for patch in offered:
+        if patch.deltas:
+            raise ValueError(
+                f"The patch {patch.name!r} replaces rows of tables, which all requests read: it cannot be chosen by "
+                "single requests, so apply it for all."
+            )
+    offer = Offer(read_patches(for_all, self_test=self_test), offered)
+    names = [patch.name for patch in (*offer.for_all, *offered)]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"Two patches are called {twice!r}: leave one out, or give it another name.")
+    return offer
+
+
+def refuse_conflicts(patch: Patch, others: Sequence[Patch]) -> None:
+    """Raises a ValueError if patches change something that this one changes differently."""
+    for other in others:
+        if found := conflicts(other, patch):
+            raise ValueError(in_conflict(other.name, patch.name, found))
+
+
+def _stack(patches: Sequence[Patch]) -> Stack | None:
+    if not patches:
+        return None
+    digests = tuple(map(patch_digest, patches))
+    stores = [ArrayStore(f"the values of {one.name}", digest, one.values) for one, digest in zip(patches, digests)]
+    rows = [ValueRows(store=store, encoding=patch.encoding) for store, patch in zip(stores, patches)]
+    return stack_patches(patches, rows, digests, patches[0].base.hidden_size)
 
 
 def replace_patched_rows(memory: Memory | None, patches: Sequence[Patch]) -> None:

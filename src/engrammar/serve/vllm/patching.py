@@ -5,7 +5,7 @@ whatever shares, drops or recomputes its blocks does the same to it.
 Letters: F flat tokens of many requests, B requests, S positions of history, V ids of the tokenizer, D hidden width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, final
@@ -20,15 +20,15 @@ from vllm.forward_context import get_forward_context
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from engrammar.attach.blocks import Decoder, find_decoder, first_parameters, hidden_of
-from engrammar.edit import Patch
+from engrammar.edit import Patch, undo_patch
 from engrammar.edit.exact import NOTHING
-from engrammar.edit.files import patch_digest
 from engrammar.edit.passes import EditPass
-from engrammar.edit.rows import ArrayStore, ValueRows
 from engrammar.edit.sequences import FOUND, WRITTEN, FlatState, Requests
-from engrammar.edit.stack import Stack, stack_patches
-from engrammar.serve.vllm.patches import apply_entries
+from engrammar.edit.stack import Stack
+from engrammar.serve.vllm.choosing import Names, names_in
+from engrammar.serve.vllm.patches import Offer, apply_entries
 from engrammar.serve.vllm.reading import layer_of, library
+from engrammar.serve.vllm.settings import check_can_choose
 from engrammar.serve.vllm.state import StateLayer, StateMetadata
 from engrammar.vocabulary import compress_vocabulary
 
@@ -78,17 +78,19 @@ class Patcher:
     """Finds the keys of a pass, and adds what patches write.
 
     Args:
-        patches: those with exact entries; there is at least one.
+        offer: the patches; one at least adds to hidden states.
         tokenizer: the model's.
     """
 
-    def __init__(self, vllm_config: VllmConfig, decoder: Decoder, patches: Sequence[Patch], tokenizer: Any) -> None:
-        self.patches, self.tokenizer = patches, tokenizer
+    def __init__(self, vllm_config: VllmConfig, decoder: Decoder, offer: Offer, tokenizer: Any) -> None:
+        self.offer, self.tokenizer = offer, tokenizer
         self.classes_V: NDArray[np.int32] = compress_vocabulary(tokenizer).astype(np.int32)
         self.places = [*decoder.blocks, *final_norms(decoder)]
         self.width = decoder.hidden_size
-        self.stack = _stack(patches, len(decoder.blocks), self.width)
-        if self.stack.blocks[-1] >= len(self.places):
+        _check_sizes(offer.adding, len(decoder.blocks), self.width)
+        stacks = [offer.stack(()), *[offer.stack([one.name]) for one in offer.on_request]]
+        self.blocks = sorted({block for stack in stacks if stack is not None for block in stack.blocks})
+        if self.blocks[-1] >= len(self.places):
             raise ValueError(
                 f"{type(decoder.module).__name__} has no final norm that could be found, and a patch writes there: "
                 "`engrammar serve` it."
@@ -96,11 +98,11 @@ class Patcher:
         self.state = StateLayer(vllm_config, NAME, 0, len(NUMBERS))
         self.state.retriever = self
         # vLLM keeps compiled code by the config, so what is compiled has to be in it.
-        vllm_config.model_config.hf_config.engrammar_patched = self.stack.blocks
+        vllm_config.model_config.hf_config.engrammar_patched = self.blocks
 
     def hook(self) -> None:
         """Lets each block that patches read or write at, or the final norm, call the operator."""
-        for block in self.stack.blocks:
+        for block in self.blocks:
             place = self.places[block]
             before = partial(before_place, block, first_parameters(place)[0])
             # Before a memory at that block reads the hidden state.
@@ -113,14 +115,36 @@ class Patcher:
         if where is None or not len(where.slot_T):
             return
         num_tokens = len(where.slot_T)
-        slots = Slots(self.state, self.stack.num_back, input_ids[:num_tokens], positions[:num_tokens], where)
-        context.additional_kwargs[PATCHED] = EditPass(self.classes_V, self.width, Requests(self.stack, slots))
+        ids_F, positions_F = input_ids[:num_tokens], positions[:num_tokens]
+        parts = []
+        for stack, own in self._by_choice(where, names_in(context)):
+            slots = Slots(self.state, stack.num_back, ids_F, positions_F, own)
+            parts.append(EditPass(self.classes_V, self.width, Requests(stack, slots)))
+        context.additional_kwargs[PATCHED] = parts
+
+    def _by_choice(self, where: StateMetadata, names: Mapping[int, Names]) -> list[tuple[Stack, StateMetadata]]:
+        """Where the tokens of each stack lie; those of other requests lie nowhere there.
+
+        Args:
+            names: of the patches that requests have named, by their row in the batch.
+        """
+        for_all = self.offer.stack(())
+        if not names:
+            return [] if for_all is None else [(for_all, where)]
+        stacks = [self.offer.stack(names.get(row, ())) for row in range(len(where.block_table))]
+        numbers = torch.tensor([0 if stack is None else stack.number for stack in stacks])
+        number_T = numbers.to(where.request_T.device)[where.request_T]
+        return [
+            (stack, replace(where, slot_T=where.slot_T.where(number_T == number, -1)))
+            for number, stack in {stack.number: stack for stack in stacks if stack is not None}.items()
+            if bool((number_T == number).any())
+        ]
 
     def put_keys(self, requests: Sequence[Tensor]) -> None:
         """Writes keys of the patches, and what their entries say, into texts: the self-test's."""
         ids_of = {int(one): index for index, one in reversed([*enumerate(self.classes_V)])}
         phrases = []
-        for patch in self.patches:
+        for patch in self.offer.for_all:
             for entry in patch.exact_entries()[:: max(len(patch.entries) // 8, 1)]:
                 after = [] if entry.after is None else [entry.after]
                 phrases.append([*(ids_of[one] for one in entry.key), *after, *entry.says])
@@ -132,40 +156,45 @@ class Patcher:
                 place += len(fits) + 1
 
 
-def patcher_of(served: Any, vllm_config: VllmConfig, patches: Sequence[Patch]) -> Patcher | None:
+def patcher_of(served: Any, vllm_config: VllmConfig, offer: Offer) -> Patcher | None:
     """The patcher of a served model, whose blocks call it from now on; None if no patch adds to hidden states."""
-    adding = [one for one in patches if len(one.entries)]
-    if not adding:
+    if offer.on_request:
+        check_can_choose(vllm_config)
+    if not offer.adding:
         return None
     try:
         tokenizer = AutoTokenizer.from_pretrained(vllm_config.model_config.model)
     except Exception as error:  # transformers raises many kinds
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"The patch {adding[0].name!r} needs the model's tokenizer, which could not be loaded ({reason}): save it "
-            "in the model's folder."
+            f"The patch {offer.adding[0].name!r} needs the model's tokenizer, which could not be loaded ({reason}): "
+            "save it in the model's folder."
         ) from error
-    patcher = Patcher(vllm_config, find_decoder(served.model), adding, tokenizer)
+    patcher = Patcher(vllm_config, find_decoder(served.model), offer, tokenizer)
     patcher.hook()
     return patcher
 
 
 def patched(model: Any, patcher: Patcher | None) -> Any:
-    """Transformers' model with what a patcher adds; its rows are replaced in its stores already."""
-    return model if patcher is None else apply_entries(model, patcher.patches, patcher.tokenizer)
+    """Transformers' model with what a patcher adds for all; its rows are replaced in its stores already.
+
+    Raises:
+        ValueError: a patch is for another model or tokenizer, also one that requests may name.
+    """
+    if patcher is None:
+        return model
+    for patch in patcher.offer.on_request:
+        undo_patch(apply_entries(model, [patch], patcher.tokenizer))
+    return apply_entries(model, patcher.offer.for_all, patcher.tokenizer)
 
 
-def _stack(patches: Sequence[Patch], num_blocks: int, width: int) -> Stack:
+def _check_sizes(patches: Sequence[Patch], num_blocks: int, width: int) -> None:
     for patch in patches:
         if (patch.base.num_blocks, patch.base.hidden_size) != (num_blocks, width):
             raise ValueError(
                 f"The patch {patch.name!r} is for {patch.base.num_blocks} blocks of width {patch.base.hidden_size}; "
                 f"this model has {num_blocks} of {width}: give the patch of this model."
             )
-    digests = tuple(map(patch_digest, patches))
-    stores = [ArrayStore(f"the values of {one.name}", digest, one.values) for one, digest in zip(patches, digests)]
-    rows = [ValueRows(store=store, encoding=patch.encoding) for store, patch in zip(stores, patches)]
-    return stack_patches(patches, rows, digests, width)
 
 
 def final_norms(decoder: Decoder) -> list[nn.Module]:
@@ -188,10 +217,11 @@ def before_place(
 def patch(hidden: Tensor, block: int) -> Tensor:
     """Hidden states [1, F, ...] with what patches write before a block. torch.compile does not look into it."""
     patched = hidden.clone()
-    begun: EditPass | None = get_forward_context().additional_kwargs.get(PATCHED)
-    if begun is not None:
-        num_tokens = begun.sequences.shape[1]
-        patched[:, :num_tokens] = begun.at(block, patched[:, :num_tokens])
+    begun: list[EditPass] = get_forward_context().additional_kwargs.get(PATCHED, [])
+    for part in begun:
+        if block in part.stack.blocks:
+            num_tokens = part.sequences.shape[1]
+            patched[:, :num_tokens] = part.at(block, patched[:, :num_tokens])
     return patched
 
 

@@ -12,7 +12,8 @@ from engrammar.train.sample import pool_store
 KEY = "engrammar"  # our part of vLLM's additional config
 SERVING = {field.name for field in fields(ServingSettings)} - {"where"}
 POOL = {"name", "address"}
-WITHOUT_MEMORY = {"self_test", "patches"}
+PATCHES = ("patches", "patches_on_request")
+WITHOUT_MEMORY = {"self_test", *PATCHES}
 ALLOWED = sorted({"memory"} | WITHOUT_MEMORY | SERVING | POOL)
 
 
@@ -23,12 +24,14 @@ class MemorySettings:
     Attributes:
         serving: the stores and caches to open.
         self_test: whether a few tokens are compared with transformers' model before anything is served.
-        patches: files of patches.
+        patches: files of patches for all requests.
+        offered: files of patches for requests that name them.
     """
 
     serving: ServingSettings
     self_test: bool
     patches: tuple[Path, ...] = ()
+    offered: tuple[Path, ...] = ()
 
 
 def memory_settings(vllm_config: VllmConfig, tables: Path | None) -> MemorySettings:
@@ -53,17 +56,46 @@ def memory_settings(vllm_config: VllmConfig, tables: Path | None) -> MemorySetti
     self_test, where = given.pop("self_test", True), given.pop("memory", "ram")
     if not isinstance(self_test, bool):
         raise ValueError(f"self_test is {self_test!r}; allowed: true or false.")
-    patches = given.pop("patches", [])
-    if not isinstance(patches, list) or not all(isinstance(path, str) for path in patches):
-        raise ValueError(f"patches is {patches!r}; allowed: a list of files.")
+    files = patch_files(vllm_config)
+    for name in PATCHES:
+        given.pop(name, None)
     pool = {key: given.pop(key) for key in sorted(POOL & given.keys())}
     if (where == "remote") != ("name" in pool) or ("address" in pool and "name" not in pool):
         raise ValueError("memory='remote' and `name` go together: name the tables as `engrammar table upload` did.")
     if where == "remote":
         assert tables is not None
         where = pool_store(tables, pool["name"], pool.get("address", "127.0.0.1:50051"))
-    files = tuple(map(Path, patches))
-    return MemorySettings(serving=ServingSettings(where=where, **given), self_test=self_test, patches=files)
+    serving = ServingSettings(where=where, **given)
+    return MemorySettings(serving=serving, self_test=self_test, patches=files[0], offered=files[1])
+
+
+def patch_files(vllm_config: VllmConfig) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+    """The files of patches for all requests, and for those that name them.
+
+    Raises:
+        ValueError: a setting is not a list of files.
+    """
+    found = []
+    for name in PATCHES:
+        paths = (vllm_config.additional_config or {}).get(KEY, {}).get(name, [])
+        if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
+            raise ValueError(f"{name} is {paths!r}; allowed: a list of files.")
+        found.append(tuple(map(Path, paths)))
+    for_all, offered = found
+    return for_all, offered
+
+
+def check_can_choose(vllm_config: VllmConfig) -> None:
+    """Raises a ValueError if requests cannot have patches of their own with these settings of vLLM."""
+    if vllm_config.cache_config.enable_prefix_caching:
+        raise ValueError(
+            "patches_on_request: vLLM would share prefixes among requests of different patches; add "
+            "--no-enable-prefix-caching, or apply them for all."
+        )
+    if vllm_config.speculative_config is not None:
+        raise ValueError(
+            "patches_on_request: beside speculation vLLM does not say which request a token is of; leave one out."
+        )
 
 
 def check_engine(vllm_config: VllmConfig) -> None:
