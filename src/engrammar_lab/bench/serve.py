@@ -6,7 +6,7 @@ of the process, HTTP left out, so that other programs of the machine change litt
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, aclosing, contextmanager
 from pathlib import Path
 from statistics import median
@@ -41,13 +41,13 @@ FULL = Plan(preset="nano", rows_per_head=600_000, batches=(1, 8, 32), rounds=3, 
 QUICK = Plan(preset="nano", rows_per_head=60_000, batches=(1, 8), rounds=2, steps=8, corpus="pocket:stdlib")
 
 
-def plain_config(config: EngrammarConfig) -> EngrammarConfig:
+def plain_config(name: str) -> EngrammarConfig:
     """The preset without memory, with as many experts more as its own memory's parameters would be."""
-    own = preset("nano")
+    own = preset(name)
     counts = count_parameters(own)
     expert = 3 * own.hidden_size * own.moe_intermediate_size * (own.num_hidden_layers - own.first_k_dense_replace)
     more = round(counts.memory_parameters / expert)
-    return preset("nano", memory=None, n_routed_experts=own.n_routed_experts + more)
+    return preset(name, memory=None, n_routed_experts=own.n_routed_experts + more)
 
 
 async def answer(engine: Engine, prompts_BT: Tensor, new_tokens: int) -> int:
@@ -93,7 +93,7 @@ def contenders(plan: Plan, folder: Path) -> Iterator[dict[str, EngrammarForCausa
         for name in CONTENDERS:
             torch.manual_seed(0)
             if name == MOE:
-                made[name] = EngrammarForCausalLM(plain_config(config)).eval()
+                made[name] = EngrammarForCausalLM(plain_config(plan.preset)).eval()
                 continue
             made[name] = model = EngrammarForCausalLM(config, tables="external").eval()
             assert model.model.memory is not None
@@ -125,15 +125,22 @@ async def rates(plan: Plan, models: dict[str, EngrammarForCausalLM], texts: Text
                     else:
                         num_new = await answer(engines[name], prompts_BT, plan.steps)
                     speeds[name] += [num_new / (time.process_time() - started)] if turn else []
-            shares = {name: median(own / base for own, base in zip(speeds[name], speeds[MOE])) for name in CONTENDERS}
-            variants = {
-                name: {"tokens_per_cpu_second": median(speeds[name]), "share": shares[name]} for name in CONTENDERS
-            }
-            found.append({"requests": batch, "variants": variants})
+            found.append({"requests": batch, "variants": medians(speeds, MOE)})
     finally:
         for engine in engines.values():
             engine.close()
     return found
+
+
+def medians(speeds: Mapping[str, Sequence[float]], base: str) -> dict[str, dict[str, float]]:
+    """Per contender the median of its rounds, and of its share of what `base` did in the same round."""
+    return {
+        name: {
+            "tokens_per_cpu_second": median(own),
+            "share": median(one / other for one, other in zip(own, speeds[base])),
+        }
+        for name, own in speeds.items()
+    }
 
 
 def bench_serve(quick: bool, plan: Plan | None = None) -> dict[str, Any]:
@@ -171,17 +178,21 @@ def table(result: dict[str, Any]) -> tuple[list[str], Lines]:
 
 
 def verdict(result: dict[str, Any]) -> str:
+    """Compares with the aims, and says what a quick run cannot show."""
+    few = " Quick: a small table, which says little about a disk." if result["quick"] else ""
+    return against_aims(result, RAM, DISK, GENERATE) + few
+
+
+def against_aims(result: dict[str, Any], ram: str, disk: str, generated: str) -> str:
     """Compares with the aims: RAM within 5 % of the MoE, disk within 10 %, at least twice `generate`."""
     last = result["requests"][-1]
     shares = {name: found["share"] for name, found in last["variants"].items()}
     sentences = []
-    for name, aim in ((RAM, 0.95), (DISK, 0.9)):
+    for name, aim in ((ram, 0.95), (disk, 0.9)):
         met = "met" if shares[name] >= aim else "missed"
         sentences.append(
             f"{name}: {shares[name]:.1%} of the plain MoE at {last['requests']} requests; the aim, {aim:.0%}, is {met}."
         )
-    times = shares[RAM] / shares[GENERATE]
+    times = shares[ram] / shares[generated]
     sentences.append(f"{times:.2f} times generate in a batch; the aim of 2 is {'met' if times >= 2 else 'missed'}.")
-    if result["quick"]:
-        sentences.append("Quick: a small table, which says little about a disk.")
     return " ".join(sentences)

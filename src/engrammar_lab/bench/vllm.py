@@ -1,0 +1,172 @@
+"""Many requests at once in vLLM: rows in RAM and on disk, beside the model without memory, a plain MoE, and `generate`.
+
+Each contender is a process of its own with one thread; a round asks all of them the same prompts, one after another.
+What is counted is CPU time of the process that answers.
+
+Remake, in the environment with vLLM: python -m engrammar_lab.bench.vllm results/bench/vllm.json
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from shutil import rmtree
+from typing import Any
+
+from engrammar_lab.bench.decode import Plan, Texts, config_of, make_tables, read_text
+from engrammar_lab.bench.files import bench_folder
+from engrammar_lab.bench.serve import PROMPT, against_aims, medians, plain_config
+
+RAM, DISK, OFF, MOE = "vLLM, RAM", "vLLM, disk, cache of 10 %", "vLLM, without memory", "vLLM, plain MoE"
+GENERATE = "generate in a batch, RAM"
+CONTENDERS = (RAM, DISK, OFF, MOE, GENERATE)
+FULL = Plan(preset="100m", rows_per_head=4_300_000, batches=(1, 8, 32), rounds=3, steps=24, corpus="pocket:wiki")
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "OMP_NUM_THREADS": "1",
+}
+
+
+def save_models(plan: Plan, folder: Path) -> dict[str, Path]:
+    """Writes the checkpoint with tables, and those without memory, unless they are there; returns their folders."""
+    import torch
+
+    from engrammar.model.modeling import EngrammarForCausalLM
+    from engrammar.stores.serving import ServingSettings, serve_tables
+
+    config = config_of(plan)
+    bare = type(config)(**{**config.to_dict(), "memory": None, "geometry": None})
+    with_memory, moe, off = folder / "memory", folder / "moe", folder / "off"
+    for path, plain in ((moe, plain_config(plan.preset)), (off, bare)):
+        if not path.exists():
+            torch.manual_seed(0)
+            EngrammarForCausalLM(plain).save_pretrained(path)
+    if not with_memory.exists():
+        make_tables(config, folder / "tables")
+        torch.manual_seed(0)
+        model = EngrammarForCausalLM(config, tables="external")
+        assert model.model.memory is not None
+        model.model.memory.set_classes(torch.arange(config.vocab_size))
+        with closing(serve_tables(model, folder / "tables", ServingSettings(where="disk"))):
+            model.save_pretrained(with_memory)
+        rmtree(folder / "tables")
+    return {RAM: with_memory, DISK: with_memory, OFF: off, MOE: moe, GENERATE: with_memory}
+
+
+def _vllm(name: str, folder: Path, plan: Plan) -> Callable[[list[list[int]], int], int]:
+    from vllm import LLM, SamplingParams
+
+    rows = plan.rows_per_head * 2 * 8 // 10
+    memory = {RAM: {"memory": "ram"}, DISK: {"memory": "disk", "cache_rows": rows}}.get(name, {})
+    llm = LLM(
+        str(folder),
+        dtype="float32",
+        enforce_eager=True,
+        skip_tokenizer_init=True,
+        enable_prefix_caching=False,
+        max_num_seqs=max(plan.batches),
+        max_model_len=PROMPT + plan.steps,
+        additional_config={"engrammar": memory},
+    )
+
+    def answer(prompts: list[list[int]], new_tokens: int) -> int:
+        sampling = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
+        asked = [{"prompt_token_ids": prompt} for prompt in prompts]
+        found = llm.generate(asked, sampling, use_tqdm=False)
+        return sum(len(one.outputs[0].token_ids) for one in found)
+
+    return answer
+
+
+def _generate(folder: Path) -> Callable[[list[list[int]], int], int]:
+    import torch
+
+    from engrammar import EngrammarForCausalLM
+    from engrammar_lab.bench.serve import generate
+
+    model = EngrammarForCausalLM.from_pretrained(folder, memory="ram").eval()
+    return lambda prompts, new_tokens: generate(model, torch.tensor(prompts), new_tokens)
+
+
+def _contender(name: str, folder: Path, plan: Plan, pipe: Connection) -> None:
+    """Answers prompts until it is told to stop; each time it says how many tokens it made in how many CPU seconds."""
+    import torch
+
+    torch.set_num_threads(1)
+    answer = _generate(folder) if name == GENERATE else _vllm(name, folder, plan)
+    pipe.send((0, 0.0))
+    while (prompts := pipe.recv()) is not None:
+        started = time.process_time()
+        num_new = answer(prompts, plan.steps)
+        pipe.send((num_new, time.process_time() - started))
+    os._exit(0)
+
+
+@contextmanager
+def contenders(plan: Plan, folders: dict[str, Path]) -> Iterator[dict[str, Connection]]:
+    """A pipe to the process of each contender, all of them ready."""
+    context = get_context("spawn")
+    with ExitStack() as stack:
+        pipes = {}
+        for name in CONTENDERS:
+            pipes[name], theirs = context.Pipe()
+            process = context.Process(target=_contender, args=(name, folders[name], plan, theirs))
+            process.start()
+            stack.callback(process.join)
+            stack.callback(pipes[name].send, None)
+            theirs.close()
+            pipes[name].recv()
+        yield pipes
+
+
+def bench_vllm(plan: Plan = FULL) -> dict[str, Any]:
+    """Answers 1, 8 and 32 requests at once.
+
+    Returns:
+        `requests`: per number of requests and contender, tokens per CPU second (median of rounds) and its share of the
+            plain MoE's in the same round.
+    """
+    from engrammar.tables.folder import open_tables
+    from engrammar_lab.machine import describe_run
+
+    os.environ |= ENVIRONMENT
+    folder = bench_folder() / f"vllm-{plan.preset}-{plan.rows_per_head}"
+    folders, found = save_models(plan, folder), []
+    texts = Texts(read_text(plan, config_of(plan).vocab_size))
+    with contenders(plan, folders) as pipes:
+        for batch in plan.batches:
+            speeds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+            for turn in range(plan.rounds + 1):  # the first one is left out: it fills caches
+                prompts = texts.take(batch, PROMPT).tolist()
+                for name, pipe in pipes.items():
+                    pipe.send(prompts)
+                    num_new, seconds = pipe.recv()
+                    assert num_new == batch * plan.steps, (name, num_new)
+                    speeds[name] += [num_new / seconds] if turn else []
+            found.append({"requests": batch, "variants": medians(speeds, MOE)})
+            print(json.dumps(found[-1]), file=sys.stderr, flush=True)
+    table_bytes = sum(table.num_rows * table.row_bytes for table in open_tables(folders[RAM]).tables.values())
+    return {
+        **describe_run("python -m engrammar_lab.bench.vllm results/bench/vllm.json"),
+        "shapes": f"{plan.preset}, fp32, not compiled, {table_bytes / 2**30:.2f} GiB of bf16 rows, {plan.rounds} "
+        f"rounds of {plan.steps} tokens after {PROMPT} of prompt; the MoE has experts in place of the preset's memory",
+        "requests": found,
+    }
+
+
+def verdict(result: dict[str, Any]) -> str:
+    """Compares with the aims of `engrammar bench serve`."""
+    return against_aims(result, RAM, DISK, GENERATE)
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(json.dumps(bench_vllm(), indent=1) + "\n")
