@@ -5,6 +5,7 @@ a memory with the whole pass, and memories whose prefix is kept (`keep_prefix`) 
 """
 
 import copy
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -260,10 +261,15 @@ def verdict(result: dict[str, Any]) -> str:
 
 
 def train_verdict(part: dict[str, Any]) -> str:
-    """How much faster training goes where the prefix is kept."""
-    kept = [line for line in part["lines"] if "prefix kept" in line["variant"]]
-    said = " and ".join(f"{line['times']:.1f} times at {line['variant'].rpartition(', ')[2]}" for line in kept)
+    """How much faster training goes where the prefix is kept, and what multiplications would allow."""
+    head, said, allowed = part["head_share"], [], []
+    for line in part["lines"]:
+        if found := re.search(r"block (\d+) of (\d+)", line["variant"]):
+            block, num_blocks = map(int, found.groups())
+            said.append(f"{line['times']:.1f} times at {found[0]}")
+            allowed.append(f"{1 / (head + (1 - head) * (num_blocks - block) / num_blocks):.1f}")
     return (
-        f"With its prefix kept, a memory trains on more tokens a second than LoRA: {said}. The aims: 3 and 5 times. "
-        f"The output head, which every step computes, is {part['head_share']:.0%} of the base's multiplications."
+        f"With its prefix kept, a memory trains on more tokens a second than LoRA: {' and '.join(said)}. "
+        f"The aims: 3 and 5 times. Counted in the base's multiplications it would be {' and '.join(allowed)}, since "
+        f"every step computes the output head, {head:.0%} of them; LoRA multiplies more, by its own matrices."
     )

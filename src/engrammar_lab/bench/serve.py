@@ -77,11 +77,11 @@ async def answer(engine: Engine, prompts_BT: Tensor, new_tokens: int) -> int:
 
 
 @torch.no_grad()
-def generate(model: EngrammarForCausalLM, prompts_BT: Tensor, new_tokens: int) -> int:
-    """As `answer`, by transformers' `generate` in one batch."""
+def generate(model: EngrammarForCausalLM, prompts_BT: Tensor, new_tokens: int) -> Tensor:
+    """The new tokens [B, new_tokens] of transformers' `generate` in one batch."""
     greedy = GenerationConfig(do_sample=False, max_new_tokens=new_tokens, min_new_tokens=new_tokens, pad_token_id=0)
     out = model.generate(prompts_BT, attention_mask=torch.ones_like(prompts_BT), generation_config=greedy)
-    return out[:, prompts_BT.shape[1] :].numel()
+    return out[:, prompts_BT.shape[1] :]
 
 
 @contextmanager
@@ -121,7 +121,7 @@ async def rates(plan: Plan, models: dict[str, EngrammarForCausalLM], texts: Text
                 for name in CONTENDERS:
                     started = time.process_time()
                     if name == GENERATE:
-                        num_new = generate(models[name], prompts_BT, plan.steps)
+                        num_new = generate(models[name], prompts_BT, plan.steps).numel()
                     else:
                         num_new = await answer(engines[name], prompts_BT, plan.steps)
                     speeds[name] += [num_new / (time.process_time() - started)] if turn else []

@@ -1,7 +1,7 @@
 """Many requests at once in vLLM: rows in RAM and on disk, beside the model without memory, a plain MoE, and `generate`.
 
 Each contender is a process of its own with one thread; a round asks all of them the same prompts, one after another.
-What is counted is CPU time of the process that answers.
+What is counted is CPU time of the process that answers, and whether it answers as `generate` does.
 
 Remake, in the environment with vLLM: python -m engrammar_lab.bench.vllm results/bench/vllm.json
 """
@@ -62,11 +62,16 @@ def save_models(plan: Plan, folder: Path) -> dict[str, Path]:
     return {RAM: with_memory, DISK: with_memory, OFF: off, MOE: moe, GENERATE: with_memory}
 
 
-def _vllm(name: str, folder: Path, plan: Plan) -> Callable[[list[list[int]], int], int]:
+Ids = list[list[int]]  # of each request
+
+
+def _vllm(name: str, folder: Path, plan: Plan) -> Callable[[Ids], Ids]:
     from vllm import LLM, SamplingParams
 
     rows = plan.rows_per_head * 2 * 8 // 10
-    memory = {RAM: {"memory": "ram"}, DISK: {"memory": "disk", "cache_rows": rows}}.get(name, {})
+    memory = {RAM: {"memory": "ram", "sharing": "processes"}, DISK: {"memory": "disk", "cache_rows": rows}}.get(
+        name, {}
+    )
     llm = LLM(
         str(folder),
         dtype="float32",
@@ -78,36 +83,36 @@ def _vllm(name: str, folder: Path, plan: Plan) -> Callable[[list[list[int]], int
         additional_config={"engrammar": memory},
     )
 
-    def answer(prompts: list[list[int]], new_tokens: int) -> int:
-        sampling = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
+    sampling = SamplingParams(temperature=0, max_tokens=plan.steps, ignore_eos=True, detokenize=False)
+
+    def answer(prompts: Ids) -> Ids:
         asked = [{"prompt_token_ids": prompt} for prompt in prompts]
-        found = llm.generate(asked, sampling, use_tqdm=False)
-        return sum(len(one.outputs[0].token_ids) for one in found)
+        return [list(one.outputs[0].token_ids) for one in llm.generate(asked, sampling, use_tqdm=False)]
 
     return answer
 
 
-def _generate(folder: Path) -> Callable[[list[list[int]], int], int]:
+def _generate(folder: Path, plan: Plan) -> Callable[[Ids], Ids]:
     import torch
 
     from engrammar import EngrammarForCausalLM
     from engrammar_lab.bench.serve import generate
 
-    model = EngrammarForCausalLM.from_pretrained(folder, memory="ram").eval()
-    return lambda prompts, new_tokens: generate(model, torch.tensor(prompts), new_tokens)
+    model = EngrammarForCausalLM.from_pretrained(folder, memory="ram", sharing="processes").eval()
+    return lambda prompts: generate(model, torch.tensor(prompts), plan.steps).tolist()
 
 
 def _contender(name: str, folder: Path, plan: Plan, pipe: Connection) -> None:
-    """Answers prompts until it is told to stop; each time it says how many tokens it made in how many CPU seconds."""
+    """Answers prompts until it is told to stop; each time it sends the new tokens and the CPU seconds they took."""
     import torch
 
     torch.set_num_threads(1)
-    answer = _generate(folder) if name == GENERATE else _vllm(name, folder, plan)
-    pipe.send((0, 0.0))
+    answer = _generate(folder, plan) if name == GENERATE else _vllm(name, folder, plan)
+    pipe.send("ready")
     while (prompts := pipe.recv()) is not None:
         started = time.process_time()
-        num_new = answer(prompts, plan.steps)
-        pipe.send((num_new, time.process_time() - started))
+        found = answer(prompts)
+        pipe.send((found, time.process_time() - started))
     os._exit(0)
 
 
@@ -133,7 +138,8 @@ def bench_vllm(plan: Plan = FULL) -> dict[str, Any]:
 
     Returns:
         `requests`: per number of requests and contender, tokens per CPU second (median of rounds) and its share of the
-            plain MoE's in the same round.
+            plain MoE's in the same round. `asked`: how many prompts; `equal`: per contender, how many answers are
+            the tokens of `generate`.
     """
     from engrammar.tables.folder import open_tables
     from engrammar_lab.machine import describe_run
@@ -142,30 +148,38 @@ def bench_vllm(plan: Plan = FULL) -> dict[str, Any]:
     folder = bench_folder() / f"vllm-{plan.preset}-{plan.rows_per_head}"
     folders, found = save_models(plan, folder), []
     texts = Texts(read_text(plan, config_of(plan).vocab_size))
+    equal, num_asked = dict.fromkeys((RAM, DISK, OFF), 0), 0
     with contenders(plan, folders) as pipes:
         for batch in plan.batches:
             speeds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
             for turn in range(plan.rounds + 1):  # the first one is left out: it fills caches
-                prompts = texts.take(batch, PROMPT).tolist()
+                prompts, answers = texts.take(batch, PROMPT).tolist(), {}
                 for name, pipe in pipes.items():
                     pipe.send(prompts)
-                    num_new, seconds = pipe.recv()
-                    assert num_new == batch * plan.steps, (name, num_new)
-                    speeds[name] += [num_new / seconds] if turn else []
+                    answers[name], seconds = pipe.recv()
+                    speeds[name] += [sum(map(len, answers[name])) / seconds] if turn else []
+                num_asked += batch
+                for name in equal:
+                    equal[name] += sum(map(list.__eq__, answers[name], answers[GENERATE]))
             found.append({"requests": batch, "variants": medians(speeds, MOE)})
-            print(json.dumps(found[-1]), file=sys.stderr, flush=True)
     table_bytes = sum(table.num_rows * table.row_bytes for table in open_tables(folders[RAM]).tables.values())
     return {
         **describe_run("python -m engrammar_lab.bench.vllm results/bench/vllm.json"),
         "shapes": f"{plan.preset}, fp32, not compiled, {table_bytes / 2**30:.2f} GiB of bf16 rows, {plan.rounds} "
         f"rounds of {plan.steps} tokens after {PROMPT} of prompt; the MoE has experts in place of the preset's memory",
         "requests": found,
+        "asked": num_asked,
+        "equal": equal,
     }
 
 
 def verdict(result: dict[str, Any]) -> str:
-    """Compares with the aims of `engrammar bench serve`."""
-    return against_aims(result, RAM, DISK, GENERATE)
+    """Compares with the aims of `engrammar bench serve`, and says how many answers are those of `generate`."""
+    asked, equal = result["asked"], result["equal"]
+    return (
+        f"{against_aims(result, RAM, DISK, GENERATE)} The tokens are those of generate for {equal[RAM]} of {asked} "
+        f"prompts with rows in RAM and {equal[DISK]} with rows on disk; without the memory for {equal[OFF]}."
+    )
 
 
 if __name__ == "__main__":
