@@ -28,7 +28,6 @@ from engrammar.stores.serving import ServingSettings, serve_tables
 from engrammar.tables.folder import open_tables
 from engrammar_lab.bench.decode import Plan, Texts, config_of, make_tables, read_text
 from engrammar_lab.bench.files import bench_folder
-from engrammar_lab.machine import describe_run
 
 RAM, DISK, OFF, MOE, GENERATE = "RAM", "disk, cache of 10 %", "memory off", "plain MoE", "RAM, generate in a batch"
 CONTENDERS = (RAM, DISK, OFF, MOE, GENERATE)
@@ -159,8 +158,6 @@ def bench_serve(quick: bool, plan: Plan | None = None) -> dict[str, Any]:
         found = asyncio.run(rates(plan, models, texts))
     table_bytes = sum(table.num_rows * table.row_bytes for table in open_tables(folder).tables.values())
     return {
-        **describe_run("engrammar bench serve"),
-        "quick": quick,
         "shapes": f"{plan.preset}, fp32, {table_bytes / 2**30:.2f} GiB of bf16 rows, {plan.rounds} rounds of "
         f"{plan.steps} tokens after {PROMPT} of prompt; the MoE has experts in place of {plan.preset}'s own memory",
         "requests": found,

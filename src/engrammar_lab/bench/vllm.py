@@ -1,7 +1,7 @@
 """Many requests at once in vLLM: rows in RAM and on disk, beside the model without memory, a plain MoE, and `generate`.
 
-Each contender is a process of its own with one thread; a round asks all of them the same prompts, one after another.
-What is counted is CPU time of the process that answers, and whether it answers as `generate` does.
+Each contender is a process of its own with one thread, beside a second one with the plain MoE; a round asks both the
+same prompts, in turn. What is counted is CPU time of the process that answers, and whether it answers as `generate`.
 
 Remake, in the environment with vLLM: python -m engrammar_lab.bench.vllm results/bench/vllm.json
 """
@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -21,6 +21,7 @@ from typing import Any
 from engrammar_lab.bench.decode import Plan, Texts, config_of, make_tables, read_text
 from engrammar_lab.bench.files import bench_folder
 from engrammar_lab.bench.serve import PROMPT, against_aims, medians, plain_config
+from engrammar_lab.machine import describe_run
 
 RAM, DISK, OFF, MOE = "vLLM, RAM", "vLLM, disk, cache of 10 %", "vLLM, without memory", "vLLM, plain MoE"
 GENERATE = "generate in a batch, RAM"
@@ -63,6 +64,7 @@ def save_models(plan: Plan, folder: Path) -> dict[str, Path]:
 
 
 Ids = list[list[int]]  # of each request
+Speeds = dict[str, list[float]]  # of each round, by contender
 
 
 def _vllm(name: str, folder: Path, plan: Plan) -> Callable[[Ids], Ids]:
@@ -117,12 +119,12 @@ def _contender(name: str, folder: Path, plan: Plan, pipe: Connection) -> None:
 
 
 @contextmanager
-def contenders(plan: Plan, folders: dict[str, Path]) -> Iterator[dict[str, Connection]]:
+def _processes(names: Iterable[str], plan: Plan, folders: Mapping[str, Path]) -> Iterator[dict[str, Connection]]:
     """A pipe to the process of each contender, all of them ready."""
     context = get_context("spawn")
     with ExitStack() as stack:
         pipes = {}
-        for name in CONTENDERS:
+        for name in names:
             pipes[name], theirs = context.Pipe()
             process = context.Process(target=_contender, args=(name, folders[name], plan, theirs))
             process.start()
@@ -131,6 +133,24 @@ def contenders(plan: Plan, folders: dict[str, Path]) -> Iterator[dict[str, Conne
             theirs.close()
             pipes[name].recv()
         yield pipes
+
+
+def _beside_moe(name: str, plan: Plan, folders: Mapping[str, Path], texts: Texts) -> tuple[list[Speeds], Ids]:
+    """Tokens per CPU second of a contender and of the plain MoE, for each number of requests; and all its answers."""
+    speeds: list[Speeds] = []
+    answers: Ids = []
+    with _processes((name, MOE), plan, folders) as pipes:
+        for batch in plan.batches:
+            speeds.append({name: [], MOE: []})
+            for turn in range(plan.rounds + 1):  # the first one is left out: it fills caches
+                prompts = texts.take(batch, PROMPT).tolist()
+                for one, pipe in pipes.items():
+                    pipe.send(prompts)
+                    found, seconds = pipe.recv()
+                    answers += found if one == name else []
+                    speeds[-1][one] += [sum(map(len, found)) / seconds] if turn else []
+            print(f"{name}, {batch} requests: {medians(speeds[-1], MOE)}", file=sys.stderr, flush=True)
+    return speeds, answers
 
 
 def bench_vllm(plan: Plan = FULL) -> dict[str, Any]:
@@ -142,34 +162,27 @@ def bench_vllm(plan: Plan = FULL) -> dict[str, Any]:
             the tokens of `generate`.
     """
     from engrammar.tables.folder import open_tables
-    from engrammar_lab.machine import describe_run
 
     os.environ |= ENVIRONMENT
-    folder = bench_folder() / f"vllm-{plan.preset}-{plan.rows_per_head}"
-    folders, found = save_models(plan, folder), []
-    texts = Texts(read_text(plan, config_of(plan).vocab_size))
-    equal, num_asked = dict.fromkeys((RAM, DISK, OFF), 0), 0
-    with contenders(plan, folders) as pipes:
-        for batch in plan.batches:
-            speeds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
-            for turn in range(plan.rounds + 1):  # the first one is left out: it fills caches
-                prompts, answers = texts.take(batch, PROMPT).tolist(), {}
-                for name, pipe in pipes.items():
-                    pipe.send(prompts)
-                    answers[name], seconds = pipe.recv()
-                    speeds[name] += [sum(map(len, answers[name])) / seconds] if turn else []
-                num_asked += batch
-                for name in equal:
-                    equal[name] += sum(map(list.__eq__, answers[name], answers[GENERATE]))
-            found.append({"requests": batch, "variants": medians(speeds, MOE)})
-    table_bytes = sum(table.num_rows * table.row_bytes for table in open_tables(folders[RAM]).tables.values())
+    folders = save_models(plan, bench_folder() / f"vllm-{plan.preset}-{plan.rows_per_head}")
+    ids, speeds, answers = read_text(plan, config_of(plan).vocab_size), {}, {}
+    for name in (RAM, DISK, OFF, GENERATE):
+        speeds[name], answers[name] = _beside_moe(name, plan, folders, Texts(ids))
+    found = []
+    for place, batch in enumerate(plan.batches):
+        base = {MOE: [speed for own in speeds.values() for speed in own[place][MOE]]}
+        shown = medians(base, MOE) | {name: medians(own[place], MOE)[name] for name, own in speeds.items()}
+        found.append({"requests": batch, "variants": {name: shown[name] for name in CONTENDERS}})
+    rows = sum(table.num_rows * table.row_bytes for table in open_tables(folders[RAM]).tables.values())
     return {
         **describe_run("python -m engrammar_lab.bench.vllm results/bench/vllm.json"),
-        "shapes": f"{plan.preset}, fp32, not compiled, {table_bytes / 2**30:.2f} GiB of bf16 rows, {plan.rounds} "
+        "shapes": f"{plan.preset}, fp32, not compiled, {rows / 2**30:.2f} GiB of bf16 rows, {plan.rounds} "
         f"rounds of {plan.steps} tokens after {PROMPT} of prompt; the MoE has experts in place of the preset's memory",
         "requests": found,
-        "asked": num_asked,
-        "equal": equal,
+        "asked": len(answers[GENERATE]),
+        "equal": {
+            name: sum(map(list.__eq__, answers[name], answers[GENERATE])) for name in CONTENDERS if name in answers
+        },
     }
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from committed import RESULTS
-from engrammar_lab.bench import serve, vllm
+from engrammar_lab.bench import report, serve, vllm
 from engrammar_lab.bench.decode import Plan
-from engrammar_lab.bench.serve import CONTENDERS, DISK, GENERATE, MOE, RAM, bench_serve, table, verdict
+from engrammar_lab.bench.serve import CONTENDERS, DISK, GENERATE, MOE, RAM, table, verdict
 
 TINY = Plan(preset="nano", rows_per_head=2003, batches=(1, 3), rounds=1, steps=2, corpus="pocket:stdlib")
 
@@ -30,7 +30,7 @@ def result(tmp_path_factory):
     patch.setenv("ENGRAMMAR_BENCH_FOLDER", str(tmp_path_factory.mktemp("bench")))
     patch.setattr(serve, "answer", noted)
     patch.setattr(serve, "generate", noted_too)
-    result = bench_serve(True, TINY)
+    result = report.run("serve", True, TINY)
     patch.undo()
     return result, asked
 
