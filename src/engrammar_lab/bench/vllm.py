@@ -115,7 +115,6 @@ def _contender(name: str, folder: Path, plan: Plan, pipe: Connection) -> None:
         started = time.process_time()
         found = answer(prompts)
         pipe.send((found, time.process_time() - started))
-    os._exit(0)
 
 
 @contextmanager
