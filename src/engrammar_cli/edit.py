@@ -32,7 +32,7 @@ def learn(
         facts: CSV, JSON or JSON lines with subject, prompt and object (CounterFact and zsRE are read as they are).
         overrides: Settings of the method to replace, as setting=value (armed=20); docs/edit.md says what they mean.
             gated: probe_depth=0.93 armed=16 strength=1.0 ridge=0.005 match_above=0.1 alike_above=-0.2
-            opens_wrongly=0.06 at_most_wrongly=0.2 num_worded=0. vector: depth=0.33 steps=25 stop=0.15 kl=1.0 most=2.0
+            opens_wrongly=0.06 at_most_wrongly=0.2 num_worded=6. vector: depth=0.33 steps=25 stop=0.15 kl=1.0 most=2.0
             num_contexts=2 num_paraphrases=2 num_others=4 seed=0 together=4. rows: by=solve (or gradient) layer=null
             steps=40 stop=0.15 kl=0.5 lr=0.3 most=8.0 ridge=1e-06 rounds=8 num_contexts=2 num_paraphrases=2
             num_others=4 seed=0.

@@ -34,7 +34,7 @@ def test_facts_are_learned_shown_and_checked(folder, capsys):
     model, patch = str(folder / "model"), str(folder / "p.safetensors")
     main(["edit", "learn", model, str(folder / "facts.jsonl"), "--out", patch])
     assert "3 of 3 facts" in capsys.readouterr().out
-    assert [path.suffix for path in (folder / "home/.cache/engrammar").iterdir()] == [".safetensors"] * 2
+    assert [path.suffix for path in (folder / "home/.cache/engrammar").iterdir()] == [".safetensors"] * 3
     main(["edit", "show", patch])
     said = capsys.readouterr().out
     assert "for a LlamaForCausalLM of 4 blocks" in said and "w5 w6 | w9 w5 w6 w10 w11 | w21 w22" in said

@@ -120,7 +120,7 @@ class ProbeSettings:
     alike_above: float = -0.2
     opens_wrongly: float = 0.06
     at_most_wrongly: float = 0.2
-    num_worded: int = 0
+    num_worded: int = 6
 
     def __post_init__(self) -> None:
         require_range(self, "over 0", "ridge")
