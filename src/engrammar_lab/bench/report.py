@@ -27,7 +27,6 @@ from engrammar_lab.bench import (
     step,
     store,
     titan,
-    vllm,
 )
 from engrammar_lab.bench import hash as hashing
 from engrammar_lab.machine import describe_run
@@ -59,7 +58,6 @@ class Bench(NamedTuple):
 ROWS = ("rows.png", "step time against rows per head")
 CURVES = ("titan.png", "losses of both, and how far they are apart")
 LOAD = Part("Half an hour of use, with faults", load.table, load.verdict, 2)
-VLLM = Part("Many requests at once in vLLM", serve.table, vllm.verdict, 2)
 TITAN = Part("The same training in torchtitan", titan.table, titan.verdict, 2, CURVES)
 OF_STEP = {
     "rows": Part("A step against rows per head", rows.table, rows.verdict, 2, ROWS),
@@ -127,7 +125,7 @@ def render(results: Path, document: Path) -> str:
         for name, result in load_results(results).items()
         for part, figures in BENCHES[name].parts(result)
     ]
-    alone = [(_load(results, name), part) for name, part in (("vllm", VLLM), ("load", LOAD), ("titan", TITAN))]
+    alone = [(_load(results, name), part) for name, part in (("load", LOAD), ("titan", TITAN))]
     for result, part, figures in [*shown, *((result, part, result) for result, part in alone)]:
         page += [f"## {part.title}: `{result['command']}`", "", _conditions(result, figures), ""]
         page += [*as_markdown(*part.table(figures)), "", part.verdict(figures), ""]

@@ -6,8 +6,7 @@ import json
 import pytest
 import torch
 
-from committed import RESULTS
-from engrammar_lab.bench import report, serve, vllm
+from engrammar_lab.bench import report, serve
 from engrammar_lab.bench.decode import Plan
 from engrammar_lab.bench.serve import CONTENDERS, DISK, GENERATE, MOE, RAM, table, verdict
 
@@ -52,13 +51,3 @@ def test_the_table_and_the_verdict_follow_from_the_figures(result):
     said = verdict(changed)
     assert "RAM: 96.0% of the plain MoE at 3 requests; the aim, 95%, is met" in said
     assert "the aim, 90%, is missed" in said and "1.92 times generate in a batch; the aim of 2 is missed" in said
-
-
-def test_what_is_said_of_vllm_follows_from_the_committed_figures():
-    found = json.loads((RESULTS / "bench" / "vllm.json").read_text())
-    assert len(table(found)[1]) == 3 * len(vllm.CONTENDERS)
-    assert found["equal"][vllm.RAM] == found["equal"][vllm.DISK] == found["asked"] > 100
-    last = found["requests"][-1]["variants"]
-    assert f"{last[vllm.RAM]['share']:.1%} of the plain MoE at 32 requests" in vllm.verdict(found)
-    fewer = found | {"equal": found["equal"] | {vllm.RAM: 7}}
-    assert f"those of generate for 7 of {found['asked']} prompts with rows in RAM" in vllm.verdict(fewer)
