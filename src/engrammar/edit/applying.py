@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, final, get_args
+from typing import TYPE_CHECKING, Any, Literal, final
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from engrammar.attach.blocks import (
     host_of,
 )
 from engrammar.attach.fingerprints import check_base
+from engrammar.config import check_choice
 from engrammar.edit.building import conflicts, in_conflict
 from engrammar.edit.checking import check_patch
 from engrammar.edit.files import patch_digest, read_patch, refuse, value_table
@@ -164,8 +165,7 @@ def apply_patch(
         ValueError: the patch is damaged, or for another model, tokenizer or tables; its name is taken; or it is in
             conflict with another one. The model is then as it was.
     """
-    if on_conflict not in get_args(OnConflict):
-        raise ValueError(f"on_conflict is {on_conflict!r}; allowed: {', '.join(get_args(OnConflict))}.")
+    check_choice("on_conflict", on_conflict, OnConflict)
 
     def add(edits: Edits, one: Applied) -> None:
         if on_conflict == "refuse":
@@ -188,8 +188,8 @@ def add_patch(
     Raises:
         ValueError: as `apply_patch`, but for conflicts; or as `add`. The model is then as it was.
     """
-    if not callable(memory) and memory not in get_args(Tier):
-        raise ValueError(f"memory is {memory!r}; allowed: {', '.join(get_args(Tier))}.")
+    if not callable(memory):
+        check_choice("memory", memory, Tier)
     path = None if isinstance(patch, Patch) else Path(patch)
     patch = patch if isinstance(patch, Patch) else read_patch(patch)
     check_patch(patch, refuse(patch.name))
