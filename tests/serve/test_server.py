@@ -194,19 +194,32 @@ def test_health_and_metrics(server):
 
 
 def test_after_a_failure_the_model_is_started_again(folder, tokenizer, expected, monkeypatch):
+    """Also if the next question comes after a client has been told, and before transformers has recorded the error."""
     with serving(load(folder), tokenizer) as server:
-        memory = server.engine.model.model.memory
+        engine, memory, asked = server.engine, server.engine.model.model.memory, threading.Event()
+        status = engine.manager.background_thread_status
+        record, stop, retrieve = status.record_fatal_error, engine._stop, memory.retrieve
 
         def fail(*given, **named):
             raise OSError("the disk is gone")
 
+        def record_late(error):
+            assert asked.wait(60)
+            record(error)
+
+        def stop_when_asked():
+            asked.set()
+            stop()
+
         monkeypatch.setattr(memory, "retrieve", fail)
+        monkeypatch.setattr(status, "record_fatal_error", record_late)
+        monkeypatch.setattr(engine, "_stop", stop_when_asked)
         with pytest.raises(openai.InternalServerError, match="the disk is gone"):
             complete(server, TEXTS[0])
         assert ask(server, "/health")[0] == 503
-        monkeypatch.undo()
+        monkeypatch.setattr(memory, "retrieve", retrieve)
         assert complete(server, TEXTS[0]).choices[0].token_ids == expected[TEXTS[0]]
-        assert ask(server, "/health")[0] == 200 and server.engine.counts.starts == 2
+        assert ask(server, "/health")[0] == 200 and engine.counts.starts == 2
 
 
 def patch_of_rows(model, tokenizer, path):

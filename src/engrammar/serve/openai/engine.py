@@ -101,10 +101,13 @@ class Engine:
         self.manager.destroy()
 
     @property
-    def failure(self) -> Exception | None:
-        """What has ended the thread that runs the model; it is started again for the next request."""
-        found: Exception | None = self.manager.background_thread_status.fatal_error
-        return found
+    def failure(self) -> str | None:
+        """What ends the thread that runs the model, or has ended it; it is started again for the next request."""
+        status = self.manager.background_thread_status
+        if status.fatal_error is not None:
+            return str(status.fatal_error) or type(status.fatal_error).__name__
+        # transformers begins to stop, then fails the requests, and then records the error.
+        return "the model stops after an error" if status.local_status == status.HARD_STOP else None
 
     def reserve(self, num_answers: int) -> None:
         """Takes places for answers; `release` gives them back.

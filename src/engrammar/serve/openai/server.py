@@ -162,7 +162,7 @@ class Server:
 
     async def health(self, request: Request) -> Response:
         failure = self.engine.failure
-        return JSONResponse({"status": "ok"} if failure is None else {"status": str(failure)}, 503 if failure else 200)
+        return JSONResponse({"status": failure or "ok"}, 503 if failure else 200)
 
     async def metrics(self, request: Request) -> Response:
         return PlainTextResponse(render(self.engine))
