@@ -1,8 +1,6 @@
 """Rows from a Mooncake pool on this machine: our store against the client's own calls, on the same rows in one run."""
 
-import json
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -15,9 +13,10 @@ from engrammar.cells import Column
 from engrammar.stores.mooncake.store import RemoteStore
 from engrammar.stores.mooncake.upload import upload
 from engrammar.tables.folder import Shard, TableFile
+from engrammar_lab.bench.asking import asking
 from engrammar_lab.bench.figures import line_by_line, named
 from engrammar_lab.bench.loopback import LoopbackPool, why_no_pool
-from engrammar_lab.bench.remote_peers import draw, time_reads
+from engrammar_lab.bench.remote_peers import draw, peers, time_reads
 from engrammar_lab.bench.turns import seconds_of
 
 ROW_BYTES, WIDTH = 256, 128
@@ -63,8 +62,9 @@ def _measure(num_rows: int, num_read: int, rounds: int) -> dict[str, Any]:
         def read(part: NDArray[np.int64]) -> NDArray[np.uint8]:
             return store.fetch(part).wait()
 
-        with _Peers(pool, num_rows, num_read) as peers:
-            found = [_round(read, peers, rows_RS, rows_U) for _ in range(rounds)]
+        sizes = (num_rows, ROW_BYTES, num_read)
+        with asking("Mooncake's own client", peers, pool.server.address, *sizes) as ask:
+            found = [_round(read, ask, rows_RS, rows_U) for _ in range(rounds)]
         store.close()
     variants = {"upload": {"rows_per_second": sent, "mb_per_second": sent * ROW_BYTES / 1e6, "share": None}}
     for name in found[0]:
@@ -75,15 +75,17 @@ def _measure(num_rows: int, num_read: int, rounds: int) -> dict[str, Any]:
     return variants
 
 
-def _round(read: Any, peers: "_Peers", rows_RS: NDArray[np.uint8], rows_U: NDArray[np.int64]) -> dict[str, float]:
+def _round(
+    read: Any, ask: Callable[[Any], float], rows_RS: NDArray[np.uint8], rows_U: NDArray[np.int64]
+) -> dict[str, float]:
     """Rows/s of each variant, one after the other."""
     in_order_U = np.arange(len(rows_U))
     seconds = {}
     for call in CALLS:
         seconds[f"store, {call} a call"] = time_reads(read, rows_RS, rows_U, call)
-        seconds[f"{BASELINE}, {call} a call"] = peers.measure(BASELINE, call)
-    seconds[f"EngramStore, {CALLS[-1]} a call"] = peers.measure("EngramStore", CALLS[-1])
-    seconds[f"put_batch, {CALLS[-1]} a call"] = peers.measure("put_batch", CALLS[-1])
+        seconds[f"{BASELINE}, {call} a call"] = ask((BASELINE, call))
+    seconds[f"EngramStore, {CALLS[-1]} a call"] = ask(("EngramStore", CALLS[-1]))
+    seconds[f"put_batch, {CALLS[-1]} a call"] = ask(("put_batch", CALLS[-1]))
     seconds["store, all in one call"] = time_reads(read, rows_RS, rows_U, len(rows_U))
     seconds["store, rows in order"] = time_reads(read, rows_RS, in_order_U, len(rows_U))
     return {name: len(rows_U) / taken for name, taken in seconds.items()}
@@ -96,40 +98,6 @@ def _write(rows_RS: NDArray[np.uint8], folder: Path) -> TableFile:
     return TableFile(
         layer=0, name="bench", num_rows=len(rows_RS), width=WIDTH, encoding="bf16", scale=None, shards=(shard,)
     )
-
-
-class _Peers:
-    """The process that runs Mooncake's own client."""
-
-    def __init__(self, pool: LoopbackPool, num_rows: int, num_read: int) -> None:
-        program = Path(__file__).with_name("remote_peers.py")
-        sizes = map(str, (num_rows, ROW_BYTES, num_read))
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", program, pool.server.address, *sizes],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        )  # fmt: skip
-
-    def measure(self, way: str, call: int) -> float:
-        """Seconds of one pass over all rows.
-
-        Raises:
-            RuntimeError: the client could not read the rows, or its process died.
-        """
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(f"{way} {call}\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        answer = json.loads(line) if line else f"exit status {self.process.wait()}"
-        if isinstance(answer, str):
-            raise RuntimeError(f"Mooncake's own {way} failed: {answer}")
-        return answer
-
-    def __enter__(self) -> "_Peers":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.communicate()
 
 
 def verdict(result: dict[str, Any]) -> str:

@@ -1,11 +1,6 @@
-"""Mooncake's own ways to read rows, measured in a separate process: its library may abort, or block for a minute.
+"""Mooncake's own ways to read rows, measured in a process of their own: its library may abort, or block for a minute."""
 
-Run by path: python -P remote_peers.py ADDRESS NUM_ROWS ROW_BYTES NUM_READ. The process answers each line "WAY CALL"
-with a line of JSON: the seconds that reading NUM_READ rows took, CALL rows at once, or why they could not be read.
-"""
-
-import json
-import sys
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -32,10 +27,14 @@ def time_reads(read: Callable[[Any], Any], rows_RS: Any, rows_U: Any, call: int)
     return seconds
 
 
-def main() -> None:
+def peers(address: str, num_rows: int, row_bytes: int, num_read: int) -> Callable[[tuple[str, int]], float]:
+    """Returns the function that gives the seconds of one way ("get_batch", ...) to read `num_read` rows, so many a call.
+
+    It is for `asking`: what the library logs is thrown away with all that this process writes to stderr.
+    """
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     from mooncake.store import EngramStore, EngramStoreConfig, MooncakeDistributedStore, ReplicateConfig
 
-    address, (num_rows, row_bytes, num_read) = sys.argv[1], map(int, sys.argv[2:])
     rows_RS, rows_U = draw(num_rows, row_bytes, num_read)
     store, pinned = MooncakeDistributedStore(), ReplicateConfig()
     pinned.with_hard_pin = True
@@ -61,15 +60,4 @@ def main() -> None:
 
     time_reads(put, rows_RS, rows_U, PUT_AT_ONCE)
     ways: dict[str, Callable[[Any], bytes]] = {"put_batch": put, "get_batch": get, "EngramStore": look_up}
-    for line in sys.stdin:
-        way, call = line.split()
-        try:
-            answer: float | str = time_reads(ways[way], rows_RS, rows_U, int(call))
-        except Exception as error:
-            answer = str(error)
-        sys.stdout.write(json.dumps(answer) + "\n")
-        sys.stdout.flush()
-
-
-if __name__ == "__main__":
-    main()
+    return lambda asked: time_reads(ways[asked[0]], rows_RS, rows_U, asked[1])
