@@ -52,7 +52,7 @@ def serve(
     require("serve")
     from engrammar.serve.openai.asked import Limits
     from engrammar.serve.openai.engine import Engine
-    from engrammar.serve.openai.loading import load_served, longest, read_token
+    from engrammar.serve.openai.loading import load_served, read_token
     from engrammar.serve.openai.server import Server, run
     from engrammar.train.sample import pool_store
 
@@ -62,9 +62,10 @@ def serve(
     where: Any = memory if name is None else pool_store(adapter or Path(model), name, address)
     serving = {"memory": where, "cache_rows": cache_rows, "sharing": sharing}
     loaded = load_served(model, adapter=adapter, patches=patch, on_request=patch_on_request, **serving)
-    length = longest(loaded[0], cache_tokens) if max_length is None else max_length
+    if max_length is None:
+        max_length = min(getattr(loaded[0].config, "max_position_embeddings", cache_tokens), cache_tokens)
     sizes = {"max_requests": max_requests, "cache_tokens": cache_tokens, "batch_tokens": batch_tokens}
-    engine = Engine(*loaded, Limits(max_length=length, **sizes))
+    engine = Engine(*loaded, Limits(max_length=max_length, **sizes))
     run(Server(engine, served_name or model, token), host, port)
 
 

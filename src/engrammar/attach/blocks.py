@@ -88,6 +88,13 @@ def hidden_of(argument: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any
     return args[0] if args else kwargs.get(argument)
 
 
+def with_hidden(
+    hidden: Any, argument: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A block's call with other hidden states, as a forward pre-hook returns it."""
+    return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, argument: hidden})
+
+
 def num_branches(hidden: Tensor, hidden_size: int) -> int:
     """M of the hidden states that a block reads: [B, T, D], [B, T, M, D] or [B, T, M*D]."""
     return hidden[0, 0].numel() // hidden_size

@@ -6,9 +6,8 @@ Letters: U rows, P pages.
 
 import os
 import time
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from statistics import median
-from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -82,19 +81,15 @@ def measure_limit(table: TableFile, num_pages: int, seed: int) -> dict[str, floa
 
 
 def _read_by_threads(handle: int, page_P: np.ndarray, queue: AioQueue, num_threads: int) -> None:
-    memory = queue.memory.data
+    pages = iter(page_P.tolist())  # shared: each thread takes the next page when it is done with one
 
-    def work(number: int, pages: Iterator[int]) -> None:
-        own = [memory[number * PAGE : (number + 1) * PAGE]]
+    def work(number: int) -> None:
+        own = [queue.memory.data[number * PAGE : (number + 1) * PAGE]]
         for page in pages:
             assert os.preadv(handle, own, page * PAGE) == PAGE
 
-    pages = iter(page_P.tolist())  # shared: each thread takes the next page when it is done with one
-    threads = [Thread(target=work, args=(number, pages)) for number in range(num_threads)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(num_threads) as pool:
+        list(pool.map(work, range(num_threads)))
 
 
 def _read_by_aio(handle: int, page_P: np.ndarray, queue: AioQueue, depth: int) -> None:
@@ -166,7 +161,6 @@ def verdict(result: dict[str, Any]) -> str:
     """Our store compared with the disk's limit and the best of the others, and whether the target is met."""
     ways, own = result["ways"], result["ways"][DISK]
     kind, rate = max(result["limit"].items(), key=lambda item: item[1])
-
     text = (
         f"The disk does {rate:,.0f} random 4 KiB reads/s at best ({kind}). {DISK}, checksums included, reads "
         f"{own['share']:.2f} of the best of its round ({meets(own['share'] >= LIMIT_TARGET, LIMIT_TARGET)}), and "

@@ -24,7 +24,6 @@ from engrammar.cells import Column
 from engrammar.config import MemoryConfig
 from engrammar.model.configuration import EngrammarConfig
 from engrammar.model.modeling import EngrammarForCausalLM
-from engrammar.model.presets import preset
 from engrammar.stores.base import Arrived, Fetch, RowStore
 from engrammar.stores.cache import CachedStore
 from engrammar.stores.disk import DiskStore
@@ -32,8 +31,9 @@ from engrammar.stores.ram import RamStore
 from engrammar.stores.serving import ServingSettings, StoredTables, serve_tables
 from engrammar.tables.folder import TableFile, TableWriter, open_tables
 from engrammar.train.documents import read_documents
-from engrammar_lab.bench.figures import line_by_line
+from engrammar_lab.bench.figures import by_variant, line_by_line
 from engrammar_lab.bench.files import bench_folder
+from engrammar_lab.bench.models import random_model, with_rows
 from engrammar_lab.bench.turns import ratio, seconds_of
 
 COLD, COLD_LATE, RAM = "disk, cold", "disk, cold, no prefetch", "RAM"
@@ -41,20 +41,13 @@ WARM, WARM_LATE = "disk, warm cache", "disk, warm cache, no prefetch"
 VARIANTS = (COLD, COLD_LATE, RAM, WARM, WARM_LATE)  # cold ones first, before another variant has read the round's rows
 COLUMNS = (
     Column("batch", "batch"),
-    Column("rows", "rows"),
+    Column("rows", "name"),
     Column("tokens/s", "tokens_per_second", ",.1f"),
     Column("step ms", "step_ms", ".2f"),
     Column("of RAM", "share", ".1%"),
     Column("cache misses", "misses"),
 )
-table = line_by_line(
-    COLUMNS,
-    lambda result: [
-        {"batch": part["batch"], "rows": kind, "misses": None, **found}
-        for part in result["batches"]
-        for kind, found in part["variants"].items()
-    ],
-)
+table = line_by_line(COLUMNS, lambda result: [{"misses": None, **line} for line in by_variant(result["batches"])])
 PROMPT = 32
 BLOCK_ROWS = 1 << 16  # rows written at once
 
@@ -76,10 +69,7 @@ QUICK = Plan(preset="nano", rows_per_head=60_000, batches=(1, 4), rounds=2, step
 
 
 def config_of(plan: Plan) -> EngrammarConfig:
-    memory = preset(plan.preset).memory_config
-    assert memory is not None
-    rows = {"rows_per_head": [plan.rows_per_head] * len(memory.orders), "row_encoding": "bf16"}
-    return preset(plan.preset, memory=memory.to_json() | rows)
+    return with_rows(plan.preset, plan.rows_per_head, row_encoding="bf16")
 
 
 def make_tables(config: EngrammarConfig, folder: Path) -> None:
@@ -98,6 +88,12 @@ def make_tables(config: EngrammarConfig, folder: Path) -> None:
             for first in range(0, geometry.num_stored_rows(index), BLOCK_ROWS):
                 rows = min(BLOCK_ROWS, geometry.num_stored_rows(index) - first)
                 writer.write(layer, block.roll(first // BLOCK_ROWS, 0)[:rows].view(torch.uint8))
+
+
+def sizes_of(folder: Path) -> tuple[int, int]:
+    """Bytes of the rows of a folder's tables, and a tenth of the rows of the smallest one."""
+    tables = open_tables(folder).tables.values()
+    return sum(one.num_rows * one.row_bytes for one in tables), min(one.num_rows for one in tables) // 10
 
 
 def read_text(plan: Plan, vocab_size: int) -> Tensor:
@@ -247,17 +243,12 @@ def bench_decode(quick: bool, plan: Plan | None = None) -> dict[str, Any]:
     folder = bench_folder() / f"decode-{plan.preset}-{plan.rows_per_head}"
     make_tables(config, folder)
     ids = read_text(plan, config.vocab_size)
-    torch.manual_seed(0)
-    model = EngrammarForCausalLM(config, tables="external").eval()
-    assert model.model.memory is not None
-    model.model.memory.set_classes(torch.arange(config.vocab_size))
-    tables = open_tables(folder).tables.values()
-    cache_rows = min(table.num_rows for table in tables) // 10
+    model = random_model(config, "external").eval()
+    table_bytes, cache_rows = sizes_of(folder)
     sources = _serve(model, folder, cache_rows)
     batches = list(_rates(plan, model, sources, Texts(ids)))
     for source in sources.values():
         source.close()
-    table_bytes = sum(table.num_rows * table.row_bytes for table in tables)
     return {
         "shapes": f"{plan.preset}, fp32, {len(memory.layers)} layers of {memory.num_columns} rows of {memory.head_dim} "
         f"bf16 a token, {table_bytes / 2**30:.2f} GiB of rows, {plan.rounds} rounds of {plan.steps} tokens after "

@@ -20,6 +20,11 @@ def named(found: Mapping[str, Figures]) -> list[Figures]:
     return [{"name": name, **figures} for name, figures in found.items()]
 
 
+def by_variant(parts: Iterable[Figures]) -> list[Figures]:
+    """For each of the "variants" of each part, what the part has, the figures, and the name as "name"."""
+    return [{**part, **figures} for part in parts for figures in named(part["variants"])]
+
+
 def meets(holds: bool, target: object) -> str:
     """Whether a target is met, in words."""
     return f"{'meets' if holds else 'misses'} the target of {target}"

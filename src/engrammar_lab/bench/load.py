@@ -34,7 +34,7 @@ from engrammar.tables.sealed import write_text
 from engrammar.train.data import train_tokenizer
 from engrammar.train.documents import read_documents
 from engrammar.train.sample import load
-from engrammar_lab.bench.load_clients import NUM_NEW, Clients, Prompt, Tally
+from engrammar_lab.bench.load_clients import NUM_NEW, Clients, Prompt, count
 from engrammar_lab.bench.load_faults import changing, damaged, killed, read_ms, replaced, send, slow_disk
 from engrammar_lab.bench.loopback import LoopbackPool, free_port, wait_for_port, why_no_pool
 from engrammar_lab.machine import describe_run
@@ -183,9 +183,9 @@ def run_phases(served: Served, prompts: Sequence[Prompt], plan: Plan, phases: Se
             with phase.fault:
                 time.sleep(plan.minutes * 60 * phase.share)
                 latency = read_ms(path)
-            clients.tally, tally = Tally(), clients.tally  # what ended since the phase began, and while it was mended
+            clients.got, got = [], clients.got  # what ended since the phase began, and while it was mended
             seconds = time.monotonic() - started
-            found.append({"phase": phase.name, "page_read_ms": latency, **tally.to_json(seconds), **served.facts()})
+            found.append({"phase": phase.name, "page_read_ms": latency, **count(got, seconds), **served.facts()})
             print(json.dumps(found[-1]), file=sys.stderr, flush=True)
     return found
 

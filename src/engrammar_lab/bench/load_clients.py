@@ -7,7 +7,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from urllib.parse import urlparse
 
@@ -35,34 +34,28 @@ class Got(NamedTuple):
     num_tokens: int
 
 
-@dataclass
-class Tally:
-    """What all clients got."""
-
-    got: list[Got] = field(default_factory=list)
-
-    def to_json(self, seconds: float) -> dict[str, Any]:
-        """Counts, and the seconds that half and 99 in a hundred of the right answers took."""
-        counts = Counter(one.how for one in self.got)
-        took = sorted(one.seconds for one in self.got if one.how == RIGHT)
-        errors = {how: number for how, number in sorted(counts.items()) if how not in (RIGHT, CANCELLED, WRONG)}
-        return {
-            "seconds": seconds,
-            "requests": len(self.got),
-            **{how: counts[how] for how in (RIGHT, CANCELLED, WRONG)},
-            "errors": errors,
-            "tokens_per_second": sum(one.num_tokens for one in self.got) / seconds,
-            "median_seconds": took[len(took) // 2] if took else None,
-            "p99_seconds": took[len(took) * 99 // 100] if took else None,
-        }
+def count(got: Sequence[Got], seconds: float) -> dict[str, Any]:
+    """Counts of what all clients got, and the seconds that half and 99 in a hundred of the right answers took."""
+    counts = Counter(one.how for one in got)
+    took = sorted(one.seconds for one in got if one.how == RIGHT)
+    return {
+        "seconds": seconds,
+        "requests": len(got),
+        **{how: counts[how] for how in (RIGHT, CANCELLED, WRONG)},
+        "errors": {how: number for how, number in sorted(counts.items()) if how not in (RIGHT, CANCELLED, WRONG)},
+        "tokens_per_second": sum(one.num_tokens for one in got) / seconds,
+        "median_seconds": took[len(took) // 2] if took else None,
+        "p99_seconds": took[len(took) * 99 // 100] if took else None,
+    }
 
 
 class Clients:
-    """Threads that ask again and again until the `with` block ends. `tally` may be exchanged meanwhile."""
+    """Threads that ask again and again until the `with` block ends. `got` may be exchanged meanwhile."""
 
     def __init__(self, url: str, name: str, prompts: Sequence[Prompt], *, number: int, pause: float) -> None:
         self.address, self.name, self.prompts, self.pause = urlparse(url).netloc, name, prompts, pause
-        self.tally, self.ending = Tally(), threading.Event()
+        self.got: list[Got] = []
+        self.ending = threading.Event()
         self.threads = [threading.Thread(target=self._ask_again, args=(seed,)) for seed in range(number)]
 
     def _ask_again(self, seed: int) -> None:
@@ -75,7 +68,7 @@ class Clients:
             how, said = ask(self.address, self.name, prompt.ids, num_new, streams=streams, leaves=leaves)
             if not prompt.allows(said) or (how == RIGHT and len(said) != num_new):
                 how = WRONG
-            self.tally.got.append(Got(how, time.monotonic() - started, len(said)))
+            self.got.append(Got(how, time.monotonic() - started, len(said)))
 
     def __enter__(self) -> "Clients":
         for thread in self.threads:

@@ -16,12 +16,12 @@ from torch import Tensor
 from engrammar.cells import Column
 from engrammar.memory import Retrieved
 from engrammar.model.modeling import EngrammarForCausalLM
-from engrammar.model.presets import preset
-from engrammar.train.optimizer import MixedOptimizer, build_optimizer
+from engrammar.train.optimizer import MixedOptimizer
 from engrammar.train.placement import Overlap, TablePlacement, Where, place_tables
 from engrammar.train.row_optimizers import build_row_optimizer
 from engrammar_lab.bench.figures import line_by_line, named
-from engrammar_lab.bench.rows import BETAS, EPS, LR, MEMORY_LR, draw_ids, new_memory
+from engrammar_lab.bench.models import with_rows
+from engrammar_lab.bench.rows import BETAS, EPS, MEMORY_LR, build_backbone, draw_ids, new_memory
 from engrammar_lab.bench.rows import LENGTH as DRAWN_LENGTH
 from engrammar_lab.bench.turns import measured_in_turn, rates_of, ratio
 from engrammar_lab.machine import accelerator
@@ -67,17 +67,6 @@ def _wait_for(device: torch.device) -> None:
     """Waits until all work that was started on the accelerator is done."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
-
-
-def _build_backbone(plan: Plan, device: torch.device) -> tuple[EngrammarForCausalLM, MixedOptimizer]:
-    """The model without tables, and the optimizer of its parameters."""
-    torch.manual_seed(0)
-    config = preset(plan.preset).memory_config
-    assert config is not None
-    memory = replace(config, rows_per_head=(plan.rows_per_head,) * len(config.orders))
-    model = EngrammarForCausalLM(preset(plan.preset, memory=memory.to_json()), tables="external").train().to(device)
-    model.model.memory = None
-    return model, build_optimizer(model, lr=LR, weight_decay=0.1, betas=BETAS, eps=EPS)
 
 
 class Variant:
@@ -139,7 +128,7 @@ class Variant:
 
 def _measure(plan: Plan, device: torch.device, folder: Path) -> tuple[dict[str, Any], int]:
     """Runs the variants in turn; returns the figures of each, and the bytes of a variant's tables and their state."""
-    model, backbone = _build_backbone(plan, device)
+    model, backbone = build_backbone(with_rows(plan.preset, plan.rows_per_head), device)
     num_drawn = plan.batch * plan.length // DRAWN_LENGTH
     batches = [
         draw_ids(model.config.vocab_size, num_drawn, seed=seed).view(plan.batch, plan.length).to(device)

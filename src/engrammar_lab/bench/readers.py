@@ -21,6 +21,7 @@ from engrammar.stores.disk import DiskStore
 from engrammar.stores.ram import RamStore
 from engrammar.tables.folder import TableFile
 from engrammar.tables.headers import PAGE
+from engrammar_lab.bench.rivals import why_missing
 
 Read = Callable[[Ints], NDArray[np.uint8]]
 
@@ -65,12 +66,7 @@ def select_from_file(table: TableFile) -> Read:
 
 def why_no_engramdb() -> str | None:
     """Why engramdb cannot be used here; None if it can."""
-    try:
-        import_module("engramdb")
-    except ImportError as error:
-        missing = isinstance(error, ModuleNotFoundError) and error.name == "engramdb"
-        return "not installed" if missing else f"{type(error).__name__}: {error}"
-    return None
+    return why_missing("engramdb", "not installed")
 
 
 def engramdb_store(table: TableFile) -> Read:

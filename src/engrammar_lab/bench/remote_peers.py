@@ -1,4 +1,4 @@
-"""Mooncake's own ways to read rows, measured in a process of their own: its library may abort, or block for a minute."""
+"""Mooncake's own ways to read rows, measured in a process of their own: its library may abort or block."""
 
 import os
 import time
@@ -28,9 +28,9 @@ def time_reads(read: Callable[[Any], Any], rows_RS: Any, rows_U: Any, call: int)
 
 
 def peers(address: str, num_rows: int, row_bytes: int, num_read: int) -> Callable[[tuple[str, int]], float]:
-    """Returns the function that gives the seconds of one way ("get_batch", ...) to read `num_read` rows, so many a call.
+    """Returns the function that gives the seconds of a way ("get_batch", ...) to read `num_read` rows, so many a call.
 
-    It is for `asking`: what the library logs is thrown away with all that this process writes to stderr.
+    It is for `asking`: what its process writes to stderr is thrown away, as the library logs much.
     """
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     from mooncake.store import EngramStore, EngramStoreConfig, MooncakeDistributedStore, ReplicateConfig

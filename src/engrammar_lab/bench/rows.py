@@ -19,13 +19,14 @@ from torch.optim.optimizer import Optimizer
 from engrammar.addressing import derive_geometry
 from engrammar.cells import Column, Lines, cells, titles
 from engrammar.memory import Memory
+from engrammar.model.configuration import EngrammarConfig
 from engrammar.model.modeling import EngrammarForCausalLM
-from engrammar.model.presets import preset
 from engrammar.table import MemoryTable
 from engrammar.train.optimizer import MixedOptimizer, build_optimizer, clip_grad_norm
 from engrammar.train.row_optimizers import ROW_OPTIMIZERS, build_row_optimizer
+from engrammar_lab.bench.models import random_model, with_rows
 from engrammar_lab.bench.optimizer import gather_and_scatter
-from engrammar_lab.bench.rivals import EmbeddingRows, FbgemmRows, why_no_fbgemm
+from engrammar_lab.bench.rivals import embedding_rows, fbgemm_rows, why_no_fbgemm
 from engrammar_lab.bench.turns import in_turn, ratio, seconds_of, settle_allocator
 
 LENGTH, NUM_HEADS = 128, 2  # two heads per order, not nano's four, so that all tables of a run fit 16 GB
@@ -90,13 +91,11 @@ class Contender:
             self.optimizer.zero_grad()
 
 
-def build_backbone() -> tuple[EngrammarForCausalLM, MixedOptimizer]:
-    """`nano` without tables, with a fusion that fits `new_memory`'s embedding, and the optimizer of its parameters."""
-    torch.manual_seed(0)
-    own = preset("nano")
-    assert own.memory_config is not None
-    smallest = replace(own.memory_config, num_heads=NUM_HEADS, rows_per_head=(2,) * len(own.memory_config.orders))
-    model = EngrammarForCausalLM(preset("nano", memory=smallest.to_json())).train()
+def build_backbone(
+    config: EngrammarConfig | None = None, device: torch.device | None = None
+) -> tuple[EngrammarForCausalLM, MixedOptimizer]:
+    """`nano`, or another model, without its memory, which `new_memory` makes; and the optimizer of its parameters."""
+    model = random_model(config or with_rows("nano", 2, num_heads=NUM_HEADS), "external").train().to(device)
     model.model.memory = None
     return model, build_optimizer(model, lr=LR, weight_decay=0.1, betas=BETAS, eps=EPS)
 
@@ -118,21 +117,19 @@ def build_contender(name: str, memory: Memory, weight_RC: Tensor) -> Contender:
     """The contender of that name on this table. All contenders may share the table's storage."""
     (layer,) = memory.config.layers
     table = memory.table(layer)
+    optimizer: Optimizer | None = None
     if name in ROW_OPTIMIZERS:
         weight = nn.Parameter(weight_RC)
         table.take_back(weight)
-        return Contender(
-            memory=memory,
-            optimizer=build_row_optimizer(name, [weight], lr=MEMORY_LR, betas=BETAS, eps=EPS),
-        )
-    if name == FBGEMM:
-        table.move_to(FbgemmRows(weight_RC, lr=MEMORY_LR, eps=EPS), "")
-        return Contender(memory=memory, optimizer=None)
-    source = EmbeddingRows(weight_RC, sparse=name == SPARSE_ADAM)
-    table.move_to(source, "")
-    kind = torch.optim.SparseAdam if name == SPARSE_ADAM else torch.optim.Adam
-    weights = list(source.tables.values())
-    return Contender(memory=memory, optimizer=kind(weights, lr=MEMORY_LR, betas=BETAS, eps=EPS))
+        optimizer = build_row_optimizer(name, [weight], lr=MEMORY_LR, betas=BETAS, eps=EPS)
+    elif name == FBGEMM:
+        table.move_to(fbgemm_rows(weight_RC, lr=MEMORY_LR, eps=EPS), "")
+    else:
+        source = embedding_rows(weight_RC, sparse=name == SPARSE_ADAM)
+        table.move_to(source, "")
+        kind = torch.optim.SparseAdam if name == SPARSE_ADAM else torch.optim.Adam
+        optimizer = kind(list(source.tables.values()), lr=MEMORY_LR, betas=BETAS, eps=EPS)
+    return Contender(memory=memory, optimizer=optimizer)
 
 
 def draw_ids(vocab_size: int, batch: int, *, seed: int) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from engrammar.cells import Column, Lines, cells, titles
+from engrammar.cells import Column
 from engrammar.model.budget import count_parameters
 from engrammar.model.configuration import EngrammarConfig
 from engrammar.model.modeling import EngrammarForCausalLM
@@ -25,16 +25,20 @@ from engrammar.off import memory_off
 from engrammar.serve.openai.asked import Asked, Limits
 from engrammar.serve.openai.engine import Engine
 from engrammar.stores.serving import ServingSettings, serve_tables
-from engrammar.tables.folder import open_tables
-from engrammar_lab.bench.decode import Plan, Texts, config_of, make_tables, read_text
+from engrammar_lab.bench.decode import Plan, Texts, config_of, make_tables, read_text, sizes_of
+from engrammar_lab.bench.figures import by_variant, line_by_line
 from engrammar_lab.bench.files import bench_folder
+from engrammar_lab.bench.models import random_model
 
 RAM, DISK, OFF, MOE, GENERATE = "RAM", "disk, cache of 10 %", "memory off", "plain MoE", "RAM, generate in a batch"
 CONTENDERS = (RAM, DISK, OFF, MOE, GENERATE)
 COLUMNS = (
+    Column("requests", "requests"),
+    Column("contender", "name"),
     Column("tokens per CPU s", "tokens_per_cpu_second", ",.0f"),
     Column("of plain MoE", "share", ".1%"),
 )
+table = line_by_line(COLUMNS, lambda result: by_variant(result["requests"]))
 PROMPT = 32
 FULL = Plan(preset="nano", rows_per_head=600_000, batches=(1, 8, 32), rounds=3, steps=24, corpus="pocket:wiki")
 QUICK = Plan(preset="nano", rows_per_head=60_000, batches=(1, 8), rounds=2, steps=8, corpus="pocket:stdlib")
@@ -52,20 +56,7 @@ def plain_config(name: str) -> EngrammarConfig:
 async def answer(engine: Engine, prompts_BT: Tensor, new_tokens: int) -> int:
     """Answers all prompts at once; returns the number of new tokens."""
     prompts = prompts_BT.tolist()
-    asked = Asked(
-        prompts=prompts,
-        num_answers=1,
-        max_tokens=new_tokens,
-        temperature=0.0,
-        top_p=1.0,
-        seed=None,
-        stop=(),
-        stream=False,
-        usage=False,
-        ignore_eos=True,
-        token_ids=False,
-        patches=(),
-    )
+    asked = Asked(prompts=prompts, max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
 
     async def one(ids: list[int]) -> int:
         async with aclosing(engine.tokens(ids, asked, None, [])) as tokens:  # type: ignore[type-var]
@@ -90,17 +81,13 @@ def contenders(plan: Plan, folder: Path) -> Iterator[dict[str, EngrammarForCausa
     made: dict[str, EngrammarForCausalLM] = {}
     with ExitStack() as stack:
         for name in CONTENDERS:
-            torch.manual_seed(0)
             if name == MOE:
-                made[name] = EngrammarForCausalLM(plain_config(plan.preset)).eval()
+                made[name] = random_model(plain_config(plan.preset)).eval()
                 continue
-            made[name] = model = EngrammarForCausalLM(config, tables="external").eval()
-            assert model.model.memory is not None
-            model.model.memory.set_classes(torch.arange(config.vocab_size))
-            rows = min(table.num_rows for table in open_tables(folder).tables.values())
-            settings = (
-                ServingSettings(where="disk", cache_rows=rows // 10) if name == DISK else ServingSettings(where="ram")
-            )
+            made[name] = model = random_model(config, "external").eval()
+            settings = ServingSettings(where="ram")
+            if name == DISK:
+                settings = ServingSettings(where="disk", cache_rows=sizes_of(folder)[1])
             stack.callback(serve_tables(model, folder, settings).close)
             if name == OFF:
                 stack.enter_context(memory_off(model))
@@ -156,22 +143,11 @@ def bench_serve(quick: bool, plan: Plan | None = None) -> dict[str, Any]:
     texts = Texts(read_text(plan, config.vocab_size))
     with contenders(plan, folder) as models:
         found = asyncio.run(rates(plan, models, texts))
-    table_bytes = sum(table.num_rows * table.row_bytes for table in open_tables(folder).tables.values())
     return {
-        "shapes": f"{plan.preset}, fp32, {table_bytes / 2**30:.2f} GiB of bf16 rows, {plan.rounds} rounds of "
+        "shapes": f"{plan.preset}, fp32, {sizes_of(folder)[0] / 2**30:.2f} GiB of bf16 rows, {plan.rounds} rounds of "
         f"{plan.steps} tokens after {PROMPT} of prompt; the MoE has experts in place of {plan.preset}'s own memory",
         "requests": found,
     }
-
-
-def table(result: dict[str, Any]) -> tuple[list[str], Lines]:
-    """Header and lines, one for each number of requests and contender."""
-    lines = [
-        [str(part["requests"]), name, *cells(COLUMNS, found)]
-        for part in result["requests"]
-        for name, found in part["variants"].items()
-    ]
-    return ["requests", "contender", *titles(COLUMNS)], lines
 
 
 def verdict(result: dict[str, Any]) -> str:

@@ -24,12 +24,12 @@ from torch.overrides import TorchFunctionMode
 from engrammar.cells import Column
 from engrammar.memory import Retrieved, memory_of
 from engrammar.model.configuration import EngrammarConfig
-from engrammar.model.modeling import EngrammarForCausalLM
 from engrammar.model.presets import SMALL_MEMORY, preset
 from engrammar.train.exchange import leave_processes
 from engrammar.train.optimizer import MixedOptimizer, OptimizerSettings, build_optimizer
 from engrammar.train.placement import TablePlacement, place_tables
 from engrammar_lab.bench.figures import line_by_line, meets
+from engrammar_lab.bench.models import random_model
 from engrammar_lab.bench.rows import LENGTH, draw_ids
 
 RANKS = (1, 2, 4)
@@ -85,11 +85,7 @@ def _build(precision: Precision) -> tuple[DistributedDataParallel, TablePlacemen
 
     fp64 does without Muon, which computes in fp32.
     """
-    torch.manual_seed(0)
-    config = shape()
-    model = EngrammarForCausalLM(config, tables="external").train()
-    assert model.model.memory is not None
-    model.model.memory.set_classes(torch.arange(config.vocab_size))
+    model = random_model(shape(), "external").train()
     if precision == "fp64":
         model.double()
     placement = place_tables(model, where="ram")

@@ -15,10 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from engrammar.cells import Column
 from engrammar.model.budget import count_parameters, solve_budget
 from engrammar.model.configuration import EngrammarConfig
-from engrammar.model.modeling import EngrammarForCausalLM
 from engrammar.model.presets import preset
 from engrammar.train.optimizer import build_optimizer, clip_grad_norm
 from engrammar_lab.bench.figures import line_by_line, named
+from engrammar_lab.bench.models import random_model
 from engrammar_lab.bench.rows import FULL, LENGTH, QUICK, bench_rows, draw_ids
 from engrammar_lab.bench.turns import measured_in_turn, rates_of, seconds_of
 
@@ -46,11 +46,8 @@ def _pair() -> dict[str, EngrammarConfig]:
 
 
 def _stepper(config: EngrammarConfig, ids: list[Tensor]) -> Callable[[int], dict[str, float]]:
-    torch.manual_seed(0)
-    model = EngrammarForCausalLM(config).train()
+    model = random_model(config).train()
     memory = model.model.memory
-    if memory is not None:
-        memory.set_classes(torch.arange(config.vocab_size))
     optimizer = build_optimizer(model, lr=1e-3, weight_decay=0.1, betas=(0.9, 0.999), eps=1e-8)
 
     def step(index: int) -> dict[str, float]:
@@ -78,9 +75,7 @@ def _flops_per_token(config: EngrammarConfig, ids: Tensor) -> float:
 
     torch's counter mistakes the backward pass of a depthwise convolution for that of a full one.
     """
-    model = EngrammarForCausalLM(config).train()
-    if model.model.memory is not None:
-        model.model.memory.set_classes(torch.arange(config.vocab_size))
+    model = random_model(config).train()
     with FlopCounterMode(display=False) as counter:
         model(input_ids=ids, labels=ids, use_cache=False)
     return 3 * counter.get_total_flops() / ids.numel()

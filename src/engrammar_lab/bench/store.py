@@ -12,7 +12,7 @@ import numpy as np
 
 from engrammar.cells import Column
 from engrammar_lab.bench import cold, footprint, remote
-from engrammar_lab.bench.figures import line_by_line, meets
+from engrammar_lab.bench.figures import by_variant, line_by_line, meets
 from engrammar_lab.bench.large_file import draw_rows, first_rows, in_fresh_process, large_table
 from engrammar_lab.bench.readers import CACHED, DISK, ENGRAMDB, FROM_FILE, RAM, READERS, TAKE, Read, why_no_engramdb
 from engrammar_lab.bench.turns import measured_in_turn, rates_of, ratio, seconds_of
@@ -24,7 +24,7 @@ NUM_SETS = 3  # sets of rows, read in turn again and again
 SHARE_TARGET, FEW_TARGET, ENGRAMDB_TARGET = 0.9, 20, 5
 COLUMNS = (
     Column("row bytes", "row_bytes"),
-    Column("warm", "way"),
+    Column("warm", "name"),
     Column("million rows/s", "rows_per_second", ".3g", 1e6),
     Column("best", "best_rows_per_second", ".3g", 1e6),
     Column("of np.take", "share", ".1%"),
@@ -32,11 +32,7 @@ COLUMNS = (
 )
 table = line_by_line(
     COLUMNS,
-    lambda result: [
-        {"row_bytes": row_bytes, "way": way, **own}
-        for row_bytes, ways in result["row_bytes"].items()
-        for way, own in ways.items()
-    ],
+    lambda result: by_variant({"row_bytes": size, "variants": ways} for size, ways in result["row_bytes"].items()),
 )
 
 

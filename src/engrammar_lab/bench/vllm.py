@@ -11,18 +11,23 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing
 from dataclasses import replace
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
 
-from engrammar_lab.bench.decode import Plan, Texts, config_of, make_tables, read_text
+import torch
+
+from engrammar.model.modeling import EngrammarForCausalLM
+from engrammar.model.presets import preset
+from engrammar.stores.serving import ServingSettings, serve_tables
+from engrammar_lab.bench.asking import asking
+from engrammar_lab.bench.decode import Plan, Texts, config_of, make_tables, read_text, sizes_of
 from engrammar_lab.bench.files import bench_folder
-from engrammar_lab.bench.serve import PROMPT, against_aims, medians, plain_config
+from engrammar_lab.bench.models import random_model
+from engrammar_lab.bench.serve import PROMPT, against_aims, generate, medians, plain_config
 from engrammar_lab.machine import describe_run
 
 RAM, DISK, OFF, MOE = "vLLM, RAM", "vLLM, disk, cache of 10 %", "vLLM, without memory", "vLLM, plain MoE"
@@ -41,24 +46,14 @@ ENVIRONMENT = {
 
 def save_models(plan: Plan, folder: Path) -> dict[str, Path]:
     """Writes the checkpoint with tables, and those without memory, unless they are there; returns their folders."""
-    import torch
-
-    from engrammar.model.modeling import EngrammarForCausalLM
-    from engrammar.model.presets import preset
-    from engrammar.stores.serving import ServingSettings, serve_tables
-
     config = config_of(plan)
     with_memory, moe, off = folder / "memory", folder / "moe", folder / "off"
     for path, plain in ((moe, plain_config(plan.preset)), (off, preset(plan.preset, memory=None))):
         if not path.exists():
-            torch.manual_seed(0)
-            EngrammarForCausalLM(plain).save_pretrained(path)
+            random_model(plain).save_pretrained(path)
     if not with_memory.exists():
         make_tables(config, folder / "tables")
-        torch.manual_seed(0)
-        model = EngrammarForCausalLM(config, tables="external")
-        assert model.model.memory is not None
-        model.model.memory.set_classes(torch.arange(config.vocab_size))
+        model = random_model(config, "external")
         with closing(serve_tables(model, folder / "tables", ServingSettings(where="disk"))):
             model.save_pretrained(with_memory)
         rmtree(folder / "tables")
@@ -72,10 +67,9 @@ Speeds = dict[str, list[float]]  # of each round, by contender
 def _vllm(name: str, folder: Path, plan: Plan) -> Callable[[Ids], Ids]:
     from vllm import LLM, SamplingParams
 
-    rows = plan.rows_per_head * 2 * 8 // 10
-    memory = {RAM: {"memory": "ram", "sharing": "processes"}, DISK: {"memory": "disk", "cache_rows": rows}}.get(
-        name, {}
-    )
+    memory: dict[str, Any] = {"memory": "ram", "sharing": "processes"} if name == RAM else {}
+    if name == DISK:
+        memory = {"memory": "disk", "cache_rows": sizes_of(folder)[1]}
     llm = LLM(
         str(folder),
         dtype="float32",
@@ -97,43 +91,21 @@ def _vllm(name: str, folder: Path, plan: Plan) -> Callable[[Ids], Ids]:
 
 
 def _generate(folder: Path, plan: Plan) -> Callable[[Ids], Ids]:
-    import torch
-
-    from engrammar import EngrammarForCausalLM
-    from engrammar_lab.bench.serve import generate
-
     model = EngrammarForCausalLM.from_pretrained(folder, memory="ram", sharing="processes").eval()
     return lambda prompts: generate(model, torch.tensor(prompts), plan.steps).tolist()
 
 
-def _contender(name: str, folder: Path, plan: Plan, pipe: Connection) -> None:
-    """Answers prompts until it is told to stop; each time it sends the new tokens and the CPU seconds they took."""
-    import torch
-
+def _answers(name: str, folder: Path, plan: Plan) -> Callable[[Ids], tuple[Ids, float]]:
+    """Returns what answers prompts with the new tokens and the CPU seconds that they took, on one thread."""
     torch.set_num_threads(1)
     answer = _generate(folder, plan) if name == GENERATE else _vllm(name, folder, plan)
-    pipe.send("ready")
-    while (prompts := pipe.recv()) is not None:
+
+    def timed(prompts: Ids) -> tuple[Ids, float]:
         started = time.process_time()
         found = answer(prompts)
-        pipe.send((found, time.process_time() - started))
+        return found, time.process_time() - started
 
-
-@contextmanager
-def _processes(names: Iterable[str], plan: Plan, folders: Mapping[str, Path]) -> Iterator[dict[str, Connection]]:
-    """A pipe to the process of each contender, all of them ready."""
-    context = get_context("spawn")
-    with ExitStack() as stack:
-        pipes = {}
-        for name in names:
-            pipes[name], theirs = context.Pipe()
-            process = context.Process(target=_contender, args=(name, folders[name], plan, theirs))
-            process.start()
-            stack.callback(process.join)
-            stack.callback(pipes[name].send, None)
-            theirs.close()
-            pipes[name].recv()
-        yield pipes
+    return timed
 
 
 def _beside_moe(name: str, plan: Plan, folders: Mapping[str, Path], texts: Texts) -> tuple[list[Speeds], Ids]:
@@ -141,13 +113,13 @@ def _beside_moe(name: str, plan: Plan, folders: Mapping[str, Path], texts: Texts
     speeds: list[Speeds] = [{name: [], MOE: []} for _ in plan.batches]
     answers: Ids = []
     for order in ((name, MOE), (MOE, name)):  # whichever starts first is slower by some 7 %
-        with _processes(order, plan, folders) as pipes:
+        with ExitStack() as stack:
+            asked = {one: stack.enter_context(asking(one, _answers, one, folders[one], plan)) for one in order}
             for own, batch in zip(speeds, plan.batches):
                 for turn in range(plan.rounds + 1):  # the first one is left out: it fills caches
                     prompts = texts.take(batch, PROMPT).tolist()
-                    for one, pipe in pipes.items():
-                        pipe.send(prompts)
-                        found, seconds = pipe.recv()
+                    for one, ask in asked.items():
+                        found, seconds = ask(prompts)
                         answers += found if one == name else []
                         own[one] += [sum(map(len, found)) / seconds] if turn else []
                 print(f"{order}, {batch} requests: {medians(own, MOE)}", file=sys.stderr, flush=True)
@@ -162,8 +134,6 @@ def bench_vllm(plan: Plan = FULL) -> dict[str, Any]:
             plain MoE's in the same round. `asked`: how many prompts; `equal`: per contender, how many answers are
             the tokens of `generate`.
     """
-    from engrammar.tables.folder import open_tables
-
     os.environ |= ENVIRONMENT
     folders = save_models(plan, bench_folder() / f"vllm-{plan.preset}-{plan.rows_per_head}")
     twice = replace(plan, rounds=2 * plan.rounds + 1)  # both orders
@@ -175,12 +145,11 @@ def bench_vllm(plan: Plan = FULL) -> dict[str, Any]:
         base = {MOE: [speed for own in speeds.values() for speed in own[place][MOE]]}
         shown = medians(base, MOE) | {name: medians(own[place], MOE)[name] for name, own in speeds.items()}
         found.append({"requests": batch, "variants": {name: shown[name] for name in CONTENDERS}})
-    rows = sum(table.num_rows * table.row_bytes for table in open_tables(folders[RAM]).tables.values())
     return {
         **describe_run("python -m engrammar_lab.bench.vllm results/bench/vllm.json"),
-        "shapes": f"{plan.preset}, fp32, not compiled, {rows / 2**30:.2f} GiB of bf16 rows, {plan.rounds} rounds of "
-        f"{plan.steps} tokens after {PROMPT} of prompt, in each order of starting; the MoE has experts in place of the "
-        "preset's memory",
+        "shapes": f"{plan.preset}, fp32, not compiled, {sizes_of(folders[RAM])[0] / 2**30:.2f} GiB of bf16 rows, "
+        f"{plan.rounds} rounds of {plan.steps} tokens after {PROMPT} of prompt, in each order of starting; "
+        "the MoE has experts in place of the preset's memory",
         "requests": found,
         "asked": len(answers[GENERATE]),
         "equal": {

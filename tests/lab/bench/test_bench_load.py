@@ -9,7 +9,7 @@ import pytest
 
 from engrammar_lab.bench import load
 from engrammar_lab.bench.load import Plan, measure, table, verdict
-from engrammar_lab.bench.load_clients import CANCELLED, LOST, RIGHT, WRONG, Clients, Got, Prompt, Tally, ask
+from engrammar_lab.bench.load_clients import CANCELLED, LOST, RIGHT, WRONG, Clients, Got, Prompt, ask, count
 from engrammar_lab.bench.load_faults import damage, replaced
 from engrammar_lab.bench.loopback import why_no_pool
 
@@ -59,15 +59,15 @@ def test_clients_know_right_answers_from_errors(address):
 def test_an_answer_with_another_token_is_counted_as_wrong(address, says, how, monkeypatch):
     monkeypatch.setattr("engrammar_lab.bench.load_clients.NUM_NEW", (4,))
     with Clients(f"http://{address}", "m", [Prompt([1], (says,))], number=2, pause=0.001) as clients:
-        while len(clients.tally.got) < 40:
+        while len(clients.got) < 40:
             pass
-    got = {one.how for one in clients.tally.got}
+    got = {one.how for one in clients.got}
     assert got >= {next(iter(how))} and got <= how | {CANCELLED}  # who goes away saw the first token only
 
 
 def test_counts_are_those_of_what_clients_got():
     got = [Got(RIGHT, float(index), 4) for index in range(100)] + [Got(WRONG, 0.1, 4), Got("503 x", 0.1, 0)]
-    counted = Tally(got).to_json(10.0)
+    counted = count(got, 10.0)
     assert counted["requests"] == 102 and counted[RIGHT] == 100 and counted[WRONG] == 1 and counted[CANCELLED] == 0
     assert counted["errors"] == {"503 x": 1}
     assert (counted["median_seconds"], counted["p99_seconds"]) == (50.0, 99.0)

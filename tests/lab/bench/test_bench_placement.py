@@ -7,18 +7,18 @@ import pytest
 import torch
 
 from committed import RESULTS
+from engrammar_lab.bench.models import with_rows
 from engrammar_lab.bench.placement import (
     BASELINE,
     ON_CPU,
     STALE,
     VARIANTS,
     Variant,
-    _build_backbone,
     table,
     verdict,
 )
 from engrammar_lab.bench.report import run
-from engrammar_lab.bench.rows import draw_ids
+from engrammar_lab.bench.rows import build_backbone, draw_ids
 from engrammar_lab.machine import accelerator
 
 TINY = replace(ON_CPU, preset="micro", rows_per_head=1009, batch=1)
@@ -26,7 +26,7 @@ TINY = replace(ON_CPU, preset="micro", rows_per_head=1009, batch=1)
 
 def train(kind, batches, folder, num_steps):
     """A backbone of its own with that variant of memory after some steps: its weights and rows, and the variant."""
-    model, backbone = _build_backbone(TINY, torch.device("cpu"))
+    model, backbone = build_backbone(with_rows(TINY.preset, TINY.rows_per_head))
     variant = Variant(model, backbone, kind, folder)
     for _ in range(num_steps):
         variant.step(batches)
@@ -55,7 +55,7 @@ def test_bytes_moved_are_the_distinct_rows_of_a_step(batches, tmp_path):
 
 
 def test_variants_share_a_backbone_and_only_the_running_ones_rows_change(batches, tmp_path):
-    model, backbone = _build_backbone(TINY, torch.device("cpu"))
+    model, backbone = build_backbone(with_rows(TINY.preset, TINY.rows_per_head))
     first, second = (Variant(model, backbone, kind, tmp_path) for kind in (BASELINE, "RAM, exact"))
     (before,) = [table.detach().clone() for table in first.placement.tables.values()]
     (other,) = [table.detach().clone() for table in second.placement.tables.values()]

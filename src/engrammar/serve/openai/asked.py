@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from engrammar.config import check_setting
+
 Kind = Literal["completions", "chat"]
 Ids = list[int]
 
@@ -50,24 +52,16 @@ class Refused(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a server takes.
+    """What a server takes."""
 
-    Attributes:
-        max_length: tokens of a prompt and its answer together.
-        max_requests: answers under way or waiting, of all clients.
-        cache_tokens: positions of all requests that are kept at once; more requests wait, or are computed again.
-        batch_tokens: tokens of one pass; longer prompts are cut.
-    """
-
-    max_length: int
-    max_requests: int = 256
-    cache_tokens: int = 8192
-    batch_tokens: int = 512
+    max_length: int  # tokens of a prompt and its answer together
+    max_requests: int = 256  # answers under way or waiting, of all clients
+    cache_tokens: int = 8192  # positions of all requests that are kept; more requests wait, or are computed again
+    batch_tokens: int = 512  # of one pass; longer prompts are cut
 
     def __post_init__(self) -> None:
-        for name in ("max_length", "max_requests", "cache_tokens", "batch_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; allowed: 1 or more.")
+        for name, value in vars(self).items():
+            check_setting(name, value, value >= 1, "1 or more")
         if self.max_length > self.cache_tokens:
             raise ValueError(
                 f"max_length is {self.max_length}, and the cache keeps {self.cache_tokens} tokens: a request has to "
@@ -77,33 +71,20 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """A request, checked.
-
-    Attributes:
-        prompts: the ids of each prompt.
-        num_answers: answers to each prompt.
-        max_tokens: tokens of an answer.
-        temperature: 0 is greedy.
-        seed: of the sampling; None draws one.
-        stop: texts at which an answer ends.
-        stream: whether the answer is sent in pieces; `usage`: whether the last piece counts tokens.
-        ignore_eos: whether an answer goes on after the end of a text.
-        token_ids: whether answers bring their ids.
-        patches: names of the patches that it has chosen.
-    """
+    """A request, checked."""
 
     prompts: list[Ids]
-    num_answers: int
-    max_tokens: int
-    temperature: float
-    top_p: float
-    seed: int | None
-    stop: tuple[str, ...]
-    stream: bool
-    usage: bool
-    ignore_eos: bool
-    token_ids: bool
-    patches: tuple[str, ...]
+    num_answers: int = 1  # to each prompt
+    max_tokens: int  # of an answer
+    temperature: float  # 0 is greedy
+    top_p: float = 1.0
+    seed: int | None = None  # of the sampling; None draws one
+    stop: tuple[str, ...] = ()  # texts at which an answer ends
+    stream: bool = False  # whether the answer is sent in pieces
+    usage: bool = False  # whether the last piece counts tokens
+    ignore_eos: bool = False  # whether an answer goes on after the end of a text
+    token_ids: bool = False  # whether answers bring their ids
+    patches: tuple[str, ...] = ()  # names of those that it has chosen
 
     @property
     def sequences(self) -> list[Ids]:
@@ -208,7 +189,11 @@ def _patches(body: Mapping[str, Any]) -> tuple[str, ...]:
     own, others = body.get("patches"), body.get("vllm_xargs") or {}
     if not isinstance(others, dict) or others.keys() - {"patches"} or (own is not None and others):
         raise Refused("vllm_xargs may hold patches, if they are not named beside it, and nothing else.")
-    named = own if own is not None else others.get("patches") or []
+    return read_names(own if own is not None else others.get("patches") or [])
+
+
+def read_names(named: Any) -> tuple[str, ...]:
+    """The patches that a request names, one or a list."""
     named = [named] if isinstance(named, str) else named
     if not isinstance(named, list) or not all(isinstance(one, str) for one in named):
         raise Refused("patches is not a list of names.")

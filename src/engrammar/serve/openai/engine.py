@@ -30,23 +30,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class Counts:
-    """What was served so far.
+    """What was served so far."""
 
-    Attributes:
-        finished, cancelled, failed, refused: answers (refused: requests).
-        prompt_tokens, new_tokens: tokens of prompts, of answers.
-        changes: patches that were applied or undone.
-        starts: how often the engine was started; over 1 + changes after a failure.
-    """
-
+    # Answers by how they ended; those that were refused are requests.
     finished: int = 0
     cancelled: int = 0
     failed: int = 0
     refused: int = 0
+    # Tokens of prompts, and of answers.
     prompt_tokens: int = 0
     new_tokens: int = 0
-    changes: int = 0
-    starts: int = 0
+    changes: int = 0  # patches that were applied or undone
+    starts: int = 0  # of the engine; over 1 + changes after a failure
 
 
 @final
@@ -55,17 +50,13 @@ class Engine:
 
     A change of patches waits for the requests that are under way, and lets new ones wait. Then the model gets a new
     cache, so no answer is read from before a change, and none is made of both.
-
-    Attributes:
-        held: answers under way or waiting.
-        running: requests under way.
     """
 
     def __init__(self, model: Any, tokenizer: Any, limits: Limits) -> None:
         check_can_serve()
         self.model, self.tokenizer, self.limits = model, tokenizer, limits
         self.counts, self.sampler = Counts(), Sampler()
-        self.held = self.running = 0
+        self.held = self.running = 0  # answers under way or waiting, and requests under way
         self.changing, self.ended = asyncio.Lock(), asyncio.Condition()
         self.numbers = itertools.count()
         self.choices: dict[tuple[str, ...], Choice] = {}
@@ -204,7 +195,7 @@ class Engine:
                 if not self.manager.is_running() and came.empty():
                     return None
 
-    async def change(self, make: Callable[[], None]) -> None:
+    async def change(self, make: Callable[[], object]) -> None:
         """Changes the model when no request is under way.
 
         Raises:
@@ -232,7 +223,7 @@ class Engine:
     async def add(self, path: str, *, on_request: bool) -> None:
         """Applies the patch in a file for all requests, or offers it to those that choose it."""
         add = offer_patch if on_request else apply_patch
-        await self.change(lambda: void(add(self.model, path, self.tokenizer)))
+        await self.change(lambda: add(self.model, path, self.tokenizer))
 
     async def remove(self, name: str) -> None:
         """Takes a patch back, whichever it is."""
@@ -240,14 +231,10 @@ class Engine:
             known = ", ".join((*self.patches(), *self.offered())) or "none"
             raise Refused(f"No patch {name!r} is here; these are: {known}.", 404)
         remove = withdraw_patch if name in self.offered() else undo_patch
-        await self.change(lambda: void(remove(self.model, name)))
+        await self.change(lambda: remove(self.model, name))
 
     def close(self) -> None:
         """Ends what is under way, and leaves the model as it was."""
         self.manager.stop(block=True, hard_stop=True)
         self.manager.destroy()
         self.undo.close()
-
-
-def void(_: object) -> None:
-    """Nothing."""

@@ -56,11 +56,6 @@ def is_ours(name: str) -> bool:
     return config.is_file() and read_json(config).get("model_type") == EngrammarConfig.model_type
 
 
-def longest(model: Any, cache_tokens: int) -> int:
-    """Tokens that a model was made for, as far as the cache keeps them."""
-    return min(getattr(model.config, "max_position_embeddings", cache_tokens), cache_tokens)
-
-
 def read_token(path: Path | None) -> str | None:
     """The token in a file; None without a file.
 

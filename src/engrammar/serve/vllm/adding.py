@@ -14,7 +14,7 @@ from vllm.forward_context import get_forward_context
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from engrammar.attach.attached import AttachedMemory
-from engrammar.attach.blocks import Decoder, hidden_of
+from engrammar.attach.blocks import Decoder, hidden_of, with_hidden
 from engrammar.attach.paged import FlatPass
 from engrammar.config import MemoryConfig
 from engrammar.memory import Retrieved
@@ -26,15 +26,10 @@ from engrammar.serve.vllm.state import StateLayer
 @final
 @dataclass(frozen=True, kw_only=True)
 class ServedPass(FlatPass):
-    """A pass of vLLM's flat tokens, without those that only fill it up.
+    """A pass of vLLM's flat tokens, without those that only fill it up."""
 
-    Attributes:
-        retrieved: their rows, on their way.
-        positions_T: each token's position in its request.
-    """
-
-    retrieved: Retrieved
-    positions_T: Tensor
+    retrieved: Retrieved  # their rows, on their way
+    positions_T: Tensor  # each token's position in its request
 
     def taps(self, config: MemoryConfig, layer: int, normed_BCT: Tensor) -> Tensor:
         back = [tap * config.max_ngram_size for tap in reversed(range(config.conv_kernel))]
@@ -82,9 +77,7 @@ def before_block(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A hook on block `layer`: it reads hidden states [1, T, ...] to which the memory was added."""
     hidden = torch.ops.engrammar.add(hidden_of(argument, args, kwargs), layer, name)
-    if args:
-        return (hidden, *args[1:]), kwargs
-    return args, {**kwargs, argument: hidden}
+    return with_hidden(hidden, argument, args, kwargs)
 
 
 def add(hidden: Tensor, layer: int, name: str) -> Tensor:
@@ -101,8 +94,6 @@ def add(hidden: Tensor, layer: int, name: str) -> Tensor:
     return added
 
 
-def _add_shape(hidden: Tensor, layer: int, name: str) -> Tensor:
-    return torch.empty_like(hidden)
-
-
-direct_register_custom_op(op_name="add", op_func=add, fake_impl=_add_shape, target_lib=library)
+direct_register_custom_op(
+    op_name="add", op_func=add, fake_impl=lambda hidden, layer, name: torch.empty_like(hidden), target_lib=library
+)

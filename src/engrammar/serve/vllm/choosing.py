@@ -19,6 +19,7 @@ from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 from engrammar.model.saving import local_folder
 from engrammar.serve.folder import patches_of
+from engrammar.serve.openai.asked import read_names
 from engrammar.serve.vllm.patches import Offer, read_offer
 from engrammar.serve.vllm.settings import patch_files
 
@@ -32,21 +33,14 @@ def names_of(sampling_params: SamplingParams) -> Names:
     Raises:
         ValueError: they are no names.
     """
-    named = (sampling_params.extra_args or {}).get("patches") or []
-    named = [named] if isinstance(named, str) else named
-    if not isinstance(named, list) or not all(isinstance(one, str) for one in named):
-        raise ValueError("patches is not a list of names.")
-    return tuple(named)
+    return read_names((sampling_params.extra_args or {}).get("patches") or [])
 
 
 @final
 class Choices(LogitsProcessor):
-    """Knows the patches that each request of the batch has named; it changes no logits.
+    """Knows the patches that each request of the batch has named; it changes no logits."""
 
-    Attributes:
-        offer: the patches of the engine that this process has made last; other engines refuse what they do not know.
-    """
-
+    # The patches of the engine that this process has made last; other engines refuse what they do not know.
     offer: ClassVar[Offer] = Offer([], [])
 
     @classmethod

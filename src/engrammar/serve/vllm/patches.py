@@ -43,12 +43,7 @@ def read_patches(paths: Sequence[Path], *, self_test: bool) -> list[Patch]:
 
 @final
 class Offer:
-    """The patches of an engine, and the stack of those that a request has.
-
-    Attributes:
-        for_all: patches for all requests.
-        on_request: patches for those that name them.
-    """
+    """The patches of an engine, for all requests and for those that name them, and the stack that a request has."""
 
     def __init__(self, for_all: Sequence[Patch], on_request: Sequence[Patch]) -> None:
         self.for_all, self.on_request = for_all, on_request

@@ -14,12 +14,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from engrammar.attach.blocks import Decoder, find_decoder, first_parameters, hidden_of
+from engrammar.attach.blocks import Decoder, find_decoder, first_parameters, hidden_of, with_hidden
 from engrammar.edit import Patch, undo_patch
 from engrammar.edit.exact import NOTHING
 from engrammar.edit.passes import EditPass
@@ -30,7 +29,7 @@ from engrammar.serve.vllm.patches import Offer, apply_entries
 from engrammar.serve.vllm.reading import layer_of, library
 from engrammar.serve.vllm.settings import check_can_choose
 from engrammar.serve.vllm.state import StateLayer, StateMetadata
-from engrammar.vocabulary import compress_vocabulary
+from engrammar.vocabulary import compress_vocabulary, load_tokenizer
 
 NAME = "engrammar.patches.0.state"  # of the state; vLLM finds a layer's number in it
 PATCHED = "engrammar_patched"  # where a pass waits, in vLLM's forward context
@@ -163,13 +162,9 @@ def patcher_of(served: Any, vllm_config: VllmConfig, offer: Offer) -> Patcher | 
     if not offer.adding:
         return None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(vllm_config.model_config.model)
-    except Exception as error:  # transformers raises many kinds
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"The patch {offer.adding[0].name!r} needs the model's tokenizer, which could not be loaded ({reason}): "
-            "save it in the model's folder."
-        ) from error
+        tokenizer = load_tokenizer(vllm_config.model_config.model)
+    except ValueError as error:
+        raise ValueError(f"The patch {offer.adding[0].name!r} needs the model's tokenizer: {error}") from error
     patcher = Patcher(vllm_config, find_decoder(served.model), offer, tokenizer)
     patcher.hook()
     return patcher
@@ -209,9 +204,7 @@ def before_place(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A hook on a block, or on the final norm: it reads hidden states [1, F, ...] to which patches have added."""
     hidden = torch.ops.engrammar.patch(hidden_of(argument, args, kwargs), block)
-    if args:
-        return (hidden, *args[1:]), kwargs
-    return args, {**kwargs, argument: hidden}
+    return with_hidden(hidden, argument, args, kwargs)
 
 
 def patch(hidden: Tensor, block: int) -> Tensor:
@@ -225,8 +218,6 @@ def patch(hidden: Tensor, block: int) -> Tensor:
     return patched
 
 
-def _patch_shape(hidden: Tensor, block: int) -> Tensor:
-    return torch.empty_like(hidden)
-
-
-direct_register_custom_op(op_name="patch", op_func=patch, fake_impl=_patch_shape, target_lib=library)
+direct_register_custom_op(
+    op_name="patch", op_func=patch, fake_impl=lambda hidden, block: torch.empty_like(hidden), target_lib=library
+)

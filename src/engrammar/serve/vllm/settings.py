@@ -6,6 +6,7 @@ from typing import Any
 
 from vllm.config import VllmConfig
 
+from engrammar.config import check_setting
 from engrammar.stores.serving import ServingSettings
 from engrammar.train.sample import pool_store
 
@@ -19,19 +20,12 @@ ALLOWED = sorted({"memory"} | WITHOUT_MEMORY | SERVING | POOL)
 
 @dataclass(frozen=True, kw_only=True)
 class MemorySettings:
-    """How a model is served.
+    """How a model is served."""
 
-    Attributes:
-        serving: the stores and caches to open.
-        self_test: whether a few tokens are compared with transformers' model before anything is served.
-        patches: files of patches for all requests.
-        offered: files of patches for requests that name them.
-    """
-
-    serving: ServingSettings
-    self_test: bool
-    patches: tuple[Path, ...] = ()
-    offered: tuple[Path, ...] = ()
+    serving: ServingSettings  # the stores and caches to open
+    self_test: bool  # whether a few tokens are compared with transformers' model before anything is served
+    patches: tuple[Path, ...]  # files of patches for all requests
+    offered: tuple[Path, ...]  # and for requests that name them
 
 
 def memory_settings(vllm_config: VllmConfig, tables: Path | None) -> MemorySettings:
@@ -54,9 +48,8 @@ def memory_settings(vllm_config: VllmConfig, tables: Path | None) -> MemorySetti
             "model has none: leave it out."
         )
     self_test, where = given.pop("self_test", True), given.pop("memory", "ram")
-    if not isinstance(self_test, bool):
-        raise ValueError(f"self_test is {self_test!r}; allowed: true or false.")
-    files = patch_files(vllm_config)
+    check_setting("self_test", self_test, isinstance(self_test, bool), "true or false")
+    patches, offered = patch_files(vllm_config)
     for name in PATCHES:
         given.pop(name, None)
     pool = {key: given.pop(key) for key in sorted(POOL & given.keys())}
@@ -66,7 +59,7 @@ def memory_settings(vllm_config: VllmConfig, tables: Path | None) -> MemorySetti
         assert tables is not None
         where = pool_store(tables, pool["name"], pool.get("address", "127.0.0.1:50051"))
     serving = ServingSettings(where=where, **given)
-    return MemorySettings(serving=serving, self_test=self_test, patches=files[0], offered=files[1])
+    return MemorySettings(serving=serving, self_test=self_test, patches=patches, offered=offered)
 
 
 def patch_files(vllm_config: VllmConfig) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
@@ -75,14 +68,12 @@ def patch_files(vllm_config: VllmConfig) -> tuple[tuple[Path, ...], tuple[Path, 
     Raises:
         ValueError: a setting is not a list of files.
     """
-    found = []
-    for name in PATCHES:
-        paths = (vllm_config.additional_config or {}).get(KEY, {}).get(name, [])
-        if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
-            raise ValueError(f"{name} is {paths!r}; allowed: a list of files.")
-        found.append(tuple(map(Path, paths)))
-    for_all, offered = found
-    return for_all, offered
+    given = (vllm_config.additional_config or {}).get(KEY, {})
+    for_all, offered = (given.get(name, []) for name in PATCHES)
+    for name, paths in zip(PATCHES, (for_all, offered)):
+        right = isinstance(paths, list) and all(isinstance(path, str) for path in paths)
+        check_setting(name, paths, right, "a list of files")
+    return tuple(map(Path, for_all)), tuple(map(Path, offered))
 
 
 def check_can_choose(vllm_config: VllmConfig) -> None:

@@ -26,17 +26,11 @@ NUMBER_BYTES = 4
 
 @dataclass
 class StateMetadata(AttentionMetadata):
-    """Where the tokens of one pass lie.
+    """Where the tokens of one pass lie."""
 
-    Attributes:
-        slot_T: the slot in the cache of each token; below 0 for those that only fill up the batch.
-        request_T: which row of the block table belongs to each token.
-        block_table: for each request, the blocks of its tokens.
-    """
-
-    slot_T: Tensor
-    request_T: Tensor
-    block_table: Tensor
+    slot_T: Tensor  # the slot in the cache of each token; below 0 for those that only fill up the batch
+    request_T: Tensor  # which row of the block table belongs to each token
+    block_table: Tensor  # for each request, the blocks of its tokens
 
 
 @final
