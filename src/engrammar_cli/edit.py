@@ -1,11 +1,12 @@
 """`engrammar edit ...`: facts into a patch, and what it does. Imports are inside the functions, as in `main.py`."""
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 from tyro.conf import Positional
+
+from engrammar_cli.extras import by_name
 
 Method = Literal["gated", "vector", "rows"]
 
@@ -133,7 +134,7 @@ def undo(model: Positional[Path], name: Positional[str], /) -> None:
     print(f"{name} is undone in {model}; applied are: {', '.join(kept_names(model)) or 'none'}")
 
 
-def forget_fact(
+def forget_(
     where: Positional[Path], subject: Positional[str], /, prompt: str | None = None, model: str | None = None
 ) -> None:
     """Take the facts about a subject out of a patch, and prove that they are gone: no key, no row, no answer.
@@ -200,11 +201,4 @@ def check(model: Positional[str], patch: Positional[Path], /, max_new_tokens: in
     print(f"{sum(right)} of {len(right)} facts are answered.")
 
 
-COMMANDS: dict[str, Callable[..., None]] = {
-    "learn": learn,
-    "show": show,
-    "check": check,
-    "apply": apply,
-    "undo": undo,
-    "forget": forget_fact,
-}
+COMMANDS = by_name(learn, show, check, apply, undo, forget_)

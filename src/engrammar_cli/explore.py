@@ -73,10 +73,10 @@ def _open(source: Any, export: Path | None, text: str, host: str, port: int, max
     from engrammar_explore.opening import open_session
     from engrammar_explore.serving import Server
 
-    if export is not None and not text:
-        raise ValueError("--export needs --text, the text of the page.")
     settings = LookSettings(most_tokens=max_tokens)
     if export is not None:
+        if not text:
+            raise ValueError("--export needs --text, the text of the page.")
         export_page(open_session(source, settings).whole(text, "first"), export)
         print(f"{export}: {export.stat().st_size:,} bytes")
         return

@@ -1,5 +1,6 @@
-"""Optional requirements: which extra of the package brings which modules."""
+"""What commands share: their names, and optional requirements, of which each extra of the package brings some."""
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Literal
 
@@ -9,6 +10,11 @@ MODULES = {
     "serve": ("starlette", "uvicorn"),
     "explore": ("starlette", "uvicorn", "anyio"),
 }
+
+
+def by_name(*commands: Callable[..., None]) -> dict[str, Callable[..., None]]:
+    """The commands by the names of their functions; import_ is import."""
+    return {command.__name__.rstrip("_"): command for command in commands}
 
 
 def require(extra: Literal["lab", "eval", "explore", "serve"]) -> None:

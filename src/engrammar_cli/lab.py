@@ -1,12 +1,11 @@
 """`engrammar lab ...`: studies of what memory buys. Imports are inside the functions, as in `main.py`."""
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from tyro.conf import Positional
 
-from engrammar_cli.extras import require
+from engrammar_cli.extras import by_name, require
 
 
 def _where(scale: str, out: Path | None, results: Path | None) -> dict[str, Path]:
@@ -184,6 +183,4 @@ def advice(results: Path = Path("results/lab"), out: Path = Path("src/engrammar/
     write_text(out, json.dumps(known(json.loads(path.read_text())), indent=1) + "\n")
 
 
-COMMANDS: dict[str, Callable[..., None]] = {
-    command.__name__: command for command in (run, rerun, measure, attach, edit, advice, report)
-}
+COMMANDS = by_name(run, rerun, measure, attach, edit, advice, report)

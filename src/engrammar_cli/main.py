@@ -20,7 +20,7 @@ from tyro.conf import Positional, arg
 from engrammar_cli import edit, lab, plan, table
 from engrammar_cli.evaluate import evaluate
 from engrammar_cli.explore import explore
-from engrammar_cli.extras import require
+from engrammar_cli.extras import by_name, require
 from engrammar_cli.serve import serve, vllm
 from engrammar_cli.training import attach, train
 
@@ -254,23 +254,13 @@ def demo(
 
 
 COMMANDS: dict[str, Callable[..., None] | dict[str, Callable[..., None]]] = {
-    "train": train,
-    "attach": attach,
-    "generate": generate,
-    "serve": serve,
-    "vllm": vllm,
-    "data": data,
-    "info": info,
-    "verify": verify,
+    **by_name(train, attach, generate, serve, vllm, data, info, verify),
     "table": table.COMMANDS,
     "plan": plan.COMMANDS,
     "eval": evaluate,
     "lab": lab.COMMANDS,
     "edit": edit.COMMANDS,
-    "explore": explore,
-    "check": check,
-    "bench": bench,
-    "demo": demo,
+    **by_name(explore, check, bench, demo),
 }
 GROUPS = {
     "table": "Files of memory tables: look, check, repack, plan.",

@@ -1,11 +1,12 @@
 """`engrammar plan ...`: what a training will cost. Imports are inside the functions, as in `main.py`."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
+
+from engrammar_cli.extras import by_name
 
 
 def rows(
@@ -98,4 +99,4 @@ def train(
     print(json.dumps(plans, indent=1) if json_output else describe_training(plans, counted, tokens_per_gpu))
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"rows": rows, "train": train}
+COMMANDS = by_name(rows, train)

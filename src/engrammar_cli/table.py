@@ -1,11 +1,12 @@
 """`engrammar table ...`: what can be done with table files. Imports are inside the functions, as in `main.py`."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
+
+from engrammar_cli.extras import by_name
 
 if TYPE_CHECKING:
     from engrammar.tables.convert import Converted
@@ -208,6 +209,4 @@ def _show(made: "Converted") -> None:
     print(f"{made.tables.path}: {num_bytes:,} bytes of rows in {made.tables.encoding}, in {num_files} files")
 
 
-COMMANDS: dict[str, Callable[..., None]] = {
-    command.__name__.rstrip("_"): command for command in (info, pack, quantize, import_, export, plan, upload)
-}
+COMMANDS = by_name(info, pack, quantize, import_, export, plan, upload)

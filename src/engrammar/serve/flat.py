@@ -25,14 +25,10 @@ STATE = "the model's own memory"
 
 @final
 class Latents:
-    """What an attention layer of ours takes for its cache in a flat pass.
-
-    Attributes:
-        flat_tokens: the tokens of the pass, for hooks that are called after ours.
-    """
+    """What an attention layer of ours takes for its cache in a flat pass."""
 
     def __init__(self, given: Mapping[str, Any], tokens: FlatTokens) -> None:
-        self.given, self.flat_tokens = given, tokens
+        self.given, self.flat_tokens = given, tokens  # hooks that are called after ours find the tokens here
 
     def update(self, latent: Tensor, rotary: Tensor, layer_idx: int) -> tuple[Tensor, ...]:
         """Keeps the latents [1, 1, T, ...] of a layer; returns all those that the tokens of this pass may see."""

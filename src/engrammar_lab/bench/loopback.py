@@ -34,13 +34,11 @@ def _programs() -> Path | None:
 class LoopbackPool:
     """`mooncake_master` and one `mooncake_client` that gives memory, both on 127.0.0.1; they end with the `with` block.
 
-    Attributes:
-        server: the settings to reach the pool with.
-        master, storage: the two processes; tests kill them and start them again.
+    The two processes are `master` and `storage`; tests kill them and start them again.
     """
 
     def __init__(self, segment: str = "64MB", seconds: float = 10.0, *, lease_ms: int = 5000) -> None:
-        self.server = PoolServer(address=f"127.0.0.1:{free_port()}", seconds=seconds)
+        self.server = PoolServer(address=f"127.0.0.1:{free_port()}", seconds=seconds)  # how the pool is reached
         self.segment, self.lease_ms = segment, lease_ms
         self.start()
 

@@ -70,11 +70,7 @@ def _wait_for(device: torch.device) -> None:
 
 
 class Variant:
-    """A memory with its rows in one place, trained with the backbone that all variants share.
-
-    Attributes:
-        placement: the place of its rows.
-    """
+    """A memory with its rows in one place, trained with the backbone that all variants share."""
 
     def __init__(self, model: EngrammarForCausalLM, backbone: MixedOptimizer, kind: str, folder: Path) -> None:
         self.model, self.next = model, 0

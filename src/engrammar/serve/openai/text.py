@@ -9,14 +9,11 @@ CONTEXT = 8  # ids of the prompt before the answer: a tokenizer may leave out th
 
 @final
 class TextStream:
-    """The text of one answer.
-
-    Attributes:
-        stopped: whether a stop text has come; what follows it is not read.
-    """
+    """The text of one answer."""
 
     def __init__(self, tokenizer: Any, prompt: list[int], stop: tuple[str, ...]) -> None:
-        self.tokenizer, self.stop, self.stopped = tokenizer.backend_tokenizer, stop, False
+        self.tokenizer, self.stop = tokenizer.backend_tokenizer, stop
+        self.stopped = False  # whether a stop text has come; what follows it is not read
         self.decoding, self.held = DecodeStream(prompt[-CONTEXT:], skip_special_tokens=True), ""
 
     def put(self, token: int) -> str:
