@@ -4,8 +4,6 @@ Letters: R rows, S bytes of a row.
 """
 
 import shutil
-import struct
-import zlib
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -13,10 +11,10 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from safetensors.numpy import save_file
 
+from engrammar.tables.checksums import page_sums_path, write_page_sums
 from engrammar.tables.folder import Shard, TableFile
-from engrammar.tables.headers import PAGE
+from engrammar.tables.headers import PAGE, write_header
 from engrammar_lab.bench.files import FOLDER, bench_folder
 
 START = PAGE  # the byte where rows begin
@@ -32,7 +30,7 @@ def large_table(num_gib: float) -> TableFile:
     """
     num_bytes = int(num_gib * 2**30)
     path = bench_folder() / f"rows-{num_gib:g}-GiB.safetensors"
-    sums = path.with_suffix(".crc32.safetensors")
+    sums = page_sums_path(path)
     if not sums.exists() or not path.exists() or path.stat().st_size != START + num_bytes:
         free = shutil.disk_usage(path.parent).free
         if free < num_bytes + 2**30:
@@ -41,38 +39,20 @@ def large_table(num_gib: float) -> TableFile:
                 f"folder in {FOLDER}, or run with --quick."
             )
         sums.unlink(missing_ok=True)
-        save_file({"crc32": _write(path, num_bytes)}, sums)  # last, so that an interrupted write starts over
+        write_header(path, {"t": ("U8", (num_bytes // 256, 256))})
+        random = np.random.SFC64(0)
+        with path.open("r+b") as file:
+            file.seek(START)
+            for first in range(0, num_bytes, BLOCK):
+                file.write(random.random_raw(min(BLOCK, num_bytes - first) // 8).tobytes())
+        write_page_sums(path)  # last, so that an interrupted write starts over
     return first_rows(path, num_bytes, 256)
-
-
-def _write(path: Path, num_bytes: int) -> np.ndarray:
-    """Fills the file and returns the CRC-32 of each of its pages."""
-    text = f'{{"t": {{"dtype": "U8", "shape": [{num_bytes // 256}, 256], "data_offsets": [0, {num_bytes}]}}}}'.encode()
-    text = text.ljust(START - 8)
-    blocks, random = [struct.pack("<Q", len(text)) + text], np.random.SFC64(0)
-    crc32 = []
-    with path.open("wb") as file:
-        for first in range(0, num_bytes, BLOCK):
-            blocks.append(random.random_raw(min(BLOCK, num_bytes - first) // 8).tobytes())
-            for block in blocks:
-                file.write(block)
-                view = memoryview(block)
-                crc32 += [zlib.crc32(view[page : page + PAGE]) for page in range(0, len(block), PAGE)]
-            blocks = []
-    return np.array(crc32, np.uint32)
 
 
 def first_rows(path: Path, num_bytes: int, row_bytes: int) -> TableFile:
     """The first `num_bytes` of the rows of such a file, as a table with rows of any size."""
     num_rows = num_bytes // row_bytes
-    shard = Shard(
-        path=path,
-        tensor="t",
-        start=START,
-        first_row=0,
-        num_rows=num_rows,
-        crc32=path.with_suffix(".crc32.safetensors"),
-    )
+    shard = Shard(path=path, tensor="t", start=START, first_row=0, num_rows=num_rows, crc32=page_sums_path(path))
     return TableFile(layer=0, name="t", num_rows=num_rows, width=row_bytes, encoding="fp8", scale=None, shards=(shard,))
 
 
