@@ -51,21 +51,13 @@ OnConflict = Literal["refuse", "replace"]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Applied:
-    """A patch on a model.
+    """A patch on a model."""
 
-    Attributes:
-        patch: the patch; its value rows are in `rows` alone if they are read from a disk.
-        path: the file that they are read from.
-        digest: the patch's SHA-256.
-        rows: its value rows.
-        memory: the memory whose rows it replaces.
-    """
-
-    patch: Patch
-    path: Path | None
-    digest: str
+    patch: Patch  # its value rows are in `rows` alone if they are read from a disk
+    path: Path | None  # the file that they are read from
+    digest: str  # the patch's SHA-256
     rows: ValueRows
-    memory: Memory | None
+    memory: Memory | None  # the memory whose rows it replaces
 
     def whole(self) -> Patch:
         """The patch with its value rows."""
@@ -74,19 +66,14 @@ class Applied:
 
 @final
 class Edits:
-    """The patches of one model, in the order in which they were applied, and those that requests may choose.
-
-    Attributes:
-        applied: those that every pass uses.
-        offered: those that a request of a continuous batch uses if it names them (`offering`).
-    """
+    """The patches of one model, in the order in which they were applied, and those that requests may choose."""
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
         sample = torch.zeros(1, 2, dtype=torch.long, device=decoder.host.get_input_embeddings().weight.device)  # type: ignore[operator]
         self.hooks = EditHooks(decoder, final_norm_of(decoder, sample))
-        self.applied: list[Applied] = []
-        self.offered: list[Applied] = []
+        self.applied: list[Applied] = []  # every pass uses them
+        self.offered: list[Applied] = []  # a request of a continuous batch uses them if it names them (`offering`)
         self.overlays: dict[tuple[Memory, int], TableOverlay] = {}
 
     def names(self) -> list[str]:

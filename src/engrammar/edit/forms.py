@@ -37,17 +37,11 @@ def reworded(prompt: str) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Form:
-    """How something is asked.
+    """How something is asked."""
 
-    Attributes:
-        name: sentence, question or chat.
-        questions: whether prompts of this form are questions.
-        put: a prompt -> the text that the model reads.
-    """
-
-    name: str
-    questions: bool
-    put: Callable[[str], str] = str
+    name: str  # sentence, question or chat
+    questions: bool  # whether prompts of this form are questions
+    put: Callable[[str], str] = str  # a prompt -> the text that the model reads
 
     def fits(self, prompt: str) -> bool:
         return is_question(prompt) == self.questions

@@ -19,18 +19,11 @@ MOST_ARMED = 4  # subjects that are armed at once, the nearest ones
 @final
 @dataclass(frozen=True, kw_only=True)
 class Text:
-    """The ids of a pass and what stands before them.
+    """The ids of a pass and what stands before them."""
 
-    Attributes:
-        ids_BP: int64, -1 where masked or missing; the last T are the pass's own.
-        start_BP: the place in the row where the text of each position begins, after padding or with its document; a
-            masked position's is after it.
-        num_new: T.
-    """
-
-    ids_BP: Ints
-    start_BP: Ints
-    num_new: int
+    ids_BP: Ints  # -1 where masked or missing; the last T are the pass's own
+    start_BP: Ints  # where the text of each position begins in its row: after padding, or with its document
+    num_new: int  # T
 
     @property
     def first_BT(self) -> NDArray[np.bool_]:
@@ -111,17 +104,12 @@ NO_WRITES = Writes(row=NONE, token=NONE, entry=NONE, step=NONE)
 @final
 @dataclass(frozen=True, kw_only=True)
 class Candidates:
-    """Entries that are armed at a token of the pass, the nearest key first; [C] each.
-
-    Attributes:
-        row, token, entry: the row of the batch, the token, the entry.
-        place: the position in the text where its key ended.
-    """
+    """Entries that are armed at a token of a row of the pass, the nearest key first; [C] each."""
 
     row: Ints
     token: Ints
     entry: Ints
-    place: Ints
+    place: Ints  # the position in the text where its key ended
 
 
 NO_CANDIDATES = Candidates(row=NONE, token=NONE, entry=NONE, place=NONE)

@@ -23,23 +23,14 @@ MOMENTS, DECAY = (0.9, 0.99), 0.05  # of Adam
 @final
 @dataclass(frozen=True, kw_only=True)
 class Text:
-    """A text that is read again and again with other values.
-
-    Attributes:
-        ids: its tokens.
-        written: the places at which a value is added, ascending; the first token is none of them.
-        values: the value that is added at each of them.
-        group: what the text is about: its losses are summed with those of the same group.
-        scored: the places whose next token counts.
-        says: the tokens that are wanted there; None: what the model itself expects there without the value.
-    """
+    """A text that is read again and again with other values."""
 
     ids: tuple[int, ...]
-    written: tuple[int, ...]
-    values: tuple[int, ...]
-    group: int
-    scored: tuple[int, ...]
-    says: tuple[int, ...] | None = None
+    written: tuple[int, ...]  # the places at which a value is added, ascending; the first token is none of them
+    values: tuple[int, ...]  # the value that is added at each of them
+    group: int  # what the text is about: its losses are summed with those of the same group
+    scored: tuple[int, ...]  # the places whose next token counts
+    says: tuple[int, ...] | None = None  # the tokens wanted there; None: what the model expects without the value
 
     def __post_init__(self) -> None:
         assert len(self.written) == len(self.values) > 0
@@ -49,20 +40,13 @@ class Text:
 @final
 @dataclass(eq=False)
 class Added:
-    """What is added in a pass: rows of `values_GD` at some tokens of a batch.
-
-    Attributes:
-        row, token: places in the batch [W].
-        number: the value of each [W].
-        values_GD: None: nothing is added.
-        seen_WD: what stood at those places in the last pass, the mean over residual streams.
-    """
+    """What is added in a pass: at each place of a batch, a `row` and a `token` [W], the value of a `number` [W]."""
 
     row: Tensor
     token: Tensor
     number: Tensor
-    values_GD: Tensor | None = None
-    seen_WD: Tensor | None = None
+    values_GD: Tensor | None = None  # None: nothing is added
+    seen_WD: Tensor | None = None  # what stood there in the last pass, the mean over residual streams
 
     def to(self, x_NSMD: Tensor) -> Tensor:
         """A tensor with the values added, to each of its streams."""
@@ -169,39 +153,24 @@ class Texts:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Descent:
-    """How values are found.
+    """How values are found."""
 
-    Attributes:
-        steps: at most.
-        stop: nats at which what is wanted is said surely enough.
-        kl: how much a nat of change elsewhere counts.
-        most: the largest size of a row of what is sought, in its scale.
-        lr: of Adam, in the same.
-    """
-
-    steps: int
-    stop: float
-    kl: float
-    most: float
-    lr: float = 0.15
+    steps: int  # at most
+    stop: float  # nats at which what is wanted is said surely enough
+    kl: float  # how much a nat of change elsewhere counts
+    most: float  # the largest size of a row of what is sought, in its scale
+    lr: float = 0.15  # of Adam, in the same
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Sought:
-    """Numbers [P, X] that are sought, and how values are made of them.
+    """Numbers [P, X] that are sought, and how values are made of them."""
 
-    Attributes:
-        scale_P: the size that a number has at first, for each row of them.
-        group_P: the group that a row belongs to.
-        width: X.
-        spread: makes values_GD of them; None: they are the values.
-    """
-
-    scale_P: Tensor
-    group_P: Tensor
-    width: int
-    spread: Callable[[Tensor], Tensor] | None = None
+    scale_P: Tensor  # the size that a number has at first, for each row of them
+    group_P: Tensor  # the group that a row belongs to
+    width: int  # X
+    spread: Callable[[Tensor], Tensor] | None = None  # makes values_GD of them; None: they are the values
 
     def values(self, unit_PX: Tensor) -> Tensor:
         found_PX = unit_PX * self.scale_P[:, None]

@@ -139,27 +139,19 @@ STEPS, WRITES = ("first_step", "num_steps"), ("row", "token", "entry", "step")
 
 @final
 class EditHooks:
-    """The hooks of a model with patches. They are on every block, so that a pass ends with the stack it began with.
-
-    Attributes:
-        stack: what is applied; None for nothing.
-        reach: that of all stacks among which requests choose in a paged cache; None if they do not choose.
-        classes_V: the class of each id.
-        is_on: whether passes look keys up.
-        under_way: the number of passes that have begun and not ended, in all threads.
-        threads: those that have begun a pass since the hooks were placed.
-    """
+    """The hooks of a model with patches. They are on every block, so that a pass ends with the stack it began with."""
 
     def __init__(self, decoder: Decoder, final_norm: nn.Module | None) -> None:
         self.decoder, self.arguments = decoder, first_parameters(decoder.module)
         self.handles: list[RemovableHandle] = []
-        self.stack: Stack | None = None
-        self.reach: Reach | None = None
-        self.classes_V = np.empty(0, np.int32)
-        self.is_on, self.under_way, self.lock = True, 0, threading.Lock()
+        self.stack: Stack | None = None  # what is applied
+        self.reach: Reach | None = None  # that of all stacks among which requests choose in a paged cache, if they do
+        self.classes_V = np.empty(0, np.int32)  # the class of each id
+        self.is_on = True  # whether passes look keys up
+        self.under_way, self.lock = 0, threading.Lock()  # passes that have begun and not ended, in all threads
         self.places = [*decoder.blocks, *([] if final_norm is None else [final_norm])]
         self.closing: list[RowStore] = []
-        self.threads: set[int] = set()
+        self.threads: set[int] = set()  # those that have begun a pass since the hooks were placed
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies of the model, which are not in use."""

@@ -10,15 +10,10 @@ from engrammar.edit.forms import is_question
 
 @dataclass(frozen=True, kw_only=True)
 class Relation:
-    """One question, in several phrasings.
+    """One question, in several phrasings."""
 
-    Attributes:
-        kinds: whom or what it can be asked of: p a person, l a place, t a thing, a work or an organization.
-        phrasings: texts with {} for the subject, which end where the object begins; the first is no question.
-    """
-
-    kinds: str
-    phrasings: tuple[str, ...]
+    kinds: str  # whom or what it can be asked of: p a person, l a place, t a thing, a work or an organization
+    phrasings: tuple[str, ...]  # with {} for the subject; they end where the object begins; the first is no question
 
 
 # What else may be asked of any subject, and a plain text. No test uses them.

@@ -131,19 +131,12 @@ class ProbeSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """Prompts of one relation's facts, as units.
+    """Prompts of one relation's facts, as units."""
 
-    Attributes:
-        own_FND: the facts' own prompts, [F, N, D]; every other one is kept apart from the fit.
-        asks_ND: others that ask the same.
-        others_ND: prompts that ask other things of the same subjects.
-        plain_ND: plain text, and prompts of other forms.
-    """
-
-    own_FND: Tensor
-    asks_ND: Tensor
-    others_ND: Tensor
-    plain_ND: Tensor
+    own_FND: Tensor  # the facts' own prompts; every other one is kept apart from the fit
+    asks_ND: Tensor  # others that ask the same
+    others_ND: Tensor  # prompts that ask other things of the same subjects
+    plain_ND: Tensor  # plain text, and prompts of other forms
 
 
 def fit_probe(probe: Probe, bank: Bank, match: Match, asked: Asked) -> Probe:

@@ -33,17 +33,11 @@ STACKS = "engrammar_stacks"  # the attribute of a paged cache that says which st
 @final
 @dataclass(frozen=True, kw_only=True)
 class Reach:
-    """What the state of stacks in one paged cache is made for.
+    """What the state of stacks in one paged cache is made for."""
 
-    Attributes:
-        identity: whose state it is.
-        num_back: ids to look back to.
-        window: positions back at which a key may have ended, or a write may have begun, that matters now.
-    """
-
-    identity: tuple[str, ...]
-    num_back: int
-    window: int
+    identity: tuple[str, ...]  # whose state it is
+    num_back: int  # ids to look back to
+    window: int  # positions back at which a key may have ended, or a write may have begun, that matters now
 
     @classmethod
     def of(cls, stacks: Sequence[Stack]) -> "Reach":
@@ -57,12 +51,7 @@ class Reach:
 
 @final
 class Rows:
-    """Rows of a batch, whose state is in the cache that was given.
-
-    Attributes:
-        text: their ids and what stands before them.
-        shape: what the hidden states of the pass begin with.
-    """
+    """Rows of a batch, whose state is in the cache that was given."""
 
     def __init__(self, stack: Stack, inputs: Inputs) -> None:
         self.stack, self.cache, self.keep_all = stack, inputs.cache, keeps_all(inputs.cache)
@@ -73,7 +62,7 @@ class Rows:
         if self.state is not None:
             history_BS = self.state.history(ids_BT, self.keep_all)
         self.text = text_of(_numpy(ids_BT), _numpy(history_BS), None if starts_BT is None else _numpy(starts_BT))
-        self.shape = tuple(ids_BT.shape)
+        self.shape = tuple(ids_BT.shape)  # what the hidden states of the pass begin with
 
     def found(self, found_BT: Ints) -> Ints:
         """Keeps the keys that end in this pass; returns those that end at all positions of the text [B, P]."""
@@ -113,18 +102,12 @@ class Rows:
 
 
 class FlatState(ABC):
-    """Flat tokens of requests, and what an engine keeps of them beside its keys and values (abstract).
-
-    Attributes:
-        ids_F: their ids.
-        request_F, chunk_F: the number of each token's request, and how many of its tokens stand before it in the pass.
-        live_F: False at tokens that only fill the pass up, or are not read with this stack.
-    """
+    """Flat tokens of requests, and what an engine keeps of them beside its keys and values (abstract)."""
 
     ids_F: Tensor
-    request_F: Tensor
-    chunk_F: Tensor
-    live_F: Tensor
+    request_F: Tensor  # the number of each token's request
+    chunk_F: Tensor  # how many tokens of its request stand before it in the pass
+    live_F: Tensor  # False at tokens that only fill the pass up, or are not read with this stack
 
     @abstractmethod
     def begin(self) -> Tensor:
@@ -170,10 +153,7 @@ class Paged(FlatState):
 
 @final
 class Requests:
-    """Flat tokens of requests, a row for each. Short ones are padded on the right here.
-
-    Attributes: as those of `Rows`.
-    """
+    """Flat tokens of requests, a row for each, as `Rows`. Short ones are padded on the right here."""
 
     def __init__(self, stack: Stack, state: FlatState) -> None:
         self.stack, self.state = stack, state

@@ -24,30 +24,20 @@ PLACE = [COLUMNS.index(name) for name in ("key", "block", "probe")]
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Stack:
-    """What is looked up and added while patches are applied.
+    """What is looked up and added while patches are applied; arrays are those of `Patch`, of all patches together.
 
-    Attributes:
-        identity: the digests of the patches; a cache that was filled with others is not continued.
-        table: all keys.
-        lengths_Q: classes of each key.
-        columns: the columns of `patch.COLUMNS` by name, [E]; numbers of keys, probes, rows and steps are the stack's,
-            and so are those of facts: an entry without one has a number of its own.
-        strengths: float32 [E, 2], gate and binding threshold.
-        steps: [S, 2], value row and the id that is said.
-        names_V: whether each id begins a name; empty if no entry asks.
-        probe_blocks: [P]; probes_P2D: centre and direction; thresholds_P.
-        rows: the value rows.
+    Numbers of keys, probes, rows, steps and facts are the stack's. An entry without a fact has a number of its own.
     """
 
-    identity: tuple[str, ...]
+    identity: tuple[str, ...]  # the digests of the patches; a cache that was filled with others is not continued
     table: ExactTable
-    lengths_Q: Ints
-    columns: dict[str, Ints]
+    lengths_Q: Ints  # classes of each key
+    columns: dict[str, Ints]  # those of `patch.COLUMNS` by name, [E]
     strengths: NDArray[np.float32]
     steps: Ints
     names_V: NDArray[np.bool_]
     probe_blocks: Ints
-    probes_P2D: Tensor
+    probes_P2D: Tensor  # centre and direction
     thresholds_P: Tensor
     rows: StackedRows
 
