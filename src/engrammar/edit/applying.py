@@ -30,9 +30,9 @@ from engrammar.config import check_choice
 from engrammar.edit.building import conflicts, in_conflict
 from engrammar.edit.checking import check_patch
 from engrammar.edit.files import patch_digest, read_patch, refuse, value_table
-from engrammar.edit.overlay import TableOverlay, check_tables, joined
+from engrammar.edit.overlay import TableOverlay, check_tables
 from engrammar.edit.passes import EditHooks
-from engrammar.edit.patch import Patch, addressing_digest, classes_digest
+from engrammar.edit.patch import Patch, addressing_digest, classes_digest, joined
 from engrammar.edit.rows import ArrayStore, ValueRows
 from engrammar.edit.sequences import Reach
 from engrammar.edit.stack import Stack, sharing_places, stack_patches
@@ -119,7 +119,7 @@ class Edits:
                 wanted.setdefault((one.memory, layer), []).append(delta)
         for place, deltas in wanted.items():
             overlay = self.overlays.setdefault(place, TableOverlay(place[0].table(place[1])))
-            overlay.show(joined(deltas))
+            overlay.show(joined(deltas) if deltas else None)
             if not deltas:
                 del self.overlays[place]
         self.hooks.place(stack, gone, reach)
@@ -317,12 +317,9 @@ def _memory(patch: Patch, decoder: Decoder) -> Memory:
 
 def refuse_conflicts(one: Applied, applied: Sequence[Applied]) -> None:
     """Raises a ValueError if patches change something that this one changes differently."""
-    last, patch = len(applied), one.patch
-    sharing = {i for i, j in sharing_places([*[other.patch for other in applied], patch]) if j == last}
-    sharing |= {i for i, other in enumerate(applied) if other.patch.deltas.keys() & patch.deltas.keys()}
-    for index in sorted(sharing):
-        if found := conflicts(applied[index].whole(), one.whole()):
-            raise ValueError(in_conflict(applied[index].patch.name, patch.name, found))
+    for index, last in sharing_places([*[other.patch for other in applied], one.patch]):
+        if last == len(applied) and (found := conflicts(applied[index].whole(), one.whole())):
+            raise ValueError(in_conflict(applied[index].patch.name, one.patch.name, found))
 
 
 def _value_rows(patch: Patch, path: Path | None, memory: Tier | Callable[[TableFile], RowStore]) -> ValueRows:

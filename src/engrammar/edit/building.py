@@ -3,7 +3,6 @@
 Letters: E exact entries, R value rows, D hidden width, P probes.
 """
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,8 +24,10 @@ from engrammar.edit.patch import (
     Require,
     RowDelta,
     Tables,
+    joined,
     require_same_names,
 )
+from engrammar.edit.stack import sharing_places
 from engrammar.tables.encodings import encode
 
 Place = tuple[Key, int, str | None]  # of an exact entry: its key, its block, the name of its probe
@@ -240,7 +241,7 @@ def merge(name: str, patches: Sequence[Patch]) -> Patch:
         if one.base != first.base or (one.tables and first.tables and one.tables != first.tables):
             raise ValueError(f"{one.name!r} and {first.name!r} are for different models: merge patches of one model.")
     require_same_names(patches)
-    for early, late in _sharing(patches):
+    for early, late in sharing_places(patches):
         if found := conflicts(patches[early], patches[late]):
             raise ValueError(in_conflict(patches[early].name, patches[late].name, found))
     entries: dict[Place, ExactEntry] = {}
@@ -259,37 +260,15 @@ def merge(name: str, patches: Sequence[Patch]) -> Patch:
             if not same or (kept.block, kept.threshold) != (probe.block, probe.threshold):
                 raise ValueError(f"{patch.name!r} and another patch have different probes {probe.name!r}: rename one.")
     tables = next((patch.tables for patch in patches if patch.tables), None)
-    rows = None if tables is None else (tables, _merged_deltas(patches))
+    layers = sorted({layer for patch in patches for layer in patch.deltas})
+    deltas = {layer: joined([one.deltas[layer] for one in patches if layer in one.deltas]) for layer in layers}
+    rows = None if tables is None else (tables, deltas)
     names = [patch.names_V() for patch in patches if len(patch.name_ids)]
     provenance = {"merged from": ", ".join(patch.name for patch in patches)}
     kept_as = first.encoding if len({patch.encoding for patch in patches}) == 1 else "fp32"
     about: dict[str, Any] = {"facts": facts, "provenance": provenance, "encoding": kept_as}
     about |= {"names_V": names[0]} if names else {}
     return build_patch(name, first.base, [*entries.values()], [*probes.values()], rows, **about)
-
-
-def _sharing(patches: Sequence[Patch]) -> list[tuple[int, int]]:
-    """The pairs of patches that change one place, or rows of one layer; the cost is that of all places."""
-    seen: dict[Place | int, list[int]] = {}
-    for index, patch in enumerate(patches):
-        changed: list[Place | int] = [*places(patch), *patch.deltas]
-        for place in changed:
-            seen.setdefault(place, []).append(index)
-    return sorted({(one, other) for own in seen.values() for one, other in itertools.combinations(own, 2)})
-
-
-def _merged_deltas(patches: Sequence[Patch]) -> dict[int, RowDelta]:
-    merged = {}
-    for layer in sorted({layer for patch in patches for layer in patch.deltas}):
-        deltas = [patch.deltas[layer] for patch in patches if layer in patch.deltas]
-        rows = np.concatenate([delta.rows_U for delta in deltas])
-        rows_U, first = np.unique(rows, return_index=True)
-        merged[layer] = RowDelta(
-            rows_U=rows_U,
-            stored_US=np.concatenate([delta.stored_US for delta in deltas])[first],
-            replaced_U=np.concatenate([delta.replaced_U for delta in deltas])[first],
-        )
-    return merged
 
 
 def in_conflict(one: str, other: str, found: Sequence[Conflict]) -> str:

@@ -3,7 +3,7 @@
 Letters: B batch, T tokens, H columns, C row width, E = H*C, U replaced rows, N rows asked for, S bytes of a stored row.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, final
 
 import numpy as np
@@ -206,14 +206,3 @@ def check_replaced(name: str, layer: int, delta: RowDelta, stored_US: NDArray[np
             f"Row {delta.rows_U[differs][0]} of layer {layer} is not the one that the patch {name!r} replaces "
             f"({int(differs.sum())} of {len(differs)} differ): undo what has changed it, or make the patch anew."
         )
-
-
-def joined(deltas: Sequence[RowDelta]) -> RowDelta | None:
-    """Several deltas of one layer as one; of two for one row the last one counts."""
-    if not deltas:
-        return None
-    rows = np.concatenate([delta.rows_U for delta in deltas])[::-1]
-    rows_U, last = np.unique(rows, return_index=True)
-    stored = np.concatenate([delta.stored_US for delta in deltas])[::-1][last]
-    replaced = np.concatenate([delta.replaced_U for delta in deltas])[::-1][last]
-    return RowDelta(rows_U=rows_U, stored_US=stored, replaced_U=replaced)

@@ -314,6 +314,15 @@ def subject_keys(text: str, tokenizer: "PreTrainedTokenizerBase", classes_V: NDA
     return found
 
 
+def joined(deltas: Sequence[RowDelta]) -> RowDelta:
+    """Several deltas of one layer as one; of two for one row the last one counts."""
+    rows = np.concatenate([delta.rows_U for delta in deltas])[::-1]
+    rows_U, last = np.unique(rows, return_index=True)
+    stored = np.concatenate([delta.stored_US for delta in deltas])[::-1][last]
+    replaced = np.concatenate([delta.replaced_U for delta in deltas])[::-1][last]
+    return RowDelta(rows_U=rows_U, stored_US=stored, replaced_U=replaced)
+
+
 def require_same_names(patches: Sequence[Patch]) -> None:
     """Patches must take the same ids for names.
 

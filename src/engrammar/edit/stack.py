@@ -4,6 +4,7 @@ Letters: Q keys, K the longest key, E exact entries, S steps, P probes, D hidden
 """
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -146,13 +147,14 @@ def stack_patches(patches: Sequence[Patch], parts: Sequence[ValueRows], identity
 
 
 def sharing_places(patches: Sequence[Patch]) -> list[tuple[int, int]]:
-    """The pairs of patches, by their numbers, that have an entry of one key, block and probe."""
-    places, found = _places(patches)[1], set()
+    """The pairs of patches, by their numbers, that have an entry of one key, block and probe, or rows of one layer."""
+    pairs = itertools.combinations(range(len(patches)), 2)
+    found = {(one, other) for one, other in pairs if patches[one].deltas.keys() & patches[other].deltas.keys()}
+    places = _places(patches)[1]
     patch_E = _owners([len(patch.entries) for patch in patches])
     number_E = distinct_rows(places)[1]
     for number in np.nonzero(np.bincount(number_E) > 1)[0]:
-        sharing = patch_E[number_E == number].tolist()
-        found |= {(one, other) for index, one in enumerate(sharing) for other in sharing[index + 1 :]}
+        found |= {*itertools.combinations(patch_E[number_E == number].tolist(), 2)}
     return sorted(found)
 
 

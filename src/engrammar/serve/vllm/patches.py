@@ -11,7 +11,8 @@ from typing import Any, final
 from engrammar.edit import Patch, apply_patch, read_patch
 from engrammar.edit.building import conflicts, in_conflict
 from engrammar.edit.files import patch_digest
-from engrammar.edit.overlay import TableOverlay, check_tables, joined
+from engrammar.edit.overlay import TableOverlay, check_tables
+from engrammar.edit.patch import joined
 from engrammar.edit.rows import ArrayStore, ValueRows
 from engrammar.edit.stack import Stack, stack_patches
 from engrammar.memory import Memory
