@@ -155,7 +155,9 @@ def test_a_request_that_is_cancelled_ends(server):
         ({"prompt": "To", "temperature": "hot"}, 400, 'temperature is "hot"; allowed: 0 to 2'),
         ({"prompt": "To", "logprobs": 3}, 400, "logprobs is 3; this server takes false"),
         ({"prompt": "To", "presence_penalty": 0.5}, 400, "presence_penalty is 0.5"),
-        ({"prompt": "To", "top_k": 3}, 400, "'top_k' is not known to this server"),
+        ({"prompt": "To", "top_k": 3}, 400, "top_k is 3; this server takes 0 or -1"),
+        ({"prompt": "To", "repetition_penalty": 1.1}, 400, "repetition_penalty is 1.1; this server takes 1 or 1.0"),
+        ({"prompt": "To", "typical_p": 0.5}, 400, "'typical_p' is not known to this server"),
         ({"prompt": []}, 400, "prompt is not a text"),
         ({"prompt": [5, 300]}, 400, "ids from 0 to"),
         ({"prompt": ""}, 400, "The prompt has no tokens"),
@@ -166,6 +168,15 @@ def test_a_request_that_is_cancelled_ends(server):
 def test_what_is_not_served_is_refused_in_a_sentence(server, body, status, said):
     found, answer = ask(server, "/v1/completions", json.dumps({"model": NAME, **body}).encode())
     assert found == status and said in answer["error"]["message"]
+
+
+def test_what_clients_send_unasked_changes_nothing(server, expected):
+    """As `vllm bench serve` and others do: fields of OpenAI's and of vLLM's API with values that ask for nothing."""
+    unasked = {"repetition_penalty": 1.0, "top_k": -1, "min_p": 0.0, "use_beam_search": False, "min_tokens": 0}
+    body = {"model": NAME, "prompt": TEXTS[0], "max_tokens": NEW, "temperature": 0, "logprobs": None, "best_of": 1}
+    body |= {"ignore_eos": True, "return_token_ids": True, **unasked}
+    status, answer = ask(server, "/v1/completions", json.dumps(body).encode())
+    assert status == 200 and answer["choices"][0]["token_ids"] == expected[TEXTS[0]]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ FIELDS: dict[Kind, set[str]] = {
     "chat": COMMON | {"messages", "max_completion_tokens"},
 }
 UNUSED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}  # change no answer
-# What other fields may be: the values that ask for nothing.
+# What other fields may be, of OpenAI and of vLLM: the values that ask for nothing. Clients send them unasked.
 NEUTRAL: dict[str, list[Any]] = {
     "best_of": [1],
     "echo": [False],
@@ -27,14 +27,19 @@ NEUTRAL: dict[str, list[Any]] = {
     "functions": [[]],
     "logit_bias": [{}],
     "logprobs": [False],
+    "min_p": [0, 0.0],
+    "min_tokens": [0],
     "modalities": [["text"]],
     "parallel_tool_calls": [True, False],
     "presence_penalty": [0, 0.0],
+    "repetition_penalty": [1, 1.0],
     "response_format": [{"type": "text"}],
     "suffix": [""],
     "tool_choice": ["none"],
     "tools": [[]],
+    "top_k": [0, -1],
     "top_logprobs": [0],
+    "use_beam_search": [False],
 }
 
 
