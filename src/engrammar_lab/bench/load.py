@@ -7,6 +7,7 @@ Remake: python -m engrammar_lab.bench.load
 """
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -150,23 +151,31 @@ def make_prompts(folder: Path, number: int, patch: Path) -> tuple[list[Prompt], 
 
 @contextmanager
 def serving(folder: Path, *settings: str) -> Iterator[Served]:
-    """`engrammar serve` in a process of its own.
+    """`engrammar serve` in a process of its own; errors are those of `started`."""
+    port = free_port()
+    command = [sys.executable, "-m", "engrammar_cli.main", "serve", str(folder), "--port", str(port)]
+    with started([*command, "--served-name", NAME, *settings], port) as process:
+        yield Served(f"http://127.0.0.1:{port}", process)
+
+
+@contextmanager
+def started(command: Sequence[str], port: int, **variables: str) -> Iterator[subprocess.Popen[str]]:
+    """A server that listens at a port, in a process of its own, with other variables of the environment.
 
     Raises:
         OSError: it does not start, or does not end as it should.
     """
-    port = free_port()
-    command = [sys.executable, "-m", "engrammar_cli.main", "serve", str(folder), "--port", str(port)]
     with TemporaryDirectory() as scratch:
         log = Path(scratch) / "log"
         with log.open("w") as out:
-            process = subprocess.Popen([*command, "--served-name", NAME, *settings], stdout=out, stderr=out, text=True)
+            given = {**os.environ, **variables}
+            process = subprocess.Popen(command, stdout=out, stderr=out, text=True, env=given)
         try:
             try:
                 wait_for_port(port, process, START_SECONDS)
             except OSError as error:
                 raise OSError(f"The server does not start: {log.read_text()[-2000:]}") from error
-            yield Served(f"http://127.0.0.1:{port}", process)
+            yield process
         finally:
             process.send_signal(signal.SIGINT)
             ended = process.wait(START_SECONDS)
