@@ -136,8 +136,8 @@ def bench_clients(plan: Plan) -> dict[str, Any]:
     """Asks each server 1, 8 and 32 prompts at once.
 
     Returns:
-        `requests`: per number at once and server, how many prompts were answered and how many failed, over all rounds, and
-            the medians over rounds of tokens per second and milliseconds, as `vllm bench serve` counts them.
+        `requests`: per number at once and server, how many prompts were answered and how many failed, over all rounds,
+            and the medians over rounds of tokens per second and milliseconds, as `vllm bench serve` counts them.
     """
     found: dict[str, list[list[dict[str, Any]]]] = {}
     with TemporaryDirectory() as scratch:
@@ -154,9 +154,9 @@ def bench_clients(plan: Plan) -> dict[str, Any]:
                 found[name] = ask(plan, f"http://127.0.0.1:{port}", own)
     return {
         **describe_run("python -m engrammar_lab.bench.clients .venv-vllm/bin/python results/bench/clients.json"),
-        "shapes": f"nano with a vocabulary of 1,000, fp32, not compiled, {size / 2**30:.2f} GiB of fp32 rows, caches of 10 % in "
-        f"front of the disk; {plan.prompts} prompts of {plan.prompt_tokens} tokens for each of those at once, in "
-        f"{plan.rounds} rounds, {plan.new_tokens} tokens an answer; the MoE has experts in place of the preset's memory",
+        "shapes": f"nano with a vocabulary of 1,000, fp32, not compiled, {size / 2**30:.2f} GiB of fp32 rows, caches "
+        f"of 10 % before the disk; {plan.prompts} prompts of {plan.prompt_tokens} tokens for each of those at once, "
+        f"{plan.rounds} rounds, {plan.new_tokens} tokens an answer; the MoE has experts in place of nano's own memory",
         "requests": [
             {"requests": number, "variants": {name: _medians(found[name][place]) for name in found}}
             for place, number in enumerate(plan.at_once)
@@ -175,7 +175,8 @@ def verdict(result: dict[str, Any]) -> str:
     last = result["requests"][-1]
     rates = {name: found["output_throughput"] for name, found in last["variants"].items()}
     shares = ", ".join(f"{name}: {rate / rates[MOE]:.0%}" for name, rate in rates.items() if name != MOE)
-    return f"{failed or 'No'} requests failed. Of what vLLM makes of the plain MoE at {last['requests']} at once, {shares}."
+    at_once = f"tokens per second beside the plain MoE's in vLLM at {last['requests']} at once"
+    return f"{failed or 'No'} requests failed; {at_once}: {shares}."
 
 
 if __name__ == "__main__":
