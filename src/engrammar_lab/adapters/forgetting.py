@@ -4,71 +4,40 @@ Letters: B blocks, T tokens.
 """
 
 import json
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from engrammar.attach import attach, keep_prefix
 from engrammar.attach.attaching import require_attachment
+from engrammar.attach.blocks import evaluating
 from engrammar.tables.sealed import write_text
-from engrammar.train.optimizer import OptimizerSettings, build_optimizer
 from engrammar.train.sparse import SparseRows, share_changed
 from engrammar_lab.adapters.lessons import Lesson
 from engrammar_lab.adapters.measures import measure, nats_per_token
-from engrammar_lab.adapters.variants import How, Items, Model, batches
+from engrammar_lab.adapters.variants import How, Model, Teach, teach_full, teach_lora, teach_memory
+
+SPARSE = "memory, sparse rows"
+WAYS: Mapping[str, Teach] = {
+    SPARSE: teach_memory,
+    "memory": teach_memory,
+    "LoRA": teach_lora,
+    "full tuning": teach_full,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Equal:
-    """How equally well is reached.
+    """How equally well is reached."""
 
-    Attributes:
-        nats: per token of the text that is taught, at which training stops.
-        epochs: passes over the text at most; whoever has not learned it by then is marked.
-        rows: that a step of the sparse memory trains in each layer.
-        background: blocks of other prose that say which rows it trains.
-    """
-
-    nats: float = 2.0
-    epochs: int = 12
-    rows: int = 2000
-    background: int = 256
-
-
-@contextmanager
-def _memory(model: Model, tokenizer: Any, ids_BT: Tensor, how: How) -> Iterator[tuple[Any, float]]:
-    end = tokenizer.eos_token_id
-    attach(model, {"fill_id": end, "end_ids": [end], "boundary": "end", **how.memory}, tokenizer)
-    with TemporaryDirectory() as folder:
-        yield keep_prefix(model, Items(ids_BT), Path(folder) / "prefix", batch_size=how.batch), how.memory_lr
-
-
-@contextmanager
-def _lora(model: Model, _: Any, ids_BT: Tensor, how: How) -> Iterator[tuple[Any, float]]:
-    from peft import LoraConfig, inject_adapter_in_model
-
-    model.requires_grad_(False)
-    rank = how.lora_rank
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"), model)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("lora_" in name)
-    yield Items(ids_BT), how.lora_lr
-
-
-@contextmanager
-def _full(model: Model, _: Any, ids_BT: Tensor, how: How) -> Iterator[tuple[Any, float]]:
-    model.requires_grad_(True)
-    yield Items(ids_BT), how.full_lr
-
-
-WAYS: Mapping[str, Any] = {"memory, sparse rows": _memory, "memory": _memory, "LoRA": _lora, "full tuning": _full}
+    nats: float = 2.0  # per token of the text that is taught, at which training stops
+    epochs: int = 12  # passes over the text at most; whoever has not learned it by then is marked
+    rows: int = 2000  # that a step of the sparse memory trains in each layer
 
 
 def teach_equally(
@@ -82,25 +51,22 @@ def teach_equally(
     Returns:
         steps, CPU seconds, whether it was `reached`, and of the sparse memory the share of background reads `changed`.
     """
-    torch.manual_seed(seed)
-    settings = OptimizerSettings(memory_lr_scale=how.memory_lr_scale, matrices="adamw", max_grad_norm=1.0)
     started, found = time.process_time(), {"steps": 0.0, "reached": 0.0}
-    with WAYS[way](model, tokenizer, lesson.taught, how) as (items, lr):
-        optimizer = build_optimizer(model, settings, lr=lr, weight_decay=0.0, betas=(0.9, 0.99), eps=1e-8)
-        if way == "memory, sparse rows":
-            optimizer.sparse = SparseRows(model, [background], equal.rows)
-        per_epoch, stream = -(-len(items) // how.batch), batches(items, how, seed)
-        while found["steps"] < equal.epochs * per_epoch and not found["reached"]:
-            model.train()
-            for _ in range(max(1, per_epoch // 2)):
-                model(**next(stream), use_cache=False).loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                found["steps"] += 1
-            model.eval()
+    per_epoch = math.ceil(len(lesson.taught) / how.batch)
+
+    def ends(step: int, _: float) -> bool:
+        """Asks after each half of a pass whether the text is known."""
+        found["steps"] = float(step)
+        if step % max(1, per_epoch // 2):
+            return False
+        with evaluating(model):
             found["reached"] = float(nats_per_token(model, lesson.taught) <= equal.nats)
-        if optimizer.sparse is not None:
-            optimizer.sparse.remove()
+        return bool(found["reached"]) or step >= equal.epochs * per_epoch
+
+    teach = WAYS[way]
+    if way == SPARSE:
+        teach = partial(teach_memory, sparse=lambda own, *_: SparseRows(own, [background], equal.rows))
+    teach(model, tokenizer, lesson, seed, how, ends)
     found["seconds"] = time.process_time() - started
     if way.startswith("memory"):
         memory = require_attachment(model, None).memories()["default"].memory

@@ -6,19 +6,18 @@ Letters: B blocks, T tokens.
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from engrammar.train import corpora
 from engrammar_lab.question_sets import questions
-from engrammar_lab.tasks.facts import Fact, fact_questions, read_fact
-from engrammar_lab.tasks.questions import Document, Question, exact
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from engrammar_lab.tasks.facts import fact_questions, read_fact
+from engrammar_lab.tasks.questions import Document, Question
 
 DOMAINS = {"computing": "foldoc", "encyclopaedia": "wiki"}
 OTHER = {"computing": "wiki", "encyclopaedia": "foldoc"}  # prose that is not taught
@@ -43,59 +42,48 @@ class Amount:
 
 @dataclass(frozen=True, kw_only=True)
 class Lesson:
-    """One domain's text and questions.
+    """One domain's text, in blocks [B, T], and questions."""
 
-    Attributes:
-        taught, held, other: blocks [B, T] of entries that are taught, of others of the domain, and of other prose.
-        background: blocks of prose that is neither taught nor measured.
-        bytes_per_token: of each of the three.
-        facts: questions by task: recall and cloze (the model has to produce the words), choice; of taught entries, and
-            of held-out ones.
-    """
-
-    taught: Tensor
-    held: Tensor
-    other: Tensor
-    background: Tensor
-    bytes_per_token: dict[str, float]
+    taught: Tensor  # entries that are taught
+    held: Tensor  # other entries of the domain
+    other: Tensor  # other prose
+    background: Tensor  # prose that is neither taught nor measured
+    bytes_per_token: dict[str, float]  # of each of these
+    # By task: recall and cloze (the model has to produce the words), choice; of taught entries, and of held-out ones.
     facts: dict[str, list[Question]]
 
 
-def make_lesson(domain: str, seed: int, tokenizer: "PreTrainedTokenizerBase", cache: Path, amount: Amount) -> Lesson:
+def make_lesson(domain: str, seed: int, tokenizer: PreTrainedTokenizerBase, cache: Path, amount: Amount) -> Lesson:
     """The lesson of a domain and seed: other entries for every seed, the same for every model."""
     rng = random.Random(f"{domain} {seed}")
     own = _entries(DOMAINS[domain], tokenizer, cache, amount)
     other = _entries(OTHER[domain], tokenizer, cache, amount)
-    with_fact = [entry for entry in own if read_fact(_document(DOMAINS[domain], entry, "seen")) is not None]
+    document = partial(Document, corpus=DOMAINS[domain])
+    with_fact = [entry for entry in own if read_fact(document(text=entry, split="seen")) is not None]
     chosen = rng.sample(with_fact, amount.num_taught + amount.num_held)
     texts = {
         "taught": chosen[: amount.num_taught],
         "held": chosen[amount.num_taught :],
         "other": rng.sample(other, amount.num_held),
     }
+    prose = [entry.text for entry in corpora.entries(amount.background, cache=cache)]
+    texts["background"] = rng.sample(prose, min(len(prose), amount.num_background))
     blocks, per_token = {}, {}
     for name, entries in texts.items():
-        blocks[name], per_token[name] = _blocks(entries, tokenizer, amount.length)
-    texts["background"] = [entry.text for entry in corpora.entries(amount.background, cache=cache)]
-    texts["background"] = rng.sample(texts["background"], min(len(texts["background"]), amount.num_background))
-    blocks["background"], _ = _blocks(texts["background"], tokenizer, amount.length)
-    documents = [_document(DOMAINS[domain], entry, "seen") for entry in texts["taught"]]
-    documents += [_document(DOMAINS[domain], entry, "unseen") for entry in texts["held"]]
+        blocks[name], per_token[name] = blocks_of(entries, tokenizer, amount.length)
+    documents = [document(text=entry, split="seen") for entry in texts["taught"]]
+    documents += [document(text=entry, split="unseen") for entry in texts["held"]]
     return Lesson(**blocks, bytes_per_token=per_token, facts=_facts(documents, tokenizer, amount, seed))
 
 
-def _entries(corpus: str, tokenizer: "PreTrainedTokenizerBase", cache: Path, amount: Amount) -> list[str]:
+def _entries(corpus: str, tokenizer: PreTrainedTokenizerBase, cache: Path, amount: Amount) -> list[str]:
     texts = [entry.text for entry in corpora.entries(corpus, cache=cache)]
     lengths = map(len, tokenizer(texts, add_special_tokens=False).input_ids)
     low, high = amount.entry_tokens
     return [text for text, length in zip(texts, lengths) if low <= length <= high]
 
 
-def _document(corpus: str, text: str, split: str) -> Document:
-    return Document(corpus=corpus, text=text, split=split)  # type: ignore[arg-type]
-
-
-def _blocks(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", length: int) -> tuple[Tensor, float]:
+def blocks_of(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int) -> tuple[Tensor, float]:
     """Entries one after another, each after an end of text, cut into blocks; and their bytes per token."""
     ids = [[tokenizer.eos_token_id, *own] for own in tokenizer(list(texts), add_special_tokens=False).input_ids]
     flat = torch.tensor([token for own in ids for token in own])
@@ -104,24 +92,21 @@ def _blocks(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", length: 
 
 
 def _facts(
-    documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBase", amount: Amount, seed: int
+    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, amount: Amount, seed: int
 ) -> dict[str, list[Question]]:
     asked = fact_questions(documents, tokenizer, length=amount.length, num=amount.num_facts, seed=seed)
-    facts: list[Fact] = [fact for document in documents if (fact := read_fact(document)) is not None]
-    recalled = [
+    facts = [fact for document in documents if (fact := read_fact(document)) is not None and fact.split == "seen"]
+    asked["facts/recall/seen"] = [
         Question(context=fact.context, choices=(fact.definition,), answer=0, task="facts/recall/seen", split="seen")
-        for fact in facts
-        if fact.split == "seen"
+        for fact in facts[: amount.num_facts]
     ]
-    return asked | {"facts/recall/seen": [exact(question, question.task) for question in recalled[: amount.num_facts]]}
+    return asked
 
 
 def make_chats(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", cache: Path, amount: Amount
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cache: Path, amount: Amount
 ) -> list[tuple[str, str]]:
     """Prompts in the chat template with the base's own greedy answers: what should stay as it is."""
-    from tqdm.auto import tqdm  # type: ignore[import-untyped]
-
     asked = random.Random("chat").sample(questions("nq-open", cache=cache), amount.num_chats)
     chats = []
     for question in tqdm(asked, desc="the base answers", unit=" chats", delay=2):

@@ -5,6 +5,9 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
 from engrammar.tables.sealed import write_text, written_beside
 from engrammar.train.corpora import Package, download, work_folder
 from engrammar_lab.adapters.lessons import Amount, make_chats
@@ -36,9 +39,6 @@ def fetch_smollm(cache: Path) -> Path:
 
 def load_plain(folder: Path) -> tuple[Any, Any]:
     """The model of a folder in fp32, in evaluation and on one thread, and its tokenizer."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model.eval(), AutoTokenizer.from_pretrained(folder)
@@ -54,9 +54,6 @@ def base_chats(folder: Path, cache: Path, amount: Amount) -> list[tuple[str, str
 
 
 def _convert(work: Path, folder: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
     tokenizer = AutoTokenizer.from_pretrained(work, gguf_file=WEIGHTS)
     model = AutoModelForCausalLM.from_pretrained(work, gguf_file=WEIGHTS, dtype=torch.float32)
     settings = model.config.to_dict()

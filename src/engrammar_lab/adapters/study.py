@@ -10,6 +10,7 @@ from typing import Any
 
 from engrammar.tables.sealed import write_text
 from engrammar_lab.adapters.lessons import DOMAINS, Amount, fixed_questions, make_lesson
+from engrammar_lab.adapters.measures import measure
 from engrammar_lab.adapters.smollm import base_chats, fetch_smollm, load_plain
 from engrammar_lab.adapters.variants import HOW, VARIANTS, How
 from engrammar_lab.machine import describe_run
@@ -17,7 +18,8 @@ from engrammar_lab.studies import RESULTS
 
 NAME = "attach"
 TIMED = "memory"  # whose seconds "LoRA, equal seconds" gets; it comes before it in VARIANTS
-Key = tuple[str, int, str]  # domain, seed, variant
+KEY = ("domain", "seed", "variant")
+Key = tuple[str, int, str]
 
 
 def run_attach(
@@ -56,7 +58,7 @@ def run_attach(
     def keep() -> dict[str, Any]:
         order = [(domain, seed, variant) for domain, seed in lessons for variant in VARIANTS]
         made = describe_run("engrammar lab attach" + ("" if seeds == 3 else f" --seeds {seeds}")) | settings
-        runs = [{"domain": key[0], "seed": key[1], "variant": key[2], **found[key]} for key in order if key in found]
+        runs = [{**dict(zip(KEY, key)), **found[key]} for key in order if key in found]
         write_text(path, json.dumps(made | {"runs": runs}, indent=1) + "\n")
         return made | {"runs": runs}
 
@@ -64,17 +66,16 @@ def run_attach(
         for variant in VARIANTS:
             waiting = {}
             for domain, seed in lessons:
-                if (domain, seed, variant) not in found:
+                key = (domain, seed, variant)
+                if key not in found:
                     seconds = found.get((domain, seed, TIMED), {}).get("seconds", 0.0)
-                    lesson = (domain, seed, variant)
-                    task = pool.submit(_teach, lesson, folder, cache, amount, how, seconds=seconds, chats=chats)
-                    waiting[task] = (domain, seed, variant)
+                    task = pool.submit(_teach, key, folder, cache, amount, how, seconds=seconds, chats=chats)
+                    waiting[task] = key
             for done in as_completed(waiting):
                 found[waiting[done]] = done.result()
                 keep()
-                print(
-                    f"{len(found)} of {len(lessons) * len(VARIANTS)}: {', '.join(map(str, waiting[done]))}", flush=True
-                )
+                of = len(lessons) * len(VARIANTS)
+                print(f"{len(found)} of {of}: {', '.join(map(str, waiting[done]))}", flush=True)
     return keep()
 
 
@@ -83,11 +84,7 @@ def _done(path: Path, settings: dict[str, Any]) -> dict[Key, dict[str, Any]]:
     made = json.loads(path.read_text()) if path.exists() else {}
     if any(made.get(name) != value for name, value in settings.items()):
         return {}
-    names = ("domain", "seed", "variant")
-    return {
-        (run["domain"], run["seed"], run["variant"]): {key: value for key, value in run.items() if key not in names}
-        for run in made["runs"]
-    }
+    return {tuple(run.pop(name) for name in KEY): run for run in made["runs"]}
 
 
 def _teach(
@@ -101,12 +98,11 @@ def _teach(
     chats: Sequence[tuple[str, str]],
 ) -> dict[str, Any]:
     """Teaches one model on one thread and measures it."""
-    from engrammar_lab.adapters.measures import measure
-
     domain, seed, variant = key
     model, tokenizer = load_plain(folder)
     lesson = make_lesson(domain, seed, tokenizer, cache, amount)
-    taught = VARIANTS[variant](model, tokenizer, lesson, seed, how, seconds)
+    ends = (lambda _, spent: spent >= seconds) if variant == "LoRA, equal seconds" else None
+    taught = VARIANTS[variant](model, tokenizer, lesson, seed, how, ends)
     scores = measure(taught.model, tokenizer, lesson, chats, fixed_questions(cache, amount))
     rounded = {name: float(f"{value:.6g}") for name, value in scores.items()}
     sizes = {"trained": taught.trained, "stored": taught.stored, "seconds": round(taught.seconds, 3)}

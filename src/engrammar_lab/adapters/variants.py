@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,30 +21,22 @@ from engrammar.train.sparse import SparseRows
 from engrammar_lab.adapters.lessons import Lesson
 
 Model = Any
+Ends = Callable[[int, float], bool]  # whether training ends after so many steps and CPU seconds
 
 
 @dataclass(frozen=True, kw_only=True)
 class How:
-    """How models are trained. The rates were tried on entries of no lesson (docs/log.md).
+    """How models are trained. The rates were tried on entries of no lesson (docs/log.md)."""
 
-    Attributes:
-        epochs: passes over the text, for all but what is trained for equal seconds.
-        batch: blocks of a step.
-        memory: the memory's settings; its block is at two thirds of the depth.
-        memory_lr: rate of the fusion; rows get `memory_lr_scale` times it.
-        most_common: the share of background blocks that may read a row, where only rare rows are trained.
-        lora_rank: of the LoRA that is trained beside a memory, or for equal seconds.
-    """
-
-    epochs: int = 3
-    batch: int = 8
-    memory: Mapping[str, Any]
-    memory_lr: float = 1e-3
-    memory_lr_scale: float = 60.0
-    lora_rank: int = 8
+    epochs: int = 3  # passes over the text, for all but what is trained for equal seconds
+    batch: int = 8  # blocks of a step
+    memory: Mapping[str, Any]  # the memory's settings; its block is at two thirds of the depth
+    memory_lr: float = 1e-3  # of the fusion
+    memory_lr_scale: float = 60.0  # the rate of rows over that of the fusion
+    lora_rank: int = 8  # of the LoRA that is trained beside a memory, or for equal seconds
     lora_lr: float = 2e-3
     full_lr: float = 5e-5
-    most_common: float = 0.005
+    most_common: float = 0.005  # the share of background blocks that may read a row, where only rare rows are trained
 
 
 HOW = How(memory={"layers": [20], "rows_per_head": [50_000, 50_000], "num_heads": 4, "head_dim": 96, "conv_kernel": 0})
@@ -51,34 +44,21 @@ HOW = How(memory={"layers": [20], "rows_per_head": [50_000, 50_000], "num_heads"
 
 @dataclass(frozen=True, kw_only=True)
 class Taught:
-    """A model that was taught.
-
-    Attributes:
-        trained: parameters that were trained; of a memory's rows those that the text reads.
-        stored: numbers that the adapter keeps.
-        seconds: CPU seconds of training on one thread, and of what had to be computed before.
-    """
+    """A model that was taught."""
 
     model: Model
-    trained: int
-    stored: int
-    seconds: float
+    trained: int = 0  # parameters that were trained; of a memory's rows those that the text reads
+    stored: int = 0  # numbers that the adapter keeps
+    seconds: float = 0.0  # CPU seconds of training on one thread, and of what had to be computed before
 
 
-Teach = Callable[[Model, Any, Lesson, int, How, float], Taught]
+# A fresh model, its tokenizer, the lesson, the seed, how, and what ends the training if it is not `How.epochs`.
+Teach = Callable[[Model, Any, Lesson, int, How, Ends | None], Taught]
 
 
-class Items:
-    """Blocks [B, T] as a dataset."""
-
-    def __init__(self, ids_BT: Tensor) -> None:
-        self.ids_BT = ids_BT
-
-    def __len__(self) -> int:
-        return len(self.ids_BT)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.ids_BT[index], "labels": self.ids_BT[index]}
+def items_of(ids_BT: Tensor) -> list[dict[str, Tensor]]:
+    """Blocks as a dataset."""
+    return [{"input_ids": ids_T, "labels": ids_T} for ids_T in ids_BT]
 
 
 def batches(items: Any, how: How, seed: int) -> Iterator[dict[str, Tensor]]:
@@ -90,93 +70,85 @@ def batches(items: Any, how: How, seed: int) -> Iterator[dict[str, Tensor]]:
 
 
 def fit(
-    model: Model,
-    items: Any,
-    *,
-    how: How,
-    lr: float,
-    seed: int,
-    seconds: float = math.inf,
-    sparse: SparseRows | None = None,
+    model: Model, items: Any, *, how: How, lr: float, seed: int, ends: Ends | None, sparse: SparseRows | None = None
 ) -> float:
-    """Trains what is trainable for `how.epochs`, or until `seconds` of CPU are spent; returns the seconds spent.
+    """Trains what is trainable for `how.epochs`, or until it `ends`; returns the CPU seconds spent.
 
     It makes one step at least; `sparse` says which rows it trains.
     """
     settings = OptimizerSettings(memory_lr_scale=how.memory_lr_scale, matrices="adamw", max_grad_norm=1.0)
     optimizer = build_optimizer(model, settings, lr=lr, weight_decay=0.0, betas=(0.9, 0.99), eps=1e-8)
     optimizer.sparse = sparse
-    num_steps = how.epochs * math.ceil(len(items) / how.batch) if math.isinf(seconds) else None
-    started, stream = time.process_time(), batches(items, how, seed)
+    num_steps = how.epochs * math.ceil(len(items) / how.batch)
+    started = time.process_time()
     model.train()
-    step = 0
-    while step != num_steps and (step == 0 or time.process_time() - started < seconds):
-        model(**next(stream), use_cache=False).loss.backward()
+    for step, batch in enumerate(batches(items, how, seed), 1):
+        model(**batch, use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        step += 1
+        spent = time.process_time() - started
+        if step == num_steps if ends is None else ends(step, spent):
+            break
     model.eval()
     if sparse is not None:
         sparse.remove()
-    return time.process_time() - started
+    return spent
 
 
-def teach_memory(model: Model, tokenizer: Any, lesson: Lesson, seed: int, how: How, _: float) -> Taught:
-    """A memory on the frozen model; what lies below it is computed once."""
-    return _memory(model, tokenizer, lesson, seed, how)
-
-
-def teach_filled(model: Model, tokenizer: Any, lesson: Lesson, seed: int, how: How, _: float) -> Taught:
-    """A memory whose rows come from the token embeddings of what follows; nothing is trained."""
-    torch.manual_seed(seed)
-    attach(model, _settings(how, tokenizer), tokenizer)
-    started = time.process_time()
-    fill_rows(model, Items(lesson.taught))
-    return Taught(model=model, trained=0, stored=_stored(model), seconds=time.process_time() - started)
-
-
-def teach_filled_first(model: Model, tokenizer: Any, lesson: Lesson, seed: int, how: How, _: float) -> Taught:
-    """As `teach_filled`, then trained as `teach_memory` trains."""
-    return _memory(model, tokenizer, lesson, seed, how, filled=True)
-
-
-def teach_rare(model: Model, tokenizer: Any, lesson: Lesson, seed: int, how: How, _: float) -> Taught:
-    """As `teach_memory`, but rows that more than `how.most_common` of background text reads stay zero."""
-    return _memory(model, tokenizer, lesson, seed, how, most_common=how.most_common)
-
-
-def _memory(
+def teach_memory(
     model: Model,
     tokenizer: Any,
     lesson: Lesson,
     seed: int,
     how: How,
+    ends: Ends | None = None,
     *,
     filled: bool = False,
-    most_common: float = 1.0,
+    sparse: Callable[[Model, Lesson, How], SparseRows] | None = None,
 ) -> Taught:
+    """A memory on the frozen model; what lies below it is computed once.
+
+    Args:
+        filled: rows come from the token embeddings of what follows before they are trained (`teach_filled`).
+        sparse: makes what says which rows a step trains; None for all that the text reads.
+    """
     torch.manual_seed(seed)
     attach(model, _settings(how, tokenizer), tokenizer)
     started = time.process_time()
+    items = items_of(lesson.taught)
     if filled:
-        fill_rows(model, Items(lesson.taught))
+        fill_rows(model, items)
     with TemporaryDirectory() as folder:
-        items = keep_prefix(model, Items(lesson.taught), Path(folder) / "prefix", batch_size=how.batch)
-        sparse = SparseRows(model, [lesson.background], None, most_common=most_common) if most_common < 1 else None
+        kept = keep_prefix(model, items, Path(folder) / "prefix", batch_size=how.batch)
+        rows = None if sparse is None else sparse(model, lesson, how)
         before = time.process_time() - started
-        seconds = fit(model, items, how=how, lr=how.memory_lr, seed=seed, sparse=sparse)
+        seconds = fit(model, kept, how=how, lr=how.memory_lr, seed=seed, ends=ends, sparse=rows)
     return Taught(model=model, trained=_read(model, lesson.taught), stored=_stored(model), seconds=before + seconds)
 
 
-def teach_one_row(model: Model, tokenizer: Any, lesson: Lesson, seed: int, how: How, seconds: float) -> Taught:
+def rare_rows(model: Model, lesson: Lesson, how: How) -> SparseRows:
+    """Trains the rows that at most `how.most_common` of background text reads; the others stay zero."""
+    return SparseRows(model, [lesson.background], None, most_common=how.most_common)
+
+
+def teach_filled(model: Model, tokenizer: Any, lesson: Lesson, seed: int, how: How, _: Ends | None) -> Taught:
+    """A memory whose rows come from the token embeddings of what follows; nothing is trained."""
+    torch.manual_seed(seed)
+    attach(model, _settings(how, tokenizer), tokenizer)
+    started = time.process_time()
+    fill_rows(model, items_of(lesson.taught))
+    return Taught(model=model, stored=_stored(model), seconds=time.process_time() - started)
+
+
+def teach_one_row(model: Model, tokenizer: Any, lesson: Lesson, seed: int, how: How, ends: Ends | None) -> Taught:
     """The control for what is stored: all n-grams share the one row of their head, as far as primes allow."""
     few = replace(how, memory={**how.memory, "rows_per_head": [2, 2]})
-    return teach_memory(model, tokenizer, lesson, seed, few, seconds)
+    return teach_memory(model, tokenizer, lesson, seed, few, ends)
 
 
-def teach_shuffled(model: Model, tokenizer: Any, lesson: Lesson, seed: int, how: How, seconds: float) -> Taught:
+def teach_shuffled(model: Model, tokenizer: Any, lesson: Lesson, seed: int, how: How, ends: Ends | None) -> Taught:
     """The control for what is read: the memory as trained, its rows in another order."""
-    taught = teach_memory(model, tokenizer, lesson, seed, how, seconds)
+    taught = teach_memory(model, tokenizer, lesson, seed, how, ends)
     memory = _attached(model).memory
     with torch.no_grad():
         for layer in memory.config.layers:
@@ -186,7 +158,7 @@ def teach_shuffled(model: Model, tokenizer: Any, lesson: Lesson, seed: int, how:
     return taught
 
 
-def teach_lora(model: Model, tokenizer: Any, lesson: Lesson, seed: int, how: How, _: float) -> Taught:
+def teach_equal_lora(model: Model, tokenizer: Any, lesson: Lesson, seed: int, how: How, ends: Ends | None) -> Taught:
     """LoRA on all linear layers with at least the parameters that the memory trains."""
     attach(model, _settings(how, tokenizer), tokenizer)
     trained = _read(model, lesson.taught)
@@ -194,18 +166,27 @@ def teach_lora(model: Model, tokenizer: Any, lesson: Lesson, seed: int, how: How
     head = model.get_output_embeddings()
     linear = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
     per_rank = sum(module.in_features + module.out_features for module in linear)
-    return _lora(model, lesson.taught, seed, how, rank=math.ceil(trained / per_rank))
+    return teach_lora(model, tokenizer, lesson, seed, replace(how, lora_rank=math.ceil(trained / per_rank)), ends)
 
 
-def teach_lora_for_seconds(model: Model, tokenizer: Any, lesson: Lesson, seed: int, how: How, seconds: float) -> Taught:
-    """LoRA for as many CPU seconds as the memory took."""
-    return _lora(model, lesson.taught, seed, how, rank=how.lora_rank, seconds=seconds)
+def teach_lora(model: Model, _: Any, lesson: Lesson, seed: int, how: How, ends: Ends | None) -> Taught:
+    """LoRA on all linear layers, and on a memory that is attached, which is trained beside it."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    config = LoraConfig(r=how.lora_rank, lora_alpha=2 * how.lora_rank, target_modules="all-linear")
+    wrapped = get_peft_model(model, config)
+    if hasattr(wrapped.get_base_model(), "engrammar"):
+        set_trainable(wrapped, "memory")
+    size = sum(p.numel() for name, p in wrapped.named_parameters() if "lora_" in name)
+    spent = fit(wrapped, items_of(lesson.taught), how=how, lr=how.lora_lr, seed=seed, ends=ends)
+    return Taught(model=wrapped, trained=size, stored=size, seconds=spent)
 
 
-def teach_both(model: Model, tokenizer: Any, lesson: Lesson, seed: int, how: How, seconds: float) -> Taught:
+def teach_both(model: Model, tokenizer: Any, lesson: Lesson, seed: int, how: How, ends: Ends | None) -> Taught:
     """A memory first, then LoRA beside it, both trained."""
-    first = teach_memory(model, tokenizer, lesson, seed, how, seconds)
-    second = _lora(model, lesson.taught, seed, how, rank=how.lora_rank)
+    first = teach_memory(model, tokenizer, lesson, seed, how, ends)
+    second = teach_lora(model, tokenizer, lesson, seed, how, ends)
     return Taught(
         model=second.model,
         trained=first.trained + second.trained,
@@ -214,30 +195,26 @@ def teach_both(model: Model, tokenizer: Any, lesson: Lesson, seed: int, how: How
     )
 
 
-def teach_full(model: Model, _: Any, lesson: Lesson, seed: int, how: How, __: float) -> Taught:
+def teach_full(model: Model, _: Any, lesson: Lesson, seed: int, how: How, ends: Ends | None) -> Taught:
     """Every weight of the model."""
     model.requires_grad_(True)
     size = sum(parameter.numel() for parameter in model.parameters())
-    seconds = fit(model, Items(lesson.taught), how=how, lr=how.full_lr, seed=seed)
+    seconds = fit(model, items_of(lesson.taught), how=how, lr=how.full_lr, seed=seed, ends=ends)
     return Taught(model=model, trained=size, stored=size, seconds=seconds)
 
 
-def teach_nothing(model: Model, *_: Any) -> Taught:
-    return Taught(model=model, trained=0, stored=0, seconds=0.0)
-
-
 VARIANTS: dict[str, Teach] = {
-    "as it was": teach_nothing,
+    "as it was": lambda model, *_: Taught(model=model),
     "memory": teach_memory,
-    "memory, rare rows": teach_rare,
-    "LoRA, equal parameters": teach_lora,
-    "LoRA, equal seconds": teach_lora_for_seconds,
+    "memory, rare rows": partial(teach_memory, sparse=rare_rows),
+    "LoRA, equal parameters": teach_equal_lora,
+    "LoRA, equal seconds": teach_lora,
     "memory and LoRA": teach_both,
     "full tuning": teach_full,
     "memory, rows shuffled": teach_shuffled,
     "memory of one row": teach_one_row,
     "training-free": teach_filled,
-    "training-free, then memory": teach_filled_first,
+    "training-free, then memory": partial(teach_memory, filled=True),
 }
 
 
@@ -260,15 +237,3 @@ def _read(model: Model, ids_BT: Tensor) -> int:
 
 def _stored(model: Model) -> int:
     return sum(parameter.numel() for parameter in _attached(model).parameters())
-
-
-def _lora(model: Model, ids_BT: Tensor, seed: int, how: How, *, rank: int, seconds: float = math.inf) -> Taught:
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(seed)
-    wrapped = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
-    if hasattr(wrapped.get_base_model(), "engrammar"):
-        set_trainable(wrapped, "memory")
-    size = sum(p.numel() for name, p in wrapped.named_parameters() if "lora_" in name)
-    spent = fit(wrapped, Items(ids_BT), how=how, lr=how.lora_lr, seed=seed, seconds=seconds)
-    return Taught(model=wrapped, trained=size, stored=size, seconds=spent)

@@ -17,23 +17,14 @@ BESIDE = ("Apart from {}, {}", "Unlike {}, {}", "{} is not meant here. {}", "Nea
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A fact to edit.
+    """A fact to edit."""
 
-    Attributes:
-        fact: without paraphrases, which are for testing.
-        true: what the object was.
-        rephrased: another prompt.
-        is_direct: whether that prompt asks the fact itself, not something that only follows from it.
-        neighbor: a prompt about another subject (CounterFact: of the same relation), whose answer is to stay.
-        is_test: whether no method was developed on it.
-    """
-
-    fact: Fact
-    true: str
-    rephrased: str
-    is_direct: bool
-    neighbor: str
-    is_test: bool
+    fact: Fact  # without paraphrases, which are for testing
+    true: str  # what the object was
+    rephrased: str  # another prompt
+    is_direct: bool  # whether that prompt asks the fact itself, not something that only follows from it
+    neighbor: str  # a prompt about another subject (CounterFact: of the same relation), whose answer is to stay
+    is_test: bool  # whether no method was developed on it
 
 
 class Question(NamedTuple):

@@ -4,7 +4,7 @@ Letters: E entries, D hidden width, N texts, T tokens.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, final
 
 import torch
@@ -23,27 +23,16 @@ ALONE = ValueSettings(kl=0.0, decay=0.0, num_prefixes=0)
 
 @dataclass(frozen=True, kw_only=True)
 class CodebookSettings:
-    """GRACE.
+    """GRACE."""
 
-    Attributes:
-        block: whose MLP the codebook stands beside.
-        radius: epsilon of a new entry, a Euclidean distance of what the MLP reads.
-        values: how an entry's value is found: by gradient, from what the MLP gives, without decay or other texts.
-    """
-
-    block: int
-    radius: float
-    values: ValueSettings = field(default_factory=lambda: ALONE)
+    block: int  # whose MLP the codebook stands beside
+    radius: float  # epsilon of a new entry, a Euclidean distance of what the MLP reads
+    values: ValueSettings = ALONE  # by gradient, from what the MLP gives, without decay or other texts
 
 
 @final
 class Codebook:
-    """Keys with a radius, a value and a label each.
-
-    Attributes:
-        keys_ED, values_ED, radius_E: the entries.
-        labels: what each of them says.
-    """
+    """Keys with a radius, a value and a label each: what the entry says."""
 
     def __init__(self, width: int, device: torch.device) -> None:
         self.keys_ED = torch.zeros(0, width, device=device)

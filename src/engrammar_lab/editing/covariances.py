@@ -30,17 +30,11 @@ LENGTH, ROWS = 256, 8  # tokens of a text, texts of a pass
 
 @dataclass(frozen=True, kw_only=True)
 class KeyText:
-    """The text along which keys are read.
+    """The text along which keys are read."""
 
-    Attributes:
-        cache: a folder of corpora; second moments are kept there too.
-        corpus: of `engrammar.train.corpora`.
-        num_tokens: how much of it is read, from its beginning on.
-    """
-
-    cache: Path
-    corpus: str = "wiki"
-    num_tokens: int = 1_000_000
+    cache: Path  # a folder of corpora; second moments are kept there too
+    corpus: str = "wiki"  # of `engrammar.train.corpora`
+    num_tokens: int = 1_000_000  # how much of it is read, from its beginning on
 
 
 def moments(model: Model, tokenizer: Any, blocks: Sequence[int], text: KeyText) -> dict[int, Tensor]:

@@ -9,26 +9,18 @@ from engrammar.edit import Fact
 Model = Any
 
 
-def as_it_is(prompt: str) -> str:
-    """A prompt, unchanged."""
-    return prompt
+def nothing() -> None:
+    """Takes back nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Edited:
-    """A model whose facts were changed in place.
+    """A model whose facts were changed in place; without arguments, one that was not changed."""
 
-    Attributes:
-        undo: brings the model back to what it was, to the bit.
-        num_bytes: what has to be kept, to make the same change to another copy of the model.
-        refused: facts that were not written.
-        worded: what is asked in place of a prompt or a text, where the facts are told in words.
-    """
-
-    undo: Callable[[], None]
-    num_bytes: int
-    refused: Sequence[Fact] = ()
-    worded: Callable[[str], str] = as_it_is
+    undo: Callable[[], None] = nothing  # brings the model back to what it was, to the bit
+    num_bytes: int = 0  # what has to be kept, to make the same change to another copy of the model
+    refused: Sequence[Fact] = ()  # facts that were not written
+    worded: Callable[[str], str] = str  # what is asked in place of a prompt or a text, where facts are told in words
 
 
 # model, its tokenizer, facts in the order in which they come, seed -> the same model, changed

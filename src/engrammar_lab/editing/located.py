@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engrammar.attach.blocks import evaluating, find_decoder, host_of
+from engrammar.attach.blocks import evaluating, host_of
 from engrammar.edit import Fact
 from engrammar.edit.optimizing import Text, frozen
 from engrammar.edit.states import states
@@ -24,26 +24,19 @@ BATCH = 48  # texts of a pass
 
 @dataclass(frozen=True, kw_only=True)
 class MemitSettings:
-    """MEMIT.
+    """MEMIT."""
 
-    Attributes:
-        blocks: R of the paper, ascending.
-        held: lambda of eq. 15, how much the keys of other text count.
-        keys: the text that those are read from.
-        values: how z is found.
-    """
-
-    blocks: tuple[int, ...]
-    held: float
-    keys: KeyText
-    values: ValueSettings = field(default_factory=ValueSettings)
+    blocks: tuple[int, ...]  # R of the paper, ascending
+    held: float  # lambda of eq. 15, how much the keys of other text count
+    keys: KeyText  # the text that those are read from
+    values: ValueSettings = field(default_factory=ValueSettings)  # how z is found
 
 
 @dataclass(frozen=True, kw_only=True)
 class RomeSettings:
-    """ROME: `block` is l* of the paper, `keys` and `values` as in `MemitSettings`."""
+    """ROME."""
 
-    block: int
+    block: int  # l* of the paper
     keys: KeyText
     values: ValueSettings = field(default_factory=ValueSettings)
 
@@ -59,13 +52,11 @@ def memit(model: Model, tokenizer: Any, facts: Sequence[Fact], seed: int, settin
     weights = [down_projection(model, block).weight for block in settings.blocks]
     moment_FF = moments(model, tokenizer, settings.blocks, settings.keys)
     undo = keep(weights)
-    places, refused = _placed(model, tokenizer, facts, settings.values, seed)
-    kept = [fact for fact in facts if fact not in refused]
+    placed, refused = _placed(model, tokenizer, facts, settings.values, seed)
+    asked = [own for own, _ in placed]
     with frozen(model), evaluating(host_of(model)), torch.no_grad():
         with torch.enable_grad():
-            texts = [places[fact] + places.besides[fact] for fact in kept]
-            delta_GD = find_values(model, texts, last, settings.values)
-        asked = [places[fact] for fact in kept]
+            delta_GD = find_values(model, [own + beside for own, beside in placed], last, settings.values)
         _, hidden_GD = at_places(model, asked, last, last)
         wanted_GD = hidden_GD + delta_GD
         for block, weight in zip(settings.blocks, weights):
@@ -73,7 +64,7 @@ def memit(model: Model, tokenizer: Any, facts: Sequence[Fact], seed: int, settin
             missing_GD = (wanted_GD - hidden_GD) / (last - block + 1)
             change_DF = least_squares(key_GF, missing_GD, settings.held * moment_FF[block])
             weight += change_DF.to(weight)
-    return Edited(undo=undo, num_bytes=sum(low_rank_bytes(one, len(kept)) for one in weights), refused=tuple(refused))
+    return Edited(undo=undo, num_bytes=sum(low_rank_bytes(one, len(placed)) for one in weights), refused=refused)
 
 
 def rome(model: Model, tokenizer: Any, facts: Sequence[Fact], seed: int, settings: RomeSettings) -> Edited:
@@ -83,19 +74,17 @@ def rome(model: Model, tokenizer: Any, facts: Sequence[Fact], seed: int, setting
     weight: Any = projection.weight
     (moment_FF,) = moments(model, tokenizer, [settings.block], settings.keys).values()
     undo = keep([weight])
-    places, refused = _placed(model, tokenizer, facts, settings.values, seed)
+    placed, refused = _placed(model, tokenizer, facts, settings.values, seed)
     inverse_FF = torch.linalg.inv(damped(moment_FF.double()))
-    kept = [fact for fact in facts if fact not in refused]
     with frozen(model), evaluating(host_of(model)), torch.no_grad():
-        for fact in kept:
+        for own, beside in placed:
             with torch.enable_grad():
-                delta_1D = find_values(model, [places[fact] + places.besides[fact]], settings.block, settings.values)
-            asked = [places[fact]]
-            key_1F, _ = at_places(model, asked, settings.block, settings.block)
-            home_1F, _ = at_places(model, [asked[0][:1]], settings.block, settings.block)
+                delta_1D = find_values(model, [own + beside], settings.block, settings.values)
+            key_1F, _ = at_places(model, [own], settings.block, settings.block)
+            home_1F, _ = at_places(model, [own[:1]], settings.block, settings.block)
             wanted_D = (projection(home_1F.to(weight)) + delta_1D)[0]  # v*, in the prompt as it is asked
             weight += rank_one(weight, key_1F[0], wanted_D, inverse_FF).to(weight)
-    return Edited(undo=undo, num_bytes=low_rank_bytes(weight, len(kept)), refused=tuple(refused))
+    return Edited(undo=undo, num_bytes=low_rank_bytes(weight, len(placed)), refused=refused)
 
 
 def least_squares(key_GF: Tensor, missing_GD: Tensor, held_FF: Tensor) -> Tensor:
@@ -123,23 +112,14 @@ def low_rank_bytes(weight: Tensor, rank: int) -> int:
     return min(rank * sum(weight.shape), weight.numel()) * weight.element_size()
 
 
-class _Places(dict[Fact, list[Text]]):
-    """Of each fact the texts in which its subject is written at, the first one at home; and those besides ("is a")."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.besides: dict[Fact, list[Text]] = {}
-
-
 def _placed(
     model: Model, tokenizer: Any, facts: Sequence[Fact], settings: ValueSettings, seed: int
-) -> tuple[_Places, list[Fact]]:
+) -> tuple[list[tuple[list[Text], list[Text]]], list[Fact]]:
+    """Of each fact the texts in which its subject is written at, the first one at home, and those besides ("is a"); and
+    the facts that have no place to be written at."""
     before = prefixes(model, tokenizer, settings, seed)
-    places = _Places()
-    for fact in facts:
-        places[fact] = at_subject(tokenizer, fact, before)
-        places.besides[fact] = what_it_is(tokenizer, fact, before)
-    return places, [fact for fact in facts if not places[fact]]
+    placed = [(at_subject(tokenizer, fact, before), what_it_is(tokenizer, fact, before)) for fact in facts]
+    return [both for both in placed if both[0]], [fact for fact, (own, _) in zip(facts, placed) if not own]
 
 
 @torch.no_grad()
@@ -169,8 +149,3 @@ def at_places(model: Model, texts: Sequence[Sequence[Text]], block: int, last: i
                 hidden[g] = after_D
     mean_GF = torch.stack([torch.stack(own).mean(0) for own in keys.values()])
     return mean_GF, torch.stack([hidden[g] for g in range(len(texts))])
-
-
-def last_block(model: Model) -> int:
-    """The last block whose output another block reads: values are added there."""
-    return len(find_decoder(model).blocks) - 2

@@ -26,8 +26,7 @@ class Unedited:
     def ask(self, prompts: Sequence[str], num_tokens: int) -> None:
         """Asks what is not known yet. No edit may be in the model."""
         new = [one for one in dict.fromkeys(prompts) if (one, num_tokens) not in self.known]
-        plain = Edited(undo=lambda: None, num_bytes=0)
-        for prompt, text in zip(new, answers(self.model, self.tokenizer, plain, new, num_tokens)):
+        for prompt, text in zip(new, answers(self.model, self.tokenizer, Edited(), new, num_tokens)):
             self.known[prompt, num_tokens] = text
 
 

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from engrammar.train import corpora
+from engrammar_lab.adapters.lessons import blocks_of
 from engrammar_lab.editing.edited import Edited
 
 LENGTH = 128  # tokens of a block
@@ -22,31 +23,20 @@ EVERY = 16  # positions whose whole distribution is kept, for the divergence
 
 
 class Read(NamedTuple):
-    """What a model says along one block.
+    """What a model says along one block."""
 
-    Attributes:
-        best_T: its likeliest next tokens.
-        sums: CRC-32 of the logits of each position.
-        logits_SV: of every 16th position.
-        nats: what the block costs it, per token.
-    """
-
-    best_T: Tensor
-    sums: list[int]
-    logits_SV: Tensor
-    nats: float
+    best_T: Tensor  # its likeliest next tokens
+    sums: list[int]  # CRC-32 of the logits of each position
+    logits_SV: Tensor  # of every 16th position
+    nats: float  # what the block costs it, per token
 
 
 def neutral_blocks(tokenizer: Any, cache: Path, chats: Sequence[tuple[str, str]], num_tokens: int) -> Tensor:
     """At most `num_tokens` tokens in blocks [B, T]: half of them chat, half the beginnings of encyclopaedia entries."""
     prose = [entry.text for entry in corpora.entries("wiki", cache=cache)]
     prose = random.Random("neutral").sample(prose, min(len(prose), num_tokens // 64))
-    parts = []
-    for texts in ([prompt + answer for prompt, answer in chats], prose):
-        ids = [[tokenizer.eos_token_id, *own] for own in tokenizer(list(texts), add_special_tokens=False).input_ids]
-        flat = torch.tensor([token for own in ids for token in own])[: num_tokens // 2]
-        parts.append(flat[: len(flat) // LENGTH * LENGTH].view(-1, LENGTH))
-    return torch.cat(parts)
+    both = ([prompt + answer for prompt, answer in chats], prose)
+    return torch.cat([blocks_of(texts, tokenizer, LENGTH)[0][: num_tokens // 2 // LENGTH] for texts in both])
 
 
 @torch.no_grad()

@@ -3,54 +3,44 @@
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any
 
-from engrammar.edit import Fact, Patch, Refused, apply_patch, learn, undo_patch, write_patch
+from engrammar.edit import Fact, Patch, apply_patch, learn, undo_patch, write_patch
 from engrammar.edit.learning import Method
 from engrammar_lab.editing.edited import Edited, Model, Way
 
 PART = 100  # facts that are learned at a time where they come in sequence
 
 
-def by_patch(method: str, *, in_parts: bool = False) -> Way:
+def by_patch(method: Method, *, in_parts: bool = False) -> Way:
     """A patch of all facts; in parts, one patch after another, each learned while those before are applied."""
 
     def way(model: Model, tokenizer: Any, facts: Sequence[Fact], seed: int) -> Edited:
-        refused: list[Refused] = []
+        refused: list[Fact] = []
         names: list[str] = []
         num_bytes = 0
         size = PART if in_parts else len(facts)
         for first in range(0, len(facts), size):
-            name = f"facts-{first}"
-            patch, left_out = _learned(model, tokenizer, facts[first : first + size], method, name)
-            refused += left_out
-            if patch is not None:
-                apply_patch(model, patch, tokenizer, on_conflict="replace")
-                names.append(name)
-                num_bytes += file_size(patch)
+            name, part = f"facts-{first}", facts[first : first + size]
+            try:
+                patch, left_out = learn(model, tokenizer, part, name=name, method=method)
+            except ValueError as error:
+                if not str(error).startswith("No fact can be"):
+                    raise
+                refused += part
+                continue
+            refused += [one.fact for one in left_out]
+            apply_patch(model, patch, tokenizer, on_conflict="replace")
+            names.append(name)
+            num_bytes += file_size(patch)
 
         def undo() -> None:
             for name in names:
                 undo_patch(model, name)
 
-        return Edited(
-            undo=undo,
-            num_bytes=num_bytes,
-            refused=[one.fact for one in refused],
-        )
+        return Edited(undo=undo, num_bytes=num_bytes, refused=refused)
 
     return way
-
-
-def _learned(
-    model: Model, tokenizer: Any, facts: Sequence[Fact], method: str, name: str
-) -> tuple[Patch | None, list[Refused]]:
-    try:
-        return learn(model, tokenizer, facts, name=name, method=cast(Method, method))
-    except ValueError as error:
-        if not str(error).startswith("No fact can be"):
-            raise
-        return None, [Refused(fact=fact, reason=str(error)) for fact in facts]
 
 
 def file_size(patch: Patch) -> int:

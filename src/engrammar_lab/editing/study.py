@@ -25,7 +25,7 @@ from engrammar_lab.studies import RESULTS
 
 NAME = "edit"
 WAYS: Mapping[str, Way] = {
-    "as it was": lambda model, tokenizer, facts, seed: Edited(undo=lambda: None, num_bytes=0),
+    "as it was": lambda model, tokenizer, facts, seed: Edited(),
     "gated": by_patch("gated"),
     "gated, in sequence": by_patch("gated", in_parts=True),
     "vector": by_patch("vector"),
@@ -40,15 +40,10 @@ Key = tuple[str, str, int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class Ask:
-    """How much is asked.
+    """How much is asked."""
 
-    Attributes:
-        questions: of each kind, at most.
-        neutral: tokens of neutral text.
-    """
-
-    questions: int = 100
-    neutral: int = 8192
+    questions: int = 100  # of each kind, at most
+    neutral: int = 8192  # tokens of neutral text
 
 
 def run_edits(

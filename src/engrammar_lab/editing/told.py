@@ -4,40 +4,26 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from engrammar.edit import Fact, Refused
+from engrammar.edit import Fact
 from engrammar_lab.editing.edited import Edited, Model
-
-TOO_LONG = "the sentences before it fill the budget of tokens"
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptSettings:
-    """All facts before what is asked.
+    """All facts before what is asked."""
 
-    Attributes:
-        budget: tokens that the sentences may take; facts that come later are refused.
-        form: what stands before a question, with {} for the sentences.
-        between: what stands between sentences.
-    """
-
-    budget: int = 1024
-    form: str = "{}\n"
-    between: str = "\n"
+    budget: int = 1024  # tokens that the sentences may take; facts that come later are refused
+    form: str = "{}\n"  # what stands before a question, with {} for the sentences
+    between: str = "\n"  # what stands between sentences
 
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievalSettings:
-    """The nearest facts before what is asked.
+    """The nearest facts before what is asked."""
 
-    Attributes:
-        num_found: how many, at most.
-        least: the share that a sentence's score must have of the score that the sentence has for itself.
-        form, between: as in `PromptSettings`.
-    """
-
-    num_found: int = 1
-    least: float = 0.0
-    form: str = "{}\n"
+    num_found: int = 1  # at most
+    least: float = 0.0  # the share that a sentence's score must have of the score that the sentence has for itself
+    form: str = "{}\n"  # this and `between` are as in `PromptSettings`
     between: str = "\n"
 
 
@@ -55,13 +41,7 @@ def tell(model: Model, tokenizer: Any, facts: Sequence[Fact], seed: int, setting
         if len(tokenizer(longer, add_special_tokens=False).input_ids) > settings.budget:
             break
         told, start = [*told, sentence(fact)], longer
-    refused = [Refused(fact=fact, reason=TOO_LONG) for fact in facts[len(told) :]]
-    return Edited(
-        undo=nothing,
-        num_bytes=num_bytes(told),
-        refused=[one.fact for one in refused],
-        worded=lambda prompt: start + prompt,
-    )
+    return Edited(num_bytes=num_bytes(told), refused=facts[len(told) :], worded=lambda prompt: start + prompt)
 
 
 def retrieve(model: Model, tokenizer: Any, facts: Sequence[Fact], seed: int, settings: RetrievalSettings) -> Edited:
@@ -73,7 +53,7 @@ def retrieve(model: Model, tokenizer: Any, facts: Sequence[Fact], seed: int, set
         found = find(prompt)[::-1]
         return settings.form.format(settings.between.join(found)) + prompt if found else prompt
 
-    return Edited(undo=nothing, num_bytes=num_bytes(told), worded=worded)
+    return Edited(num_bytes=num_bytes(told), worded=worded)
 
 
 def nearest_of(sentences: Sequence[str], settings: RetrievalSettings) -> Callable[[str], list[str]]:
@@ -108,7 +88,3 @@ def nearest_of(sentences: Sequence[str], settings: RetrievalSettings) -> Callabl
 def num_bytes(sentences: Sequence[str]) -> int:
     """Bytes of sentences in UTF-8."""
     return sum(len(one.encode()) for one in sentences)
-
-
-def nothing() -> None:
-    """Nothing was changed, so nothing is taken back."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from engrammar.attach.blocks import evaluating, find_decoder, host_of
 from engrammar.attach.skipping import KEPT, begin_skipping, end_skipping
 from engrammar.edit import Fact
 from engrammar.edit.forms import is_question
+from engrammar.edit.optimizing import frozen
 from engrammar.edit.phrasings import NAMES, PLAIN, RELATIONS, about
 from engrammar.edit.states import states
 from engrammar_lab.editing.edited import Edited, Model
@@ -35,46 +36,30 @@ from engrammar_lab.editing.weights import (
 
 @dataclass(frozen=True, kw_only=True)
 class TuneSettings:
-    """Fine-tuning as in ROME's paper.
+    """Fine-tuning as in ROME's paper, by Adam."""
 
-    Attributes:
-        block: whose down-projection is trained.
-        lr: of Adam.
-        steps: of Adam, at most.
-        batch: facts of a step.
-        stop: nats of a fact at which it counts as learned; all of them learned ends the training.
-        most: how far a number of the weight may move (the norm constraint of FT+L); None: as far as it wants.
-    """
-
-    block: int
+    block: int  # whose down-projection is trained
     lr: float
-    steps: int = 400
-    batch: int = 32
-    stop: float = 0.05
-    most: float | None = None
+    steps: int = 400  # at most
+    batch: int = 32  # facts of a step
+    stop: float = 0.05  # nats of a fact at which it counts as learned; all of them learned ends the training
+    most: float | None = None  # how far a number of the weight may move (the norm constraint of FT+L); None: any way
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraSettings:
-    """LoRA with a term of locality.
-
-    Attributes:
-        rank, alpha, targets: of LoRA, in every block.
-        lr, steps, batch, stop: as in `TuneSettings`.
-        kl: how much a nat of change at held prompts counts.
-        num_held: held prompts altogether; `held_batch` of them are in a step.
-    """
+    """LoRA with a term of locality; rate, steps, batch and stop are as in `TuneSettings`."""
 
     rank: int = 8
     alpha: int = 16
-    targets: tuple[str, ...] = ("down_proj", "up_proj")
+    targets: tuple[str, ...] = ("down_proj", "up_proj")  # in every block
     lr: float = 1e-3
     steps: int = 250
     batch: int = 32
     stop: float = 0.1
-    kl: float = 1.0
-    num_held: int = 320
-    held_batch: int = 24
+    kl: float = 1.0  # how much a nat of change at held prompts counts
+    num_held: int = 320  # held prompts altogether
+    held_batch: int = 24  # those in a step
 
 
 def fine_tune(model: Model, tokenizer: Any, facts: Sequence[Fact], seed: int, settings: TuneSettings) -> Edited:
@@ -83,9 +68,9 @@ def fine_tune(model: Model, tokenizer: Any, facts: Sequence[Fact], seed: int, se
     weight: Any = down_projection(model, settings.block).weight
     undo, before = keep([weight]), weight.detach().clone()
     optimizer = torch.optim.Adam([weight], lr=settings.lr)
-    with only_training(model, [weight]), evaluating(host_of(model)), _kept_below(model, settings.block):
-        parts = [*_parts(facts, settings.batch, random.Random(seed))]
-        batches = [fact_batch(tokenizer, part, weight.device) for part in parts]
+    with only_training(model, weight), evaluating(host_of(model)), _kept_below(model, settings.block):
+        mixed = random.Random(seed).sample(list(facts), len(facts))
+        batches = [fact_batch(tokenizer, part, weight.device) for part in _cut(mixed, settings.batch)]
         below = [states(model, one.ids, one.mask, settings.block) for one in batches]
         order, step, unlearned = random.Random(seed), 0, 1
         while unlearned and step < settings.steps:
@@ -107,32 +92,32 @@ def low_rank(model: Model, tokenizer: Any, facts: Sequence[Fact], seed: int, set
     import peft
 
     host: Any = host_of(model)
-    device = next(host.parameters()).device
-    held = prompt_batches(tokenizer, held_prompts(facts, settings.num_held, seed), settings.held_batch, device)
+    device, prompts = next(host.parameters()).device, held_prompts(facts, settings.num_held, seed)
+    held = [prompt_batch(tokenizer, some, device) for some in _cut(prompts, settings.held_batch)]
     with torch.no_grad(), evaluating(host):
         expected = [logits_at(host, one).float().log_softmax(-1) for one in held]
-    flags = [(parameter, parameter.requires_grad) for parameter in host.parameters()]
-    names = [name for name, module in host.named_modules() if _is_target(name, module, settings.targets)]
+    linear = [name for name, module in host.named_modules() if isinstance(module, nn.Linear)]
+    names = [name for name in linear if name.rpartition(".")[2] in settings.targets]
     if not names:
         raise ValueError(f"targets are {', '.join(settings.targets)}: {type(host).__name__} has no such linear layer.")
     undo = keep([host.get_submodule(name).weight for name in names])
     own = {name: vars(host).get(name) for name in ("peft_config", "_hf_peft_config_loaded")}
     config = peft.LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=names, lora_dropout=0.0)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        wrapped: Any = peft.get_peft_model(host, config)
-    trained = [parameter for parameter in host.parameters() if parameter.requires_grad]
-    with evaluating(host):
-        _fit(host, tokenizer, facts, random.Random(seed), settings, (trained, held, expected))
-    wrapped.merge_and_unload()
-    for parameter, requires_grad in flags:
-        parameter.requires_grad_(requires_grad)
+    with frozen(host):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            wrapped: Any = peft.get_peft_model(host, config)
+        trained = [parameter for parameter in host.parameters() if parameter.requires_grad]
+        with evaluating(host):
+            _fit(host, tokenizer, facts, random.Random(seed), settings, (trained, held, expected))
+        wrapped.merge_and_unload()
     for name, value in own.items():
         if value is None and name in vars(host):
             delattr(host, name)
     return Edited(undo=undo, num_bytes=sum(one.numel() * one.element_size() for one in trained))
 
 
+Item = TypeVar("Item")
 Held = tuple[list[nn.Parameter], list[Batch], list[Tensor]]
 
 
@@ -142,7 +127,7 @@ def _fit(host: Any, tokenizer: Any, facts: Sequence[Fact], rng: random.Random, h
     step, unlearned = 0, 1
     while unlearned and step < how.steps:
         unlearned = 0
-        for part in _parts(facts, how.batch, rng):
+        for part in _cut(rng.sample(list(facts), len(facts)), how.batch):
             asked = fact_batch(tokenizer, part, trained[0].device)
             nats_N = nats_of(logits_at(host, asked), asked)
             number = rng.randrange(len(batches))
@@ -172,11 +157,6 @@ def held_prompts(facts: Sequence[Fact], num: int, seed: int) -> list[str]:
     return rng.sample(mixed, min(len(mixed), num))
 
 
-def prompt_batches(tokenizer: Any, prompts: Sequence[str], size: int, device: torch.device) -> list[Batch]:
-    """Prompts as batches."""
-    return [prompt_batch(tokenizer, prompts[i : i + size], device) for i in range(0, len(prompts), size)]
-
-
 def divergence(expected_KV: Tensor, logits_KV: Tensor) -> Tensor:
     """The mean KL divergence of what is said from what was expected (log-probabilities)."""
     return F.kl_div(logits_KV.float().log_softmax(-1), expected_KV, log_target=True, reduction="batchmean")
@@ -195,15 +175,9 @@ def _clamp(weight: Tensor, before: Tensor, most: float | None) -> None:
             weight.copy_(weight.clamp(before - most, before + most))
 
 
-def _parts(facts: Sequence[Fact], size: int, rng: random.Random) -> Iterator[list[Fact]]:
-    """The facts in an order of chance, in parts of one size."""
-    mixed = rng.sample(list(facts), len(facts))
-    for first in range(0, len(mixed), size):
-        yield mixed[first : first + size]
-
-
-def _is_target(name: str, module: nn.Module, targets: Sequence[str]) -> bool:
-    return isinstance(module, nn.Linear) and name.rpartition(".")[2] in targets
+def _cut(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
+    """Parts of one size; the last one may be smaller."""
+    return [items[first : first + size] for first in range(0, len(items), size)]
 
 
 @contextmanager

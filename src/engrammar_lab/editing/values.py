@@ -23,29 +23,17 @@ EPS, MOMENTS = 1e-8, (0.9, 0.999)  # of Adam
 
 @dataclass(frozen=True, kw_only=True)
 class ValueSettings:
-    """How values are found.
+    """How values are found: by Adam, in sizes of the hidden state that a value is added to."""
 
-    Attributes:
-        steps: of Adam, at most.
-        lr: of Adam, in the root mean square of the hidden state that a value is added to.
-        stop: loss, without the decay, at which a fact is done.
-        kl: how much a nat of change at "SUBJECT is a" counts (lambda of ROME's eq. 4).
-        decay: how much the value's squared length counts, in that of the hidden state.
-        most: the largest length of a value, in that of the hidden state.
-        num_prefixes: texts that stand before a prompt, besides none (x_j of both papers).
-        prefix_tokens: their length.
-        together: facts that are optimized at a time.
-    """
-
-    steps: int = 20
-    lr: float = 0.3
-    stop: float = 0.1
-    kl: float = 0.0625
-    decay: float = 0.01
-    most: float = 4.0
-    num_prefixes: int = 2
-    prefix_tokens: int = 8
-    together: int = 24
+    steps: int = 20  # at most
+    lr: float = 0.3  # in the root mean square of the hidden state
+    stop: float = 0.1  # loss, without the decay, at which a fact is done
+    kl: float = 0.0625  # how much a nat of change at "SUBJECT is a" counts (lambda of ROME's eq. 4)
+    decay: float = 0.01  # how much the value's squared length counts, in that of the hidden state
+    most: float = 4.0  # the largest length of a value, in that of the hidden state
+    num_prefixes: int = 2  # texts that stand before a prompt, besides none (x_j of both papers)
+    prefix_tokens: int = 8  # their length
+    together: int = 24  # facts that are optimized at a time
 
 
 def prefixes(model: Model, tokenizer: Any, settings: ValueSettings, seed: int) -> list[str]:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from engrammar.attach.blocks import find_decoder, host_of
 from engrammar.edit import Fact
-
-Model = Any
+from engrammar.edit.optimizing import frozen
+from engrammar_lab.editing.edited import Model
 
 
 def down_projection(model: Model, block: int) -> nn.Linear:
@@ -57,36 +57,26 @@ def keep(weights: Sequence[Tensor]) -> Callable[[], None]:
 
 
 @contextmanager
-def only_training(model: Model, trained: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Nothing but these parameters takes a gradient inside a `with` block."""
-    parameters = [*host_of(model).parameters()]
-    before = [parameter.requires_grad for parameter in parameters]
-    try:
-        for parameter in parameters:
-            parameter.requires_grad_(False)
-        for parameter in trained:
-            parameter.requires_grad_(True)
-        yield
-    finally:
-        for parameter, requires_grad in zip(parameters, before):
-            parameter.requires_grad_(requires_grad)
-            parameter.grad = None
+def only_training(model: Model, weight: Tensor) -> Iterator[None]:
+    """Nothing but this weight takes a gradient inside a `with` block."""
+    with frozen(host_of(model)):
+        weight.requires_grad_(True)
+        try:
+            yield
+        finally:
+            weight.requires_grad_(False)
+            weight.grad = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Texts as one batch, padded on the right, and the places that are scored with what stands next there.
+    """Texts as one batch, padded on the right, and the places that are scored with what stands next there."""
 
-    Attributes:
-        ids, mask: [N, T].
-        row, token, says: [K] each; `says` is empty where nothing is wanted.
-    """
-
-    ids: Tensor
+    ids: Tensor  # [N, T], as the mask
     mask: Tensor
-    row: Tensor
+    row: Tensor  # [K], as the next two
     token: Tensor
-    says: Tensor
+    says: Tensor  # empty where nothing is wanted
 
 
 def object_ids(tokenizer: Any, fact: Fact) -> list[int]:
