@@ -5,6 +5,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import yaml
+from matplotlib.figure import Figure
 
 from engrammar.cells import Column, as_markdown, cells, titles
 from engrammar_lab.report.parts import spread
@@ -89,8 +90,6 @@ def _length(result: dict[str, Any]) -> str:
 
 def plot_curves(result: dict[str, Any], path: Path) -> None:
     """Draws training loss and validation loss of every run against steps."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(11, 4))
     left, right = figure.subplots(1, 2, sharex=True)
     for colour, (name, runs) in zip(("#4c72b0", "#dd8452"), _by_variant(result).items()):

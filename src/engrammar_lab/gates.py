@@ -11,6 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib import colormaps
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -56,11 +60,6 @@ def gates_over_text(
 
 def plot_gates(texts: Sequence[Mapping[str, Any]], path: Path | BytesIO) -> None:
     """Draws what `gates_over_text` returns: each text as lines of tokens, shaded by the gate (mean over layers)."""
-    from matplotlib import colormaps
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
-    from matplotlib.figure import Figure
-
     lines = [_wrapped(text) for text in texts]
     num_lines = sum(map(len, lines)) + len(lines)
     figure, colours = Figure(figsize=(12, 0.34 * num_lines + 0.9)), colormaps["YlOrRd"]

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from engrammar.addressing import derive_geometry, hash_ngrams, hash_ngrams_numpy, look_back
 from engrammar.cells import as_text
@@ -101,8 +102,6 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _derive_classes(tokenizer: Path, reference: Mapping[str, Any]) -> NDArray[np.int64]:
-    from transformers import PreTrainedTokenizerFast
-
     file = tokenizer / "tokenizer.json"
     if not file.is_file():
         raise ValueError(f"There is no {file}: --tokenizer is the folder that holds tokenizer.json.")

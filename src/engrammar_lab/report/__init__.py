@@ -7,6 +7,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from engrammar_lab.report.figures import alike
 from engrammar_lab.report.horizon import HORIZON_TASKS, horizon_section, horizon_tasks_section, rates_section
 from engrammar_lab.report.page import figures_of, render_page, without_figures
 from engrammar_lab.report.parts import Report, Section
+from engrammar_lab.report.pdf import render_pdf
 from engrammar_lab.report.studies import study_section
 from engrammar_lab.report.tasks import tasks_section
 from engrammar_lab.report.traffic import traffic_section
@@ -82,8 +84,6 @@ def write_report(folder: Path, *, check: bool = False) -> None:
     Raises:
         ValueError: there is no result, or the committed report is not what the JSON says.
     """
-    from engrammar_lab.report.pdf import render_pdf
-
     report = make_report(load_results(folder))
     page = render_page(report)
     if not check:
@@ -108,7 +108,5 @@ def write_report(folder: Path, *, check: bool = False) -> None:
 
 def _versions() -> str:
     """The versions that may change the bytes of a figure or of the PDF even if the results are the same."""
-    from importlib.metadata import version
-
     named = ("matplotlib", "pillow", "fpdf2", "fonttools", "numpy")
     return ", ".join([*(f"{name} {version(name)}" for name in named), f"zlib {zlib.ZLIB_RUNTIME_VERSION}"])

@@ -1,6 +1,6 @@
 """The section on attached memories: what each way of teaching a model brought, and what it cost elsewhere."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from statistics import mean
 from typing import Any
 
@@ -52,12 +52,11 @@ def attach_section(result: Mapping[str, Any]) -> Section:
             picture = draw_points(recalled, against, f"{domain}: share of taught definitions recalled in full")
             body.append(Figure(png=picture, caption="Blue: settled above LoRA at equal seconds; orange: below it."))
     body += [words for domain, found in domains.items() for words in _aims(domain, found)]
-    seeds = {run["seed"] for run in result["runs"]}
     return Section(
         key="attach",
         question=ATTACH,
         verdict=_verdict(domains),
-        measured=f"{machine_words(result, len(seeds))} {result['base']}.",
+        measured=f"{machine_words(result)} {result['base']}.",
         body=tuple(body),
     )
 
@@ -77,13 +76,9 @@ def _table(domain: str, found: Scores) -> Table:
 
 
 def _questions(domain: str, found: Scores) -> Table:
-    names = [name for name in found[BASE] if name.startswith("questions/")] if BASE in found else []
-    pairs = {
-        (variant, name): (own[name], found[BASE][name])
-        for variant, own in found.items()
-        for name in names
-        if variant != BASE
-    }
+    base = {name: own for name, own in found.get(BASE, {}).items() if name.startswith("questions/")}
+    others = {variant: own for variant, own in found.items() if variant != BASE}
+    pairs = {(variant, name): (own[name], base[name]) for variant, own in others.items() for name in base}
     rows = tuple(
         (variant, name.partition("/")[2], spread(found[variant][name], 3), *told(own, 3))
         for (variant, name), own in compare(pairs).items()
@@ -133,12 +128,10 @@ def _verdict(domains: Mapping[str, Scores]) -> Verdict:
         }
     )
     if not gained:
-        return Verdict(answer="No lesson has memory and LoRA yet.", sure="no", paper=PAPER, agrees="no comparison")
+        return Verdict(answer="No lesson has memory and LoRA yet.", sure="no", paper=PAPER)
     answer = "; ".join(f"{domain}: {interval(own, 3)}" for domain, own in gained.items())
-    settled: Sequence[str] = [domain for domain, own in gained.items() if own.settled]
     return Verdict(
         answer=f"Share of taught definitions recalled, memory less LoRA at equal seconds: {answer}.",
-        sure=listed(settled, "no"),
+        sure=listed([domain for domain, own in gained.items() if own.settled], "no"),
         paper=PAPER,
-        agrees="no comparison",
     )

@@ -55,7 +55,7 @@ def depth_section(result: Mapping[str, Any]) -> Section:
         key="depth",
         question=DEPTH,
         verdict=_depth_verdict(found, nearest),
-        measured=machine_words(result, len(runs)),
+        measured=machine_words(result),
         body=(
             Figure(png=curve, caption="LogitLens, seeds thin and their mean thick. Lower: decided earlier."),
             lens,
@@ -155,7 +155,7 @@ def gates_section(result: Mapping[str, Any]) -> Section:
         key="gates",
         question=GATES,
         verdict=_gates_verdict(shared_bins(runs, order), order),
-        measured=machine_words(result, len(runs)),
+        measured=machine_words(result),
         body=tuple(body),
     )
 
@@ -197,5 +197,4 @@ def _gates_verdict(bins: Sequence[Sequence[Mapping[str, Any]]], order: str) -> V
         answer=" ".join(words),
         sure=f"{gate.settled + gain.settled} of 2 trends",
         paper="gates open where a name or a set phrase is complete (figure 7)",
-        agrees="no comparison",
     )

@@ -95,12 +95,11 @@ def edit_section(result: Mapping[str, Any]) -> Section:
         body += _aims(cases, points)
     undone = [run["undone to the bit"] for run in result["runs"]]
     body.append(f"After {sum(undone)} of {len(undone)} runs the edits were taken back to the same bits.")
-    seeds = {run["seed"] for run in result["runs"]}
     return Section(
         key="edit",
         question=EDIT,
         verdict=_verdict(result["runs"]),
-        measured=f"{machine_words(result, len(seeds))} {result['base']}; at most {result['ask']['questions']} "
+        measured=f"{machine_words(result)} {result['base']}; at most {result['ask']['questions']} "
         "questions of a kind. Settings were chosen on facts that are not asked; the first 20 cases of order 0 were "
         "seen before, when the rule for second subjects was made.",
         body=tuple(body),
@@ -166,7 +165,7 @@ def _aims(cases: str, points: Mapping[Point, Runs]) -> list[str]:
 def _verdict(runs: Runs) -> Verdict:
     own = [run for run in runs if run["way"] == GATED]
     if not own:
-        return Verdict(answer="No gated write was measured yet.", sure="no", paper=PAPER, agrees="no comparison")
+        return Verdict(answer="No gated write was measured yet.", sure="no", paper=PAPER)
     most = max(int(run["edits"]) for run in own)
     last = [run for run in own if run["edits"] == most]
     told = [f"{title} {_cell(last, name, digits)}" for name, title, digits in SHOWN if _values(last, name)]
@@ -175,5 +174,4 @@ def _verdict(runs: Runs) -> Verdict:
         answer=f"Gated writes, {most:,} edits: {'; '.join(told)}.",
         sure="yes" if seeds >= 3 else f"no: {seeds} of 3 orders",
         paper=PAPER,
-        agrees="no comparison",
     )

@@ -13,6 +13,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 
 from engrammar_lab.report.curves import FLAT, Optimum, allocation_axis, scaling_axis
 from engrammar_lab.report.statistics import Difference, band, logarithm, parabola, power_law
@@ -52,8 +53,6 @@ def to_png(figure: Figure) -> bytes:
 
 def alike(png: bytes, other: bytes) -> bool:
     """Whether two pictures show the same, except for differently rounded edges; False if one is broken."""
-    from PIL import Image
-
     try:
         shown = [np.asarray(Image.open(io.BytesIO(each)).convert("RGB"), np.int16) for each in (png, other)]
     except (OSError, SyntaxError):  # from Pillow: not a picture, or truncated
@@ -63,8 +62,6 @@ def alike(png: bytes, other: bytes) -> bool:
 
 def few_colours(png: bytes) -> bytes:
     """The picture in at most 128 colours, which halves the file without a visible change."""
-    from PIL import Image
-
     small = io.BytesIO()
     Image.open(io.BytesIO(png)).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(small, "png", optimize=True)
     return small.getvalue()

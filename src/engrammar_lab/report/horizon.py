@@ -158,13 +158,14 @@ def _draw(found: Sequence[Length]) -> bytes:
         axes.axvspan(*FLAT, color="#f0e6c8", zorder=0)
         axes.axhline(0, color=GREY, linewidth=1)
         for each, colour in zip(found, COLOURS):
-            for point in each.shares.keys() - {EXPERTS}:
-                mark(axes, float(point.rstrip("%")), [-gain for gain in each.gain(point)], colour)
-            x = np.array([float(point.rstrip("%")) for point in each.shares if point != EXPERTS])
-            y_PS = np.array([[-gain for gain in each.gain(point)] for point in each.shares if point != EXPERTS])
-            if len(x) > 2:
-                read_X = np.linspace(x.min(), x.max(), 120)
-                axes.plot(read_X, band(parabola, x, y_PS.T, read_X)[0], color=colour, label=f"{each.name} tokens")
+            with_memory = [point for point in each.shares if point != EXPERTS]
+            above = {float(point.rstrip("%")): [-gain for gain in each.gain(point)] for point in with_memory}
+            for x, values in above.items():
+                mark(axes, x, values, colour)
+            if len(above) > 2:
+                x_P, read_X = np.array(list(above)), np.linspace(min(above), max(above), 120)
+                mean_X, _ = band(parabola, x_P, np.array(list(above.values())).T, read_X)
+                axes.plot(read_X, mean_X, color=colour, label=f"{each.name} tokens")
         axes.set(xlabel="experts' share of the idle parameters, %", ylabel="bits per byte above experts alone")
         axes.legend()
         return to_png(figure)
@@ -194,7 +195,7 @@ def _findings(found: Sequence[Length]) -> list[str]:
             words.append(f"{each.name} tokens{per}: {each.optimum.words()}")
     if len(found) > 1:
         words += [_fit_words(found), _gain_words(found)]
-    return [word for word in words if word]
+    return words
 
 
 def _fit_words(found: Sequence[Length]) -> str:
@@ -275,9 +276,7 @@ def rates_section(result: Mapping[str, Any]) -> Section:
     return Section(
         key="rates",
         question=study.question,
-        verdict=Verdict(
-            answer=f"{'; '.join(best_rates)}.", sure="one seed each", paper=study.paper, agrees="no comparison"
-        ),
+        verdict=Verdict(answer=f"{'; '.join(best_rates)}.", sure="one seed each", paper=study.paper),
         measured=_measured(result, 1),
         body=(Table(columns=("tokens", "idle parameters", *rates, "best rate"), rows=tuple(rows)),),
     )

@@ -33,7 +33,7 @@ class Verdict:
     answer: str
     sure: str
     paper: str
-    agrees: str
+    agrees: str = "no comparison"
 
     def rows(self) -> tuple[tuple[str, str], ...]:
         """The lines at the top of a section."""
@@ -87,10 +87,7 @@ SUMMARY = ("question", "answer here", "settled?", "the paper", "agrees?")
 
 def summary(report: Report) -> Table:
     """All verdicts in a table, for the first page."""
-    rows = []
-    for section in report.sections:
-        own = section.verdict
-        rows.append((section.question, own.answer, own.sure, own.paper, own.agrees))
+    rows = ((section.question, *(words for _, words in section.verdict.rows())) for section in report.sections)
     return Table(columns=SUMMARY, rows=tuple(rows))
 
 
@@ -129,8 +126,13 @@ def quoted(points: Sequence[str]) -> str:
     return listed([f"“{point}”" for point in points])
 
 
-def machine_words(result: Mapping[str, Any], num_seeds: int) -> str:
-    """How a result was measured: the command, tokens per run if recorded, seeds, day and machine."""
+def machine_words(result: Mapping[str, Any], num_seeds: int | None = None) -> str:
+    """How a result was measured: the command, tokens per run if recorded, seeds, day and machine.
+
+    Args:
+        num_seeds: None for the number of seeds that its runs have.
+    """
+    num_seeds = len({run["seed"] for run in result["runs"]}) if num_seeds is None else num_seeds
     machine, tokens = result["machine"], f": {result['tokens']:,} tokens a run" if "tokens" in result else ""
     instructions = f" ({machine['instructions']})" if "instructions" in machine else ""
     return (

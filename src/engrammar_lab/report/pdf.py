@@ -7,6 +7,7 @@ from pathlib import Path
 import matplotlib
 from fpdf import FPDF, FontFace
 from fpdf.enums import TableBordersLayout
+from PIL import Image
 
 from engrammar_lab.report.parts import ABOUT, TITLE, Figure, Report, Section, Table, summary
 
@@ -87,8 +88,6 @@ def _text(pdf: FPDF, text: str, size: float, colour: tuple[int, int, int] = INK)
 
 
 def _figure(pdf: FPDF, figure: Figure) -> None:
-    from PIL import Image
-
     width, height = Image.open(io.BytesIO(figure.png)).size
     shown = min(pdf.epw, width / PIXELS_PER_MM)
     if pdf.will_page_break(shown * height / width + 8):

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import Any
 
+from engrammar.cells import Column, cells, titles
 from engrammar_lab.catalogue import study_of
 from engrammar_lab.report.claims import CLAIMS, claims_words
 from engrammar_lab.report.curves import allocation_optimum, scaling_words
@@ -16,6 +17,13 @@ from engrammar_lab.report.parts import Figure, Section, Table, Verdict, listed, 
 from engrammar_lab.report.statistics import Difference, compare
 
 COUNTS = ("total_parameters", "active_parameters", "flops_per_token")
+SIZES = (
+    Column("", "point"),
+    Column("total parameters", "total_parameters", ","),
+    Column("active", "active_parameters", ","),
+    Column("rows of memory", "memory_rows", ","),
+    Column("MFLOPs/token", "flops_per_token", ".3f", 1e6),
+)
 
 
 def scores(result: Mapping[str, Any]) -> dict[str, list[float]]:
@@ -75,17 +83,14 @@ def study_section(result: Mapping[str, Any]) -> Section:
     """The section on one study."""
     study, complete = study_of(result), scores(result)
     missing = left_out(result)
-    notes = [f"Left out, because some of their seeds are missing: {listed(missing)}."] if missing else []
-    body: list[Table | Figure | str] = list(notes)
+    body: list[Table | Figure | str] = []
+    if missing:
+        body.append(f"Left out, because some of their seeds are missing: {listed(missing)}.")
     if complete:
         body += [_score_table(result), _pictures(result), *_findings(result), _equal_table(result), _proof(result)]
         if any(run.get("curve") for run in result["runs"]):
-            body.append(
-                Figure(
-                    png=draw_curves(result["runs"], list(complete)),
-                    caption="Training loss, nats per token; grey: the first point.",
-                )
-            )
+            png = draw_curves(result["runs"], list(complete))
+            body.append(Figure(png=png, caption="Training loss, nats per token; grey: the first point."))
     return Section(
         key=result["study"],
         question=study.question,
@@ -97,8 +102,7 @@ def study_section(result: Mapping[str, Any]) -> Section:
 
 def measured(result: Mapping[str, Any]) -> str:
     """In words: the command, the amount, the day, the machine and the measure."""
-    seeds = {run["seed"] for run in result["runs"]}
-    return f"{machine_words(result, len(seeds))} Validation text, bits per byte; lower is better."
+    return f"{machine_words(result)} Validation text, bits per byte; lower is better."
 
 
 def _score_table(result: Mapping[str, Any]) -> Table:
@@ -127,21 +131,10 @@ def _score_table(result: Mapping[str, Any]) -> Table:
 
 
 def _equal_table(result: Mapping[str, Any]) -> Table:
-    rows = []
-    for point in scores(result):
-        runs = [run for run in result["runs"] if run["point"] == point]
-        rows.append(
-            (
-                point,
-                f"{runs[0]['total_parameters']:,}",
-                f"{runs[0]['active_parameters']:,}",
-                f"{runs[0]['memory_rows']:,}",
-                f"{runs[0]['flops_per_token'] / 1e6:.3f}",
-            )
-        )
+    runs = {run["point"]: run for run in reversed(result["runs"])}  # of each point its first
     return Table(
-        columns=("", "total parameters", "active", "rows of memory", "MFLOPs/token"),
-        rows=tuple(rows),
+        columns=tuple(titles(SIZES)),
+        rows=tuple(tuple(cells(SIZES, runs[point])) for point in scores(result)),
         caption="Sizes of the models. FLOPs are of a forward pass, by torch's counter.",
     )
 
@@ -162,13 +155,9 @@ def _pictures(result: Mapping[str, Any]) -> Figure:
         shaded = f"{dots}; the curve is the parabola over the points with memory, the band where the paper is flat."
         return Figure(png=draw_allocation(complete, allocation_optimum(complete)), caption=shaded)
     if result["study"] == "scaling" and len(complete) > 3:
-        return Figure(
-            png=draw_scaling(complete, axis),
-            caption=f"{dots}; fits with their 95 % band over seeds.",
-        )
-    found = differences(result)
+        return Figure(png=draw_scaling(complete, axis), caption=f"{dots}; fits with their 95 % band over seeds.")
     return Figure(
-        png=draw_points(complete, found, axis),
+        png=draw_points(complete, differences(result), axis),
         caption=f"{dots}. Blue: settled better than what it is compared with; orange: worse; grey: not settled.",
     )
 
@@ -199,7 +188,7 @@ def _verdict(result: Mapping[str, Any]) -> Verdict:
     study, complete, found = study_of(result), scores(result), differences(result)
     if not complete or not found:
         return Verdict(answer="No two points have all their seeds yet.", sure="no", paper=study.paper, agrees="open")
-    answer = _answer(complete, found, bases(result))
+    answer = _answer(complete, found)
     settled = sum(own.settled for own in found.values())
     sure = "yes" if settled == len(found) else f"{settled} of {len(found)} differences" if settled else "no"
     agrees = claims_words(CLAIMS.get(result["study"], ()), complete, None, short=True)
@@ -211,19 +200,17 @@ def _verdict(result: Mapping[str, Any]) -> Verdict:
     return Verdict(answer=answer, sure=sure, paper=study.paper, agrees=agrees or "no comparison")
 
 
-def _answer(
-    complete: Mapping[str, Sequence[float]], found: Mapping[str, Difference], against: Mapping[str, str]
-) -> str:
+def _answer(complete: Mapping[str, Sequence[float]], found: Mapping[str, Difference]) -> str:
     """Which point is best and by how much; if the lowest is not settled, which points are settled better and worse."""
     best, ties = best_of(complete)
+    base = f"“{next(iter(complete))}”"  # what all are compared with
     if best in found and found[best].settled:
-        words = f"“{best}” is best: {-found[best].mean:.4f} bits per byte less than “{against[best]}”."
+        words = f"“{best}” is best: {-found[best].mean:.4f} bits per byte less than {base}."
         return f"{words} The seeds do not separate it from {quoted(ties)}." if ties else words
     better, worse = (
         [f"“{point}” ({own.mean:+.4f})" for point, own in found.items() if own.settled and sign * own.mean > 0]
         for sign in (-1, 1)
     )
-    base = quoted(list(dict.fromkeys(against.values())))
     sentences = [
         f"Better than {base}: {listed(better)}." if better else f"No other point is clearly better than {base}."
     ]

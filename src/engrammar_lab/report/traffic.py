@@ -7,6 +7,8 @@ from typing import Any
 from engrammar_lab.report.parts import Section, Table, Verdict, machine_words, spread
 
 QUESTION = "How do n-grams fall on rows?"
+COLLIDING = ("in_a_head", "in_a_head_expected", "in_all_heads", "in_all_heads_expected", "same_rows", "own_lookups")
+TOUCHED = ("untouched", "untouched_expected", "hottest_1_percent", "hottest_10_percent")
 
 
 def traffic_section(result: Mapping[str, Any]) -> Section:
@@ -17,7 +19,7 @@ def traffic_section(result: Mapping[str, Any]) -> Section:
         key="traffic",
         question=QUESTION,
         verdict=_verdict(runs, layers[0]),
-        measured=f"{machine_words(result, len(runs))} {runs[0]['tokens']:,} tokens of training text.",
+        measured=f"{machine_words(result)} {runs[0]['tokens']:,} tokens of training text.",
         body=(_collision_table(runs, layers), _row_table(runs, layers)),
     )
 
@@ -32,18 +34,10 @@ def _collision_table(runs: Sequence[Mapping[str, Any]], layers: Sequence[str]) -
     for layer in layers:
         for order in runs[0]["layers"][layer]["orders"]:
             each = [run["layers"][layer]["orders"][order] for run in runs]
-            shares = ("in_a_head", "in_a_head_expected", "in_all_heads", "in_all_heads_expected", "same_rows")
-            rows.append(
-                (
-                    layer,
-                    order,
-                    f"{each[0]['distinct']:,}",
-                    spread([own["ngrams_per_row"] for own in each], 1),
-                    *(spread([100 * own[share] for own in each], 1) for share in shares),
-                    spread([100 * own["own_lookups"] for own in each], 1),
-                    _exponent([own["zipf"] for own in each]),
-                )
-            )
+            per_row = spread([own["ngrams_per_row"] for own in each], 1)
+            percent = [spread([100 * own[share] for own in each], 1) for share in COLLIDING]
+            zipf = _exponent([own["zipf"] for own in each])
+            rows.append((layer, order, f"{each[0]['distinct']:,}", per_row, *percent, zipf))
     return Table(
         columns=(
             "layer", "order", "distinct n-grams", "per row", "share a row, %", "expected", "in every head, %",
@@ -59,19 +53,10 @@ def _row_table(runs: Sequence[Mapping[str, Any]], layers: Sequence[str]) -> Tabl
     rows = []
     for layer in layers:
         each = [run["layers"][layer] for run in runs]
-        rows.append(
-            (
-                layer,
-                f"{each[0]['rows']:,}",
-                *(
-                    spread([100 * own[key] for own in each], 1)
-                    for key in ("untouched", "untouched_expected", "hottest_1_percent", "hottest_10_percent")
-                ),
-                spread([own["distinct_rows_per_1000_tokens"] for own in each], 0),
-                f"{each[0]['lookups_per_1000_tokens']:,.0f}",
-                _exponent([own["zipf"] for own in each]),
-            )
-        )
+        percent = [spread([100 * own[share] for own in each], 1) for share in TOUCHED]
+        read = spread([own["distinct_rows_per_1000_tokens"] for own in each], 0)
+        lookups, zipf = f"{each[0]['lookups_per_1000_tokens']:,.0f}", _exponent([own["zipf"] for own in each])
+        rows.append((layer, f"{each[0]['rows']:,}", *percent, read, lookups, zipf))
     return Table(
         columns=(
             "layer", "rows", "never read, %", "expected", "lookups to the hottest 1 %, %", "to the hottest 10 %, %",
