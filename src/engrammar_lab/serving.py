@@ -31,7 +31,6 @@ from engrammar.stores.base import Arrived, Fetch, RowsMissing, RowStore
 from engrammar.stores.ram import RamStore
 from engrammar.stores.serving import look_ahead, stored_tables_of
 from engrammar.tables.convert import quantize
-from engrammar.tables.folder import TableFile
 from engrammar.train.data import TokenSet
 from engrammar.train.scoring import IGNORED
 from engrammar_lab.machine import describe_run
@@ -145,7 +144,7 @@ def run_serving(models: Sequence[Path], tokens: TokenSet) -> dict[str, Any]:
                 stored_tables_of(model).close()  # type: ignore[union-attr]
         for found in missing.values():
             how = "zeros" if found["how"] == "zeros" else "skip"
-            lossy = partial(_lossy, found["share"])
+            lossy = partial(lambda share, table: LossyStore(RamStore(table), share), found["share"])
             model = EngrammarForCausalLM.from_pretrained(folder, memory=lossy, on_missing=how, deadline=60.0).eval()
             found["scores"].append(score(model, tokens, questions))
             source = stored_tables_of(model)
@@ -162,10 +161,6 @@ def run_serving(models: Sequence[Path], tokens: TokenSet) -> dict[str, Any]:
         "encodings": encodings,
         "missing": missing,
     }
-
-
-def _lossy(share: float, table: TableFile) -> RowStore:
-    return LossyStore(RamStore(table), share)
 
 
 def differences(found: dict[str, Any], base: dict[str, Any], measure: str) -> list[float]:

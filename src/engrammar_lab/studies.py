@@ -293,7 +293,8 @@ def rerun(name: str, point: str, seed: int, *, out: Path, results: Path = RESULT
     """
     path = results / f"{name}.json"
     if not path.exists():
-        raise ValueError(f"{path} does not exist; studies with results: {', '.join(_with_results(results)) or 'none'}.")
+        there = [known for known in studies_at(SCALES["lab"]) if (results / f"{known}.json").exists()]
+        raise ValueError(f"{path} does not exist; studies with results: {', '.join(there) or 'none'}.")
     result = json.loads(path.read_text())
     known = {(run["point"], run["seed"]): run["bits_per_byte"] for run in result["runs"]}
     if (point, seed) not in known:
@@ -329,7 +330,3 @@ def _most_apart(runs: Sequence[Mapping[str, Any]]) -> float:
     if not freedom:
         raise ValueError("The study has one seed of each point: nothing says how far two runs of one are apart.")
     return float(t.ppf(0.995, freedom)) * math.sqrt(2 * sum(squares) / freedom)
-
-
-def _with_results(results: Path) -> list[str]:
-    return [name for name in studies_at(SCALES["lab"]) if (results / f"{name}.json").exists()]

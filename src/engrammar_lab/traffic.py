@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from engrammar.addressing import hash_ngrams_numpy, look_back
+from engrammar.addressing import hash_ngrams_numpy
 from engrammar.memory import Memory
 from engrammar.planning.touches import Sample, repeated_share, touched_rows
 from engrammar.train.data import TokenSet
-from engrammar_lab.frequency import ngram_keys, text_keys
+from engrammar_lab.frequency import classes_seen, ngram_keys, text_keys
 
 WINDOW = 1_000  # tokens over which distinct rows are counted
 FIT_POINTS = 50  # number of ranks in a Zipf fit, evenly spaced in their logarithm
@@ -157,9 +157,7 @@ def _rows_at(
     num_back, num_heads = memory.config.max_ngram_size - 1, memory.config.num_heads
     back_N = np.arange(-num_back, 1)
     ids_DN = np.where(place_D[:, None] % length + back_N >= 0, ids_F[place_D[:, None] + back_N], -1)
-    classes_V = None if memory.class_of_id is None else memory.class_of_id.cpu()
-    seen = look_back(torch.from_numpy(ids_DN), config=memory.config, geometry=memory.geometry, classes_V=classes_V)
-    arrays = [np.ascontiguousarray(seen_DN[:, -1:].numpy()) for seen_DN in seen]
+    arrays = [np.ascontiguousarray(seen_DN[:, -1:]) for seen_DN in classes_seen(memory, torch.from_numpy(ids_DN))]
     rows_DH = hash_ngrams_numpy(arrays, config=memory.config, geometry=memory.geometry, layer_index=index)[:, 0]
     rows_DH = rows_DH - np.array(memory.geometry.head_offsets(index))
     return rows_DH[:, index_order * num_heads : (index_order + 1) * num_heads]

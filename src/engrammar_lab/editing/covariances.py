@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from engrammar.attach.blocks import evaluating, find_decoder
@@ -55,13 +54,7 @@ def moments(model: Model, tokenizer: Any, blocks: Sequence[int], text: KeyText) 
             paths[block].parent.mkdir(parents=True, exist_ok=True)
             with written_beside(paths[block]) as partial:
                 save_file({"moment": moment_FF}, partial, about | {"block": str(block)})
-    return {block: read_moment(path) for block, path in paths.items()}
-
-
-def read_moment(path: Path) -> Tensor:
-    """What `moments` has kept."""
-    with safe_open(path, framework="pt") as file:
-        return file.get_tensor("moment")
+    return {block: load_file(path)["moment"] for block, path in paths.items()}
 
 
 def cut(tokenizer: Any, documents: Iterable[str], num_tokens: int) -> Iterator[Tensor]:

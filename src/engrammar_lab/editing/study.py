@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from engrammar.tables.sealed import write_text
 from engrammar_lab.adapters.lessons import Amount
@@ -120,22 +120,15 @@ def _keep(path: Path, settings: Mapping[str, Any], found: Mapping[Key, Mapping[s
     return made
 
 
-class Base(NamedTuple):
-    """The model before any edit, and what it says."""
-
-    model: Model
-    tokenizer: Any
-    unedited: Unedited
-    blocks_BT: Any
-    reads: list[Read]
-
-
 @lru_cache(maxsize=1)
-def _base(folder: Path, cache: Path, ask: Ask) -> Base:
-    """Loaded once in each process: every run leaves the model as it was."""
+def _base(folder: Path, cache: Path, ask: Ask) -> tuple[Model, Any, Unedited, Any, list[Read]]:
+    """The model before any edit, its tokenizer and answers, neutral text in blocks, and what the model says along it.
+
+    Loaded once in each process: every run leaves the model as it was.
+    """
     model, tokenizer = load_plain(folder)
     blocks_BT = neutral_blocks(tokenizer, cache, base_chats(folder, cache, Amount()), ask.neutral)
-    return Base(model, tokenizer, Unedited(model, tokenizer), blocks_BT, read_blocks(model, blocks_BT))
+    return model, tokenizer, Unedited(model, tokenizer), blocks_BT, read_blocks(model, blocks_BT)
 
 
 def _run(key: Key, file: Path, folder: Path, cache: Path, ask: Ask) -> dict[str, Any]:

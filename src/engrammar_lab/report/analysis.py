@@ -166,16 +166,15 @@ def _range(bin_: Mapping[str, Any]) -> str:
 
 
 def _frequency_table(bins: Sequence[Sequence[Mapping[str, Any]]], order: str) -> Table:
-    compared = _compared(bins)
+    gained = {"nats less than with memory off": gains(bins)}
+    if _compared(bins):
+        gained["nats less than the plain MoE"] = gains(bins, "loss_plain")
     rows = []
-    plain_gains = gains(bins, "loss_plain") if compared else gains(bins)
-    for each, gain, against_plain in zip(bins, gains(bins), plain_gains):
-        row = [_range(each[0]), f"{each[0]['tokens']:,}", spread([own["gate"] for own in each], 3), spread(gain, 3)]
-        row += [spread(against_plain, 3)] if compared else []
-        rows.append(tuple(row))
-    plain = ("nats less than the plain MoE",) if compared else ()
+    for each, *less in zip(bins, *gained.values()):
+        gate = spread([own["gate"] for own in each], 3)
+        rows.append((_range(each[0]), f"{each[0]['tokens']:,}", gate, *(spread(own, 3) for own in less)))
     return Table(
-        columns=(f"{order}-gram in training text", "tokens", "gate", "nats less than with memory off", *plain),
+        columns=(f"{order}-gram in training text", "tokens", "gate", *gained),
         rows=tuple(rows),
         caption="Loss on the token after the n-gram.",
     )

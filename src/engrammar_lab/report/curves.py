@@ -103,9 +103,8 @@ def better_law(rows_P: np.ndarray, loss_PS: np.ndarray) -> tuple[str, float, flo
     errors = left_out_error(logarithm, rows_P, means_P), left_out_error(power_law, rows_P, means_P)
     if len(sides) > 1 or (errors[1] < errors[0]) not in sides:
         return "the seeds do not choose between a logarithm and a power law with a floor", *errors
-    return (
-        "a power law with a floor" if sides == {True} else "a logarithm"
-    ) + " predicts left-out points better", *errors
+    law = "a power law with a floor" if sides == {True} else "a logarithm"
+    return f"{law} predicts left-out points better", *errors
 
 
 def scaling_words(complete: Mapping[str, Sequence[float]], factor: float | None) -> tuple[str, str, str]:

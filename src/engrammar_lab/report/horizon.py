@@ -202,13 +202,11 @@ def _fit_words(found: Sequence[Length]) -> str:
     """How the fitted optimum moves with tokens, and what that says of the paper's model."""
     minima = [each.optimum.inside if each.optimum else [] for each in found]
     outside = [each.name for each, own in zip(found, minima) if not own]
-    if outside or len({len(own) for own in minima}) > 1:
-        return (
-            f"No line is fitted through the optima: {listed(outside)} "
-            f"{'has' if len(outside) == 1 else 'have'} none within the range for every seed."
-            if outside
-            else "No line is fitted through the optima, since the lengths have different seeds."
-        )
+    if outside:
+        have = "has" if len(outside) == 1 else "have"
+        return f"No line is fitted through the optima: {listed(outside)} {have} none within the range for every seed."
+    if len({len(own) for own in minima}) > 1:
+        return "No line is fitted through the optima, since the lengths have different seeds."
     decades_L = np.log10([each.tokens for each in found])
     lines = [np.polyfit(decades_L, own_L, 1) for own_L in zip(*minima)]
     slope = Difference(tuple(float(line[0]) for line in lines), p_value([float(line[0]) for line in lines]))
