@@ -93,6 +93,10 @@ def _rows(rows: int) -> tuple[str, ...]:
     return ("model.memory=preset", f"model.settings.memory.rows_per_head=[{rows},{rows}]")
 
 
+def _rival(kind: str) -> tuple[str, ...]:
+    return "model.memory=none", f"model.settings.rival.kind={kind}"
+
+
 def _memory(**settings: Any) -> tuple[str, ...]:
     return tuple(f"model.settings.memory.{name}={value}" for name, value in settings.items())
 
@@ -119,15 +123,10 @@ def _budgets(scale: Scale) -> dict[str, Study]:
             points={
                 "memory": (),
                 "experts": ("model.memory=none",),
-                **{
-                    label: ("model.memory=none", f"model.settings.rival.kind={kind}")
-                    for label, kind in (
-                        ("OverEncoding", "over_encoding"),
-                        ("per-layer embeddings", "per_layer"),
-                        ("bigram at every layer", "bigram"),
-                        ("product keys", "product_keys"),
-                    )
-                },
+                "OverEncoding": _rival("over_encoding"),
+                "per-layer embeddings": _rival("per_layer"),
+                "bigram at every layer": _rival("bigram"),
+                "product keys": _rival("product_keys"),
                 "nothing (dense)": ("model.memory=none", *scale.dense),
             },
             exempt=("nothing (dense)",),
@@ -166,7 +165,7 @@ def _horizon(scale: Scale) -> dict[str, Study]:
                 for tokens in HORIZONS
                 for name, settings in (
                     *((f"{share:.0%}", _rho(share)) for share in HORIZON_SHARES),
-                    ("bigram", ("model.memory=none", "model.settings.rival.kind=bigram")),
+                    ("bigram", _rival("bigram")),
                     ("dense", ("model.memory=none", *scale.dense)),
                 )
             },
@@ -231,15 +230,13 @@ def _choices() -> dict[str, Study]:
             axis="optimizer of the tables, its rate over the backbone's",
             points={
                 f"{kind} x{rate}": (f"optimizer.memory={kind}", f"optimizer.memory_lr_scale={rate}")
-                for kind, rate in (
-                    ("row_adam", 5),
-                    ("row_adam", 20),
-                    ("adam", 5),
-                    ("adam", 20),
-                    ("dense_adam", 20),
-                    ("sinkhorn", 5),
-                    ("sinkhorn", 10),
+                for kind, rates in (
+                    ("row_adam", (5, 20)),
+                    ("adam", (5, 20)),
+                    ("dense_adam", (20,)),
+                    ("sinkhorn", (5, 10)),
                 )
+                for rate in rates
             },
             paper="Adam, five times the backbone's rate, without decay",
         ),

@@ -13,8 +13,6 @@ class PromptSettings:
     """All facts before what is asked."""
 
     budget: int = 1024  # tokens that the sentences may take; facts that come later are refused
-    form: str = "{}\n"  # what stands before a question, with {} for the sentences
-    between: str = "\n"  # what stands between sentences
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +21,6 @@ class RetrievalSettings:
 
     num_found: int = 1  # at most
     least: float = 0.0  # the share that a sentence's score must have of the score that the sentence has for itself
-    form: str = "{}\n"  # this and `between` are as in `PromptSettings`
-    between: str = "\n"
 
 
 def sentence(fact: Fact) -> str:
@@ -32,28 +28,27 @@ def sentence(fact: Fact) -> str:
     return f"{fact.prompt.rstrip()} {fact.object.strip()}."
 
 
+def lines(sentences: Sequence[str]) -> str:
+    """What stands before a question: a line for each sentence."""
+    return "".join(f"{one}\n" for one in sentences)
+
+
 def tell(model: Model, tokenizer: Any, facts: Sequence[Fact], seed: int, settings: PromptSettings) -> Edited:
     """All facts as sentences before what is asked, in their order, as far as they fit a budget. Nothing is changed."""
     told: list[str] = []
-    start = ""
     for fact in facts:
-        longer = settings.form.format(settings.between.join([*told, sentence(fact)]))
-        if len(tokenizer(longer, add_special_tokens=False).input_ids) > settings.budget:
+        longer = [*told, sentence(fact)]
+        if len(tokenizer(lines(longer), add_special_tokens=False).input_ids) > settings.budget:
             break
-        told, start = [*told, sentence(fact)], longer
-    return Edited(num_bytes=num_bytes(told), refused=facts[len(told) :], worded=lambda prompt: start + prompt)
+        told = longer
+    return Edited(num_bytes=num_bytes(told), refused=facts[len(told) :], worded=lambda prompt: lines(told) + prompt)
 
 
 def retrieve(model: Model, tokenizer: Any, facts: Sequence[Fact], seed: int, settings: RetrievalSettings) -> Edited:
     """The facts whose sentences are nearest to what is asked stand before it, the nearest one last."""
     told = [sentence(fact) for fact in facts]
     find = nearest_of(told, settings)
-
-    def worded(prompt: str) -> str:
-        found = find(prompt)[::-1]
-        return settings.form.format(settings.between.join(found)) + prompt if found else prompt
-
-    return Edited(num_bytes=num_bytes(told), worded=worded)
+    return Edited(num_bytes=num_bytes(told), worded=lambda prompt: lines(find(prompt)[::-1]) + prompt)
 
 
 def nearest_of(sentences: Sequence[str], settings: RetrievalSettings) -> Callable[[str], list[str]]:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
-from typing import Literal
+from typing import Literal, get_args
 
 from transformers import PreTrainedTokenizerBase
 
@@ -83,12 +83,10 @@ def fact_questions(
     facts = [fact for document in documents if (fact := read_fact(document)) is not None]
     told = _told(facts, documents)
     facts = [fact for fact in facts if fact.split == "seen" or _words(fact.sentence) not in told]
-    forms: tuple[Form, ...] = ("choice", "cloze")
+    own = {split: [fact for fact in facts if fact.split == split] for split in SPLITS}
     return {
-        f"facts/{form}/{split}": _take(
-            [fact for fact in facts if fact.split == split], form, tokenizer, length, num, seed
-        )
-        for form in forms
+        f"facts/{form}/{split}": _take(own[split], form, tokenizer, length, num, seed)
+        for form in get_args(Form)
         for split in SPLITS
     }
 
