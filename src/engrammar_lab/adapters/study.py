@@ -14,7 +14,7 @@ from engrammar_lab.adapters.measures import measure
 from engrammar_lab.adapters.smollm import base_chats, fetch_smollm, load_plain
 from engrammar_lab.adapters.variants import HOW, VARIANTS, How
 from engrammar_lab.machine import describe_run
-from engrammar_lab.studies import RESULTS
+from engrammar_lab.studies import RESULTS, command_line
 
 NAME = "attach"
 TIMED = "memory"  # whose seconds "LoRA, equal seconds" gets; it comes before it in VARIANTS
@@ -57,10 +57,10 @@ def run_attach(
 
     def keep() -> dict[str, Any]:
         order = [(domain, seed, variant) for domain, seed in lessons for variant in VARIANTS]
-        made = describe_run("engrammar lab attach" + ("" if seeds == 3 else f" --seeds {seeds}")) | settings
         runs = [{**dict(zip(KEY, key)), **found[key]} for key in order if key in found]
-        write_text(path, json.dumps(made | {"runs": runs}, indent=1) + "\n")
-        return made | {"runs": runs}
+        made = {**describe_run(command_line("attach", "lab", seeds, ())), **settings, "runs": runs}
+        write_text(path, json.dumps(made, indent=1) + "\n")
+        return made
 
     with ProcessPoolExecutor(jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
         for variant in VARIANTS:

@@ -84,10 +84,9 @@ def codebook(model: Model, tokenizer: Any, facts: Sequence[Fact], seed: int, set
     mlp = mlp_of(model, settings.block)
     texts = {fact: at_the_end(tokenizer, fact) for fact in facts}
     kept = [fact for fact in facts if texts[fact]]
-    device = next(host_of(model).parameters()).device
     keys, outputs = _read(model, mlp, [texts[fact][0] for fact in kept], settings.block)
     values = outputs + find_values(model, [texts[fact] for fact in kept], settings.block, settings.values)
-    made = Codebook(keys.shape[1], device)
+    made = Codebook(keys.shape[1], keys.device)
     for fact, key_D, value_D in zip(kept, keys, values):
         made.learn(key_D, value_D, fact.object.strip(), settings.radius)
     handle = mlp.register_forward_hook(made.replace)
@@ -100,12 +99,9 @@ def codebook(model: Model, tokenizer: Any, facts: Sequence[Fact], seed: int, set
 def _read(model: Model, mlp: nn.Module, texts: Sequence[Text], block: int) -> tuple[Tensor, Tensor]:
     """What an MLP reads and gives where each text is written, [N, D] both."""
     read: list[tuple[Tensor, Tensor]] = []
-
-    def take(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        read.append((args[0][0, -1].float(), output[0, -1].float()))
-
     device = next(host_of(model).parameters()).device
-    with evaluating(host_of(model)), mlp.register_forward_hook(take):
+    take = mlp.register_forward_hook(lambda _, args, out: read.append((args[0][0, -1].float(), out[0, -1].float())))
+    with evaluating(host_of(model)), take:
         for text in texts:
             run_to(model, torch.tensor([text.ids[: text.written[0] + 1]], device=device), block)
     keys, outputs = zip(*read)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from engrammar.attach.blocks import evaluating, host_of
 from engrammar.edit import Fact
@@ -137,11 +137,7 @@ def at_places(model: Model, texts: Sequence[Sequence[Text]], block: int, last: i
         token_N = mask_NT.sum(1) - 1
         row_N = torch.arange(len(some), device=device)
         read: list[Tensor] = []
-
-        def take(_: nn.Module, args: tuple[Any, ...], read: list[Tensor] = read) -> None:
-            read.append(args[0])
-
-        with down_projection(model, block).register_forward_pre_hook(take):
+        with down_projection(model, block).register_forward_pre_hook(lambda _, args, to=read: to.append(args[0])):
             after_NTD = states(model, ids_NT, mask_NT, last + 1)
         for (g, text), key_F, after_D in zip(some, read[0][row_N, token_N], after_NTD[row_N, token_N]):
             keys[g].append(key_F)

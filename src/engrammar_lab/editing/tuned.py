@@ -80,7 +80,8 @@ def fine_tune(model: Model, tokenizer: Any, facts: Sequence[Fact], seed: int, se
                 missed = int((nats_N > settings.stop).sum())
                 if missed and step < settings.steps:
                     _step(optimizer, nats_N.mean())
-                    _clamp(weight, before, settings.most)
+                    if settings.most is not None:
+                        weight.data.clamp_(before - settings.most, before + settings.most)
                     step += 1
                 unlearned += missed
     return Edited(undo=undo, num_bytes=weight.numel() * weight.element_size())
@@ -93,9 +94,9 @@ def low_rank(model: Model, tokenizer: Any, facts: Sequence[Fact], seed: int, set
 
     host: Any = host_of(model)
     device, prompts = next(host.parameters()).device, held_prompts(facts, settings.num_held, seed)
-    held = [prompt_batch(tokenizer, some, device) for some in _cut(prompts, settings.held_batch)]
+    batches = [prompt_batch(tokenizer, some, device) for some in _cut(prompts, settings.held_batch)]
     with torch.no_grad(), evaluating(host):
-        expected = [logits_at(host, one).float().log_softmax(-1) for one in held]
+        held = [(one, logits_at(host, one).float().log_softmax(-1)) for one in batches]
     linear = [name for name, module in host.named_modules() if isinstance(module, nn.Linear)]
     names = [name for name in linear if name.rpartition(".")[2] in settings.targets]
     if not names:
@@ -109,7 +110,7 @@ def low_rank(model: Model, tokenizer: Any, facts: Sequence[Fact], seed: int, set
             wrapped: Any = peft.get_peft_model(host, config)
         trained = [parameter for parameter in host.parameters() if parameter.requires_grad]
         with evaluating(host):
-            _fit(host, tokenizer, facts, random.Random(seed), settings, (trained, held, expected))
+            _fit(host, tokenizer, facts, random.Random(seed), settings, held)
         wrapped.merge_and_unload()
     for name, value in own.items():
         if value is None and name in vars(host):
@@ -118,20 +119,19 @@ def low_rank(model: Model, tokenizer: Any, facts: Sequence[Fact], seed: int, set
 
 
 Item = TypeVar("Item")
-Held = tuple[list[nn.Parameter], list[Batch], list[Tensor]]
+Held = Sequence[tuple[Batch, Tensor]]  # prompts, and log-probabilities [K, V] that are expected there
 
 
 def _fit(host: Any, tokenizer: Any, facts: Sequence[Fact], rng: random.Random, how: LoraSettings, held: Held) -> None:
-    trained, batches, expected = held
-    optimizer = torch.optim.Adam(trained, lr=how.lr)
+    optimizer = torch.optim.Adam([one for one in host.parameters() if one.requires_grad], lr=how.lr)
     step, unlearned = 0, 1
     while unlearned and step < how.steps:
         unlearned = 0
         for part in _cut(rng.sample(list(facts), len(facts)), how.batch):
-            asked = fact_batch(tokenizer, part, trained[0].device)
+            asked = fact_batch(tokenizer, part, held[0][1].device)
             nats_N = nats_of(logits_at(host, asked), asked)
-            number = rng.randrange(len(batches))
-            loss = nats_N.mean() + how.kl * divergence(expected[number], logits_at(host, batches[number]))
+            other, expected_KV = held[rng.randrange(len(held))]
+            loss = nats_N.mean() + how.kl * divergence(expected_KV, logits_at(host, other))
             unlearned += int((nats_N > how.stop).sum())
             if step < how.steps:
                 _step(optimizer, loss)
@@ -166,13 +166,6 @@ def _step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-
-
-def _clamp(weight: Tensor, before: Tensor, most: float | None) -> None:
-    """Keeps each number of a weight within a distance of what it was."""
-    if most is not None:
-        with torch.no_grad():
-            weight.copy_(weight.clamp(before - most, before + most))
 
 
 def _cut(items: Sequence[Item], size: int) -> list[Sequence[Item]]:

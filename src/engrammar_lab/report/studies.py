@@ -95,14 +95,9 @@ def study_section(result: Mapping[str, Any]) -> Section:
         key=result["study"],
         question=study.question,
         verdict=_verdict(result),
-        measured=measured(result),
+        measured=f"{machine_words(result)} Validation text, bits per byte; lower is better.",
         body=tuple(body),
     )
-
-
-def measured(result: Mapping[str, Any]) -> str:
-    """In words: the command, the amount, the day, the machine and the measure."""
-    return f"{machine_words(result)} Validation text, bits per byte; lower is better."
 
 
 def _score_table(result: Mapping[str, Any]) -> Table:

@@ -13,7 +13,7 @@ from transformers import initialization as init
 
 from engrammar.addressing import look_back, table_sizes
 from engrammar.config import Geometry, MemoryConfig, check_setting
-from engrammar.table import SparseTable
+from engrammar.table import SparseTable, gather_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +47,14 @@ class Rival(SparseTable, ABC):
         """Initializes the parameters outside linear layers; `std` is the backbone's."""
         init.normal_(self.weight, mean=0.0, std=std)
 
-    def read(self, ids_BT: Tensor, starts_BT: Tensor | None) -> Tensor | None:
-        """What is looked up by ids, [B, T, ...]. An id is -1 where masked; `starts_BT` is True where a text begins."""
+    def rows(self, ids_BT: Tensor, starts_BT: Tensor | None) -> Tensor | None:
+        """Rows that ids look up, [B, T, ...]. An id is -1 where masked; `starts_BT` is True where a text begins."""
         return None
+
+    def read(self, ids_BT: Tensor, starts_BT: Tensor | None) -> Tensor | None:
+        """What stands in those rows, [B, T, ..., C]."""
+        rows = self.rows(ids_BT, starts_BT)
+        return None if rows is None else gather_rows(self.weight, rows)
 
     def embed(self, embeds_BTD: Tensor, read_BTX: Tensor | None) -> Tensor:
         """The input embeddings, as the rival changes them."""

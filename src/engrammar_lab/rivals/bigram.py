@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from engrammar.config import check_setting
-from engrammar.table import gather_rows
 from engrammar_lab.rivals.base import Backbone, Rival, RivalConfig, plan_ngrams, see
 
 MULTIPLIERS = (36313, 27191)
@@ -49,14 +48,10 @@ class Bigram(Rival):
         init.constant_(self.scales, FIRST_SCALE)
 
     def rows(self, ids_BT: Tensor, starts_BT: Tensor | None) -> Tensor:
-        """Rows of the table, [B, T]."""
         current_BT, previous_BT = see(self.plan, ids_BT, starts_BT)
         last_row = self.weight.shape[0] - 1
         hashed_BT = (MULTIPLIERS[0] * current_BT ^ MULTIPLIERS[1] * previous_BT) % last_row
         return torch.where(previous_BT == self.nothing, last_row, hashed_BT)
-
-    def read(self, ids_BT: Tensor, starts_BT: Tensor | None) -> Tensor:
-        return gather_rows(self.weight, self.rows(ids_BT, starts_BT))
 
     def before(self, layer: int, streams_BTMD: Tensor, read_BTX: Tensor | None) -> Tensor:
         assert read_BTX is not None

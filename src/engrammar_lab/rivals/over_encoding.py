@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from engrammar.config import check_setting
-from engrammar.table import gather_rows
 from engrammar_lab.rivals.base import Backbone, Rival, RivalConfig, plan_ngrams, see
 
 
@@ -53,7 +52,7 @@ class OverEncoding(Rival):
         self.projection = nn.Linear(len(geometry.head_sizes(0)) * width, backbone.hidden_size, bias=False)
 
     def rows(self, ids_BT: Tensor, starts_BT: Tensor | None) -> Tensor:
-        """Rows of the one table, [B, T, J], ordered by order, then table."""
+        """Rows of the one table, [B, T, J], by order, then table."""
         _, geometry = self.plan
         ngram_BT, *earlier = see(self.plan, ids_BT, starts_BT)
         columns = []
@@ -61,9 +60,6 @@ class OverEncoding(Rival):
             ngram_BT = ngram_BT + seen_BT * geometry.num_classes**position
             columns += [ngram_BT % size for size in sizes_K]
         return torch.stack(columns, -1) + torch.tensor(geometry.head_offsets(0), device=ids_BT.device)
-
-    def read(self, ids_BT: Tensor, starts_BT: Tensor | None) -> Tensor:
-        return gather_rows(self.weight, self.rows(ids_BT, starts_BT))
 
     def embed(self, embeds_BTD: Tensor, read_BTX: Tensor | None) -> Tensor:
         assert read_BTX is not None

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from engrammar.fusion import rms_norm
-from engrammar.table import gather_rows
 from engrammar_lab.rivals.base import Backbone, Rival, RivalConfig
 
 
@@ -48,9 +47,9 @@ class PerLayer(Rival):
         init.ones_(self.input_norms)
         init.constant_(self.output_norms, std)
 
-    def read(self, ids_BT: Tensor, starts_BT: Tensor | None) -> Tensor:
+    def rows(self, ids_BT: Tensor, starts_BT: Tensor | None) -> Tensor:
         first_rows_L = torch.arange(len(self.gates), device=ids_BT.device) * self.vocab_size
-        return gather_rows(self.weight, ids_BT.clamp_min(0)[..., None] + first_rows_L)
+        return ids_BT.clamp_min(0)[..., None] + first_rows_L
 
     def before(self, layer: int, streams_BTMD: Tensor, read_BTX: Tensor | None) -> Tensor:
         assert read_BTX is not None
