@@ -151,14 +151,8 @@ def _choice(fact: Fact, kind: Sequence[Fact], rng: random.Random) -> Question | 
             wrong[other.definition] = other
     if len(wrong) < 3 or fact.definition.strip().casefold() in fact.context.casefold():
         return None
-    return pose(
-        rng,
-        context=fact.context,
-        right=fact.definition,
-        wrong=wrong,
-        task=f"facts/choice/{fact.split}",
-        split=fact.split,
-    )
+    task = f"facts/choice/{fact.split}"
+    return pose(rng, context=fact.context, right=fact.definition, wrong=wrong, task=task, split=fact.split)
 
 
 def _cloze(fact: Fact) -> Question | None:

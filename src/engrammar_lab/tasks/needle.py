@@ -92,15 +92,14 @@ def needle_questions(
     questions: list[Question] = []
     while len(questions) < num:
         codes = dict(zip(rng.sample(keys, num_pairs), _values(rng, num_pairs, use)))
-        statements = [f"The code of {key} is {code}." for key, code in codes.items()]
+        told = {key: f"The code of {key} is {code}." for key, code in codes.items()}
         asked = rng.sample(list(codes), num_queries)
-        queries = [f"The code of {key} is" for key in asked]
-        end = " ".join(f"{query} {codes[key]}." for query, key in zip(queries, asked))
-        text = haystack.scatter(statements, _room(tokenizer, [*statements, end], list(codes.values()), length), rng)
-        for query, key in zip(queries, asked):
-            text = f"{text} {query}"
-            questions.append(_ask(rng, text, codes.values(), codes[key], task))
-            text += f" {codes[key]}."
+        end = " ".join(told[key] for key in asked)
+        room = _room(tokenizer, [*told.values(), end], list(codes.values()), length)
+        text = haystack.scatter(list(told.values()), room, rng)
+        for key in asked:
+            questions.append(_ask(rng, f"{text} The code of {key} is", codes.values(), codes[key], task))
+            text += f" {told[key]}"
     return questions[:num]
 
 
@@ -162,9 +161,8 @@ def _room(tokenizer: PreTrainedTokenizerBase, parts: Sequence[str], values: Sequ
     """Tokens left of `length` after the token before the text and `parts`, with any of `values` as the last answer."""
     answers = count_tokens(tokenizer, [f" {value}." for value in values])
     first, later = count_tokens(tokenizer, parts), count_tokens(tokenizer, [f" {part}" for part in parts])
-    opening = max(
-        alone - spaced for alone, spaced in zip(first, later)
-    )  # the most tokens that a part takes more at the start of the text
+    # The most tokens that a part takes more at the start of the text.
+    opening = max(alone - spaced for alone, spaced in zip(first, later))
     room = length - 1 - sum(later) - max(opening, 0) - (max(answers) - min(answers))
     if room < 0:
         raise ValueError(f"length is {length}; the statements and the question alone take {length - room} tokens.")
