@@ -74,12 +74,15 @@ class Fusion(nn.Module):
 
         Args:
             normed_BCS: [B, M*D, window + T] of `normed_value`; a shorter history is padded with zeros. Or what each
-                tap reads at each token, [B, M*D, T, kernel], zero where a text begins.
+                tap reads at each token, [B, T, kernel, M*D], zero where a text begins.
             starts_BT: True where a packed document begins (whole rows only): no tap reaches across.
         """
         if normed_BCS.ndim == 4:
-            mixed = (normed_BCS * self.conv_weight).sum(-1)
-            return F.silu(mixed).transpose(1, 2).unflatten(-1, (self.num_branches, self.hidden_size))
+            weight_KC = self.conv_weight[:, 0].T.contiguous()
+            mixed_BTC = normed_BCS[:, :, 0] * weight_KC[0]
+            for tap in range(1, len(weight_KC)):
+                mixed_BTC = torch.addcmul(mixed_BTC, normed_BCS[:, :, tap], weight_KC[tap])
+            return F.silu(mixed_BTC).unflatten(-1, (self.num_branches, self.hidden_size))
         window, dilation = self.config.conv_window, self.config.max_ngram_size
         if missing := window + num_tokens - normed_BCS.shape[-1]:
             normed_BCS = F.pad(normed_BCS, (missing, 0))

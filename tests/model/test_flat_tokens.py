@@ -33,13 +33,8 @@ def flat_pass(model, ids: list[torch.Tensor], with_windows: bool = True) -> torc
 
     def taps(normed_BCT: torch.Tensor) -> torch.Tensor:
         parts = normed_BCT[0].T.split([len(one) for one in ids])
-        read = [
-            torch.stack(
-                [look_back(part, k * config.max_ngram_size, 0) for k in reversed(range(config.conv_kernel))], -1
-            )
-            for part in parts
-        ]
-        return torch.cat(read).transpose(0, 1)[None]
+        backs = [k * config.max_ngram_size for k in reversed(range(config.conv_kernel))]
+        return torch.cat([torch.stack([look_back(part, back, 0) for back in backs], 1) for part in parts])[None]
 
     windows = dict.fromkeys(config.layers, taps) if with_windows and config.conv_kernel else {}
     return model.model(torch.cat(ids)[None], retrieved=replace(retrieved, windows=windows), use_cache=False)[0][0]

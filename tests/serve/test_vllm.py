@@ -272,4 +272,4 @@ def test_operators_say_the_shapes_that_they_return():
     assert reading._fetch_shape(ids, ids, "").shape == (0,)
     embedding, dead = reading._rows_shape(ids, ids, 1, 8, torch.float32)
     assert embedding.shape == (1, 5, 8) and dead.shape == (1, 5)
-    assert reading._taps_shape(normed, ids, "", [6, 3, 0]).shape == (1, 6, 5, 3)
+    assert reading._taps_shape(normed, ids, "", [6, 3, 0]).shape == (1, 5, 3, 6)

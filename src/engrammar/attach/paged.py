@@ -186,7 +186,7 @@ class FlatPass(ABC):
 
     @abstractmethod
     def taps(self, config: MemoryConfig, layer: int, normed_BCT: Tensor) -> Tensor:
-        """`Fusion.forward`'s `extend` for these tokens: what each tap of the convolution reads, [1, C, T, kernel]."""
+        """`Fusion.forward`'s `extend` for these tokens: what each tap of the convolution reads, [1, T, kernel, C]."""
 
 
 @final
@@ -200,7 +200,7 @@ class PagedPass(FlatPass):
     def taps(self, config: MemoryConfig, layer: int, normed_BCT: Tensor) -> Tensor:
         window_PC = self.state.write(layer, self.tokens, normed_BCT[0].T)
         places_KT = self.tokens.places(range(config.conv_window, -1, -config.max_ngram_size))
-        return self.state.seen(window_PC, places_KT, 0).permute(2, 1, 0)[None]
+        return self.state.seen(window_PC, places_KT.T, 0)[None]
 
 
 def begin_paged(name: str, config: MemoryConfig, tokens: FlatTokens) -> tuple[PagedPass, Tensor]:

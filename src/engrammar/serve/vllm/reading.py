@@ -9,6 +9,7 @@ history.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.library import Library
 from vllm.forward_context import ForwardContext, get_forward_context
@@ -71,15 +72,19 @@ def rows(started: Tensor, input_ids: Tensor, layer: int, width: int, dtype: torc
 
 
 def taps(normed: Tensor, positions: Tensor, name: str, back: list[int]) -> Tensor:
-    """Keeps the convolution's inputs [B, C, T]; returns what each tap reads, [B, C, T, K], zero before the start."""
+    """Keeps the convolution's inputs [B, C, T]; returns what each tap reads, [B, T, K, C], zero before the start."""
     layer, where = layer_of(get_forward_context(), name)
-    read = normed.new_zeros((normed.shape[2], len(back), normed.shape[1]))
-    if where is not None:
-        num_tokens = len(where.slot_T)
-        layer.write(layer.inputs, normed[0].T[:num_tokens], where)
-        read_TKC, exists_TK = layer.read(layer.inputs, positions[0, :num_tokens], back, where)
-        read[:num_tokens] = read_TKC.to(read.dtype).masked_fill_(~exists_TK[..., None], 0)
-    return read.permute(2, 0, 1)[None]
+    if where is None:
+        return normed.new_zeros((1, normed.shape[2], len(back), normed.shape[1]))
+    num_tokens = len(where.slot_T)
+    layer.write(layer.inputs, normed[0].T[:num_tokens].contiguous(), where)
+    read_TKC, exists_TK = layer.read(layer.inputs, positions[0, :num_tokens], back, where)
+    read_TKC = read_TKC.to(normed.dtype)
+    if not exists_TK.all():
+        read_TKC.masked_fill_(~exists_TK[..., None], 0)
+    if filling := normed.shape[2] - num_tokens:
+        read_TKC = F.pad(read_TKC, (0, 0, 0, 0, 0, filling))
+    return read_TKC[None]
 
 
 def _fetch_shape(input_ids: Tensor, positions: Tensor, name: str) -> Tensor:
@@ -95,7 +100,7 @@ def _rows_shape(
 
 
 def _taps_shape(normed: Tensor, positions: Tensor, name: str, back: list[int]) -> Tensor:
-    return normed.new_empty((normed.shape[2], len(back), normed.shape[1])).permute(2, 0, 1)[None]
+    return normed.new_empty((1, normed.shape[2], len(back), normed.shape[1]))
 
 
 for _op, _shape in ((fetch, _fetch_shape), (rows, _rows_shape), (taps, _taps_shape)):

@@ -131,9 +131,10 @@ class StateLayer(nn.Module, AttentionLayerBase):
 
     def write(self, cached: Tensor, new_T: Tensor, where: StateMetadata) -> None:
         """Writes one value (or vector) for each token of a pass into `numbers` or `inputs`."""
-        live_T = where.slot_T >= 0
-        slot_T, size = where.slot_T[live_T], cached.shape[1]
-        cached[slot_T // size, slot_T % size] = new_T[live_T].to(cached.dtype)
+        live_T, slot_T, new_T = where.slot_T >= 0, where.slot_T, new_T.to(cached.dtype)
+        if not live_T.all():
+            slot_T, new_T = slot_T[live_T], new_T[live_T]
+        _by_slot(cached).index_copy_(0, slot_T, new_T)
 
     def read(
         self, cached: Tensor, positions_T: Tensor, back: Sequence[int], where: StateMetadata
@@ -142,5 +143,10 @@ class StateLayer(nn.Module, AttentionLayerBase):
         size = cached.shape[1]
         wanted_TK = positions_T.long()[:, None] - torch.tensor(back, device=positions_T.device)
         exists_TK, wanted_TK = wanted_TK >= 0, wanted_TK.clamp_min(0)
-        block_TK = where.block_table[where.request_T[:, None], wanted_TK // size]
-        return cached[block_TK, wanted_TK % size], exists_TK
+        slot_TK = where.block_table[where.request_T[:, None], wanted_TK // size] * size + wanted_TK % size
+        return _by_slot(cached).index_select(0, slot_TK.flatten()).unflatten(0, slot_TK.shape), exists_TK
+
+
+def _by_slot(cached: Tensor) -> Tensor:
+    """The same numbers or inputs in the cache, [slots, ...]."""
+    return cached.view(-1, *cached.shape[2:])
