@@ -7,6 +7,7 @@ import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, final
 
 from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProcessorList
@@ -59,7 +60,8 @@ class Engine:
         self.held = self.running = 0  # answers under way or waiting, and requests under way
         self.changing, self.ended = asyncio.Lock(), asyncio.Condition()
         self.numbers = itertools.count()
-        self.choices: dict[tuple[str, ...], Choice] = {}
+        # Those of requests under way are carried by them.
+        self.read_with = lru_cache(MOST_CHOICES)(lambda chosen: Choice(chosen_stack(model, chosen)))
         self.undo = ExitStack()
         self.undo.enter_context(batched_continuously(model))
         self.manager: Any = None
@@ -129,12 +131,7 @@ class Engine:
             if name not in (*offered, *self.patches()):
                 known = ", ".join(offered) or "none"
                 raise Refused(f"No patch {name!r} can be chosen; patches for requests are: {known}.", 404, "no_patch")
-        chosen = tuple(name for name in offered if name in names)
-        if chosen not in self.choices:
-            while len(self.choices) >= MOST_CHOICES:  # those of requests under way are carried by them
-                self.choices.pop(next(iter(self.choices)))
-            self.choices[chosen] = Choice(chosen_stack(self.model, chosen))
-        return self.choices[chosen]
+        return self.read_with(tuple(name for name in offered if name in names))
 
     @asynccontextmanager
     async def turn(self) -> AsyncIterator[None]:
@@ -209,7 +206,7 @@ class Engine:
                 await asyncio.to_thread(make)
                 self.counts.changes += 1
             finally:
-                self.choices.clear()
+                self.read_with.cache_clear()
                 self._start()
 
     def patches(self) -> list[str]:
