@@ -150,14 +150,9 @@ def forget_(
     files = kept_files(where) if where.is_dir() else [where]
     holding = [path for path in files if any(row.get("subject") == subject for row in read_patch(path).facts)]
     if not holding and where.is_dir():
-        in_tables = ", ".join(patches_in(where))
-        raise ValueError(
-            f"No patch that is kept in {where} holds a fact about {subject!r}."
-            + (
-                f" Of what is in its tables ({in_tables}), undo the patch, forget in its file, apply that."
-                * bool(in_tables)
-            )
-        )
+        names = ", ".join(patches_in(where))
+        more = f" Of what is in its tables ({names}), undo the patch, forget in its file, apply that." * bool(names)
+        raise ValueError(f"No patch that is kept in {where} holds a fact about {subject!r}.{more}")
     asked = str(where) if model is None and where.is_dir() else model
     loaded = None if asked is None else _load(asked)
     for path in holding or files:

@@ -1,9 +1,12 @@
-"""What commands share: their names, and optional requirements, of which each extra of the package brings some."""
+"""What commands share: names, a flag, and optional requirements, of which each extra of the package brings some."""
 
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Literal
+from typing import Annotated, Literal
 
+from tyro.conf import arg
+
+Json = Annotated[bool, arg(name="json", help="Print JSON.")]
 MODULES = {
     "lab": ("matplotlib", "scipy", "fpdf", "PIL", "psutil"),
     "eval": ("lm_eval",),

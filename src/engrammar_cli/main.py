@@ -12,15 +12,15 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import tyro
-from tyro.conf import Positional, arg
+from tyro.conf import Positional
 
 from engrammar_cli import edit, lab, plan, table
 from engrammar_cli.evaluate import evaluate
 from engrammar_cli.explore import explore
-from engrammar_cli.extras import by_name, require
+from engrammar_cli.extras import Json, by_name, require
 from engrammar_cli.serve import serve, vllm
 from engrammar_cli.training import attach, train
 
@@ -134,14 +134,13 @@ def data(
 def info(
     model: Positional[str | None] = None,
     /,
-    json_output: Annotated[bool, arg(name="json")] = False,
+    json_output: Json = False,
     advise: tuple[str, str] | None = None,
 ) -> None:
     """Count the parameters of a preset or a saved model, and what its memory costs a token.
 
     Args:
         model: A preset's name, or a folder with a config.json.
-        json_output: Print JSON.
         advise: Say which share of the idle parameters measurements would make memory, given the tokens of training and
             the parameters that a token does not use (--advise 100B 20B).
     """
@@ -211,7 +210,7 @@ def bench(
     ],
     /,
     quick: bool = False,
-    json_output: Annotated[bool, arg(name="json")] = False,
+    json_output: Json = False,
 ) -> None:
     """Measure a part of the library beside a baseline of the same run.
 
@@ -222,7 +221,6 @@ def bench(
             attach: what a memory costs a model that it is attached to; edit: what patches cost a model, by their keys;
             serve: answers to many requests at once.
         quick: Finish within 50 seconds.
-        json_output: Print JSON.
     """
     require("lab")
     from engrammar_lab.bench.report import run, show

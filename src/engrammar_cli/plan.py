@@ -2,11 +2,11 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional
 
-from engrammar_cli.extras import by_name
+from engrammar_cli.extras import Json, by_name
 
 
 def rows(
@@ -57,7 +57,7 @@ def train(
     memory: Literal["adam", "row_adam", "sinkhorn"] = "row_adam",
     matrices: Literal["muon", "adamw"] = "muon",
     table_dtype: Literal["fp32", "bf16"] = "fp32",
-    json_output: Annotated[bool, arg(name="json")] = False,
+    json_output: Json = False,
 ) -> None:
     """Estimate what training costs before machines are rented: memory, bytes sent, what the exchange of rows hides.
 
@@ -70,7 +70,6 @@ def train(
         memory: The row optimizer.
         matrices: The optimizer of the backbone's matrices.
         table_dtype: The dtype of the tables.
-        json_output: Print JSON.
     """
     from engrammar.model.configuration import load_config
     from engrammar.model.presets import preset

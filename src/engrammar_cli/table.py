@@ -2,16 +2,14 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional
 
-from engrammar_cli.extras import by_name
+from engrammar_cli.extras import Json, by_name
 
 if TYPE_CHECKING:
     from engrammar.tables.convert import Converted
-
-Json = Annotated[bool, arg(name="json")]
 
 
 def info(folder: Positional[Path], /, json_output: Json = False) -> None:
@@ -19,7 +17,6 @@ def info(folder: Positional[Path], /, json_output: Json = False) -> None:
 
     Args:
         folder: A checkpoint, or a folder of tables.
-        json_output: Print JSON.
     """
     from engrammar.cells import as_text
     from engrammar.tables.folder import open_tables
@@ -156,7 +153,6 @@ def plan(
         hit_rate: Also find the smallest cache with this hit rate.
         tokens_per_s: Also find, for each tier, the smallest cache that is this fast.
         cache: Folder of fetched corpora.
-        json_output: Print JSON.
     """
     from engrammar.config import row_bytes
     from engrammar.planning import plan as planning

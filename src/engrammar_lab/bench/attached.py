@@ -16,14 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import DynamicCache
 
 from engrammar.attach import attach, keep_prefix, load_attached, save_attached
 from engrammar.attach.attaching import require_attachment
 from engrammar.cells import Column
 from engrammar.stores.cache import CachedStore
+from engrammar.train.attached import load_base
 from engrammar.train.documents import read_documents
 from engrammar.train.optimizer import OptimizerSettings, build_optimizer
+from engrammar.train.recipe import BaseRecipe
 from engrammar_lab.adapters.smollm import fetch_smollm
 from engrammar_lab.bench.figures import line_by_line
 from engrammar_lab.bench.turns import measured_in_turn, ratio, seconds_of, settle_allocator
@@ -88,12 +90,11 @@ class Bases:
 
 def load_bases(folder: Path, num_blocks: int) -> Bases:
     """The model of a folder; its first blocks, or all (0)."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model, tokenizer = load_base(BaseRecipe(model=str(folder), dtype="float32"))
     if num_blocks:
         del model.model.layers[num_blocks:]
         model.config.num_hidden_layers = num_blocks
-    return Bases(model=model, tokenizer=tokenizer)
+    return Bases(model=model.eval(), tokenizer=tokenizer)
 
 
 def real_text(bases: Bases, corpus: str, count: int) -> Tensor:
