@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache
 
 from engrammar.attach.attached import AttachedMemory, first_tokens
-from engrammar.attach.blocks import Decoder, first_parameters, hidden_of
+from engrammar.attach.blocks import Decoder, first_parameters, hidden_of, with_hidden
 from engrammar.attach.inputs import CACHES, Inputs, read_inputs
 from engrammar.attach.paged import FlatTokens, PagedPass, begin_paged, flat_in
 from engrammar.attach.skipping import begin_skipping, end_skipping
@@ -113,9 +113,7 @@ class Attachment(nn.ModuleDict):
             memory = self.memories()[name]
             if layer in memory.config.layers:
                 hidden = memory.add(layer, hidden, retrieved, state, current.keep_all)
-        if args:
-            return (hidden, *args[1:]), kwargs
-        return args, {**kwargs, argument: hidden}
+        return with_hidden(hidden, argument, args, kwargs)
 
     def after_pass(self, decoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Ends the pass; a cache that it filled gets the memories' states."""

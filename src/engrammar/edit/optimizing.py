@@ -13,7 +13,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from engrammar.attach.blocks import find_decoder, hidden_of, in_branches
+from engrammar.attach.blocks import find_decoder, hidden_of, in_branches, with_hidden
 from engrammar.attach.passes import cache_in
 
 Adding = Callable[[nn.Module, "Added"], AbstractContextManager[object]]  # in its context a model's passes are changed
@@ -68,7 +68,7 @@ def at_block(block: int) -> Adding:
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
             hidden = hidden_of(decoder.argument, args, kwargs)
             changed = added.to(in_branches(hidden, decoder.hidden_size)).view_as(hidden)
-            return ((changed, *args[1:]), kwargs) if args else (args, {**kwargs, decoder.argument: changed})
+            return with_hidden(changed, decoder.argument, args, kwargs)
 
         with decoder.blocks[block].register_forward_pre_hook(before, with_kwargs=True, prepend=True):
             yield

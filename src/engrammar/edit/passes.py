@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from engrammar.attach.blocks import Decoder, first_parameters, hidden_of, in_branches
+from engrammar.attach.blocks import Decoder, first_parameters, hidden_of, in_branches, with_hidden
 from engrammar.attach.inputs import read_inputs
 from engrammar.attach.paged import flat_in
 from engrammar.attach.skipping import is_skipped
@@ -246,9 +246,7 @@ class EditHooks:
             changed = part.at(block, changed)
         if changed is hidden:
             return None
-        if args:
-            return (changed, *args[1:]), kwargs
-        return args, {**kwargs, argument: changed}
+        return with_hidden(changed, argument, args, kwargs)
 
     def after_pass(self, decoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Ends the pass; a cache that it filled gets the state."""
