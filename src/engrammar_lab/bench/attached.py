@@ -21,7 +21,7 @@ from transformers import DynamicCache
 from engrammar.attach import attach, keep_prefix, load_attached, save_attached
 from engrammar.attach.attaching import require_attachment
 from engrammar.cells import Column
-from engrammar.stores.cache import CachedStore
+from engrammar.serve.openai.metrics import sources_of
 from engrammar.train.attached import load_base
 from engrammar.train.documents import read_documents
 from engrammar.train.optimizer import OptimizerSettings, build_optimizer
@@ -132,11 +132,8 @@ def _decoders(bases: Bases, plan: Plan, folder: Path) -> dict[str, Any]:
 
 def _misses(model: Any) -> int | None:
     """Rows that a model's caches did not hold so far."""
-    attachment = getattr(model, "engrammar", None)
-    source = None if attachment is None else next(iter(attachment.memories().values())).memory.source
-    stores = [] if source is None else list(source.stores.values())
-    counted = [store.misses for store in stores if isinstance(store, CachedStore)]
-    return sum(counted) if counted else None
+    caches = [cache for source in sources_of(model) for cache in source.caches().values()]
+    return sum(cache.misses for cache in caches) if caches else None
 
 
 @torch.no_grad()

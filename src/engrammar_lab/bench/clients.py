@@ -22,10 +22,10 @@ from transformers import AutoTokenizer
 
 from engrammar.cells import Column
 from engrammar.model.modeling import EngrammarForCausalLM
-from engrammar.tables.folder import open_tables
 from engrammar.tables.sealed import write_text
+from engrammar_lab.bench.decode import sizes_of
 from engrammar_lab.bench.figures import by_variant, line_by_line
-from engrammar_lab.bench.load import NAME, make_model, serving, started, tables_of
+from engrammar_lab.bench.load import NAME, make_model, serving, started
 from engrammar_lab.bench.loopback import free_port
 from engrammar_lab.bench.serve import plain_config
 from engrammar_lab.machine import describe_run
@@ -96,26 +96,11 @@ def vllm_serving(plan: Plan, port: int, folder: Path, **memory: Any) -> Abstract
 
 def ask(plan: Plan, url: str, tokenizer: Path) -> list[list[dict[str, Any]]]:
     """What vLLM's client found of a server: of each number of requests at once, of each round."""
-    common = [
-        "--backend",
-        "openai",
-        "--base-url",
-        url,
-        "--model",
-        NAME,
-        "--tokenizer",
-        str(tokenizer),
-        "--disable-tqdm",
-    ]
-    common += [
-        "--dataset-name",
-        "random",
-        "--random-input-len",
-        str(plan.prompt_tokens),
-        "--ignore-eos",
-        "--trust-remote-code",
-    ]
-    common += ["--random-output-len", str(plan.new_tokens), "--temperature", "0", "--ready-check-timeout-sec", "120"]
+    same: dict[str, object] = {"backend": "openai", "base-url": url, "model": NAME, "tokenizer": tokenizer}
+    same |= {"dataset-name": "random", "random-input-len": plan.prompt_tokens, "random-output-len": plan.new_tokens}
+    same |= {"temperature": 0, "ready-check-timeout-sec": 120}
+    common = ["--disable-tqdm", "--ignore-eos", "--trust-remote-code"]
+    common += [f"--{name}={value}" for name, value in same.items()]
     asked = [
         [*common, "--seed", str(turn), "--max-concurrency", str(number), "--num-prompts", str(number * plan.prompts)]
         for number in plan.at_once
@@ -142,9 +127,9 @@ def bench_clients(plan: Plan) -> dict[str, Any]:
     found: dict[str, list[list[dict[str, Any]]]] = {}
     with TemporaryDirectory() as scratch:
         own, moe = save_models(plan, Path(scratch))
-        size, (rows,) = tables_of(own).stat().st_size, {table.num_rows for table in open_tables(own).tables.values()}
-        behind = {"memory": "disk", "cache_rows": rows // 10}
-        flags = ("--memory", "disk", "--cache-rows", str(rows // 10))
+        size, tenth = sizes_of(own)
+        behind = {"memory": "disk", "cache_rows": tenth}
+        flags = ("--memory", "disk", "--cache-rows", str(tenth))
         for name, flags_or_memory in ((OURS_RAM, ()), (OURS_DISK, flags), (OURS_MOE, ())):
             with serving(moe if name == OURS_MOE else own, *flags_or_memory) as served:
                 found[name] = ask(plan, served.url, own)

@@ -141,23 +141,16 @@ def _decode(model: EngrammarForCausalLM, ids_BT: Tensor) -> list[float]:
 class Late(RowStore):
     """Waits for rows as soon as it is asked for them, so that nothing is read beside the computing."""
 
-    def __init__(self, inner: RowStore) -> None:
-        self.inner = inner
-        self.name, self.identity = inner.name, inner.identity
-        self.num_rows, self.row_bytes = inner.num_rows, inner.row_bytes
+    def __init__(self, store: RowStore) -> None:
+        self.store = store
+        self.name, self.identity = store.name, store.identity
+        self.num_rows, self.row_bytes = store.num_rows, store.row_bytes
 
     def _fetch(self, rows_U: NDArray[np.int64]) -> Fetch:
-        return Arrived(self.inner.fetch(rows_U).wait())
+        return Arrived(self.store.fetch(rows_U).wait())
 
     def close(self) -> None:
-        self.inner.close()
-
-
-def _cache(source: StoredTables, name: str) -> CachedStore:
-    store = source.stores[name]
-    store = store.inner if isinstance(store, Late) else store
-    assert isinstance(store, CachedStore)
-    return store
+        self.store.close()
 
 
 def _serve(model: EngrammarForCausalLM, folder: Path, cache_rows: int) -> dict[str, StoredTables]:
@@ -189,7 +182,7 @@ def _warm(model: EngrammarForCausalLM, source: StoredTables, ids_BT: Tensor) -> 
     memory = model.model.memory
     assert memory is not None
     for layer, rows in memory.addresses(ids_BT).items():
-        store = _cache(source, memory.table(layer).name)
+        store = source.caches()[memory.table(layer).name]
         for _ in range(8):
             store.reset_counts()
             store.fetch(rows.flatten().numpy()).wait()
@@ -208,14 +201,14 @@ def _rates(plan: Plan, model: EngrammarForCausalLM, sources: Mapping[str, Stored
             others = [kind for kind in VARIANTS if kind not in cold]
             for kind in (*cold, *others[turn % 3 :], *others[: turn % 3]):
                 _give(model, sources[kind])
-                if kind in (WARM, WARM_LATE):
+                caches = sources[kind].caches().values()
+                if caches:
                     _warm(model, sources[kind], ids_BT)
                 took = _decode(model, ids_BT)
                 if turn:  # the first round only warms up the model
                     seconds[kind].append(median(took))
-                if kind in (WARM, WARM_LATE):
-                    found = sum(_cache(sources[kind], name).misses for name in sources[kind].stores)
-                    misses[kind] = misses.get(kind, 0) + found
+                if caches:
+                    misses[kind] = misses.get(kind, 0) + sum(cache.misses for cache in caches)
         yield {
             "batch": batch,
             "variants": {
