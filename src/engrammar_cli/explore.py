@@ -22,6 +22,8 @@ def explore(
     port: int = 8765,
     max_tokens: int = 512,
     max_ngrams: int = 1_000_000,
+    cache: Path = Path("~/.cache/engrammar"),
+    no_cache: bool = False,
 ) -> None:
     """Look into a model in a browser: gates, guesses with and without memory, n-grams and their rows, facts to change.
 
@@ -39,6 +41,8 @@ def explore(
         port: Where to listen; 0 takes a free port.
         max_tokens: Longer texts are refused.
         max_ngrams: N-grams of each order that a census keeps, the most frequent ones.
+        cache: Folder in which what is read for all facts alike is kept for the next time, as by `engrammar edit learn`.
+        no_cache: Keep nothing there and read it anew.
     """
     if len(what) not in (1, 3) or (len(what) == 3 and what[0] != "census"):
         raise ValueError("engrammar explore needs MODEL, or: census CORPUS MODEL.")
@@ -46,7 +50,9 @@ def explore(
     from engrammar_explore.opening import Source
 
     model = what[-1]
-    source = Source(model=model, adapter=adapter, patches=patch, memory=memory, cache_rows=cache_rows, census=census)
+    where: dict[str, Any] = {"memory": memory, "cache_rows": cache_rows, "census": census}
+    kept = None if no_cache else cache.expanduser()
+    source = Source(model=model, adapter=adapter, patches=patch, kept=kept, **where)
     if len(what) == 3:
         if census is None:
             raise ValueError("engrammar explore census needs --census, the file to write.")

@@ -24,6 +24,7 @@ class Source:
     memory: Literal["weights", "ram", "disk"] = "weights"  # where the memory's tables are
     cache_rows: int = 0  # rows of each table kept in RAM in front of the disk
     census: Path | None = None  # a census file of the model's memory
+    kept: Path | None = None  # as of `Explored`
 
 
 def open_session(source: Source, settings: LookSettings | None = None) -> Session:
@@ -36,7 +37,7 @@ def open_session(source: Source, settings: LookSettings | None = None) -> Sessio
     model, tokenizer = open_model(source)
     census = None if source.census is None else Census(source.census, memory_in(model), tokenizer)
     title = Path(source.model).name + (f" with {source.adapter.name}" if source.adapter else "")
-    explored = Explored(model=model, tokenizer=tokenizer, title=title, census=census)
+    explored = Explored(model=model, tokenizer=tokenizer, title=title, census=census, kept=source.kept)
     return Session(explored, settings, patches)
 
 

@@ -36,6 +36,7 @@ class Explored:
     tokenizer: PreTrainedTokenizerBase
     title: str  # what the page calls the model
     census: Census | None = None  # which n-grams of a corpus share rows
+    kept: Path | None = None  # a folder in which what is read for all facts alike is kept for other sessions
 
 
 @final
@@ -153,7 +154,7 @@ class Session:
     @cached_property
     def _reader(self) -> GatedReader:
         """What the second fact that is learned need not read again."""
-        return GatedReader(self.explored.model, self.explored.tokenizer, GatedSettings())
+        return GatedReader(self.explored.model, self.explored.tokenizer, GatedSettings(), self.explored.kept)
 
     def _check_room(self) -> None:
         if len(self.patches) >= MOST_PATCHES:

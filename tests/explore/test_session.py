@@ -17,8 +17,8 @@ TEXT = "w9 w3 w4 w10 w11"
 FACT = {"subject": "w3 w4", "prompt": TEXT, "object": "w20"}
 
 
-def new_session(model, patches=()) -> Session:
-    return Session(Explored(model=model, tokenizer=tokenizer(), title="tiny"), patches=patches)
+def new_session(model, patches=(), kept=None) -> Session:
+    return Session(Explored(model=model, tokenizer=tokenizer(), title="tiny", kept=kept), patches=patches)
 
 
 @pytest.fixture
@@ -71,6 +71,21 @@ def test_a_fact_is_learned_and_tried_and_the_model_is_as_it_was(session, monkeyp
     fresh, _ = learn(session.explored.model, session.explored.tokenizer, [fact_of(FACT)], name="w3-w4-2")
     assert patch_bytes(fresh) == patch_bytes(session.patches["w3-w4-2"]) and sum(read) > 2 * len(RELATIONS)
     assert session.compare("w3-w4", "w3-w4-2")["conflicts"] == []  # the same fact writes the same
+
+
+@torch.no_grad()
+def test_another_session_of_the_model_reads_what_all_facts_share_from_the_disk(monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "try_fact", lambda *given: {})
+    model, read, learned = base_model("llama").requires_grad_(False), [], []
+    monkeypatch.setattr(gated, "last_states", lambda *given: read.append(len(given[2])) or last_states(*given))
+    for _ in range(2):
+        read.clear()
+        session = new_session(model, kept=tmp_path)
+        session.learn(fact_of(FACT))
+        learned.append((patch_bytes(session.patches["w3-w4"]), sum(read)))
+        session.close()
+    (first, all_read), (second, few_read) = learned
+    assert first == second and few_read < len(RELATIONS) < 2 * len(RELATIONS) < all_read
 
 
 SHORT = TrySettings(
