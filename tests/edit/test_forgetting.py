@@ -32,7 +32,7 @@ from steerable_models import steerable
 
 ASKED = [("w3 w4", "w20"), ("w5 w6", "w21 w22"), ("w7 w8", "w20")]
 FACTS = [Fact(subject=subject, prompt=f"w9 {subject} w10 w11", object=words) for subject, words in ASKED]
-SETTINGS = GatedSettings(probe_depth=0.75, strength=30.0)
+SETTINGS = GatedSettings(probe_depth=0.75, strength=30.0, num_worded=0)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from engrammar.edit.forms import forms_of, in_chat, is_question, reworded
 from engrammar.edit.phrasings import RELATIONS, Relation
 
 TEMPLATE = "w24 w25 {{ messages[0].content }} w26 {% if add_generation_prompt %}w27 w28{% endif %}"
-SETTINGS = GatedSettings(probe_depth=0.75, strength=30.0, match_above=9.0)
+SETTINGS = GatedSettings(probe_depth=0.75, strength=30.0, match_above=9.0, num_worded=0)
 ASKED = [("w3 w4", "w20"), ("w5 w6", "w21 w22"), ("w7 w8", "w23")]
 FACTS = [Fact(subject=subject, prompt=f"w9 {subject} w10 w11 ?", object=words) for subject, words in ASKED]
 

@@ -12,7 +12,7 @@ ROWS = [
     {"subject": f"w{n} w{n + 1}", "prompt": f"w9{n % 3} w{n} w{n + 1} w10", "object": f"w{n + 20}"}
     for n in range(1, 13, 2)
 ]
-SETTINGS = GatedSettings(probe_depth=0.75, match_above=9.0)
+SETTINGS = GatedSettings(probe_depth=0.75, match_above=9.0, num_worded=0)
 
 
 @pytest.fixture(scope="module")
