@@ -3,7 +3,7 @@
 import pytest
 from report_results import OPTIMA, blank_pictures, made, made_horizon, made_horizon_tasks, made_tasks
 
-from engrammar_lab.report.horizon import horizon_section, horizon_tasks_section, lengths, rates_section
+from engrammar_lab.report.horizon import advice, horizon_section, horizon_tasks_section, lengths, rates_section
 from engrammar_lab.report.parts import Table
 from engrammar_lab.report.tasks import tasks_section
 
@@ -60,6 +60,17 @@ def test_lengths_with_fewer_seeds_are_told_with_those_they_have():
     assert "55%" not in lengths(result)[1].points and "bigram" not in lengths(result)[1].points
     result["runs"] = [run for run in result["runs"] if run["point"] == "2M, dense"]
     assert horizon_section(result).verdict.answer == "No length has experts alone and memory yet."
+
+
+def test_a_length_of_which_the_ends_alone_are_measured_has_no_best_share():
+    result = made_horizon()
+    ends = ("32M, 100%", "32M, 10%", "32M, dense")
+    result["runs"] = [run for run in result["runs"] if not run["point"].startswith("32M") or run["point"] in ends]
+    section = horizon_section(result)
+    assert "32M: 10% experts (other shares are not measured yet), " in section.verdict.answer
+    assert "8M: 55% experts best" in section.verdict.answer and "From 2M to 8M tokens the gain" in words(section)
+    assert "Ten times the tokens move the optimum by +33.2" in words(section)  # through two optima
+    assert len(advice(result)["lengths"]) == 2
 
 
 def test_the_best_rate_of_each_end_is_told():

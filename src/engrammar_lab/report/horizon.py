@@ -45,9 +45,14 @@ class Length:
         return min(self.shares.keys() - {EXPERTS}, key=lambda point: mean(self.points[point]))
 
     @property
+    def is_sampled(self) -> bool:
+        """Whether there are enough shares to say which is best."""
+        return len(self.shares) > 3
+
+    @property
     def optimum(self) -> Optimum | None:
         """The minimum of the parabola over the points with memory, if there are enough points."""
-        return allocation_optimum(self.shares) if len(self.shares) > 3 else None
+        return allocation_optimum(self.shares) if self.is_sampled else None
 
     def gain(self, point: str) -> list[float]:
         """How much lower than experts alone, seed by seed."""
@@ -92,8 +97,10 @@ def horizon_section(result: Mapping[str, Any]) -> Section:
     body: list[Table | Figure | str] = []
     if found:
         body = [_table(found), Figure(png=_draw(found), caption=_CAPTION), *_findings(found)]
-        if len(found) > 1:
-            body.append(Figure(png=_draw_gains(found), caption="What each model gains over experts alone, by length."))
+        if len(sampled := [each for each in found if each.is_sampled]) > 1:
+            body.append(
+                Figure(png=_draw_gains(sampled), caption="What each model gains over experts alone, by length.")
+            )
     hours = sum(each.hours for each in found)
     num_seeds = min((len(each.points[EXPERTS]) for each in found), default=0)
     body.append(
@@ -193,8 +200,8 @@ def _findings(found: Sequence[Length]) -> list[str]:
         if each.optimum is not None:
             per = "" if each.idle is None else f" ({each.tokens / each.idle:.1f} per idle parameter)"
             words.append(f"{each.name} tokens{per}: {each.optimum.words()}")
-    if len(found) > 1:
-        words += [_fit_words(found), _gain_words(found)]
+    if len(sampled := [each for each in found if each.is_sampled]) > 1:
+        words += [_fit_words(sampled), _gain_words(sampled)]
     return words
 
 
@@ -244,7 +251,8 @@ def _verdict(found: Sequence[Length], paper: str) -> Verdict:
         return Verdict(answer="No length has experts alone and memory yet.", sure="no", paper=paper, agrees="open")
     compared = _compared(found)
     gains = [
-        f"{each.name}: {each.best} experts best, {-compared[each.name, each.best].mean:+.4f} bits per byte gained"
+        f"{each.name}: {each.best} experts {'best' if each.is_sampled else '(other shares are not measured yet)'}, "
+        f"{-compared[each.name, each.best].mean:+.4f} bits per byte gained"
         for each in found
     ]
     settled = [each.name for each in found if compared[each.name, each.best].settled]
@@ -292,9 +300,9 @@ def advice(result: Mapping[str, Any]) -> dict[str, Any]:
     """What `engrammar info --advise` knows (`engrammar.planning.advice`), from horizon.json.
 
     Raises:
-        ValueError: no length has experts alone, memory and a dense model yet.
+        ValueError: no length has experts alone, enough shares of memory and a dense model yet.
     """
-    found = [each for each in lengths(result) if each.idle is not None]
+    found = [each for each in lengths(result) if each.idle is not None and each.is_sampled]
     if not found:
         raise ValueError("horizon.json has no whole length yet: engrammar lab run horizon.")
     plain = next(run for run in result["runs"] if run["point"].endswith(f", {EXPERTS}"))
