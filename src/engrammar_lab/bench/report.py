@@ -1,7 +1,7 @@
 """What the benches found, on the terminal and as docs/measurements.md, made from the JSON under results/bench.
 
 Remake: engrammar bench hash --json > results/bench/hash.json; the same for the others of `BENCHES`; the commands in
-results/bench/load.json and titan.json; then python -m engrammar_lab.bench.report
+results/bench of `ALONE`; then python -m engrammar_lab.bench.report
 """
 
 import json
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from engrammar.cells import Lines, as_markdown, as_text, in_lines
 from engrammar_lab.bench import (
     attached,
+    clients,
     cold,
     decode,
     footprint,
@@ -27,6 +28,7 @@ from engrammar_lab.bench import (
     step,
     store,
     titan,
+    vllm,
 )
 from engrammar_lab.bench import hash as hashing
 from engrammar_lab.machine import describe_run
@@ -59,6 +61,9 @@ ROWS = ("rows.png", "step time against rows per head")
 CURVES = ("titan.png", "losses of both, and how far they are apart")
 LOAD = Part("Half an hour of use, with faults", load.table, load.verdict, 2)
 TITAN = Part("The same training in torchtitan", titan.table, titan.verdict, 2, CURVES)
+VLLM = Part("Many requests at once in vLLM", serve.table, vllm.verdict, 2)
+CLIENTS = Part("Both servers, asked by vLLM's own client", clients.table, clients.verdict, 2)
+ALONE = {"load": LOAD, "titan": TITAN, "vllm": VLLM, "clients": CLIENTS}  # benches with a command of their own
 OF_STEP = {
     "rows": Part("A step against rows per head", rows.table, rows.verdict, 2, ROWS),
 }
@@ -125,7 +130,7 @@ def render(results: Path, document: Path) -> str:
         for name, result in load_results(results).items()
         for part, figures in BENCHES[name].parts(result)
     ]
-    alone = [(_load(results, name), part) for name, part in (("load", LOAD), ("titan", TITAN))]
+    alone = [(_load(results, name), part) for name, part in ALONE.items()]
     for result, part, figures in [*shown, *((result, part, result) for result, part in alone)]:
         page += [f"## {part.title}: `{result['command']}`", "", _conditions(result, figures), ""]
         page += [*as_markdown(*part.table(figures)), "", part.verdict(figures), ""]

@@ -6,7 +6,8 @@ import json
 import pytest
 import torch
 
-from engrammar_lab.bench import report, serve
+from committed import RESULTS
+from engrammar_lab.bench import report, serve, vllm
 from engrammar_lab.bench.decode import Plan
 from engrammar_lab.bench.serve import CONTENDERS, DISK, GENERATE, MOE, RAM, table, verdict
 
@@ -51,3 +52,12 @@ def test_the_table_and_the_verdict_follow_from_the_figures(result):
     said = verdict(changed)
     assert "RAM: 96.0% of the plain MoE at 3 requests; the aim, 95%, is met" in said
     assert "the aim, 90%, is missed" in said and "1.92 times generate in a batch; the aim of 2 is missed" in said
+
+
+def test_in_the_committed_run_vllm_says_what_generate_says_and_meets_its_aims():
+    found = json.loads((RESULTS / "bench" / "vllm.json").read_text())
+    assert found["equal"][vllm.RAM] == found["equal"][vllm.DISK] == found["asked"] == 328
+    assert found["equal"][vllm.OFF] == 0  # the control
+    said = vllm.verdict(found)
+    assert "8.20 GiB of bf16 rows" in found["shapes"] and said.count("is met") == 3 and "missed" not in said
+    assert [part["requests"] for part in found["requests"]] == [1, 8, 32]
