@@ -67,7 +67,7 @@ def test_a_length_of_which_the_ends_alone_are_measured_has_no_best_share():
     ends = ("32M, 100%", "32M, 10%", "32M, dense")
     result["runs"] = [run for run in result["runs"] if not run["point"].startswith("32M") or run["point"] in ends]
     section = horizon_section(result)
-    assert "32M: 10% experts (other shares are not measured yet), " in section.verdict.answer
+    assert "32M: 10% experts of the few shares measured so far, " in section.verdict.answer
     assert "8M: 55% experts best" in section.verdict.answer and "From 2M to 8M tokens the gain" in words(section)
     assert "Ten times the tokens move the optimum by +33.2" in words(section)  # through two optima
     assert len(advice(result)["lengths"]) == 2

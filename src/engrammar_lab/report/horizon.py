@@ -251,7 +251,7 @@ def _verdict(found: Sequence[Length], paper: str) -> Verdict:
         return Verdict(answer="No length has experts alone and memory yet.", sure="no", paper=paper, agrees="open")
     compared = _compared(found)
     gains = [
-        f"{each.name}: {each.best} experts {'best' if each.is_sampled else '(other shares are not measured yet)'}, "
+        f"{each.name}: {each.best} experts {'best' if each.is_sampled else 'of the few shares measured so far'}, "
         f"{-compared[each.name, each.best].mean:+.4f} bits per byte gained"
         for each in found
     ]
