@@ -8,6 +8,7 @@ python -m engrammar_lab.bench.clients .venv-vllm/bin/python results/bench/client
 """
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -124,6 +125,7 @@ def bench_clients(plan: Plan) -> dict[str, Any]:
         `requests`: per number at once and server, how many prompts were answered and how many failed, over all rounds,
             and the medians over rounds of tokens per second and milliseconds, as `vllm bench serve` counts them.
     """
+    os.environ["OMP_NUM_THREADS"] = "1"  # of all processes that are started here
     found: dict[str, list[list[dict[str, Any]]]] = {}
     with TemporaryDirectory() as scratch:
         own, moe = save_models(plan, Path(scratch))
