@@ -261,7 +261,8 @@ def merge(name: str, patches: Sequence[Patch]) -> Patch:
                 raise ValueError(f"{patch.name!r} and another patch have different probes {probe.name!r}: rename one.")
     tables = next((patch.tables for patch in patches if patch.tables), None)
     layers = sorted({layer for patch in patches for layer in patch.deltas})
-    deltas = {layer: joined([one.deltas[layer] for one in patches if layer in one.deltas]) for layer in layers}
+    late_first = patches[::-1]  # so that of equal rows the first patch's counts
+    deltas = {layer: joined([one.deltas[layer] for one in late_first if layer in one.deltas]) for layer in layers}
     rows = None if tables is None else (tables, deltas)
     names = [patch.names_V() for patch in patches if len(patch.name_ids)]
     provenance = {"merged from": ", ".join(patch.name for patch in patches)}

@@ -148,8 +148,11 @@ def stack_patches(patches: Sequence[Patch], parts: Sequence[ValueRows], identity
 
 def sharing_places(patches: Sequence[Patch]) -> list[tuple[int, int]]:
     """The pairs of patches, by their numbers, that have an entry of one key, block and probe, or rows of one layer."""
-    pairs = itertools.combinations(range(len(patches)), 2)
-    found = {(one, other) for one, other in pairs if patches[one].deltas.keys() & patches[other].deltas.keys()}
+    replacing: dict[int, list[int]] = {}  # of each layer, the patches
+    for index, patch in enumerate(patches):
+        for layer in patch.deltas:
+            replacing.setdefault(layer, []).append(index)
+    found = {pair for own in replacing.values() for pair in itertools.combinations(own, 2)}
     places = _places(patches)[1]
     patch_E = _owners([len(patch.entries) for patch in patches])
     number_E = distinct_rows(places)[1]

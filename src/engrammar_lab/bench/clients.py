@@ -11,8 +11,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -26,7 +26,7 @@ from engrammar.model.modeling import EngrammarForCausalLM
 from engrammar.tables.sealed import write_text
 from engrammar_lab.bench.decode import sizes_of
 from engrammar_lab.bench.figures import by_variant, line_by_line
-from engrammar_lab.bench.load import NAME, make_model, serving, started
+from engrammar_lab.bench.load import NAME, Served, make_model, serving, started
 from engrammar_lab.bench.loopback import free_port
 from engrammar_lab.bench.serve import plain_config
 from engrammar_lab.machine import describe_run
@@ -78,21 +78,22 @@ def save_models(plan: Plan, folder: Path) -> tuple[Path, Path]:
     make_model(own, plan.rows_per_head)
     tokenizer = AutoTokenizer.from_pretrained(own)
     experts = plain_config("nano").n_routed_experts
-    EngrammarForCausalLM.from_preset(
-        "nano", tokenizer=tokenizer, memory=None, n_routed_experts=experts
-    ).save_pretrained(moe)
+    plain = EngrammarForCausalLM.from_preset("nano", tokenizer=tokenizer, memory=None, n_routed_experts=experts)
+    plain.save_pretrained(moe)
     tokenizer.save_pretrained(moe)
     return own, moe
 
 
-def vllm_serving(plan: Plan, port: int, folder: Path, **memory: Any) -> AbstractContextManager[Any]:
-    """vLLM with our plug-in, at a port."""
+@contextmanager
+def vllm_serving(plan: Plan, folder: Path, **memory: Any) -> Iterator[Served]:
+    """vLLM with our plug-in, in a process of its own; errors are those of `started`."""
+    port = free_port()
     command = [plan.python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--port", str(port)]
     command += ["--served-model-name", NAME, "--dtype", "float32", "--enforce-eager"]
     command += ["--max-num-seqs", str(max(plan.at_once)), "--additional-config", json.dumps({"engrammar": memory})]
-    return started(
-        command, port, VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_NO_USAGE_STATS="1"
-    )
+    variables = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
+    with started(command, port, **variables) as process:
+        yield Served(f"http://127.0.0.1:{port}", process)
 
 
 def ask(plan: Plan, url: str, tokenizer: Path) -> list[list[dict[str, Any]]]:
@@ -130,15 +131,17 @@ def bench_clients(plan: Plan) -> dict[str, Any]:
     with TemporaryDirectory() as scratch:
         own, moe = save_models(plan, Path(scratch))
         size, tenth = sizes_of(own)
-        behind = {"memory": "disk", "cache_rows": tenth}
-        flags = ("--memory", "disk", "--cache-rows", str(tenth))
-        for name, flags_or_memory in ((OURS_RAM, ()), (OURS_DISK, flags), (OURS_MOE, ())):
-            with serving(moe if name == OURS_MOE else own, *flags_or_memory) as served:
+        servers = {
+            OURS_RAM: serving(own),
+            OURS_DISK: serving(own, "--memory", "disk", "--cache-rows", str(tenth)),
+            OURS_MOE: serving(moe),
+            RAM: vllm_serving(plan, own, memory="ram"),
+            DISK: vllm_serving(plan, own, memory="disk", cache_rows=tenth),
+            MOE: vllm_serving(plan, moe),
+        }
+        for name, server in servers.items():  # each is started here
+            with server as served:
                 found[name] = ask(plan, served.url, own)
-        for name, memory in ((RAM, {"memory": "ram"}), (DISK, behind), (MOE, {})):
-            port = free_port()
-            with vllm_serving(plan, port, moe if name == MOE else own, **memory):
-                found[name] = ask(plan, f"http://127.0.0.1:{port}", own)
     return {
         **describe_run("python -m engrammar_lab.bench.clients .venv-vllm/bin/python results/bench/clients.json"),
         "shapes": f"nano with a vocabulary of 1,000, fp32, not compiled, {size / 2**30:.2f} GiB of fp32 rows, caches "

@@ -93,11 +93,12 @@ def lengths(result: Mapping[str, Any]) -> list[Length]:
 def horizon_section(result: Mapping[str, Any]) -> Section:
     """The section on horizon.json."""
     study, found = study_of(result), lengths(result)
+    sampled = [each for each in found if each.is_sampled]
     num_runs = len(study.points) * len({run["seed"] for run in result["runs"]})
     body: list[Table | Figure | str] = []
     if found:
-        body = [_table(found), Figure(png=_draw(found), caption=_CAPTION), *_findings(found)]
-        if len(sampled := [each for each in found if each.is_sampled]) > 1:
+        body = [_table(found), Figure(png=_draw(found), caption=_CAPTION), *_findings(sampled)]
+        if len(sampled) > 1:
             body.append(
                 Figure(png=_draw_gains(sampled), caption="What each model gains over experts alone, by length.")
             )
@@ -193,14 +194,14 @@ def _draw_gains(found: Sequence[Length]) -> bytes:
         return to_png(figure)
 
 
-def _findings(found: Sequence[Length]) -> list[str]:
+def _findings(sampled: Sequence[Length]) -> list[str]:
     """The optimum of each length, the fit over lengths, and how the gains move."""
     words = []
-    for each in found:
+    for each in sampled:
         if each.optimum is not None:
             per = "" if each.idle is None else f" ({each.tokens / each.idle:.1f} per idle parameter)"
             words.append(f"{each.name} tokens{per}: {each.optimum.words()}")
-    if len(sampled := [each for each in found if each.is_sampled]) > 1:
+    if len(sampled) > 1:
         words += [_fit_words(sampled), _gain_words(sampled)]
     return words
 
