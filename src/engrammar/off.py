@@ -36,8 +36,10 @@ def memory_off(model: nn.Module) -> Iterator[None]:
     hooks = [
         module.register_forward_hook(lambda _module, _inputs, output: torch.zeros_like(output)) for module in modules
     ]
+    torch.compiler.reset()  # compiled code does not notice hooks that come or go
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
+        torch.compiler.reset()

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, final
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache
@@ -56,6 +57,7 @@ class Attachment(nn.ModuleDict):
 
     def hook(self, decoder: Decoder) -> None:
         """Places the hooks anew: on the decoder, and on each block that a memory reads at."""
+        torch.compiler.reset()  # compiled code does not notice hooks that come or go
         for handle in self.handles:
             handle.remove()
         self.handles = []
@@ -81,6 +83,7 @@ class Attachment(nn.ModuleDict):
         """Skips the blocks below the first memory if the pass brings what they would compute (`keep_prefix`)."""
         return begin_skipping(decoder, layer, self.blocks_return_tuples, args, kwargs)
 
+    @torch.compiler.disable
     def before_pass(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Starts reading the rows of this pass."""
         memories = {name: memory for name, memory in self.memories().items() if name not in self.off}
@@ -96,6 +99,7 @@ class Attachment(nn.ModuleDict):
             begun = Pass(attachment=self, reads=reads, keep_all=keep_all, cache=inputs.cache)
         _passes.set((*_passes.get(), begun))
 
+    @torch.compiler.disable
     def before_block(
         self, layer: int, argument: str, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -115,6 +119,7 @@ class Attachment(nn.ModuleDict):
                 hidden = memory.add(layer, hidden, retrieved, state, current.keep_all)
         return with_hidden(hidden, argument, args, kwargs)
 
+    @torch.compiler.disable
     def after_pass(self, decoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Ends the pass; a cache that it filled gets the memories' states."""
         passes = _passes.get()

@@ -81,6 +81,7 @@ class TableOverlay:
             if delta is None:
                 self.store = None
             return
+        torch.compiler.reset()  # compiled code does not notice hooks that come or go
         if self.handle is not None:
             self.handle.remove()
             self.handle = None

@@ -171,6 +171,7 @@ class EditHooks:
             self.stack, self.reach = stack, reach
             self.closing += closing
             if not self._is_idle() and not self.handles:
+                torch.compiler.reset()  # compiled code does not notice hooks that come or go
                 module = self.decoder.module
                 self.handles = [
                     module.register_forward_pre_hook(self.before_pass, with_kwargs=True),
@@ -192,9 +193,12 @@ class EditHooks:
             self.closing.pop().close()
         if self._is_idle():
             self.threads.clear()
+            if self.handles:
+                torch.compiler.reset()
             while self.handles:
                 self.handles.pop().remove()
 
+    @torch.compiler.disable
     def before_pass(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Finds the keys of this pass."""
         stack, reach = self.stack, self.reach
@@ -219,6 +223,7 @@ class EditHooks:
             self.threads.add(threading.get_ident())
         _passes.set((*_passes.get(), begun))
 
+    @torch.compiler.disable
     def before(
         self, block: int, argument: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -248,6 +253,7 @@ class EditHooks:
             return None
         return with_hidden(changed, argument, args, kwargs)
 
+    @torch.compiler.disable
     def after_pass(self, decoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Ends the pass; a cache that it filled gets the state."""
         passes = _passes.get()

@@ -97,6 +97,7 @@ class StoredTables(RowSource):
         self.on_missing, self.deadline = settings.on_missing, settings.deadline
         self.counts = Counts()  # rows read and missed so far
 
+    @torch.compiler.disable  # stores are not traced: a graph breaks here, and at each layer's wait
     def read(self, passes: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Callable[[], Rows]]]:
         """As `RowSource.read`."""
         return [{name: self._start(name, rows_BTH) for name, rows_BTH in one.items()} for one in passes]
@@ -105,6 +106,7 @@ class StoredTables(RowSource):
         fetch = self.stores[name].fetch(rows_BTH.detach().cpu().numpy().reshape(-1))
         return partial(self._embed, name, rows_BTH, fetch)
 
+    @torch.compiler.disable
     def _embed(self, name: str, rows_BTH: Tensor, fetch: Fetch) -> Rows:
         """Waits for rows, decodes them, and returns them with the positions that lack a row."""
         file = self.files[name]

@@ -142,6 +142,7 @@ class TablePlacement(RowSource):
 
     # Reading
 
+    @torch.compiler.disable  # a graph breaks here, and at each layer's wait
     def read(self, passes: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Callable[[], Rows]]]:
         """As `RowSource.read`; each distinct row of all passes is read once. All ranks must call it together.
 
@@ -167,6 +168,7 @@ class TablePlacement(RowSource):
                 wait[name] = partial(self._look_up, read, name, part.view(one[name].shape))
         return waits
 
+    @torch.compiler.disable
     def _look_up(self, read: Read, name: str, places: Tensor) -> Rows:
         """The embedding [..., E] of the rows at the given places [..., H] of a read."""
         if read.collected:
