@@ -53,6 +53,7 @@ ROOMS = {
         "ram",
         "disk",
         "cache",
+        "to_device",
         "mooncake.process",
         "mooncake.pool",
         "mooncake.store",

@@ -25,6 +25,7 @@ from engrammar.stores.base import Fetch, RowsMissing, RowStore
 from engrammar.stores.cache import CachedStore
 from engrammar.stores.disk import DiskStore
 from engrammar.stores.ram import RamStore
+from engrammar.stores.to_device import DeviceCopies, on_host
 from engrammar.table import Rows, RowSource
 from engrammar.tables.encodings import PLAIN, decode
 from engrammar.tables.folder import TableFile, TableFolder, open_tables
@@ -33,6 +34,8 @@ from engrammar.tables.shards import HOT_ROWS, MEMORY, write_index
 Tier = Literal["ram", "disk"]
 OnMissing = Literal["error", "skip", "zeros"]
 Sharing = Literal["none", "processes"]
+
+HOST = "cpu"  # the type of the device that needs no copies
 
 logger = logging.getLogger(__name__)
 
@@ -96,34 +99,43 @@ class StoredTables(RowSource):
         self.files = {file.name: file for file in folder.tables.values()}
         self.on_missing, self.deadline = settings.on_missing, settings.deadline
         self.counts = Counts()  # rows read and missed so far
+        self.copies: dict[torch.device, DeviceCopies] = {}  # by the device of the model's ids
 
     @torch.compiler.disable  # stores are not traced: a graph breaks here, and at each layer's wait
     def read(self, passes: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Callable[[], Rows]]]:
         """As `RowSource.read`."""
-        return [{name: self._start(name, rows_BTH) for name, rows_BTH in one.items()} for one in passes]
+        numbers = iter(on_host([rows_BTH for one in passes for rows_BTH in one.values()]))
+        return [{name: self._start(name, next(numbers), rows.device) for name, rows in one.items()} for one in passes]
 
-    def _start(self, name: str, rows_BTH: Tensor) -> Callable[[], Rows]:
-        fetch = self.stores[name].fetch(rows_BTH.detach().cpu().numpy().reshape(-1))
-        return partial(self._embed, name, rows_BTH, fetch)
+    def _start(self, name: str, rows_BTH: Tensor, device: torch.device) -> Callable[[], Rows]:
+        fetch = self.stores[name].fetch(rows_BTH.detach().numpy().reshape(-1))
+        wait, decoded = partial(self._wait, rows_BTH, fetch), partial(self._decode, name, rows_BTH.shape)
+        if device.type == HOST:
+            return partial(_untraced, lambda: decoded(wait()))
+        if device not in self.copies:
+            self.copies[device] = DeviceCopies(device)
+        return partial(_untraced, self.copies[device].start(wait, decoded))
 
-    @torch.compiler.disable
-    def _embed(self, name: str, rows_BTH: Tensor, fetch: Fetch) -> Rows:
-        """Waits for rows, decodes them, and returns them with the positions that lack a row."""
-        file = self.files[name]
+    def _wait(self, rows_BTH: Tensor, fetch: Fetch) -> tuple[Tensor, Tensor | None]:
+        """Waits for rows; returns their bytes, and the positions that lack a row if those take nothing."""
         self.counts.rows += rows_BTH.numel()
-        missing_BT = None
         try:
-            rows_US = fetch.wait(self.deadline)
+            return torch.from_numpy(fetch.wait(self.deadline)), None
         except RowsMissing as error:
             if self.on_missing == "error":
                 raise
-            rows_US = error.rows_US
+            rows_US, missing_BT = error.rows_US, None
             rows_US[error.missing_U] = 0
             if self.on_missing == "skip":
-                missing_BT = torch.from_numpy(error.missing_U).view(rows_BTH.shape).any(-1).to(rows_BTH.device)
+                missing_BT = torch.from_numpy(error.missing_U).view(rows_BTH.shape).any(-1)
             self._count(error, 0 if missing_BT is None else int(missing_BT.sum()))
-        values_UC = decode(torch.from_numpy(rows_US), file.width, file.encoding, self.dtype, file.scale)
-        return Rows(values_UC.view(*rows_BTH.shape[:-1], -1).to(rows_BTH.device), missing_BT)
+            return torch.from_numpy(rows_US), missing_BT
+
+    def _decode(self, name: str, shape: torch.Size, read: tuple[Tensor, Tensor | None]) -> Rows:
+        """The rows of a table for row numbers of a shape [B, T, H], from what `_wait` returned."""
+        (rows_US, missing_BT), file = read, self.files[name]
+        values_UC = decode(rows_US, file.width, file.encoding, self.dtype, file.scale)
+        return Rows(values_UC.view(*shape[:-1], -1), missing_BT)
 
     def _count(self, error: RowsMissing, closed: int) -> None:
         """Counts missing rows; warns at the first one and whenever their number has doubled."""
@@ -160,8 +172,15 @@ class StoredTables(RowSource):
 
     def close(self) -> None:
         """Releases files, memory and connections."""
+        for copies in self.copies.values():
+            copies.close()
         for store in self.stores.values():
             store.close()
+
+
+@torch.compiler.disable
+def _untraced(wait: Callable[[], Rows]) -> Rows:
+    return wait()
 
 
 def serve_tables(
