@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PARALLEL := -n logical --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test test-serve test-serve-quick test-titan test-oldest lint bench docs
+.PHONY: demo test test-serve test-serve-quick test-titan test-oldest lint bench gpu docs
 
 demo: .venv/ready
 	$(BIN)/engrammar demo
@@ -43,6 +43,10 @@ docs: .venv/ready
 bench: .venv/ready
 	$(BIN)/engrammar bench hash
 	$(BIN)/engrammar bench step
+
+# What needs an accelerator: the tests of tests/device on it, and decoding with rows in RAM and on disk. Ten minutes.
+gpu: .venv/ready
+	$(BIN)/python -m engrammar_lab.bench.device
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -16,6 +16,7 @@ from engrammar_lab.bench import (
     clients,
     cold,
     decode,
+    device,
     footprint,
     load,
     optimizer,
@@ -64,6 +65,8 @@ TITAN = Part("The same training in torchtitan", titan.table, titan.verdict, 2, C
 VLLM = Part("Many requests at once in vLLM", serve.table, vllm.verdict, 2)
 CLIENTS = Part("Both servers, asked by vLLM's own client", clients.table, clients.verdict, 2)
 ALONE = {"load": LOAD, "titan": TITAN, "vllm": VLLM, "clients": CLIENTS}  # benches with a command of their own
+DEVICE = Part("On an accelerator", device.table, device.verdict, 2)  # where there was one
+NOT_RUN = "Not run: no accelerator was at hand. Nothing is claimed about one."
 OF_STEP = {
     "rows": Part("A step against rows per head", rows.table, rows.verdict, 2, ROWS),
 }
@@ -131,13 +134,15 @@ def render(results: Path, document: Path) -> str:
         for part, figures in BENCHES[name].parts(result)
     ]
     alone = [(_load(results, name), part) for name, part in ALONE.items()]
+    if has_device := (results / "device.json").exists():
+        alone.append((_load(results, "device"), DEVICE))
     for result, part, figures in [*shown, *((result, part, result) for result, part in alone)]:
         page += [f"## {part.title}: `{result['command']}`", "", _conditions(result, figures), ""]
         page += [*as_markdown(*part.table(figures)), "", part.verdict(figures), ""]
         if part.picture:
             file, caption = part.picture
             page += [f"![{caption}]({os.path.relpath(results / file, document.parent)})", ""]
-    return "\n".join(page)
+    return "\n".join(page if has_device else [*page, f"## {DEVICE.title}: `make gpu`", "", NOT_RUN, ""])
 
 
 def write_page(results: Path = Path("results/bench"), document: Path = Path("docs/measurements.md")) -> None:

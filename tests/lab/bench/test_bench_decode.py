@@ -1,14 +1,19 @@
 """The decode bench feeds every variant the same text, and its verdict follows from its figures."""
 
 import copy
+import itertools
 import json
+import time
 
 import pytest
 import torch
 
 from committed import RESULTS
+from engrammar.model.modeling import EngrammarForCausalLM
+from engrammar.stores.serving import stored_tables_of
 from engrammar_lab.bench import decode
-from engrammar_lab.bench.decode import COLD, RAM, VARIANTS, WARM, Plan, Texts, table, verdict
+from engrammar_lab.bench.decode import COLD, RAM, VARIANTS, WARM, Plan, Steps, Texts, Timed, table, verdict
+from engrammar_lab.bench.models import random_model, with_rows
 from engrammar_lab.bench.report import run
 
 TINY = Plan(preset="micro", rows_per_head=2003, batches=(1, 2), rounds=1, steps=2, corpus="pocket:stdlib")
@@ -19,14 +24,11 @@ def result(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     patch.setenv("ENGRAMMAR_BENCH_FOLDER", str(tmp_path_factory.mktemp("bench")))
     fed = []
-    patch.setattr(decode, "_decode", lambda model, ids: fed.append((_source(model), ids)) or [0.01] * TINY.steps)
+    steps = Steps(seconds=0.01, still=0.001, num_bytes=64.0)
+    patch.setattr(decode, "_decode", lambda model, source, ids: fed.append((source, ids)) or steps)
     result = run("decode", True, TINY)
     patch.undo()
     return result, fed
-
-
-def _source(model):
-    return model.model.memory.table(1).source
 
 
 def test_every_variant_gets_the_same_text_once_a_round(result):
@@ -63,6 +65,23 @@ def test_text_is_handed_out_once_and_its_end_is_said():
     assert texts.take(2, 3).tolist() == [[0, 1, 2], [3, 4, 5]] and texts.take(1, 4).tolist() == [[6, 7, 8, 9]]
     with pytest.raises(ValueError, match="has 10 tokens"):
         texts.take(1, 1)
+
+
+def test_bytes_and_standing_still_are_counted_while_asking_and_waiting(tmp_path, monkeypatch):
+    model = random_model(with_rows("micro", 101))
+    model.save_pretrained(tmp_path)
+    served = EngrammarForCausalLM.from_pretrained(tmp_path, memory="ram").eval()
+    memory, source, now = served.model.memory, stored_tables_of(served), itertools.count()
+    ids, timed = torch.arange(20).view(2, 10), Timed(source)
+    decode._give(served, timed)
+    monkeypatch.setattr(time, "perf_counter", lambda: next(now))  # a second passes from one look to the next
+    assert torch.equal(served(ids).logits, model.eval()(ids).logits)
+    assert timed.seconds == 1 + len(memory.config.layers)
+    assert timed.num_bytes == sum(
+        rows.numel() * source.stores[memory.table(layer).name].row_bytes
+        for layer, rows in memory.addresses(ids).items()
+    )
+    source.close()
 
 
 @pytest.mark.slow
