@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from attached_models import PAD, attached_model
-from edited_models import edited_model, spoken_ids, tokenizer
+from edited_models import OURS, edited_model, model_of_kind, spoken_ids, tokenizer
 from engrammar import EngrammarForCausalLM
 from engrammar.config import DIALECTS, Encoding
 from engrammar.edit import apply_patch, undo_patch
@@ -126,9 +126,22 @@ def decode(model: nn.Module, device: torch.device = DEVICE, **settings) -> tuple
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_decoding_is_the_cpus_and_a_static_cache_changes_nothing(make, family):
     """With a static cache transformers compiles the pass on an accelerator, and records CUDA graphs."""
-    expected, model = decode(make(family), torch.device("cpu")), make(family).to(DEVICE)
+    check_decoding(make(family), make(family).to(DEVICE))
+
+
+@pytest.mark.parametrize("how", [{}, *TIERS.values()], ids=["parameters", *TIERS])
+def test_decoding_of_our_model_is_the_cpus_and_a_static_cache_changes_nothing(how, tmp_path):
+    model = model_of_kind(OURS)
+    model.save_pretrained(tmp_path)
+    served = EngrammarForCausalLM.from_pretrained(tmp_path, **how)
+    check_decoding(model, served.eval().to(DEVICE))
+
+
+def check_decoding(here: nn.Module, there: nn.Module) -> None:
+    """Compares a model on the device with one on the CPU: a cache that grows, then twice a static one."""
+    expected = decode(here, torch.device("cpu"))
     for settings in ({}, {"cache_implementation": "static"}, {"cache_implementation": "static"}):
-        ids, logits = decode(model, **settings)
+        ids, logits = decode(there, **settings)
         assert torch.equal(ids, expected[0])
         torch.testing.assert_close(logits, expected[1], **NEAR)
 

@@ -161,7 +161,7 @@ def test_beams(kind):
         torch.testing.assert_close(out.sequences_scores[row], chosen, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3_text", "falcon_h1"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3_text", "falcon_h1", WITH_MEMORY, OURS])
 def test_static_cache(kind):
     model, lengths = model_of(kind), [21, 9]
     check_generated(model, generate(model, *padded(lengths), cache_implementation="static"), lengths)

@@ -5,6 +5,7 @@ Attention (MLA) and experts (DeepSeekMoE) are transformers' DeepSeek-V3 modules;
 Letters: B batch, T tokens, M branches, D hidden width, S positions of history.
 """
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Unpack
 
 import torch
@@ -27,6 +28,9 @@ from engrammar.model.hyper import BranchMean, Collapse
 from engrammar.model.pretrained import EngrammarPreTrainedModel
 from engrammar.table import Tables
 from engrammar.versions import slice_logits_to_keep
+
+Masks = Tensor | Mapping[str, Tensor | None] | None  # one mask, or one for each kind of layer
+ATTENTION, RECURRENT = "full_attention", "linear_attention"  # transformers' names of the masks of a hybrid block
 
 
 class EngrammarModel(EngrammarPreTrainedModel):
@@ -70,7 +74,7 @@ class EngrammarModel(EngrammarPreTrainedModel):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Masks = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
@@ -108,7 +112,7 @@ class EngrammarModel(EngrammarPreTrainedModel):
             "attention_mask": create_causal_mask(
                 config=self.config,
                 inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
+                attention_mask=attention_mask.get(ATTENTION) if isinstance(attention_mask, Mapping) else attention_mask,
                 past_key_values=past_key_values,
                 position_ids=position_ids,
             ),
@@ -128,7 +132,7 @@ class EngrammarModel(EngrammarPreTrainedModel):
     def retrieve(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor | None = None,
+        attention_mask: Masks = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
     ) -> Retrieved:
@@ -146,7 +150,7 @@ class EngrammarModel(EngrammarPreTrainedModel):
                 position_ids = None  # they do not mark documents
             masked = input_ids if mask_BT is None else input_ids.masked_fill(~mask_BT, -1)
             history_BS = self._update_history(masked, past_key_values)
-            history_BS = history_BS if seen else None
+            history_BS = history_BS if isinstance(seen, Tensor) or seen else None  # a static cache counts on its device
         return self.memory.retrieve(input_ids, mask_BT, position_ids, history_BS)
 
     def embed(self, inputs_embeds: Tensor, retrieved: Any) -> Tensor:
@@ -217,15 +221,23 @@ def check_follow(position_ids: Tensor, seen: int) -> None:
         )
 
 
-def new_positions(attention_mask: Tensor | None, input_ids: Tensor, cache: Cache | None) -> Tensor | None:
-    """The mask [B, T] of the new positions, the end of a mask [B, positions]; raises a ValueError at other shapes."""
+def new_positions(attention_mask: Masks, input_ids: Tensor, cache: Cache | None) -> Tensor | None:
+    """The mask [B, T] of the new positions, the end of a mask [B, positions]; raises a ValueError at other shapes.
+
+    `generate` with a static cache makes a mask for each kind of layer; the recurrent layers' is that of new positions.
+    """
+    seen = 0
+    if isinstance(attention_mask, Mapping):
+        attention_mask = attention_mask.get(RECURRENT)
+    elif cache is not None and attention_mask is not None:
+        seen = int(cache.get_seq_length())
     if attention_mask is None:
         return None
-    shape = (input_ids.shape[0], input_ids.shape[1] + (cache.get_seq_length() if cache is not None else 0))
+    shape = (input_ids.shape[0], seen + input_ids.shape[1])
     if not isinstance(attention_mask, Tensor) or attention_mask.shape != shape:
         raise ValueError(
             f"A model that looks up ids needs an attention_mask of shape [batch, positions] = {list(shape)}, cached "
-            "positions included (generate with a static cache makes another: leave cache_implementation out)."
+            "positions included."
         )
     return attention_mask[:, -input_ids.shape[1] :].bool()
 
@@ -260,7 +272,7 @@ class EngrammarForCausalLM(EngrammarPreTrainedModel, GenerationMixin):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Masks = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,

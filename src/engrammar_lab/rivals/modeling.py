@@ -15,7 +15,13 @@ from transformers.cache_utils import Cache
 from engrammar.memory import Retrieved, masked_ids
 from engrammar.model.budget import Share, solve_budget
 from engrammar.model.configuration import EngrammarConfig
-from engrammar.model.modeling import EngrammarForCausalLM, EngrammarModel, EngrammarPreTrainedModel, new_positions
+from engrammar.model.modeling import (
+    EngrammarForCausalLM,
+    EngrammarModel,
+    EngrammarPreTrainedModel,
+    Masks,
+    new_positions,
+)
 from engrammar.model.presets import preset
 from engrammar.table import Tables
 from engrammar.train.recipe import ModelRecipe
@@ -81,7 +87,7 @@ class EngrammarRivalModel(RivalPreTrainedModel, EngrammarModel):
     def retrieve(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor | None = None,
+        attention_mask: Masks = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
     ) -> RivalRead:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from engrammar.memory import Retrieved
 from engrammar.model.configuration import EngrammarConfig
-from engrammar.model.modeling import EngrammarModel
+from engrammar.model.modeling import EngrammarModel, Masks
 from engrammar.table import Tables
 
 
@@ -48,7 +48,7 @@ class ServedModel(EngrammarModel):
     def retrieve(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor | None = None,
+        attention_mask: Masks = None,
         position_ids: Tensor | None = None,
         past_key_values: Any = None,
     ) -> Retrieved:
