@@ -19,6 +19,7 @@ def serve(
     sharing: Literal["none", "processes"] = "none",
     name: str | None = None,
     address: str = "127.0.0.1:50051",
+    device: str = "cpu",
     adapter: Path | None = None,
     patch: tuple[Path, ...] = (),
     patch_on_request: tuple[Path, ...] = (),
@@ -40,6 +41,7 @@ def serve(
         sharing: processes: servers of one machine use one copy of the tables, and one cache.
         name: Name that the tables were uploaded under, for --memory remote.
         address: Address of mooncake_master, as HOST:PORT, for --memory remote.
+        device: Where the model runs: cpu, or an accelerator by torch's name (cuda), on which nobody has tried it yet.
         adapter: The folder of a memory that was attached to the model; --memory says where its tables are.
         patch: Files of patches to apply, for all requests.
         patch_on_request: Files of patches that are applied for the requests that name them ("patches": [NAME, ...]).
@@ -61,7 +63,7 @@ def serve(
     token = read_token(token_file)
     where: Any = memory if name is None else pool_store(adapter or Path(model), name, address)
     serving = {"memory": where, "cache_rows": cache_rows, "sharing": sharing}
-    loaded = load_served(model, adapter=adapter, patches=patch, on_request=patch_on_request, **serving)
+    loaded = load_served(model, adapter=adapter, patches=patch, on_request=patch_on_request, device=device, **serving)
     if max_length is None:
         max_length = min(getattr(loaded[0].config, "max_position_embeddings", cache_tokens), cache_tokens)
     sizes = {"max_requests": max_requests, "cache_tokens": cache_tokens, "batch_tokens": batch_tokens}

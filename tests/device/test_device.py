@@ -4,8 +4,10 @@ ENGRAMMAR_DEVICE names the device. Without it these tests run on the CPU, where 
 `make gpu` runs them on an accelerator.
 """
 
+import asyncio
 import copy
 import os
+from contextlib import aclosing
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,8 @@ from engrammar import EngrammarForCausalLM
 from engrammar.config import DIALECTS, Encoding
 from engrammar.edit import apply_patch, undo_patch
 from engrammar.edit.applying import edits_of
+from engrammar.serve.openai.asked import Asked, Limits
+from engrammar.serve.openai.engine import Engine
 from engrammar.stores.serving import look_ahead, stored_tables_of
 from engrammar.stores.to_device import DeviceCopies
 from engrammar.tables.convert import quantize
@@ -144,6 +148,31 @@ def check_decoding(here: nn.Module, there: nn.Module) -> None:
         ids, logits = decode(there, **settings)
         assert torch.equal(ids, expected[0])
         torch.testing.assert_close(logits, expected[1], **NEAR)
+
+
+def test_our_server_gives_the_tokens_of_generate(tmp_path):
+    model_of_kind(OURS).save_pretrained(tmp_path)
+    model = EngrammarForCausalLM.from_pretrained(tmp_path, memory="disk").eval().to(DEVICE)
+    prompts = spoken_ids(5, 40)
+    how = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": PAD, "eos_token_id": None}
+    expected = model.generate(prompts.to(DEVICE), attention_mask=torch.ones_like(prompts).to(DEVICE), **how)[:, 40:]
+
+    async def answers() -> list[list[int]]:
+        engine = Engine(model, None, Limits(max_length=80, cache_tokens=512, batch_tokens=32))
+        asked = Asked(prompts=prompts.tolist(), max_tokens=NEW, temperature=0.0, ignore_eos=True)
+
+        async def one(ids: list[int]) -> list[int]:
+            async with aclosing(engine.tokens(ids, asked, None, [])) as tokens:
+                return [token async for new in tokens for token in new]
+
+        try:
+            async with engine.turn():
+                return await asyncio.gather(*map(one, asked.prompts))
+        finally:
+            engine.close()
+
+    assert asyncio.run(answers()) == expected.tolist()
+    stored_tables_of(model).close()
 
 
 def test_a_patch_that_comes_after_recording_is_seen():

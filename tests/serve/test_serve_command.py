@@ -89,3 +89,5 @@ def test_a_memory_is_not_looked_for_in_a_plain_model(folders):
     assert load_served(str(base), patches=[path], memory="ram")[0].config.model_type == "llama"
     with pytest.raises(ValueError, match="has no memory"):
         load_served(str(base), memory="disk")
+    with pytest.raises(ValueError, match="device is 'npu:0'; allowed: cpu"):
+        load_served(str(base), device="npu:0")

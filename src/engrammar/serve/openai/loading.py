@@ -4,6 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from engrammar.config import check_setting
 from engrammar.edit import apply_patch
 from engrammar.edit.offering import offer_patch
 from engrammar.model.configuration import EngrammarConfig, load_config
@@ -20,6 +23,7 @@ def load_served(
     adapter: Path | None = None,
     patches: Sequence[Path] = (),
     on_request: Sequence[Path] = (),
+    device: str = "cpu",
     **serving: Any,
 ) -> tuple[Any, Any]:
     """Loads a model and its tokenizer.
@@ -29,11 +33,16 @@ def load_served(
         adapter: the folder of a memory that was attached to it.
         patches: files of patches, which are applied in this order.
         on_request: files of patches that requests may choose.
+        device: where the model is; its rows are where `serving` says.
         serving: where the memory's tables are: see `ServingSettings`, whose `where` is `memory` here.
 
     Raises:
-        ValueError: as `load`, `load_attached` and `apply_patch`; or settings of a memory are given without one.
+        ValueError: as `load`, `load_attached` and `apply_patch`; settings of a memory are given without one; or torch
+            has no such device here.
     """
+    found = torch.accelerator.current_accelerator(check_available=True)
+    known = ("cpu",) if found is None else ("cpu", found.type)
+    check_setting("device", device, device.partition(":")[0] in known, f"{', '.join(known)} on this machine")
     if adapter is not None:
         model, tokenizer = load_with_adapter(name, adapter, **serving)
     elif not is_ours(name):
@@ -43,6 +52,7 @@ def load_served(
     else:
         folder = local_folder(name, {})
         model, tokenizer = load(folder, **({} if load_config(folder).memory is None else serving))
+    model.to(device)
     for patch in patches:
         apply_patch(model, patch, tokenizer)
     for patch in on_request:
