@@ -244,7 +244,7 @@ def plain_writes(entries: list[ExactEntry], ids: list[int], margin) -> list[tupl
 def plainly_patched(model, entries: list[ExactEntry], tests: list[Probe], ids: torch.Tensor):
     """The twin: in this context a full pass of `ids` [B, T], -1 at padding, is edited by hooks of plain loops."""
     decoder, by_name, seen = find_decoder(model), {probe.name: probe for probe in tests}, {}
-    norm = final_norm_of(decoder, torch.zeros(1, 2, dtype=torch.long))
+    norm = final_norm_of(decoder)
 
     def margin(row: int, place: int, index: int) -> float:
         entry = entries[index]

@@ -6,13 +6,11 @@ process of its own.
 """
 
 import types
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
-from torch.utils._device import _device_constructors
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 NAME = "imitated"
@@ -36,6 +34,11 @@ class Module(types.ModuleType):
 
     def _is_in_bad_fork(self) -> bool:
         return False
+
+    def get_rng_state(self, _: object = None) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_rng_state(self, *_: object) -> None: ...
 
 
 _setup_privateuseone_for_python_backend(NAME, backend_module=Module(NAME))
@@ -72,6 +75,17 @@ class Imitated(torch.Tensor):
         made.held = held
         return made
 
+    def data_ptr(self) -> int:
+        return self.held.data_ptr()
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"Imitated({self.held})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        made = Imitated(self.held.clone()).requires_grad_(self.requires_grad)
+        memo[id(self)] = torch.nn.Parameter(made) if isinstance(self, torch.nn.Parameter) else made
+        return memo[id(self)].requires_grad_(self.requires_grad)
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return run(func, *args, **(kwargs or {}))
@@ -99,7 +113,8 @@ def run(func: Any, *args: Any, **kwargs: Any) -> Any:
     by_held = {id(x.held): x for x in own}  # what was changed in place is returned as it was given
 
     def given(x: torch.Tensor) -> torch.Tensor:
-        return by_held[id(x)] if id(x) in by_held else Imitated(x)
+        same = by_held.get(id(x))
+        return Imitated(x) if same is None or same.shape != x.shape else same
 
     return pytree.tree_map_only(torch.Tensor, given, made) if there else made
 
@@ -108,14 +123,17 @@ def held(x: Any) -> Any:
     return x.held if isinstance(x, Imitated) else x
 
 
-def on_device(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """`torch.tensor` and the like, which torch does not hand to a device that is written in Python."""
+def empty(size: Any, *_: Any, dtype: Any = None, **__: Any) -> torch.Tensor:
+    return Imitated(torch.empty(size, dtype=dtype))
 
-    def made(*args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
-        if device is None or torch.device(device).type != NAME:
-            return make(*args, device=device, **kwargs)
-        return make(*args, **kwargs).to(DEVICE)
 
+def empty_strided(size: Any, stride: Any, *, dtype: Any = None, **_: Any) -> torch.Tensor:
+    return Imitated(torch.empty_strided(size, stride, dtype=dtype))
+
+
+def copy_from(source: torch.Tensor, made: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+    held(made).copy_(held(source))
+    transfers.tensors += not isinstance(made, Imitated)
     return made
 
 
@@ -124,12 +142,13 @@ def as_list(x: torch.Tensor) -> Any:
     return _tolist(held(x))
 
 
-_tolist, torch.Tensor.tolist = torch.Tensor.tolist, as_list  # type: ignore[method-assign]
-_library = torch.library.Library("_", "IMPL")
-_library.fallback(run, "PrivateUse1")
-_device_constructors()  # remembers torch's own functions for `with torch.device(...)`
-torch.tensor, torch.as_tensor = on_device(torch.tensor), on_device(torch.as_tensor)
+_all, _own = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
+_all.fallback(run, "PrivateUse1")
+_own.impl("empty.memory_format", empty, "PrivateUse1")  # these three torch calls from within itself
+_own.impl("empty_strided", empty_strided, "PrivateUse1")
+_own.impl("_copy_from", copy_from, "PrivateUse1")
 torch.__future__.set_swap_module_params_on_conversion(True)
+_tolist, torch.Tensor.tolist = torch.Tensor.tolist, as_list  # type: ignore[method-assign]
 torch.Tensor.pin_memory = lambda x, *_: x  # type: ignore[method-assign]
 torch.Tensor.record_stream = lambda x, _: None  # type: ignore[method-assign]
 torch.accelerator.synchronize = lambda *_: None  # type: ignore[assignment]

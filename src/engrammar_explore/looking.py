@@ -294,12 +294,8 @@ def final_norm(model: nn.Module) -> nn.Module:
         ValueError: there is none that can be found.
     """
     decoder = find_decoder(model)
-    sample = torch.zeros(1, 2, dtype=torch.long, device=next(decoder.module.parameters()).device)
     edits = edits_of(model)
-    if edits is None:
-        norm = final_norm_of(decoder, sample)
-    else:
-        norm = next(iter(edits.hooks.places[len(decoder.blocks) :]), None)
+    norm = final_norm_of(decoder) if edits is None else next(iter(edits.hooks.places[len(decoder.blocks) :]), None)
     if norm is None:
         raise ValueError(f"{type(decoder.host).__name__} has no norm before its head that could be found.")
     return norm

@@ -145,6 +145,20 @@ def test_sentences_that_end_in_the_object_after_their_subject_ask_for_it():
     assert asking(fact, sentences) == ["Moss is found on"]
 
 
+@pytest.mark.parametrize("kind", ["llama", OURS, WITH_MEMORY, "falcon_h1"])
+def test_a_model_rewords_after_examples_that_it_has_read_once(kind, monkeypatch):
+    """What it samples then is what it samples if it reads them with each fact."""
+    model, made = model_of_kind(kind), []
+    generate = type(model).generate
+    monkeypatch.setattr(
+        type(model), "generate", lambda *a, **k: (made.append((a, k, generate(*a, **k))), made[-1][2])[1]
+    )
+    Rewording(model, tokenizer(), 1).prompts(Fact(subject="w3", prompt="w3 w10", object="w4"), 3)
+    ((given, settings, sampled),) = made
+    torch.manual_seed(1)
+    assert torch.equal(generate(*given, **{**settings, "past_key_values": None}), sampled)
+
+
 def test_a_model_rewords_with_the_same_seed_the_same_way():
     model, fact = model_of_kind("llama"), Fact(subject="w3", prompt="w3 w10", object="w4")
     state = torch.random.get_rng_state()

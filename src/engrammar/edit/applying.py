@@ -70,8 +70,7 @@ class Edits:
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
-        sample = torch.zeros(1, 2, dtype=torch.long, device=decoder.host.get_input_embeddings().weight.device)  # type: ignore[operator]
-        self.hooks = EditHooks(decoder, final_norm_of(decoder, sample))
+        self.hooks = EditHooks(decoder, final_norm_of(decoder))
         self.applied: list[Applied] = []  # every pass uses them
         self.offered: list[Applied] = []  # a request of a continuous batch uses them if it names them (`offering`)
         self.overlays: dict[tuple[Memory, int], TableOverlay] = {}
@@ -335,15 +334,14 @@ def _value_rows(patch: Patch, path: Path | None, memory: Tier | Callable[[TableF
 
 
 @torch.no_grad()
-def final_norm_of(decoder: Decoder, sample: Tensor) -> nn.Module | None:
-    """The module whose output is the decoder's last hidden state; None if there is none.
-
-    Args:
-        sample: [1, T], any ids; they are passed through the model once.
+def final_norm_of(decoder: Decoder) -> nn.Module | None:
+    """The module whose output is the decoder's last hidden state; None if there is none. It takes a pass of two ids.
 
     Raises:
         ValueError: a block does not read hidden states.
     """
+    embeddings: Any = decoder.host.get_input_embeddings()  # type: ignore[operator]
+    sample = torch.zeros(1, 2, dtype=torch.long, device=embeddings.weight.device)
     called: list[tuple[nn.Module, Any, Any]] = []
     own_thread = threading.get_ident()  # others may be using the model
 

@@ -76,7 +76,8 @@ class Rewording:
         ).input_ids
         ids = torch.cat([self.ids, line.to(self.ids)], 1).expand(TRIES, -1)
         cache = copy.deepcopy(self.cache)
-        cache.batch_repeat_interleave(TRIES)
+        # transformers' batch_repeat_interleave leaves out what recurrent layers, and ours, keep beside keys and values.
+        cache.reorder_cache(torch.zeros(TRIES, dtype=torch.long))
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             made = self.model.generate(

@@ -312,7 +312,7 @@ class GatedReader:
     @torch.no_grad()
     def _head(self) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """What the final norm multiplies each channel by, [D], and the factors of the covariance of the head's rows."""
-        norm = final_norm_of(self.decoder, self.tokenizer(PLAIN, return_tensors="pt").input_ids[:, :8])
+        norm = final_norm_of(self.decoder)
         if norm is None:
             raise ValueError(
                 f"{type(self.decoder.host).__name__} has no norm before its head: facts are not written so."

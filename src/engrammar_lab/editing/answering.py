@@ -51,7 +51,7 @@ def _continued(
         mask_BT[row, shared : shared + padding] = 0
     own = copy.deepcopy(cache)
     if own is not None:
-        own.batch_repeat_interleave(len(rows))
+        own.reorder_cache(torch.zeros(len(rows), dtype=torch.long))  # repeats what hybrid layers keep, too
     made_BT = model.generate(
         ids_BT, attention_mask=mask_BT, past_key_values=own, max_new_tokens=num_tokens, do_sample=False,
         pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
