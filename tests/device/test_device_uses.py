@@ -13,15 +13,20 @@ from engrammar.attach import attach, detach, disabled, fill_rows, keep_prefix, l
 from engrammar.attach.attaching import attachment_of
 from engrammar.edit import Fact, VectorSettings, apply_patch, learn, undo_patch
 from engrammar.off import memory_off
+from engrammar.released import Qwen4ExpForCausalLM
+from engrammar.stores.serving import stored_tables_of
 from engrammar.train.optimizer import OptimizerSettings, build_optimizer
+from engrammar_cli.main import main
+from engrammar_explore.looking import look
 from models import tiny_model
+from released_models import qwen_model, qwen_release
 from row_patches import row_patch
 from steerable_models import FACTS, SETTINGS, steerable
 
 DEVICE = torch.device(os.environ["ENGRAMMAR_DEVICE"])
 NEAR = {"rtol": 0.0, "atol": 1e-4}
+TIMES = {"milliseconds", "microseconds", "seconds"}
 ADAM = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.99), "eps": 1e-8}
-KINDS = ["llama", OURS, WITH_MEMORY]
 
 
 @torch.no_grad()
@@ -72,10 +77,10 @@ def test_steps_of_training_are_the_cpus(kind, memory):
         return losses, {name: x.cpu() for name, x in model.state_dict().items()}
 
     (losses, weights), (found_losses, found) = trained(torch.device("cpu")), trained(DEVICE)
-    assert found_losses == pytest.approx(losses, abs=1e-4)
+    assert found_losses == pytest.approx(losses, abs=1e-3)
     for name, weight in weights.items():  # rounding can turn the sign of a gradient near zero, and Adam's step with it
         if weight.is_floating_point():
-            assert float((found[name] - weight).abs().mean()) < 1e-3
+            assert float((found[name] - weight).abs().mean()) < 5e-3
 
 
 @pytest.mark.parametrize("kind", [OURS, WITH_MEMORY])
@@ -92,8 +97,9 @@ def test_rows_are_replaced(kind):
     torch.testing.assert_close(found[1], found[0], **NEAR)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("method", ["gated", "vector"])
+@pytest.mark.parametrize(
+    ("kind", "method"), [("llama", "gated"), (WITH_MEMORY, "gated"), ("llama", "vector"), (OURS, "vector")]
+)
 def test_facts_are_learned(kind, method):
     settings = (
         {} if method == "gated" else {"settings": VectorSettings(depth=0.5, steps=5, num_contexts=1, num_others=2)}
@@ -137,6 +143,7 @@ class Items:
 def test_rows_are_filled_and_a_prefix_is_kept(tmp_path):
     here, there = both(lambda: base_model("llama"))
     for model in (here, there):
+        torch.manual_seed(0)
         attach(model, memory_config(layers=(2, 3)), tokenizer())
         fill_rows(model, Items())
     torch.testing.assert_close(logits_of(there, random_ids(2, 13)), logits_of(here, random_ids(2, 13)), **NEAR)
@@ -150,3 +157,38 @@ def test_a_memory_is_switched_off():
     here, there = both(lambda: copy.deepcopy(model_of_kind(OURS)))
     with memory_off(here), memory_off(there):
         torch.testing.assert_close(logits_of(there, spoken_ids(2, 13)), logits_of(here, spoken_ids(2, 13)), **NEAR)
+
+
+@pytest.mark.parametrize("kind", [OURS, WITH_MEMORY, "llama"])
+def test_a_text_is_looked_at(kind):
+    here, there = both(lambda: model_of_kind(kind))
+    one, other = (look(model, tokenizer(), "w3 w4 w5 w6 w3 w4 w7") for model in (here, there))
+    assert_alike(other, one)
+
+
+def assert_alike(found: object, expected: object) -> None:
+    """Compares what was looked up, number by number."""
+    assert type(found) is type(expected)
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for key in expected.keys() - TIMES:
+            assert_alike(found[key], expected[key])
+    elif isinstance(expected, list | tuple):
+        assert len(found) == len(expected)
+        for one, other in zip(found, expected):
+            assert_alike(one, other)
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, abs=1e-3, nan_ok=True)
+    else:
+        assert found == expected
+
+
+def test_a_released_model_reads_its_table_through_our_stores(tmp_path):
+    model = qwen_model(torch.float32)
+    folder = qwen_release(model, tmp_path / "release")
+    main(["table", "import", str(folder), str(tmp_path / "tables")])
+    served = Qwen4ExpForCausalLM.from_pretrained(folder, tables=tmp_path / "tables", memory="ram").eval().to(DEVICE)
+    served.set_experts_implementation("eager")  # the other one wants a histogram that the CPU has not
+    ids = random_ids(2, 13) % 40 + 3
+    torch.testing.assert_close(logits_of(served, ids), logits_of(model.eval(), ids), **NEAR)
+    stored_tables_of(served).close()

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -48,16 +49,16 @@ def plan_for(device: torch.device) -> Plan:
     return Plan(device=device, decoding=decoding)
 
 
-def check(plan: Plan) -> dict[str, Any]:
-    """Runs the tests on the device.
+def check(device: str, tests: Sequence[str]) -> dict[str, Any]:
+    """Runs tests in a process of their own, which is told the device by ENGRAMMAR_DEVICE.
 
     Returns:
         the number that `passed`, and the names of those that `failed` or were `skipped`.
     """
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={report}", *plan.tests]
-        subprocess.run(command, env={**os.environ, "ENGRAMMAR_DEVICE": plan.device.type}, check=False)
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={report}", *tests]
+        subprocess.run(command, env={**os.environ, "ENGRAMMAR_DEVICE": device}, check=False)
         cases = list(ElementTree.parse(report).iter("testcase"))
     failed = [case.get("name") for case in cases if {"failure", "error"} & {part.tag for part in case}]
     skipped = [case.get("name") for case in cases if case.find("skipped") is not None]
@@ -82,7 +83,7 @@ def bench_device(plan: Plan) -> dict[str, Any]:
     return {
         **describe_run("make gpu"),
         "quick": False,
-        "checks": check(plan),
+        "checks": check(plan.device.type, plan.tests),
         "gb_per_second": measure_copies(plan.device),
         **decode.bench_decode(False, plan.decoding),
     }

@@ -56,6 +56,8 @@ def test_without_an_accelerator_nothing_is_run_or_written(tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
-def test_the_tests_of_a_device_run_on_the_cpu_too():
-    found = check(Plan(device=CPU, tests=("tests/device", "-k", "addresses or leave"), decoding=TINY))
-    assert found == {"passed": 4, "failed": [], "skipped": ["test_ids_leave_the_device_once_a_step"]}
+def test_everything_works_on_an_imitated_device():
+    """Host and device are told apart there: `tests/imitated_device.py`. What needs CUDA is left out."""
+    found = check("imitated", ["tests/device"])
+    assert found["failed"] == [] and found["passed"] > 50
+    assert found["skipped"] == ["test_a_copy_that_nobody_waits_for_is_read_too_early"]
