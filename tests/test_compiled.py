@@ -13,7 +13,8 @@ from transformers import CompileConfig
 from attached_models import PAD, attached_model, base_model, memory_config, random_ids, randomize
 from edited_models import OURS, edited_model, model_of_kind, rich_patch, spoken_ids, tokenizer
 from engrammar import EngrammarForCausalLM, attach, detach, disabled
-from engrammar.edit import apply_patch, undo_patch
+from engrammar.edit import apply_patch, learn, undo_patch
+from engrammar.edit.states import states
 from engrammar.off import memory_off
 from engrammar.train.placement import place_tables
 from row_patches import row_patch
@@ -63,6 +64,20 @@ def check_patch(model: nn.Module, patch) -> None:
 def test_a_patch_that_comes_after_compiling_is_seen():
     model = model_of_kind("llama")
     check_patch(model, rich_patch(model))
+
+
+def test_what_reads_hidden_states_reads_those_of_a_compiled_model():
+    plain, compiled = (model_of_kind("llama") for _ in range(2))
+    compiled.model.compile(backend="eager")
+    ids = spoken_ids(2, 12)
+    mask = torch.ones_like(ids)
+    with torch.no_grad():
+        compiled.model(input_ids=ids, attention_mask=mask, use_cache=False)
+    for block in (1, 3):
+        assert torch.equal(states(compiled, ids, mask, block), states(plain, ids, mask, block))
+    fact = {"subject": "w3 w4", "prompt": "w9 w3 w4 w10", "object": "w20"}
+    patches = [learn(one, tokenizer(), [fact]).patch for one in (plain, compiled)]
+    assert torch.equal(patches[0].decoded(), patches[1].decoded())
 
 
 @pytest.mark.slow

@@ -98,6 +98,7 @@ def look(
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # compiled code does not notice hooks
 def see(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,

@@ -148,11 +148,15 @@ def measure(decoder: Decoder, input_ids: Tensor) -> list[tuple[int, float]]:
 
 @contextmanager
 def evaluating(model: nn.Module, training: bool = False) -> Iterator[None]:
-    """Puts a model into evaluation (or training), and each of its modules back afterwards."""
+    """Puts a model into evaluation (or training), and each of its modules back afterwards.
+
+    What torch.compile has compiled is not used meanwhile: it would not notice hooks.
+    """
     before = [(module, module.training) for module in model.modules()]
     model.train(training)
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         for module, training in before:
             module.training = training

@@ -26,6 +26,7 @@ class _Reached(Exception):
     """Ends a pass at the block whose input is read."""
 
 
+@torch.compiler.set_stance("force_eager")  # compiled code does not notice hooks
 @torch.no_grad()
 def states(model: nn.Module, ids_NT: Tensor, mask_NT: Tensor, block: int, before: DynamicCache | None = None) -> Tensor:
     """What `block` reads, [N, T, D]; of several residual streams, their mean. The pass ends there.

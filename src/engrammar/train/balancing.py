@@ -23,6 +23,7 @@ class LoadBalancing(TrainerCallback):
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         def count(index: int) -> Any:
+            @torch.compiler.disable
             def hook(router: nn.Module, _inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
                 if router.training and torch.is_grad_enabled():
                     chosen = torch.bincount(output[2].flatten(), minlength=self.loads[index].numel())

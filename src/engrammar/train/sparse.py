@@ -68,6 +68,7 @@ class SparseRows:
         self.arguments = first_parameters(decoder.module)
         self.handle = decoder.module.register_forward_pre_hook(self._count, with_kwargs=True)
 
+    @torch.compiler.disable
     def _count(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Notes the rows that a training pass reads."""
         if not (decoder.training and torch.is_grad_enabled()):
