@@ -81,6 +81,23 @@ def test_training_gives_the_same_bits_wherever_the_rows_are(tmp_path, plain, whe
     assert_equal(weights(placed), expected)
 
 
+@pytest.mark.parametrize(("where", "overlap"), PLACES)
+def test_training_in_bf16_autocast_gives_the_same_bits_and_nearly_those_of_fp32(tmp_path, where, overlap):
+    def trained(bf16: bool, placed: bool) -> tuple[list[float], dict[str, torch.Tensor]]:
+        model = tiny_model("paper", num_branches=2).train()
+        if placed:
+            place_tables(model, where=where, folder=tmp_path, overlap=overlap)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            return train(model, optimizer_of(model), batches(4, 2)), weights(model)
+
+    losses, expected = trained(bf16=True, placed=False)
+    found, placed = trained(bf16=True, placed=True)
+    assert found == losses
+    assert_equal(placed, expected)
+    precise = trained(bf16=False, placed=False)[0]
+    assert losses != precise and losses == pytest.approx(precise, abs=3e-2)
+
+
 def test_a_stale_read_is_one_update_old_and_no_more():
     """The rows of the next step are read before this step's update, and only of the next."""
     steps = batches(3, 1)
