@@ -67,8 +67,7 @@ def serve(
     if max_length is None:
         max_length = min(getattr(loaded[0].config, "max_position_embeddings", cache_tokens), cache_tokens)
     sizes = {"max_requests": max_requests, "cache_tokens": cache_tokens, "batch_tokens": batch_tokens}
-    engine = Engine(*loaded, Limits(max_length=max_length, **sizes))
-    run(Server(engine, served_name or model, token), host, port)
+    run(Server(Engine(*loaded, Limits(max_length=max_length, **sizes)), served_name or model, token), host, port)
 
 
 def vllm(model: Positional[str], /, out: Path, adapter: Path | None = None, patch: tuple[Path, ...] = ()) -> None:

@@ -5,7 +5,6 @@ ENGRAMMAR_DEVICE names the device: "imitated" is one for machines without an acc
 
 import asyncio
 import copy
-import os
 from collections.abc import Callable, Iterator
 from contextlib import aclosing, contextmanager
 from pathlib import Path
@@ -28,8 +27,8 @@ from engrammar.stores.to_device import DeviceCopies
 from engrammar.tables.convert import quantize
 from engrammar.train.placement import place_tables
 from models import VOCABULARY, tiny_model
+from named_device import DEVICE
 
-DEVICE = torch.device(os.environ["ENGRAMMAR_DEVICE"])
 cuda = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs CUDA: make gpu")
 EXACT = {"rtol": 0.0, "atol": 1e-5}  # two ways on one device
 NEAR = {"rtol": 0.0, "atol": 1e-4}  # two devices, which round otherwise

@@ -1,7 +1,6 @@
 """What people do with a model works on a device, and gives what it gives on the CPU."""
 
 import copy
-import os
 
 import pytest
 import torch
@@ -19,11 +18,11 @@ from engrammar.train.optimizer import OptimizerSettings, build_optimizer
 from engrammar_cli.main import main
 from engrammar_explore.looking import look
 from models import tiny_model
+from named_device import DEVICE
 from released_models import qwen_model, qwen_release
 from row_patches import row_patch
 from steerable_models import FACTS, SETTINGS, steerable
 
-DEVICE = torch.device(os.environ["ENGRAMMAR_DEVICE"])
 NEAR = {"rtol": 0.0, "atol": 1e-4}
 TIMES = {"milliseconds", "microseconds", "seconds"}
 ADAM = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.99), "eps": 1e-8}
