@@ -9,8 +9,8 @@ from transformers import DynamicCache, StaticCache
 
 from attached_models import FAMILIES, PAD, VOCABULARY, attached_model, memory_config, random_ids
 from engrammar.attach.state import MemoryState, Track
+from generated import EXACT, check_generated, full
 
-EXACT = {"rtol": 0.0, "atol": 1e-5}
 NEW = 9
 # What transformers' own models cannot do: take back tokens of a recurrent or compressed state (they refuse), keep a
 # compressed state in a static cache, and skip padding when compressing (the plain model's logits move by 0.07).
@@ -27,12 +27,6 @@ def model_of(family: str):
     return model
 
 
-def full(model, ids: torch.Tensor) -> torch.Tensor:
-    """Logits of rows without padding, in one pass without a cache."""
-    with torch.no_grad():
-        return model(input_ids=ids, use_cache=False).logits
-
-
 def ragged(family: str, *lengths: int) -> list[int]:
     """Lengths of rows to be padded; all the same for a model that cannot skip padding."""
     return [max(lengths)] * len(lengths) if family == "deepseek_v4" else list(lengths)
@@ -43,16 +37,6 @@ def padded(lengths: list[int], seed: int = 5) -> tuple[torch.Tensor, torch.Tenso
     ids = random_ids(len(lengths), max(lengths), seed)
     mask = torch.stack([torch.arange(max(lengths)) >= max(lengths) - length for length in lengths]).long()
     return ids.masked_fill(mask == 0, PAD), mask
-
-
-def check_generated(model, out, lengths: list[int]) -> None:
-    """Compares the logits of every step with those of a full pass over the finished row."""
-    start = out.sequences.shape[1] - len(out.logits)
-    for row, ids in enumerate(out.sequences):
-        length = lengths[row * len(lengths) // len(out.sequences)]
-        logits = full(model, ids[None, start - length :])[0]
-        for step, given in enumerate(out.logits):
-            torch.testing.assert_close(given[row], logits[length - 1 + step], **EXACT)
 
 
 def generate(model, ids, mask=None, **settings):

@@ -27,8 +27,8 @@ from engrammar.edit import apply_patch, undo_patch
 from engrammar.edit import passes as passes_module
 from engrammar.edit.applying import edits_of
 from engrammar.edit.gating import CODES
+from generated import EXACT, check_generated, full
 
-EXACT = {"rtol": 0.0, "atol": 1e-5}
 KINDS = ["llama", "gpt2", "qwen3_moe", "gemma3_text", "deepseek_v4", "falcon_h1", WITH_MEMORY, OURS]
 ROLLS_BACK = ["llama", "gpt2", "qwen3_moe", WITH_MEMORY, OURS]
 NEW = 9
@@ -41,11 +41,6 @@ def model_of(kind: str):
     model.generation_config.pad_token_id = PAD
     model.generation_config.eos_token_id = None
     return model
-
-
-def full(model, ids: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=ids, use_cache=False).logits
 
 
 def padded(lengths: list[int], seed: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,15 +57,6 @@ def lengths_for(kind: str, *lengths: int) -> list[int]:
 def generate(model, ids, mask=None, **settings):
     mask = torch.ones_like(ids) if mask is None else mask
     return model.generate(ids, attention_mask=mask, return_dict_in_generate=True, **{**GREEDY, **settings})
-
-
-def check_generated(model, out, lengths: list[int]) -> None:
-    start = out.sequences.shape[1] - len(out.logits)
-    for row, ids in enumerate(out.sequences):
-        length = lengths[row * len(lengths) // len(out.sequences)]
-        logits = full(model, ids[None, start - length :])[0]
-        for step, given in enumerate(out.logits):
-            torch.testing.assert_close(given[row], logits[length - 1 + step], **EXACT)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -8,9 +8,9 @@ from transformers import AutoModelForCausalLM, CompileConfig, StaticCache
 from engrammar.config import DIALECTS
 from engrammar.off import memory_off
 from engrammar.stores.serving import stored_tables_of
+from generated import EXACT, check_generated, full
 from models import VOCABULARY, tiny_config, tiny_model
 
-EXACT = {"rtol": 0.0, "atol": 1e-5}
 NEW, PAD = 7, 0
 LENGTHS = [11, 4, 1]
 GREEDY = {
@@ -26,21 +26,6 @@ def padded(lengths: list[int], seed: int = 5) -> tuple[Tensor, Tensor]:
     ids = torch.randint(3, VOCABULARY, (len(lengths), max(lengths)), generator=draw)
     mask = torch.stack([torch.arange(max(lengths)) >= max(lengths) - length for length in lengths]).long()
     return ids.masked_fill(mask == 0, PAD), mask
-
-
-def full(model: nn.Module, ids: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model(input_ids=ids, use_cache=False).logits
-
-
-def check_generated(model: nn.Module, out, lengths: list[int]) -> None:
-    """Compares the logits of every step with those of a full pass over the finished row, without its padding."""
-    start = out.sequences.shape[1] - len(out.logits)
-    for row, ids in enumerate(out.sequences):
-        length = lengths[row * len(lengths) // len(out.sequences)]
-        logits = full(model, ids[None, start - length :])[0]
-        for step, given in enumerate(out.logits):
-            torch.testing.assert_close(given[row], logits[length - 1 + step], **EXACT)
 
 
 def generate(model: nn.Module, lengths: list[int], **settings):
