@@ -53,7 +53,7 @@ COLUMNS = (
     Column("still ms", "still_ms", ".3f"),
     Column("hidden", "hidden", ".0%"),
 )
-NONE = dict.fromkeys(("misses", "step_kb", "still_ms", "hidden"))
+NONE = {"misses": None, "hidden": None}
 table = line_by_line(COLUMNS, lambda result: [{**NONE, **line} for line in by_variant(result["batches"])])
 LATE = {COLD: COLD_LATE, WARM: WARM_LATE}
 PROMPT = 32

@@ -54,11 +54,18 @@ def check(device: str, tests: Sequence[str]) -> dict[str, Any]:
 
     Returns:
         the number that `passed`, and the names of those that `failed` or were `skipped`.
+
+    Raises:
+        ChildProcessError: the process ended before it had a report.
     """
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={report}", *tests]
-        subprocess.run(command, env={**os.environ, "ENGRAMMAR_DEVICE": device}, check=False)
+        ended = subprocess.run(command, env={**os.environ, "ENGRAMMAR_DEVICE": device}, check=False)
+        if not report.exists():
+            raise ChildProcessError(
+                f"The tests ended with status {ended.returncode} and left no report: run {command}."
+            )
         cases = list(ElementTree.parse(report).iter("testcase"))
     failed = [case.get("name") for case in cases if {"failure", "error"} & {part.tag for part in case}]
     skipped = [case.get("name") for case in cases if case.find("skipped") is not None]

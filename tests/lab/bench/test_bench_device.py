@@ -55,6 +55,11 @@ def test_without_an_accelerator_nothing_is_run_or_written(tmp_path, monkeypatch)
     assert not list(tmp_path.iterdir())
 
 
+def test_tests_that_leave_no_report_are_an_error():
+    with pytest.raises(ChildProcessError, match="ended with status 4 and left no report"):
+        check("cpu", ["--an-option-that-pytest-lacks"])
+
+
 @pytest.mark.slow
 def test_everything_works_on_an_imitated_device():
     """Host and device are told apart there: `tests/imitated_device.py`. What needs CUDA is left out."""
