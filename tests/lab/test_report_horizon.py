@@ -49,6 +49,14 @@ def test_no_line_is_fitted_where_an_optimum_is_at_the_end_of_the_range():
     assert "Ten times the tokens" not in told
 
 
+def test_a_seed_that_has_only_begun_changes_nothing():
+    result = made_horizon(seeds=(2, 2, 2))
+    result["runs"] = [run for run in result["runs"] if run["point"] != "8M, bigram"]
+    begun = next(run for run in result["runs"] if run["point"] == "8M, 100%")
+    more = {**result, "runs": [*result["runs"], {**begun, "seed": 2}]}
+    assert [each.points for each in lengths(more)] == [each.points for each in lengths(result)]
+
+
 def test_lengths_with_fewer_seeds_are_told_with_those_they_have():
     section = horizon_section(made_horizon(seeds=(3, 3, 1)))
     assert "No line is fitted through the optima, since the lengths have different seeds." in words(section)
@@ -57,7 +65,7 @@ def test_lengths_with_fewer_seeds_are_told_with_those_they_have():
     result["runs"] = [run for run in result["runs"] if (run["point"], run["seed"]) != ("8M, 55%", 1)]
     assert [len(each.points["55%"]) for each in lengths(result)] == [3, 2, 3]  # seed 1 is left out at 8M
     result["runs"] = [run for run in result["runs"] if run["point"] != "8M, bigram"]
-    assert "55%" not in lengths(result)[1].points and "bigram" not in lengths(result)[1].points
+    assert len(lengths(result)[1].points["55%"]) == 2 and "bigram" not in lengths(result)[1].points
     result["runs"] = [run for run in result["runs"] if run["point"] == "2M, dense"]
     assert horizon_section(result).verdict.answer == "No length has experts alone and memory yet."
 

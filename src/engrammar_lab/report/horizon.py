@@ -62,7 +62,7 @@ class Length:
 def lengths(result: Mapping[str, Any]) -> list[Length]:
     """The lengths that have experts alone and a point with memory, each with its points that have all of its seeds.
 
-    Those are the seeds of which every point has a run; while there are none, the seeds of experts alone.
+    Those are the seeds of experts alone of which the most points have a run, so that one that has only begun waits.
     """
     runs: dict[str, dict[str, dict[int, Mapping[str, Any]]]] = {}
     for point in study_of(result).points:
@@ -71,8 +71,8 @@ def lengths(result: Mapping[str, Any]) -> list[Length]:
     dense = next((run for run in result["runs"] if run["point"].endswith(f", {DENSE}")), None)  # of any length
     found = []
     for name, points in runs.items():
-        everywhere = set.intersection(*(set(own) for own in points.values()))
-        seeds = sorted(everywhere or points.get(EXPERTS, {}))
+        num_points = {seed: sum(seed in own for own in points.values()) for seed in points.get(EXPERTS, {})}
+        seeds = sorted(seed for seed, num in num_points.items() if num == max(num_points.values()))
         complete = {point: own for point, own in points.items() if seeds and set(own) >= set(seeds)}
         if not any(point.endswith("%") and point != EXPERTS for point in complete):
             continue
