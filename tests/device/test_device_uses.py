@@ -1,6 +1,7 @@
 """What people do with a model works on a device, and gives what it gives on the CPU."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -117,12 +118,12 @@ def test_facts_are_learned(kind, method):
     assert type(found[0]) is type(found[1])
     if isinstance(found[0], Tensor):
         torch.testing.assert_close(found[1], found[0], rtol=0.0, atol=1e-2)
+    else:
+        assert found[1] == found[0] and method == "vector"  # the random model cannot be steered in five steps
 
 
 @pytest.mark.parametrize("by", ["solve", "gradient"])
 def test_facts_are_learned_in_rows(by):
-    from dataclasses import replace
-
     found = []
     for model in both(lambda: steerable(WITH_MEMORY)):
         patch, refused = learn(model, tokenizer(), FACTS, method="rows", settings=replace(SETTINGS, by=by))
