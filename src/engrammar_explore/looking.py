@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from engrammar.addressing import look_back
-from engrammar.attach.blocks import find_decoder, host_of
+from engrammar.attach.blocks import device_of, find_decoder, host_of
 from engrammar.edit import applied_patches
 from engrammar.edit.applying import edits_of, final_norm_of
 from engrammar.memory import Memory
@@ -118,7 +118,7 @@ def see(
     allowed = comparisons(model)
     first = allowed[0] if allowed else None
     compare = first if settings.compare == "first" else settings.compare
-    ids_BT = torch.tensor([ids], device=next(model.parameters()).device)
+    ids_BT = torch.tensor([ids], device=device_of(model))
     known.traffic.take()
     started = time.perf_counter()
     with watching(places_of(model)) as recorded:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
+from engrammar.attach.blocks import device_of
 from engrammar.edit import Fact, Patch, apply_patch, undo_patch
 from engrammar_explore.looking import divergence, logits_of
 
@@ -77,7 +78,7 @@ def try_fact(
 
     before = ask(0)
     progress(len(questions), total, "neutral text")
-    neutral_BT = tokenizer(settings.neutral, return_tensors="pt").input_ids.to(next(model.parameters()).device)
+    neutral_BT = tokenizer(settings.neutral, return_tensors="pt").input_ids.to(device_of(model))
     plain_TV = logits_of(model, neutral_BT)
     apply_patch(model, patch, tokenizer, on_conflict="replace")
     try:
@@ -116,7 +117,7 @@ def _questions(fact: Fact, settings: TrySettings) -> list[tuple[str, str]]:
 def _ask(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, text: str, wanted: str | None, max_new_tokens: int
 ) -> _Answer:
-    device = next(model.parameters()).device
+    device = device_of(model)
     ids_BT = tokenizer(text, return_tensors="pt").input_ids.to(device)
     if not ids_BT.numel():
         raise ValueError("A prompt has no token: write a word.")

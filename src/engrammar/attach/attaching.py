@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from engrammar.addressing import derive_geometry
 from engrammar.attach.attached import AttachedMemory, Place
-from engrammar.attach.blocks import Decoder, find_decoder, host_of, is_plain, measure
+from engrammar.attach.blocks import Decoder, device_of, find_decoder, host_of, is_plain, measure
 from engrammar.attach.fingerprints import fingerprint_of
 from engrammar.attach.folder import write_adapter
 from engrammar.attach.passes import Attachment
@@ -60,7 +60,7 @@ def attach(
         )
     memory.check_model(len(decoder.blocks), len(tokenizer))
     classes_V, geometry = _classes(memory, tokenizer, vocab_size)
-    sizes = measure(decoder, _sample(tokenizer, _device(decoder.module)))
+    sizes = measure(decoder, _sample(tokenizer, device_of(decoder.module)))
     for layer in memory.layers:
         if not 0 < sizes[layer][1] < float("inf"):
             raise ValueError(
@@ -84,8 +84,8 @@ def attach(
 def put(decoder: Decoder, attached: AttachedMemory, name: str) -> None:
     """Makes a memory part of a model, each fusion on the device of its block. The first one freezes the model."""
     for layer in attached.config.layers:
-        attached.fusions[str(layer)].to(_device(decoder.blocks[layer]))
-    attached.memory.to(_device(decoder.module))
+        attached.fusions[str(layer)].to(device_of(decoder.blocks[layer]))
+    attached.memory.to(device_of(decoder.module))
     attachment = attachment_of(decoder.host)
     is_first = attachment is None
     if attachment is None:
@@ -249,8 +249,3 @@ def _sample(tokenizer: PreTrainedTokenizerBase, device: torch.device) -> torch.T
     if ids.shape[1] < 2:
         raise ValueError("The tokenizer makes fewer than two tokens of a text: give the model's own tokenizer.")
     return ids.to(device)
-
-
-def _device(module: nn.Module) -> torch.device:
-    parameter = next(module.parameters(), None)
-    return torch.device("cpu") if parameter is None else parameter.device

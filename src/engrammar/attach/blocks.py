@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import has_offloaded_params
 from torch import Tensor, nn
 
 PATCHES = "engrammar_patches"  # the attribute of a causal LM that holds what `engrammar.edit` has applied to it
@@ -66,6 +67,14 @@ def find_decoder(model: nn.Module) -> Decoder:
     module, blocks = found[0]
     argument, hidden_size = first_parameters(blocks[0])[0], config.get_text_config().hidden_size
     return Decoder(host=host, module=module, blocks=blocks, argument=argument, hidden_size=hidden_size)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """The device that a module's first weight computes on; accelerate may keep it elsewhere until it is used."""
+    for part in module.modules():
+        for parameter in part.parameters(recurse=False):
+            return torch.device(part._hf_hook.execution_device) if has_offloaded_params(part) else parameter.device
+    return torch.device("cpu")
 
 
 def is_plain(weight: Tensor) -> bool:

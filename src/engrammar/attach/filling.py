@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, final
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor
 
 from engrammar.addressing import look_back
@@ -175,7 +176,8 @@ class _Sums:
 def _sum(model: Any, value: _Value, items: Items, how: How) -> _Sums:
     """Reads the text twice: for its n-grams, then for what follows them."""
     decoder, memory, layer = find_decoder(model), value.memory, value.layer
-    embedding_VD = model.get_input_embeddings().weight
+    with align_module_device(model.get_input_embeddings()):
+        embedding_VD = model.get_input_embeddings().weight
     if how == "embeddings" and embedding_VD.shape[1] != decoder.hidden_size:
         raise ValueError(
             f"Token embeddings have width {embedding_VD.shape[1]}, the residual stream {decoder.hidden_size}: fill "

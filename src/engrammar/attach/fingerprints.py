@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from accelerate.utils import align_module_device, has_offloaded_params
+from torch import nn
 
 from engrammar.attach.blocks import Decoder, is_plain
 from engrammar.tables.shards import is_table
@@ -21,7 +23,7 @@ def fingerprint_of(decoder: Decoder) -> dict[str, Any]:
     out.
     """
     weights = dict(_weights(decoder.host))
-    names = [name for name, weight in weights.items() if is_plain(weight) and not weight.is_meta]
+    names = [name for name, weight in weights.items() if is_plain(weight.parameter) and weight.is_there]
     last = len(names) - 1
     chosen = [names[index * last // (NUM_WEIGHTS - 1)] for index in range(NUM_WEIGHTS)] if names else []
     return {
@@ -29,7 +31,7 @@ def fingerprint_of(decoder: Decoder) -> dict[str, Any]:
         "blocks": len(decoder.blocks),
         "hidden_size": decoder.hidden_size,
         "vocab_size": decoder.vocab_size,
-        "weights": {name: _values(weights[name]) for name in dict.fromkeys(chosen)},
+        "weights": {name: weights[name].values() for name in dict.fromkeys(chosen)},
     }
 
 
@@ -50,9 +52,9 @@ def check_base(decoder: Decoder, saved: Mapping[str, Any], source: str) -> None:
             continue  # quantizers keep weights under other names
         if name not in weights:
             raise ValueError(f"{source} is of a {saved['class']} with a weight {name}, which this one lacks: {OTHER}")
-        if not is_plain(weights[name]):
+        if not is_plain(weights[name].parameter):
             continue
-        found = _values(weights[name])
+        found = weights[name].values()
         compared += 1
         same = len(found) == len(values) and all(
             math.isclose(one, other, rel_tol=TOLERANCE, abs_tol=1e-6) for one, other in zip(found, values)
@@ -67,12 +69,33 @@ def check_base(decoder: Decoder, saved: Mapping[str, Any], source: str) -> None:
 OTHER = "load it on the model that it was saved from."
 
 
-def _weights(host: nn.Module) -> Iterator[tuple[str, Tensor]]:
+@dataclass(frozen=True)
+class _Weight:
+    """A weight, and where accelerate finds it if it is offloaded."""
+
+    module: nn.Module
+    name: str  # in that module
+    parameter: nn.Parameter
+
+    @property
+    def is_there(self) -> bool:
+        return not self.parameter.is_meta or has_offloaded_params(self.module)
+
+    @torch.no_grad()
+    def values(self) -> list[float]:
+        with align_module_device(self.module):
+            flat = getattr(self.module, self.name).detach().reshape(-1)
+            places = torch.arange(NUM_VALUES, device=flat.device) * max(len(flat) - 1, 0) // (NUM_VALUES - 1)
+            return [float(value) for value in flat[places].float().cpu()]
+
+
+def _weights(host: nn.Module) -> Iterator[tuple[str, _Weight]]:
     """The base's own weights by name; what PEFT and attached memories added is left out, and so are its own tables,
     which may be in a store."""
     for name, parameter in host.named_parameters():
         if not name.startswith("engrammar.") and ".lora_" not in name and not is_table(name):
-            yield name.replace(".base_layer.", "."), parameter
+            module, _, leaf = name.rpartition(".")
+            yield name.replace(".base_layer.", "."), _Weight(host.get_submodule(module), leaf, parameter)
 
 
 def _has_module(host: nn.Module, name: str) -> bool:
@@ -82,13 +105,6 @@ def _has_module(host: nn.Module, name: str) -> bool:
     except AttributeError:
         return False
     return True
-
-
-@torch.no_grad()
-def _values(weight: Tensor) -> list[float]:
-    flat = weight.detach().reshape(-1)
-    places = torch.arange(NUM_VALUES, device=flat.device) * max(len(flat) - 1, 0) // (NUM_VALUES - 1)
-    return [float(value) for value in flat[places].float().cpu()]
 
 
 def _short(values: list[float]) -> str:

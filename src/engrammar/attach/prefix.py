@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, default_collate
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from engrammar.attach.attaching import disabled, require_attachment
-from engrammar.attach.blocks import PATCHES, Decoder, evaluating, find_decoder, hidden_of
+from engrammar.attach.blocks import PATCHES, Decoder, device_of, evaluating, find_decoder, hidden_of
 from engrammar.attach.skipping import KEPT, check_frozen
 from engrammar.tables.sealed import check_writable, written_beside
 
@@ -169,7 +169,7 @@ def _check_same(folder: Path, about: dict[str, Any]) -> None:
 def _compute(below: Below, items: Items, folder: Path, about: dict[str, Any], batch_size: int) -> None:
     check_writable(folder.parent)
     loader = input_batches(items, batch_size)
-    device = next(below.decoder.module.parameters()).device
+    device = device_of(below.decoder.module)
     with written_beside(folder) as partial_folder, disabled(below.model):
         partial_folder.mkdir()
         with (partial_folder / HIDDEN).open("wb") as file:
@@ -200,7 +200,7 @@ def input_batches(items: Items, batch_size: int) -> DataLoader[Any]:
 @torch.no_grad()
 def _check_equal(model: nn.Module, decoder: Decoder, kept: KeptPrefix) -> None:
     """Compares one item's logits with those of a whole pass."""
-    device = next(decoder.module.parameters()).device
+    device = device_of(decoder.module)
     item = {name: value.to(device) for name, value in next(iter(input_batches(kept.items, 1))).items()}
     returned: list[Any] = []
     with evaluating(model):

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from engrammar.attach.blocks import evaluating, host_of
+from engrammar.attach.blocks import device_of, evaluating, host_of
 from engrammar.edit.facts import Fact
 from engrammar.edit.patch import Patch
 from engrammar.edit.phrasings import RELATIONS, about
@@ -48,7 +48,7 @@ def answer(model: Any, tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[s
     from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
     host, found = host_of(model), []
-    device = next(host.parameters()).device
+    device = device_of(host)
     with evaluating(host):
         for prompt in tqdm(prompts, desc="asking", unit=" prompts", delay=2, leave=False):
             ids = tokenizer(prompt, return_tensors="pt").to(device)

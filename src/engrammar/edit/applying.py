@@ -19,6 +19,7 @@ from engrammar.attach.blocks import (
     PATCHES,
     REFUSED,
     Decoder,
+    device_of,
     evaluating,
     find_decoder,
     first_parameters,
@@ -341,7 +342,7 @@ def final_norm_of(decoder: Decoder) -> nn.Module | None:
         ValueError: a block does not read hidden states.
     """
     embeddings: Any = decoder.host.get_input_embeddings()  # type: ignore[operator]
-    sample = torch.zeros(1, 2, dtype=torch.long, device=embeddings.weight.device)
+    sample = torch.zeros(1, 2, dtype=torch.long, device=device_of(embeddings))
     called: list[tuple[nn.Module, Any, Any]] = []
     own_thread = threading.get_ident()  # others may be using the model
 

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from engrammar.attach.blocks import find_decoder
+from engrammar.attach.blocks import device_of, find_decoder
 from engrammar.attach.passes import cache_in
 from engrammar.edit.exact import ExactTable
 from engrammar.edit.facts import Fact
@@ -59,7 +59,7 @@ class Rewording:
     def __init__(self, model: nn.Module, tokenizer: "PreTrainedTokenizerBase", seed: int) -> None:
         self.model: Any = find_decoder(model).host
         self.tokenizer, self.seed = tokenizer, seed
-        device = next(model.parameters()).device
+        device = device_of(model)
         self.ids = tokenizer(EXAMPLES, return_tensors="pt").input_ids.to(device)
         self.cache: Any = None
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from engrammar.attach.blocks import device_of
 from engrammar.edit.answers import answer, phrasings_of, probe_of, says
 from engrammar.edit.applying import apply_patch, edits_of, undo_patch
 from engrammar.edit.building import build_patch
@@ -144,7 +145,7 @@ def _owners(patch: Patch, model: Any, tokenizer: "PreTrainedTokenizerBase") -> d
     memory = edits.applied[-1].memory
     undo_patch(model, patch.name)
     assert memory is not None
-    device = next(model.parameters()).device
+    device = device_of(model)
     replaced = {layer: set(delta.rows_U.tolist()) for layer, delta in patch.deltas.items()}
     owners: dict[tuple[int, int], set[int]] = {}
     named = [(fact, row["subject"].strip()) for fact, row in enumerate(patch.facts) if row.get("subject")]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, final
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from engrammar.attach.blocks import find_decoder
@@ -306,7 +307,8 @@ class GatedReader:
     @property
     def _weight_VD(self) -> Tensor:
         head: Any = self.decoder.host.get_output_embeddings()  # type: ignore[operator]
-        weight: Tensor = head.weight.detach()
+        with align_module_device(head):
+            weight: Tensor = head.weight.detach()
         return weight
 
     @torch.no_grad()
@@ -353,8 +355,8 @@ class GatedReader:
 
 def norm_scale(norm: nn.Module) -> Tensor:
     """What a norm multiplies each channel by, [D]: found by asking it, since some norms keep their weight less one."""
-    weight = norm.weight
-    assert isinstance(weight, Tensor)
-    with torch.no_grad():
+    with torch.no_grad(), align_module_device(norm):
+        weight = norm.weight
+        assert isinstance(weight, Tensor)
         unit_DD = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
         return norm(unit_DD).diagonal().float() / len(weight) ** 0.5

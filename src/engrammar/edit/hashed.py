@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from engrammar.attach.blocks import evaluating, find_decoder
+from engrammar.attach.blocks import device_of, evaluating, find_decoder
 from engrammar.config import check_choice
 from engrammar.edit.applying import applied_patches, edits_of, without_patches
 from engrammar.edit.asking import Asking, Rewording, Subject, contexts, others, require_asking, subjects_of
@@ -199,7 +199,7 @@ class _Learner:
         return rows_KH.masked_fill(torch.isin(rows_KH, torch.tensor([*taken], dtype=torch.long)), -1)
 
     def _device(self) -> torch.device:
-        return next(find_decoder(self.model).module.parameters()).device
+        return device_of(find_decoder(self.model).module)
 
     def _stored(self, rows_U: Tensor) -> Tensor:
         """The table's own rows, [U, C]."""

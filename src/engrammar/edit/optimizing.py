@@ -13,7 +13,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from engrammar.attach.blocks import find_decoder, hidden_of, in_branches, with_hidden
+from engrammar.attach.blocks import device_of, find_decoder, hidden_of, in_branches, with_hidden
 from engrammar.attach.passes import cache_in
 
 Adding = Callable[[nn.Module, "Added"], AbstractContextManager[object]]  # in its context a model's passes are changed
@@ -83,7 +83,7 @@ class Texts:
     def __init__(self, model: nn.Module, texts: Sequence[Text], adding: Adding) -> None:
         self.model, self.adding, self.texts = model, adding, texts
         self.decoder = find_decoder(model)
-        device = next(self.decoder.module.parameters()).device
+        device = device_of(self.decoder.module)
         first = [text.written[0] for text in texts]
         num_before = max(first)
         num_after = max(len(text.ids) - one for text, one in zip(texts, first))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from engrammar.attach.attaching import attachment_of
-from engrammar.attach.blocks import find_decoder, hidden_of, in_branches
+from engrammar.attach.blocks import device_of, find_decoder, hidden_of, in_branches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,7 +58,7 @@ def last_states(model: nn.Module, tokenizer: "PreTrainedTokenizerBase", prompts:
     """
     from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-    device = next(model.parameters()).device
+    device = device_of(model)
     rows = [tokenizer(prompt).input_ids for prompt in prompts]
     before = _read_shared(model, rows, block)
     shared = 0 if before is None else before.get_seq_length()
@@ -89,7 +89,7 @@ def _read_shared(model: nn.Module, rows: Sequence[list[int]], block: int) -> Dyn
     before = DynamicCache(config=decoder.host.config)
     if not all(type(layer) is DynamicLayer for layer in before.layers):
         return None
-    ids_1T = torch.tensor([rows[0][:shared]], device=next(model.parameters()).device)
+    ids_1T = torch.tensor([rows[0][:shared]], device=device_of(model))
     states(model, ids_1T, torch.ones_like(ids_1T), block, before)
     return before
 
@@ -105,5 +105,5 @@ def num_shared(rows: Sequence[list[int]]) -> int:
 
 def text_states(model: nn.Module, tokenizer: "PreTrainedTokenizerBase", text: str, block: int) -> Tensor:
     """[T-1, D]: what `block` reads along a text, without the first token, which models use as a sink."""
-    ids_NT = tokenizer(text, return_tensors="pt").input_ids.to(next(model.parameters()).device)
+    ids_NT = tokenizer(text, return_tensors="pt").input_ids.to(device_of(model))
     return states(model, ids_NT, torch.ones_like(ids_NT), block)[0, 1:].cpu()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from engrammar.attach.blocks import find_decoder, hidden_of, in_branches
+from engrammar.attach.blocks import device_of, find_decoder, hidden_of, in_branches
 from engrammar.edit.states import BATCH
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def worded_states(
     with decoder.blocks[block].register_forward_pre_hook(see, with_kwargs=True):
         for batch in tqdm(batches, desc="wording", unit=f" x{BATCH}", delay=2, leave=False):
             seen.clear()
-            ids_NT = torch.tensor([rows[index] for index in batch], device=next(model.parameters()).device)
+            ids_NT = torch.tensor([rows[index] for index in batch], device=device_of(model))
             host.generate(
                 ids_NT, attention_mask=torch.ones_like(ids_NT), min_new_tokens=num + 1, max_new_tokens=num + 1,
                 do_sample=False, pad_token_id=int(ids_NT[0, 0]),
