@@ -142,6 +142,7 @@ ROOMS = {
     "engrammar.titan": ("retrieval", "model", "names", "optimizers", "metrics", "training", "config_registry"),
     "engrammar.attach": (
         "blocks",
+        "around",
         "state",
         "skipping",
         "paged",

@@ -1,4 +1,4 @@
-"""A base whose weights accelerate keeps in RAM or on disk until a module runs: what is done to it is as if it were whole."""
+"""A base whose weights accelerate keeps in RAM or on disk until a module runs is treated as one that is whole."""
 
 import copy
 
@@ -8,7 +8,7 @@ from accelerate import cpu_offload, disk_offload
 
 from attached_models import attached_model, base_model, memory_config, random_ids, randomize, tokenizer
 from edited_models import rich_patch, spoken_ids
-from engrammar.attach import attach, detach, fill_rows, load_attached, save_attached
+from engrammar.attach import attach, detach, fill_rows, keep_prefix, load_attached, save_attached
 from engrammar.attach.blocks import find_decoder
 from engrammar.attach.fingerprints import fingerprint_of
 from engrammar.edit import GatedSettings, VectorSettings, apply_patch, learn, undo_patch
@@ -49,6 +49,8 @@ def test_a_memory_is_attached_trained_and_taken_away(family, kind, tmp_path):
     assert len(steps[0]) == len(steps[1]) > 0
     for one, other in zip(*steps):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="accelerate's dispatch"):
+        keep_prefix(moved, [{"input_ids": ids} for ids in random_ids(2, 13)], tmp_path / "prefix")
     detach(moved)
     assert torch.equal(logits_of(moved), logits_of(base))
 
@@ -86,7 +88,10 @@ def test_rows_are_filled_from_it(how, tmp_path):
 
 @pytest.mark.parametrize(
     ("method", "settings"),
-    [("gated", GatedSettings(probe_depth=0.75, strength=30.0)), ("vector", VectorSettings(depth=1.0, most=40.0, num_paraphrases=1))],
+    [
+        ("gated", GatedSettings(probe_depth=0.75, strength=30.0)),
+        ("vector", VectorSettings(depth=1.0, most=40.0, num_paraphrases=1)),
+    ],
 )
 def test_facts_are_learned_as_in_the_whole_model(method, settings, tmp_path):
     whole = strong_model().requires_grad_(False)

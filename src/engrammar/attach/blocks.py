@@ -73,7 +73,8 @@ def device_of(module: nn.Module) -> torch.device:
     """The device that a module's first weight computes on; accelerate may keep it elsewhere until it is used."""
     for part in module.modules():
         for parameter in part.parameters(recurse=False):
-            return torch.device(part._hf_hook.execution_device) if has_offloaded_params(part) else parameter.device
+            hook: Any = part._hf_hook if has_offloaded_params(part) else None
+            return parameter.device if hook is None else torch.device(hook.execution_device)
     return torch.device("cpu")
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from engrammar.attach.around import as_called, text_positions
 from engrammar.attach.state import positions_in
 from engrammar.model.modeling import check_follow
 
@@ -22,7 +23,7 @@ OTHER_STATES = ("mems", "state", "past_buckets_states", "cache")  # what else a 
 class Inputs:
     """What a pass of a decoder was called with."""
 
-    input_ids: Tensor  # [B, T]
+    input_ids: Tensor  # [B, T]; -1 where an image or sound stands
     mask_BT: Tensor | None  # False at padding; None if nothing is padded
     position_ids: Tensor | None  # [B or 1, T], if they may mark packed documents; else None
     cache: Cache | None
@@ -37,6 +38,7 @@ def read_inputs(decoder: nn.Module, given: Mapping[str, Any]) -> Inputs:
         ValueError: there are no ids; the cache is of a kind that cannot hold a memory's state; the mask has another
             shape; or positions mark packed documents although the pass is cached.
     """
+    given = as_called(given)
     input_ids = given.get("input_ids")
     if not isinstance(input_ids, Tensor) or input_ids.ndim != 2:
         raise ValueError("A model with memory looks up token ids: pass input_ids [batch, tokens], not inputs_embeds.")
@@ -58,9 +60,9 @@ def read_inputs(decoder: nn.Module, given: Mapping[str, Any]) -> Inputs:
     caches = cache is not None or bool(will_cache)
     mask_BT = new_mask(given.get("attention_mask"), input_ids, seen)
     position_ids = given.get("position_ids")
-    if isinstance(position_ids, Tensor) and position_ids.ndim == 3:  # a row for each axis of an image; text has one
-        position_ids = position_ids[0]
-    if caches and mask_BT is None and position_ids is not None and seen is not None:
+    in_axes = isinstance(position_ids, Tensor) and position_ids.ndim == 3  # after an image they do not count tokens
+    position_ids = text_positions(position_ids)
+    if caches and mask_BT is None and position_ids is not None and seen is not None and not (in_axes and seen):
         check_follow(position_ids, seen)
     return Inputs(
         input_ids=input_ids,

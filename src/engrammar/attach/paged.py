@@ -15,6 +15,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from engrammar.attach.around import as_called
 from engrammar.config import MemoryConfig
 
 STATES = "engrammar_states"  # the attribute of a paged cache that holds the states
@@ -71,7 +72,7 @@ def read_flat(given: Mapping[str, Any]) -> FlatTokens:
     Raises:
         ValueError: the model has no layer of full attention, or the pass reads the cache by blocks.
     """
-    cache, input_ids = given["cache"], given["input_ids"]
+    cache, input_ids = given["cache"], as_called(given)["input_ids"]
     allocator = getattr(cache, "cache_allocators", {}).get(GROUP)
     if allocator is None:
         raise ValueError("A memory cannot be batched continuously in a model without full attention: use generate.")

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache
 
+from engrammar.attach.around import note_ids
 from engrammar.attach.attached import AttachedMemory, first_tokens
 from engrammar.attach.blocks import Decoder, first_parameters, hidden_of, with_hidden
 from engrammar.attach.inputs import CACHES, Inputs, read_inputs
@@ -65,6 +66,7 @@ class Attachment(nn.ModuleDict):
             return
         self.arguments = first_parameters(decoder.module)
         self.handles = [
+            *note_ids(decoder),
             decoder.module.register_forward_pre_hook(self.before_pass, with_kwargs=True),
             decoder.module.register_forward_hook(self.after_pass, always_call=True),
         ]
@@ -152,8 +154,8 @@ def _read(name: str, memory: AttachedMemory, inputs: Inputs, keep_all: bool) -> 
         history_BS = history_BS if continued else None
     retrieved = memory.memory.retrieve(inputs.input_ids, inputs.mask_BT, inputs.position_ids, history_BS)
     first_BT = first_tokens(masked_BT, history_BS, retrieved.starts_BT)
-    dead_BT = first_BT if retrieved.dead_BT is None else retrieved.dead_BT | first_BT
-    return replace(retrieved, dead_BT=dead_BT), state
+    dead_BT = first_BT | (masked_BT < 0)
+    return replace(retrieved, dead_BT=dead_BT if retrieved.dead_BT is None else retrieved.dead_BT | dead_BT), state
 
 
 def _read_flat(name: str, memory: AttachedMemory, tokens: FlatTokens) -> tuple[Retrieved, PagedPass]:

@@ -1,5 +1,6 @@
 """Skips the blocks below a memory in passes that bring what those blocks would have computed."""
 
+import re
 from functools import partial
 from typing import Any
 
@@ -7,11 +8,16 @@ from torch import Tensor, nn
 
 from engrammar.attach.blocks import Decoder
 
+MEDIA = re.compile("pixel|image|video|audio|input_features")  # how arguments of models that read more than text begin
 KEPT = "kept_hidden"  # an argument of the causal LM: what the first block with memory reads, [B, T, ...]
 
 
 def check_frozen(decoder: Decoder, layer: int) -> None:
-    """Raises a ValueError if a parameter below block `layer` is trained."""
+    """Raises a ValueError if a parameter below block `layer` is trained, or if blocks there cannot be skipped."""
+    if any("forward" in vars(block) for block in decoder.blocks[:layer]):
+        raise ValueError(
+            "A kept prefix skips blocks, and other code (accelerate's dispatch) has replaced how they compute: keep none."
+        )
     below = [decoder.host.get_input_embeddings(), *decoder.blocks[:layer]]  # type: ignore[operator]
     trained = {id(p) for module in below for p in module.parameters() if p.requires_grad}
     if trained:
@@ -39,8 +45,8 @@ def begin_skipping(
         raise ValueError(f"{KEPT} is {list(hidden.shape)}: pass it with the input_ids it was computed from.")
     if kwargs.get("past_key_values") is not None or kwargs.get("use_cache"):
         raise ValueError(f"{KEPT} skips blocks, which then leave no keys and values: call with use_cache=False.")
-    if any("forward" in vars(block) for block in decoder.blocks[:layer]):
-        raise ValueError(f"{KEPT} skips blocks, and other code (accelerate's dispatch) has replaced how they compute.")
+    if media := [name for name, value in kwargs.items() if value is not None and MEDIA.match(name)]:
+        raise ValueError(f"{KEPT} was computed from text alone: call without {media[0]}, or without {KEPT}.")
     for block in decoder.blocks[:layer]:
         block.forward = partial(_hand_through, (hidden,) if as_tuple else hidden)
     return args, {**kwargs, "use_cache": False}

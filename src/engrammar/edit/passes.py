@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from engrammar.attach.around import note_ids
 from engrammar.attach.blocks import Decoder, first_parameters, hidden_of, in_branches, with_hidden
 from engrammar.attach.inputs import read_inputs
 from engrammar.attach.paged import flat_in
@@ -174,6 +175,7 @@ class EditHooks:
                 torch.compiler.reset()  # compiled code does not notice hooks that come or go
                 module = self.decoder.module
                 self.handles = [
+                    *note_ids(self.decoder),
                     module.register_forward_pre_hook(self.before_pass, with_kwargs=True),
                     module.register_forward_hook(self.after_pass, always_call=True),
                 ]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
+from engrammar.attach.around import note_ids
 from engrammar.attach.blocks import find_decoder, first_parameters
 from engrammar.attach.inputs import read_inputs
 from engrammar.config import check_setting
@@ -66,7 +67,8 @@ class SparseRows:
         self.background = {layer: torch.cat(rows).unique(return_counts=True) for layer, rows in read.items()}
         self.counted: dict[int, list[Tensor]] = {}  # what the passes of a step have read so far
         self.arguments = first_parameters(decoder.module)
-        self.handle = decoder.module.register_forward_pre_hook(self._count, with_kwargs=True)
+        count = decoder.module.register_forward_pre_hook(self._count, with_kwargs=True)
+        self.handles = [*note_ids(decoder), count]
 
     @torch.compiler.disable
     def _count(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -119,7 +121,8 @@ class SparseRows:
 
     def remove(self) -> None:
         """Takes the hook off the model."""
-        self.handle.remove()
+        for handle in self.handles:
+            handle.remove()
 
 
 @torch.no_grad()
