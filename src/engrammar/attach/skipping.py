@@ -14,9 +14,9 @@ KEPT = "kept_hidden"  # an argument of the causal LM: what the first block with 
 
 def check_frozen(decoder: Decoder, layer: int) -> None:
     """Raises a ValueError if a parameter below block `layer` is trained, or if blocks there cannot be skipped."""
-    if any("forward" in vars(block) for block in decoder.blocks[:layer]):
+    if any("forward" in vars(module) for block in decoder.blocks[:layer] for module in block.modules()):
         raise ValueError(
-            "A kept prefix skips blocks, and other code (accelerate's dispatch) has replaced how they compute: keep none."
+            "A kept prefix skips blocks, and other code (accelerate's dispatch) replaces how they compute: keep none."
         )
     below = [decoder.host.get_input_embeddings(), *decoder.blocks[:layer]]  # type: ignore[operator]
     trained = {id(p) for module in below for p in module.parameters() if p.requires_grad}

@@ -17,6 +17,7 @@ from engrammar_lab.bench import (
     cold,
     decode,
     device,
+    families,
     footprint,
     load,
     optimizer,
@@ -64,7 +65,14 @@ LOAD = Part("Half an hour of use, with faults", load.table, load.verdict, 2)
 TITAN = Part("The same training in torchtitan", titan.table, titan.verdict, 2, CURVES)
 VLLM = Part("Many requests at once in vLLM", serve.table, vllm.verdict, 2)
 CLIENTS = Part("Both servers, asked by vLLM's own client", clients.table, clients.verdict, 2)
-ALONE = {"load": LOAD, "titan": TITAN, "vllm": VLLM, "clients": CLIENTS}  # benches with a command of their own
+FAMILIES = Part("Which models take a memory and patches", families.table, families.verdict)
+ALONE = {
+    "load": LOAD,
+    "titan": TITAN,
+    "vllm": VLLM,
+    "clients": CLIENTS,
+    "families": FAMILIES,
+}  # benches with a command of their own
 DEVICE = Part("On an accelerator", device.table, device.verdict, 2)  # where there was one
 NOT_RUN = "Not run: no accelerator was at hand. Nothing is claimed about one."
 OF_STEP = {
