@@ -348,3 +348,18 @@ for name in (folder, again):
     assert done.stdout.split() == ["engrammar.model.modeling", str(expected)] * 2
     assert [path.name for path in (tmp_path / "again").glob("*.py")] == ["modeling_engrammar.py"]
     assert (tmp_path / "again" / "config.json").read_bytes() == (saved / "config.json").read_bytes()
+
+
+def test_offloaded_weights_compute_the_same_and_are_not_saved_in_part(saved, tmp_path):
+    """Blocks on disk; what stood in the folder stays there."""
+    whole = EngrammarForCausalLM.from_pretrained(saved)
+    places = {name: "cpu" for name, _ in whole.named_modules() if name.count(".") == 1 or name == "lm_head"}
+    places |= {"model.layers": "disk", "model.memory": "disk"}
+    moved = EngrammarForCausalLM.from_pretrained(saved, device_map=places, offload_folder=tmp_path / "offloaded")
+    assert next(moved.model.layers.parameters()).is_meta
+    with torch.no_grad():
+        assert torch.equal(moved(IDS).logits, whole(IDS).logits)
+    whole.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="other weights are offloaded: load the model whole"):
+        moved.save_pretrained(tmp_path / "model")
+    verify_folder(tmp_path / "model")

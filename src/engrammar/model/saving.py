@@ -51,8 +51,8 @@ class SavedModel(PreTrainedModel):
         the last step, tables included.
 
         Raises:
-            ValueError: a `variant` or a distributed checkpoint is asked for, which tables do not support; or the
-                model's tables are served from this very folder.
+            ValueError: a `variant` or a distributed checkpoint is asked for, which tables do not support; accelerate
+                has offloaded weights; or the model's tables are served from this very folder.
         """
         if getattr(self, "_hf_peft_config_loaded", False):  # only the adapters are saved
             super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
@@ -64,6 +64,10 @@ class SavedModel(PreTrainedModel):
             if isinstance(module, Memory):
                 module.require_classes()
         folder, given = Path(save_directory), self.state_dict() if state_dict is None else state_dict
+        if away := [name for name, tensor in given.items() if tensor.is_meta]:
+            raise ValueError(
+                f"{away[0]} and {len(away) - 1} other weights are offloaded: load the model whole to save it."
+            )
         tables = {name: tensor for name, tensor in given.items() if is_table(name)}
         backbone = {name: tensor for name, tensor in given.items() if name not in tables}
         sources = {module.source for module in self.modules() if isinstance(module, MemoryTable) and module.source}
