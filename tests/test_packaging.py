@@ -61,7 +61,7 @@ def core() -> list[ast.Module]:
 
 def test_importing_the_core_needs_only_its_requirements():
     found = set().union(*(imports([*outside_functions(tree)]) for tree in [*core(), *trees("engrammar_cli")]))
-    later = {"accelerate", "sympy"}  # which transformers imports to train, and addressing to find primes
+    later = {"sympy"}  # which addressing imports to find primes
     assert distributions(found) == names(PROJECT["dependencies"]) - later
 
 
