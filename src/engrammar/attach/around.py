@@ -36,13 +36,15 @@ def note_ids(decoder: Decoder) -> list[RemovableHandle]:
     config: Any = decoder.host.config
     if config.get_text_config() is config:
         return []
+    configs = [config, *(getattr(config, name, None) for name in config.sub_configs)]
     (name,) = (name for name, module in decoder.host.named_modules() if module is decoder.module)
     parts = name.split(".")
     enclosing = [decoder.host.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))]
     around = next((module for module in reversed(enclosing) if "input_ids" in first_parameters(module)), None)
     if around is None:
         return []
-    ids = {value for key, value in vars(config).items() if PLACEHOLDER.fullmatch(key) and isinstance(value, int)}
+    settings = [item for one in configs if one is not None for item in vars(one).items()]
+    ids = {value for key, value in settings if PLACEHOLDER.fullmatch(key) and isinstance(value, int)}
     before = partial(_before, first_parameters(around), torch.tensor(sorted(ids), dtype=torch.long))
     return [
         around.register_forward_pre_hook(before, with_kwargs=True),
