@@ -7,8 +7,7 @@ Remake: python -m engrammar_lab.bench.families
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -141,9 +140,8 @@ def in_chunks(model: Any) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
-@contextmanager
-def with_memory(model: Any) -> Iterator[None]:
-    """A memory at the middle blocks, whose every number is random."""
+def put_memory(model: Any) -> None:
+    """Attaches a memory at the middle blocks, whose every number is random."""
     attach(
         model,
         MemoryConfig(layers=(1, 2), rows_per_head=(97, 101), num_heads=2, head_dim=6, fill_id=0),
@@ -155,13 +153,10 @@ def with_memory(model: Any) -> Iterator[None]:
             parameter.data.uniform_(0.5, 1.5)
         else:
             parameter.data.normal_(std=0.5 if "conv" in name else 1.0)
-    yield
-    detach(model)
 
 
-@contextmanager
-def with_patch(model: Any) -> Iterator[None]:
-    """A patch that writes at each block, for every fourth word."""
+def put_patch(model: Any) -> None:
+    """Applies a patch that writes at each block, for every fourth word."""
     base = base_of(model, tokenizer())
     classes_V = compress_vocabulary(tokenizer())
     draw = torch.Generator().manual_seed(1)
@@ -175,8 +170,12 @@ def with_patch(model: Any) -> Iterator[None]:
         for number, word in enumerate(range(2, VOCABULARY, 4))
     ]
     apply_patch(model, build_patch("check", base, entries, encoding="fp32"), tokenizer())
-    yield
-    undo_patch(model, "check")
+
+
+CHANGES: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {  # how each is made, and taken back
+    "memory": (put_memory, detach),
+    "patch": (put_patch, lambda model: undo_patch(model, "check")),
+}
 
 
 @torch.no_grad()
@@ -190,15 +189,14 @@ def check(model: Any) -> dict[str, Any]:
     """
     before = whole(model)
     found: dict[str, Any] = {"class": type(model).__name__, "base_apart": _or_error(lambda: _apart(model))}
-    for name, put in (("memory", with_memory), ("patch", with_patch)):
-        put_on = put(model)
+    for name, (put, take) in CHANGES.items():
         try:
-            put_on.__enter__()
+            put(model)
         except ValueError as error:
             found[name] = {"refused": str(error)}
             continue
         one = {"moved": float((whole(model) - before).abs().max()), "apart": _or_error(lambda: _apart(model))}
-        put_on.__exit__(None, None, None)
+        take(model)
         found[name] = one | {"back": torch.equal(whole(model), before)}
     return found
 
