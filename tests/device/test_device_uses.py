@@ -22,7 +22,9 @@ from models import tiny_model
 from named_device import DEVICE
 from released_models import qwen_model, qwen_release
 from row_patches import row_patch
-from steerable_models import FACTS, SETTINGS, steerable
+from steerable_models import FACTS as ROW_FACTS
+from steerable_models import SETTINGS, steerable
+from taught_facts import FACTS, strong_model
 
 NEAR = {"rtol": 0.0, "atol": 1e-4}
 TIMES = {"milliseconds", "microseconds", "seconds"}
@@ -67,7 +69,7 @@ def test_steps_of_training_are_the_cpus(kind, memory):
         model = tiny_model("paper", 2).train() if kind == "ours" else attached_model("llama").train()
         model.to(device)
         optimizer, losses = build_optimizer(model, OptimizerSettings(max_grad_norm=1.0, memory=memory), **ADAM), []
-        for seed in range(6):
+        for seed in range(4):
             ids = (spoken_ids(4, 11, seed) % 50 + 3).to(device)
             loss = model(input_ids=ids, labels=ids).loss
             loss.backward()
@@ -97,38 +99,35 @@ def test_rows_are_replaced(kind):
     torch.testing.assert_close(found[1], found[0], **NEAR)
 
 
-@pytest.mark.parametrize(
-    ("kind", "method"), [("llama", "gated"), (WITH_MEMORY, "gated"), ("llama", "vector"), (OURS, "vector")]
-)
-def test_facts_are_learned(kind, method):
-    settings = (
-        {} if method == "gated" else {"settings": VectorSettings(depth=0.5, steps=5, num_contexts=1, num_others=2)}
-    )
+@pytest.mark.parametrize("kind", ["llama", WITH_MEMORY])
+def test_facts_are_learned(kind):
     asked = [("w3 w4", "w20"), ("w5 w6", "w21")]
     facts = [Fact(subject=subject, prompt=f"w9 {subject} w10", object=words) for subject, words in asked]
+    check_learned(lambda: model_of_kind(kind) if kind == "llama" else steerable(kind), facts, "gated", None)
+
+
+def test_facts_are_learned_as_vectors():
+    settings = VectorSettings(depth=1.0, most=40.0, steps=8, num_contexts=1, num_paraphrases=0, num_others=2)
+    check_learned(lambda: strong_model().requires_grad_(False), FACTS[:2], "vector", settings)
+
+
+def check_learned(make, facts, method, settings) -> None:
     found = []
-    for model in both(lambda: steerable(kind) if kind != "llama" else model_of_kind(kind)):
-        try:
-            patch, _ = learn(model, tokenizer(), facts, method=method, **settings)
-        except ValueError as error:
-            found.append(str(error))
-            continue
+    for model in both(make):
+        patch, refused = learn(model, tokenizer(), facts, method=method, settings=settings)
         apply_patch(model, patch, tokenizer())
-        found.append(logits_of(model, spoken_ids(2, 21)))
-    assert type(found[0]) is type(found[1])
-    if isinstance(found[0], Tensor):
-        torch.testing.assert_close(found[1], found[0], rtol=0.0, atol=1e-2)
-    else:
-        assert found[1] == found[0] and method == "vector"  # the random model cannot be steered in five steps
+        found.append((len(refused), logits_of(model, spoken_ids(2, 21))))
+    assert found[0][0] == found[1][0] < len(facts)
+    torch.testing.assert_close(found[1][1], found[0][1], rtol=0.0, atol=1e-2)
 
 
 @pytest.mark.parametrize("by", ["solve", "gradient"])
 def test_facts_are_learned_in_rows(by):
     found = []
     for model in both(lambda: steerable(WITH_MEMORY)):
-        patch, refused = learn(model, tokenizer(), FACTS, method="rows", settings=replace(SETTINGS, by=by))
-        found.append((len(refused), {layer: delta.rows_U.tolist() for layer, delta in patch.deltas.items()}))
-    assert found[0] == found[1]
+        patch, _ = learn(model, tokenizer(), ROW_FACTS[:1], method="rows", settings=replace(SETTINGS, by=by))
+        found.append({layer: delta.rows_U.tolist() for layer, delta in patch.deltas.items()})
+    assert found[0] == found[1] and found[0]
 
 
 class Items:
