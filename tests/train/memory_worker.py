@@ -1,4 +1,4 @@
-"""Run in a process of its own: a table of 1.8 GB is drawn, trained, saved and loaded, under a limit if given.
+"""Run in a process of its own: a table of 0.9 GB is drawn, trained, saved and loaded, under a limit if given.
 
 usage: memory_worker.py WHERE FOLDER REPORT [CGROUP]
 """
@@ -19,7 +19,7 @@ from engrammar.train.optimizer import OptimizerSettings, build_optimizer  # noqa
 from engrammar.train.placement import place_tables  # noqa: E402
 from models import VOCABULARY, tiny_config  # noqa: E402
 
-HEAD_ROWS = 1_730_000  # of each of four heads, 256 bytes a row
+HEAD_ROWS = 870_000  # of each of four heads, 256 bytes a row
 
 
 def main() -> None:

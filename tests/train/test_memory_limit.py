@@ -12,7 +12,7 @@ import pytest
 from processes import run
 
 LIMIT = 420 * 2**20  # most of it is Python's, torch's and transformers' own
-DISK = 6 * 10**9
+DISK = 3 * 10**9
 WORKER = Path(__file__).parent / "memory_worker.py"
 
 
@@ -59,13 +59,13 @@ def work(where: str, folder: Path, *group: str) -> tuple[int, dict | None]:
 
 
 @pytest.mark.slow
-def test_a_table_four_times_the_memory_trains_from_a_file(tmp_path, limited):
+def test_a_table_twice_the_memory_trains_from_a_file(tmp_path, limited):
     """Drawing rows, steps, a checkpoint and reading it back; the same in RAM is killed by the system."""
     if shutil.disk_usage(tmp_path).free < DISK:
         pytest.skip(f"a table and its checkpoint need {DISK / 1e9:.0f} GB in {tmp_path}")
     assert work("ram", tmp_path / "killed", str(limited)) == (-9, None)
     returned, found = work("file", tmp_path / "file", str(limited))
-    assert returned == 0 and found["table_bytes"] > 4 * LIMIT
+    assert returned == 0 and found["table_bytes"] > 2 * LIMIT
     assert int((limited / "memory.max_usage_in_bytes").read_text()) <= LIMIT
     _, expected = work("ram", tmp_path / "ram")
     for part in ("losses", "sum_of_some_rows", "table_bytes"):
