@@ -122,6 +122,28 @@ def attach(
     run_attach(seeds=seeds, jobs=jobs, base=base, results=results, cache=cache)
 
 
+def forgetting(
+    seeds: int = 3,
+    jobs: int = 2,
+    base: Path | None = None,
+    results: Path = Path("results/lab"),
+    cache: Path = Path("data/pocket"),
+) -> None:
+    """Teach SmolLM2-135M a thousand glosses equally well in several ways, and ask what it has forgotten.
+
+    Args:
+        seeds: Choices of the glosses.
+        jobs: Models at the same time, one thread each.
+        base: The folder of another causal language model of transformers.
+        results: Folder for the study's JSON.
+        cache: Where fetched texts, questions and the model are kept.
+    """
+    require("lab")
+    from engrammar_lab.adapters.forgetting import run_forgetting
+
+    run_forgetting(seeds=seeds, jobs=jobs, base=base, results=results, cache=cache)
+
+
 def edit(
     facts: Positional[tuple[Path, ...]],
     seeds: int = 3,
@@ -183,4 +205,4 @@ def advice(results: Path = Path("results/lab"), out: Path = Path("src/engrammar/
     write_text(out, json.dumps(known(json.loads(path.read_text())), indent=1) + "\n")
 
 
-COMMANDS = by_name(run, rerun, measure, attach, edit, advice, report)
+COMMANDS = by_name(run, rerun, measure, attach, edit, forgetting, advice, report)

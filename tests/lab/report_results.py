@@ -222,6 +222,23 @@ def made_attach(memory=0.6, seconds=0.2, chat=0.005):
     }
 
 
+def made_forgetting():
+    """Three seeds of the base and two ways, one of which did not learn the text once."""
+    runs = []
+    for seed in range(3):
+        for way, chat in (("as it was", 0.85), ("memory", 0.95), ("LoRA", 1.4)):
+            scores = {"taught/nats": 1.0, "facts/recall/seen": 0.2, "held/nats": 3.0, "other/nats": 3.2}
+            scores |= {"chat/nats": chat + 0.001 * seed * len(way), "questions/piqa": 0.6}
+            if way != "as it was":
+                scores |= {"steps": 40.0, "seconds": 300.0, "reached": float(way != "LoRA" or seed > 0)}
+            if way == "memory":
+                scores["background_reads_changed"] = 0.03
+            runs.append({"way": way, "seed": seed, **scores})
+    head = {"command": "engrammar lab forgetting", "date": "2026-11-30", "machine": MACHINE, "base": "a model"}
+    equal = {"nats": 1.0, "blocks": 32, "epochs": 12, "rows": 2000}
+    return head | {"amount": {"num_taught": 1000}, "how": {"most_common": 0.005}, "equal": equal, "runs": runs}
+
+
 def made_edit(said=0.97):
     """One order of facts, two ways at two numbers of edits; the share said as given."""
     shares = {name: 0.9 for name, *_ in SHOWN} | {name: 0.5 for name, *_ in BESIDES} | {"free/prompt": said}
@@ -246,6 +263,7 @@ def everything():
         "tasks": made_tasks(0.05),
         "attach": made_attach(),
         "edit": made_edit(),
+        "forgetting": made_forgetting(),
         "depth": made_depth(),
         "gates": made_gates(),
         "traffic": made_traffic(),

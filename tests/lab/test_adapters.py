@@ -1,60 +1,25 @@
 """The study of attached memories: every way of teaching, on a tiny model, and what its section says."""
 
 import json
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 import torch
 from report_results import blank_pictures, made_attach
+from small_lessons import AMOUNT, SMALL, small_place
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from base_folder import write_base
-from engrammar.train import parsers
-from engrammar.train.corpora import POCKET
-from engrammar_lab.adapters import lessons, measures, study
-from engrammar_lab.adapters.lessons import Amount, make_lesson
+from engrammar_lab.adapters import measures, study
+from engrammar_lab.adapters.lessons import make_lesson
 from engrammar_lab.adapters.measures import nats_per_token, share_right
-from engrammar_lab.adapters.variants import HOW, VARIANTS
+from engrammar_lab.adapters.variants import VARIANTS
 from engrammar_lab.report.adapters import attach_section
 from engrammar_lab.tasks.questions import Question
-from texts import WORDS
-
-AMOUNT = Amount(
-    num_taught=12,
-    num_held=6,
-    entry_tokens=(4, 400),
-    length=24,
-    num_facts=8,
-    num_questions=3,
-    num_chats=2,
-    chat_tokens=4,
-    background="wiki",
-    num_background=20,
-)
-SMALL = replace(
-    HOW,
-    lora_rank=3,
-    epochs=2,
-    batch=4,
-    memory={**HOW.memory, "layers": [2], "rows_per_head": [211, 223], "head_dim": 8},
-)
 
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A tiny model, and made-up corpora and questions in a cache, so that nothing is fetched."""
-    monkeypatch.setattr(study, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
-    cache = tmp_path / "cache"
-    cache.mkdir()
-    forms = {"foldoc": "{0}: the {1} {2} of {3} and {4}. More {0}.", "wiki": "{0} is a {1} {2} of {3} {4}. It {1}."}
-    for name, form in forms.items():
-        texts = [form.format(*(f"{WORDS[(i * k) % 12]}{WORDS[i // 12]}" for k in (1, 5, 7, 11, 13))) for i in range(60)]
-        lines = [json.dumps(asdict(parsers.Entry(text, text))) for text in texts]
-        (cache / f"{name}-{POCKET[name].version}-{parsers.VERSION}.jsonl").write_text("\n".join(lines) + "\n")
-    asked = [Question(context=f"Q: moss {i}?\nA:", choices=(" tern", " moss"), answer=0, task="t") for i in range(9)]
-    monkeypatch.setattr(lessons, "questions", lambda name, *, cache: asked)
-    return {"base": write_base(tmp_path / "base"), "cache": cache, "results": tmp_path / "results"}
+    return small_place(tmp_path, monkeypatch, study)
 
 
 def run(place, **more):

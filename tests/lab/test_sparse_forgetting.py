@@ -1,53 +1,50 @@
 """Learning a text equally well in several ways, on a tiny model: the sparse memory changes less of other text."""
 
 import json
+from dataclasses import replace
 
 import pytest
-import torch
+from report_results import made_forgetting
+from small_lessons import AMOUNT, SMALL, small_place
 
-from attached_models import VOCABULARY, base_model, tokenizer
-from engrammar_lab.adapters.forgetting import WAYS, Equal, compare_forgetting
-from engrammar_lab.adapters.lessons import Lesson
-from engrammar_lab.adapters.variants import How
-from engrammar_lab.tasks.questions import Question
+from engrammar_lab.adapters import forgetting
+from engrammar_lab.adapters.forgetting import BASE, SPARSE, WAYS, Equal
+from engrammar_lab.report.forgetting import forgetting_section
 
-
-def blocks(seed: int, low: int, high: int) -> torch.Tensor:
-    return torch.randint(low, high, (8, 10), generator=torch.Generator().manual_seed(seed))
+HOW = replace(SMALL, memory_lr=1e-2, lora_lr=2e-2, full_lr=5e-3)
+EQUAL = Equal(nats=5.4, blocks=4, epochs=40, rows=60)
 
 
-HOW = How(
-    batch=4,
-    memory={"layers": [2], "rows_per_head": [997, 1009], "num_heads": 2, "head_dim": 8, "conv_kernel": 0},
-    memory_lr=1e-2,
-    lora_lr=2e-2,
-    full_lr=5e-3,
-    lora_rank=4,
-)
+def run(place, **more):
+    chosen = {"seeds": 1, "jobs": 1, "amount": replace(AMOUNT, background="gcide"), "how": HOW, "equal": EQUAL, **more}
+    return forgetting.run_forgetting(**place, **chosen)
 
 
 @pytest.mark.slow
-def test_each_way_stops_when_the_text_is_known(tmp_path):
-    lesson = Lesson(
-        taught=blocks(0, 20, VOCABULARY),
-        held=blocks(1, 20, VOCABULARY),
-        other=blocks(2, 2, 30),
-        background=blocks(3, 2, 30),
-        bytes_per_token={"taught": 3.0, "held": 3.0, "other": 3.0},
-        facts={},
-    )
-    asked = {
-        "chats": [("w3 w4", " w5 w6")],
-        "fixed": {"set": [Question(context="w7 w8", choices=(" w9", " w10"), answer=0, task="set")]},
-    }
-    path = tmp_path / "results" / "forgetting.json"
-    equal = Equal(nats=3.9, epochs=40, rows=150)
-    made = compare_forgetting(
-        lambda: (base_model("llama"), tokenizer()), lesson, blocks(3, 2, 30), path, how=HOW, equal=equal, asked=asked
-    )
-    assert json.loads(path.read_text()) == made and list(made["runs"]) == ["as it was", *WAYS]
+def test_each_way_stops_when_the_text_is_known_and_is_run_once(tmp_path, monkeypatch):
+    place = small_place(tmp_path, monkeypatch, forgetting)
+    made = run(place)
+    runs = {one["way"]: one for one in made["runs"]}
+    assert list(runs) == list(WAYS)
+    assert json.loads((place["results"] / "forgetting.json").read_text()) == made
     for way in WAYS:
-        run = made["runs"][way]
-        assert run["reached"] and run["taught/nats"] <= 3.9 < made["runs"]["as it was"]["taught/nats"]
-    sparse, whole = (made["runs"][way]["background_reads_changed"] for way in ("memory, sparse rows", "memory"))
-    assert sparse < whole
+        if way != BASE:
+            assert runs[way]["reached"] and runs[way]["taught/nats"] < 5.5 < runs[BASE]["taught/nats"]
+    assert runs[SPARSE]["background_reads_changed"] < runs["memory"]["background_reads_changed"]
+    monkeypatch.setattr(forgetting, "_teach", lambda *_: pytest.fail("taught again"))
+    assert run(place)["runs"] == made["runs"]
+    with pytest.raises(pytest.fail.Exception):  # another equality is another study
+        run(place, equal=replace(EQUAL, nats=5.3))
+    with pytest.raises(ValueError, match="jobs 0"):
+        run(place, jobs=0)
+
+
+def test_who_has_not_learned_it_is_marked_and_no_way_is_a_verdict_yet():
+    section = forgetting_section(made_forgetting())
+    assert section.verdict.answer.startswith("Nats by which the model's own chat gets less likely: memory")
+    assert section.verdict.sure == "memory and LoRA"
+    rows = {row[0]: row for row in section.body[1].rows}
+    assert rows["LoRA"][6] == "2 of 3" and rows["memory"][6] == "3 of 3" and rows[BASE][6] == ""
+    some = made_forgetting()
+    some["runs"] = [one for one in some["runs"] if one["way"] == BASE]
+    assert forgetting_section(some).verdict.answer == "No way was run yet."

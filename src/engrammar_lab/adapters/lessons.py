@@ -19,8 +19,8 @@ from engrammar_lab.question_sets import questions
 from engrammar_lab.tasks.facts import fact_questions, read_fact
 from engrammar_lab.tasks.questions import Document, Question
 
-DOMAINS = {"computing": "foldoc", "encyclopaedia": "wiki"}
-OTHER = {"computing": "wiki", "encyclopaedia": "foldoc"}  # prose that is not taught
+DOMAINS = {"computing": "foldoc", "encyclopaedia": "wiki", "glosses": "wordnet"}
+OTHER = {"computing": "wiki", "encyclopaedia": "foldoc", "glosses": "foldoc"}  # prose that is not taught
 SETS = ("openbookqa", "piqa", "commonsenseqa")
 
 

@@ -1,7 +1,7 @@
 """Runs the study of attached memories: every domain, seed and variant; goes on after a kill, and on another machine."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from multiprocessing import get_context
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from engrammar.tables.sealed import write_text
-from engrammar_lab.adapters.lessons import DOMAINS, Amount, fixed_questions, make_lesson
+from engrammar_lab.adapters.lessons import Amount, fixed_questions, make_lesson
 from engrammar_lab.adapters.measures import measure
 from engrammar_lab.adapters.smollm import base_chats, fetch_smollm, load_plain
 from engrammar_lab.adapters.variants import HOW, VARIANTS, How
@@ -17,6 +17,7 @@ from engrammar_lab.machine import describe_run
 from engrammar_lab.studies import RESULTS, command_line
 
 NAME = "attach"
+TAUGHT = ("computing", "encyclopaedia")  # domains
 TIMED = "memory"  # whose seconds "LoRA, equal seconds" gets; it comes before it in VARIANTS
 KEY = ("domain", "seed", "variant")
 Key = tuple[str, int, str]
@@ -51,8 +52,8 @@ def run_attach(
     amount = amount or Amount()
     folder, path = base or fetch_smollm(cache), results / f"{NAME}.json"
     settings = json.loads(json.dumps({"base": folder.name, "amount": asdict(amount), "how": asdict(how)}))
-    found, chats = _done(path, settings), base_chats(folder, cache, amount)
-    lessons = [(domain, seed) for seed in range(seeds) for domain in DOMAINS]
+    found, chats = done_runs(path, settings, KEY), base_chats(folder, cache, amount)
+    lessons = [(domain, seed) for seed in range(seeds) for domain in TAUGHT]
     results.mkdir(parents=True, exist_ok=True)
 
     def keep() -> dict[str, Any]:
@@ -79,12 +80,12 @@ def run_attach(
     return keep()
 
 
-def _done(path: Path, settings: dict[str, Any]) -> dict[Key, dict[str, Any]]:
-    """The runs that stand in the results, if they were made with the same settings."""
+def done_runs(path: Path, settings: Mapping[str, Any], names: Sequence[str]) -> dict[Any, dict[str, Any]]:
+    """The runs that stand in the results, if they were made with the same settings, by their values of `names`."""
     made = json.loads(path.read_text()) if path.exists() else {}
     if any(made.get(name) != value for name, value in settings.items()):
         return {}
-    return {tuple(run.pop(name) for name in KEY): run for run in made["runs"]}
+    return {tuple(run.pop(name) for name in names): run for run in made["runs"]}
 
 
 def _teach(

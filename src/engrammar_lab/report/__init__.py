@@ -18,6 +18,7 @@ from engrammar_lab.report.adapters import ATTACH, attach_section
 from engrammar_lab.report.analysis import depth_section, gates_section
 from engrammar_lab.report.editing import EDIT, edit_section
 from engrammar_lab.report.figures import alike
+from engrammar_lab.report.forgetting import FORGETTING, forgetting_section
 from engrammar_lab.report.horizon import HORIZON_TASKS, horizon_section, horizon_tasks_section, rates_section
 from engrammar_lab.report.page import figures_of, render_page, without_figures
 from engrammar_lab.report.parts import Report, Section
@@ -36,6 +37,7 @@ SECTIONS: Mapping[str, tuple[str, Callable[[Mapping[str, Any]], Section]]] = {
     "tasks": (tasks.QUESTION, tasks_section),
     "attach": (ATTACH, attach_section),
     "edit": (EDIT, edit_section),
+    "forgetting": (FORGETTING, forgetting_section),
     "depth": (analysis.DEPTH, depth_section),
     "gates": (analysis.GATES, gates_section),
     "traffic": (traffic.QUESTION, traffic_section),
