@@ -6,21 +6,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from attached_models import END, PAD, VOCABULARY, random_ids
+from attached_models import PAD, SMALL, VOCABULARY, random_ids
 
 IMAGE, NUM_PATCHES = 60, 4  # the id in whose place an image stands, once for each of its patches
-TEXT = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "pad_token_id": PAD,
-    "eos_token_id": END,
-    "bos_token_id": END,
-}
+TEXT = {name: size for name, size in SMALL.items() if name not in ("tie_word_embeddings", "attn_implementation")}
+TEXT["head_dim"] = 16
 VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 VISION |= {"image_size": 16, "patch_size": 8}
 FAMILIES: dict[str, dict] = {

@@ -1,6 +1,6 @@
 """The section on attached memories: what each way of teaching a model brought, and what it cost elsewhere."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import Any
 
@@ -27,13 +27,12 @@ CHAT_LIMIT = 0.01  # nats by which chat may get worse
 Scores = dict[str, dict[str, list[float]]]  # of each variant, each measure seed by seed
 
 
-def scores(result: Mapping[str, Any], domain: str) -> Scores:
-    """The measures of a domain's variants that have a run of every seed that the base has."""
-    runs = [run for run in result["runs"] if run["domain"] == domain]
-    seeds = sorted({run["seed"] for run in runs if run["variant"] == BASE})
+def scores(runs: Sequence[Mapping[str, Any]], key: str) -> Scores:
+    """The measures of the variants, which runs name as `key`, that have a run of every seed that the base has."""
+    seeds = sorted({run["seed"] for run in runs if run[key] == BASE})
     found: Scores = {}
-    for variant in dict.fromkeys(run["variant"] for run in runs):
-        own = {run["seed"]: run for run in runs if run["variant"] == variant}
+    for variant in dict.fromkeys(run[key] for run in runs):
+        own = {run["seed"]: run for run in runs if run[key] == variant}
         if set(own) >= set(seeds):
             names = [name for name, value in own[seeds[0]].items() if isinstance(value, int | float) and name != "seed"]
             found[variant] = {name: [float(own[seed][name]) for seed in seeds] for name in names}
@@ -42,10 +41,13 @@ def scores(result: Mapping[str, Any], domain: str) -> Scores:
 
 def attach_section(result: Mapping[str, Any]) -> Section:
     """The section on attach.json."""
-    domains = {domain: scores(result, domain) for domain in dict.fromkeys(run["domain"] for run in result["runs"])}
+    taught: dict[str, list[Mapping[str, Any]]] = {}
+    for run in result["runs"]:
+        taught.setdefault(run["domain"], []).append(run)
+    domains = {domain: scores(runs, "variant") for domain, runs in taught.items()}
     body: list[Table | Figure | str] = []
     for domain, found in domains.items():
-        body += [_table(domain, found), _questions(domain, found)]
+        body += [_table(domain, found), questions_table(domain, found)]
         recalled = {variant: own[RECALL] for variant, own in found.items()}
         if LORA_SECONDS in recalled:
             against = compare({v: (recalled[LORA_SECONDS], own) for v, own in recalled.items() if v != LORA_SECONDS})
@@ -75,7 +77,8 @@ def _table(domain: str, found: Scores) -> Table:
     )
 
 
-def _questions(domain: str, found: Scores) -> Table:
+def questions_table(title: str, found: Scores) -> Table:
+    """What each variant answers rightly that it was not taught, under a title for the variants."""
     base = {name: own for name, own in found.get(BASE, {}).items() if name.startswith("questions/")}
     others = {variant: own for variant, own in found.items() if variant != BASE}
     pairs = {(variant, name): (own[name], base[name]) for variant, own in others.items() for name in base}
@@ -84,7 +87,7 @@ def _questions(domain: str, found: Scores) -> Table:
         for (variant, name), own in compare(pairs).items()
     )
     return Table(
-        columns=(domain, "questions", "right", "change [95 %]", "p", "settled"),
+        columns=(title, "questions", "right", "change [95 %]", "p", "settled"),
         rows=rows,
         caption="Questions that no lesson teaches, against the model as it was.",
     )

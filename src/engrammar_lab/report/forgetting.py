@@ -4,13 +4,11 @@ from collections.abc import Mapping
 from statistics import mean
 from typing import Any
 
-from engrammar_lab.report.adapters import CHAT, RECALL, Scores
-from engrammar_lab.report.parts import Section, Table, Verdict, interval, listed, machine_words, spread, told
+from engrammar_lab.report.adapters import BASE, CHAT, PAPER, RECALL, Scores, questions_table, scores
+from engrammar_lab.report.parts import Section, Table, Verdict, interval, listed, machine_words, spread
 from engrammar_lab.report.statistics import Difference, compare
 
 FORGETTING = "What is forgotten when a thousand facts are learned equally well?"
-PAPER = "no comparison: its memories are trained with their model"
-BASE = "as it was"
 SHOWN = (
     ("taught/nats", "taught text", 3),
     (RECALL, "recalled", 3),
@@ -22,7 +20,7 @@ SHOWN = (
 
 def forgetting_section(result: Mapping[str, Any]) -> Section:
     """The section on forgetting.json."""
-    found, equal = scores(result), result["equal"]
+    found, equal = scores(result["runs"], "way"), result["equal"]
     moved = compare({way: (own[CHAT], found[BASE][CHAT]) for way, own in found.items() if way != BASE})
     taught = result["amount"]["num_taught"]
     about = (
@@ -35,24 +33,8 @@ def forgetting_section(result: Mapping[str, Any]) -> Section:
         question=FORGETTING,
         verdict=_verdict(moved),
         measured=f"{machine_words(result)} {result['base']}.",
-        body=(about, _ways(found), _questions(found)),
+        body=(about, _ways(found), questions_table("way", found)),
     )
-
-
-def scores(result: Mapping[str, Any]) -> Scores:
-    """The figures of each way that has a run of every seed that the base has, seed by seed."""
-    seeds = sorted(run["seed"] for run in result["runs"] if run["way"] == BASE)
-    ways = dict.fromkeys(run["way"] for run in result["runs"])
-    by_key = {(run["way"], run["seed"]): run for run in result["runs"]}
-    complete = [way for way in ways if all((way, seed) in by_key for seed in seeds)]
-    return {
-        way: {
-            name: [float(by_key[way, seed][name]) for seed in seeds]
-            for name in by_key[way, seeds[0]]
-            if name not in ("way", "seed")
-        }
-        for way in complete
-    }
 
 
 def _ways(found: Scores) -> Table:
@@ -69,20 +51,6 @@ def _ways(found: Scores) -> Table:
         caption="Texts and chat in nats per token. “Recalled”: greedy decoding from the headword writes the whole "
         "gloss. “Own chat”: the base's own answers, which should not get less likely. “Reached”: seeds that "
         "learned the text so well. “Reads changed”: the share of other text's reads that fall on rows that changed.",
-    )
-
-
-def _questions(found: Scores) -> Table:
-    names = [name for name in found[BASE] if name.startswith("questions/")]
-    pairs = {(way, name): (own[name], found[BASE][name]) for way, own in found.items() if way != BASE for name in names}
-    rows = tuple(
-        (way, name.partition("/")[2], spread(found[way][name], 3), *told(own, 3))
-        for (way, name), own in compare(pairs).items()
-    )
-    return Table(
-        columns=("way", "questions", "right", "change [95 %]", "p", "settled"),
-        rows=rows,
-        caption="Questions that the text does not answer, against the model as it was.",
     )
 
 
