@@ -21,6 +21,7 @@ os.environ |= {
 
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.platforms import current_platform
 
 from engrammar.serve.vllm import state
 from models import END, VOCABULARY
@@ -78,7 +79,7 @@ def answers_of(model: Any, asked: list[list[int]]) -> list[Answer]:
 def engine(folder: Path, memory: dict | None = None, **given) -> Iterator[LLM]:
     """vLLM in this process, with 32 requests at once."""
     chosen = {"max_num_seqs": 32, "max_num_batched_tokens": 128, "max_model_len": 512, "block_size": BLOCK}
-    chosen |= {"enforce_eager": True, "skip_tokenizer_init": True}
+    chosen |= {"enforce_eager": True, "skip_tokenizer_init": True, "dtype": "float32"}
     llm, llvm = None, sys.modules.get("llvmlite.binding.ffi")
     if llvm is not None:
         # numba is loaded: vLLM looks for kernels in the `__dict__` of all there is, and falls over this one
@@ -86,7 +87,6 @@ def engine(folder: Path, memory: dict | None = None, **given) -> Iterator[LLM]:
     try:
         llm = LLM(
             str(folder),
-            dtype="float32",
             disable_log_stats=False,
             additional_config={"engrammar": memory or {}},
             **{**chosen, **given},
@@ -122,6 +122,18 @@ def check_equal(found: list[Answer], expected: list[Answer]) -> None:
 def count(llm: LLM, name: str) -> float:
     """The value of one of vLLM's metrics."""
     return sum(metric.value for metric in llm.get_metrics() if metric.name == name)
+
+
+def stay_asynchronous(monkeypatch) -> None:
+    """On a CPU vLLM turns asynchronous scheduling off; then it does not."""
+    platform = type(current_platform)
+    check = platform.check_and_update_config
+
+    def keep(config) -> None:
+        check(config)
+        config.scheduler_config.async_scheduling = True
+
+    monkeypatch.setattr(platform, "check_and_update_config", staticmethod(keep))
 
 
 def forget_history(monkeypatch) -> None:

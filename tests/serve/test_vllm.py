@@ -11,7 +11,6 @@ import pytest
 import torch
 
 pytest.importorskip("vllm", reason="vLLM is not installed here: `make test-serve` makes an environment with it")
-from vllm.platforms import current_platform
 
 from engrammar import EngrammarForCausalLM
 from engrammar.edit import apply_patch
@@ -31,6 +30,7 @@ from vllm_engines import (
     prompts,
     served,
     slow,
+    stay_asynchronous,
 )
 
 pytestmark = pytest.mark.vllm
@@ -111,14 +111,7 @@ def test_asynchronous_scheduling_is_off_on_a_cpu_whatever_is_asked(folder, expec
 
 def test_asynchronous_scheduling_made_to_stay_on(folder, expected, monkeypatch):
     """A pass is then prepared before the tokens of the one before it are known to the scheduler."""
-    platform = type(current_platform)
-    check = platform.check_and_update_config
-
-    def keep(config) -> None:
-        check(config)
-        config.scheduler_config.async_scheduling = True
-
-    monkeypatch.setattr(platform, "check_and_update_config", staticmethod(keep))
+    stay_asynchronous(monkeypatch)
     with engine(folder, async_scheduling=True) as llm:
         assert llm.llm_engine.engine_core.engine_core.batch_queue_size == 2
         for _ in range(2):

@@ -1,4 +1,4 @@
-"""In vLLM, too, each request of a batch has the patches that it names, where prefixes are not shared."""
+"""In vLLM, too, each request of a batch has the patches that it names, and shares prefixes with none of others."""
 
 from pathlib import Path
 
@@ -13,17 +13,19 @@ from edited_models import ALL, CHOICES, DIRECT, OTHER, OURS, RICH, model_of_kind
 from engrammar.edit import apply_patch, undo_patch, write_patch
 from engrammar.serve.folder import link_folder
 from engrammar.serve.vllm import patching
-from vllm_engines import EXACT, NEW, Answer, answers_of, engine
+from engrammar.serve.vllm.choosing import SaltedAsyncScheduler, SaltedScheduler
+from vllm_engines import BLOCK, EXACT, NEW, Answer, answers_of, count, engine, stay_asynchronous
 
 pytestmark = pytest.mark.vllm
 BASE = {"head_dim": 32, "max_position_embeddings": 1024}
-ALONE = {"enable_prefix_caching": False, "max_num_seqs": 6, "max_num_batched_tokens": 25}
+SMALL = {"max_num_seqs": 6, "max_num_batched_tokens": 25}
+ALONE = {**SMALL, "enable_prefix_caching": False}
 NGRAMS = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 
 
 def prompts() -> list[list[int]]:
-    ids = spoken_ids(1, 37, 1)[0].tolist()
-    return [[*ids, 14, 30], [*ids[:23], 12, 30], [*ids[:22], 10]]
+    ids = spoken_ids(1, 3 * BLOCK, 1)[0].tolist()
+    return [[*ids, 14, 30], [*ids[: BLOCK + 5], 14, 30], [*ids[:23], 12, 30], [*ids[:22], 10]]
 
 
 def make(place: Path, kind: str):
@@ -96,10 +98,39 @@ def test_each_request_of_a_batch_has_the_patches_that_it_names(tmp_path, kind, m
         assert num_equal(served(llm), expected) < len(found) * 2 / 3
 
 
+@pytest.mark.parametrize("kind", [OURS, pytest.param("llama", marks=pytest.mark.slow)])
+def test_prefixes_are_shared_with_requests_of_the_same_patches_alone(tmp_path, kind, monkeypatch):
+    folder, settings, model, patches = make(tmp_path, kind)
+    expected = expected_of(model, patches)
+    with engine(folder, settings, **SMALL) as llm:
+        assert type(llm.llm_engine.engine_core.engine_core.scheduler) is SaltedScheduler
+        for least in (0, len(CHOICES) * 3 * BLOCK):  # the first prompt has three full blocks, and each choice its own
+            before = count(llm, "vllm:prefix_cache_hits")
+            found = served(llm)
+            assert num_equal(found, expected) == len(found)
+            assert count(llm, "vllm:prefix_cache_hits") - before >= least
+        monkeypatch.delattr(SaltedScheduler, "add_request")  # the control: all share their prefixes
+        llm.reset_prefix_cache()
+        assert num_equal(served(llm), expected) < len(found) * 2 / 3
+
+
 @pytest.mark.slow
-def test_with_shared_prefixes_or_speculation_it_is_refused(tmp_path):
+def test_prefixes_under_asynchronous_scheduling(tmp_path, monkeypatch):
+    folder, settings, model, patches = make(tmp_path, OURS)
+    expected = expected_of(model, patches)
+    stay_asynchronous(monkeypatch)
+    with engine(folder, settings, async_scheduling=True, **SMALL) as llm:
+        assert type(llm.llm_engine.engine_core.engine_core.scheduler) is SaltedAsyncScheduler
+        for _ in range(2):
+            found = served(llm)
+            assert num_equal(found, expected) == len(found)
+
+
+@pytest.mark.slow
+def test_beside_another_scheduler_or_speculation_it_is_refused(tmp_path):
     folder, settings, *_ = make(tmp_path, "llama")
-    with pytest.raises(ValueError, match="add --no-enable-prefix-caching"), engine(folder, settings):
+    other = {"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}
+    with pytest.raises(ValueError, match="would share prefixes"), engine(folder, settings, **other):
         pass
     alone = {**ALONE, "speculative_config": NGRAMS}
     with pytest.raises(ValueError, match="beside speculation vLLM does not say"), engine(folder, settings, **alone):

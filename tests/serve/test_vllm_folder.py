@@ -6,11 +6,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from attached_models import attached_model, base_model, random_ids, tokenizer
+from attached_models import attached_model, base_model, memory_config, random_ids, tokenizer
 from engrammar import load_attached
-from engrammar.attach import save_attached
+from engrammar.attach import attach, save_attached
 from engrammar.serve.folder import DENSE, EXPERTS, KEY, adapter_of, link_folder
 from engrammar_cli.main import main
+from image_models import image_model
 
 
 def saved(folder, family):
@@ -53,3 +54,13 @@ def test_what_cannot_be_served_is_refused_in_one_sentence(tmp_path):
     adapter.rename(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match="leads nowhere: write the folder again"):
         adapter_of(out, None)
+
+
+def test_a_base_that_reads_images_is_refused(tmp_path):
+    model = attach(image_model("llava"), memory_config(), tokenizer())
+    model.save_pretrained(tmp_path / "base")
+    tokenizer().save_pretrained(tmp_path / "base")
+    save_attached(model, tmp_path / "adapter")
+    with pytest.raises(ValueError, match="reads more than text"):
+        link_folder(str(tmp_path / "base"), tmp_path / "adapter", tmp_path / "vllm")
+    assert not (tmp_path / "vllm").exists()

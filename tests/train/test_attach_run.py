@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 import engrammar
-from base_folder import write_base
+from base_folder import write_base, write_image_base
 from engrammar.attach.attaching import attachment_of
 from engrammar_cli.main import main
 from processes import succeed_on_ranks
@@ -63,6 +63,22 @@ def test_one_command_makes_an_adapter_that_loads_in_five_lines(base, text, tmp_p
     with pytest.raises(SystemExit):
         run(base, text, tmp_path / "run", "seed=3")
     assert "seed is 0 there, 3 here" in capsys.readouterr().err
+
+
+def test_a_base_that_transformers_knows_by_its_images(text, tmp_path, capsys):
+    base, adapter = write_image_base(tmp_path / "base"), tmp_path / "run" / "adapter"
+    run(base, text, tmp_path / "run")
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["with_memory"]["loss"] < result["without_memory"]["loss"] - 0.01
+    assert f'model = AutoModelForImageTextToText.from_pretrained("{base}")' in (adapter / "README.md").read_text()
+    model, tokenizer = AutoModelForImageTextToText.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    engrammar.load_attached(model, adapter, tokenizer)
+    ids = tokenizer("the moss", return_tensors="pt").input_ids
+    said = tokenizer.decode(model.generate(ids, max_new_tokens=3, do_sample=False)[0])
+    capsys.readouterr()
+    prompt = ["the moss", "--adapter", str(adapter), "--max-new-tokens", "3", "--temperature", "0"]
+    main(["generate", str(base), *prompt])
+    assert capsys.readouterr().out.strip() == said
 
 
 def test_sparse_training_says_how_much_of_the_background_it_changed(base, text, tmp_path):

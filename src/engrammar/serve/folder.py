@@ -37,7 +37,7 @@ def link_folder(model: str, adapter: Path | None, out: Path, patches: Sequence[P
 
     Raises:
         ValueError: the adapter or a patch is of another base; the base has patches kept with it, no weights as
-            safetensors, or is one of our own models; or `out` is there already.
+            safetensors, reads more than text, or is one of our own models; or `out` is there already.
     """
     if adapter is None and not patches:
         raise ValueError("There is neither an adapter nor a patch: give vLLM the model itself.")
@@ -74,6 +74,8 @@ def _checked_config(model: str, adapter: Path | None, patches: Sequence[Path]) -
         loaded, tokenizer = load_base(BaseRecipe(model=model))
     else:
         loaded, tokenizer = load_with_adapter(model, adapter, device="cpu", memory="disk")
+    if loaded.config.get_text_config() is not loaded.config:
+        raise ValueError(f"{model} reads more than text, which our part of vLLM does not: `engrammar serve` it.")
     for path in patches:
         apply_patch(loaded, path, tokenizer)
     names = [f"{PATCHES}/{name}.safetensors" for name in applied_patches(loaded)]

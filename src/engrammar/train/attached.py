@@ -15,7 +15,18 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, default_data_collator, set_seed
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    default_data_collator,
+    set_seed,
+)
 
 from engrammar.attach import attach, disabled, keep_prefix, save_attached, set_trainable
 from engrammar.attach.attached import AttachedMemory
@@ -38,11 +49,19 @@ def load_base(base: BaseRecipe) -> tuple[Any, PreTrainedTokenizerBase]:
     given: dict[str, Any] = {} if base.gguf_file is None else {"gguf_file": base.gguf_file}
     try:
         tokenizer = AutoTokenizer.from_pretrained(base.model, **given)
-        model = AutoModelForCausalLM.from_pretrained(base.model, dtype=base.dtype, **given)
+        auto = auto_class(AutoConfig.from_pretrained(base.model, **given))
+        model = auto.from_pretrained(base.model, dtype=base.dtype, **given)
     except Exception as error:  # transformers raises many kinds, with messages of many lines
         reason = str(error).split("\n")[0]
         raise ValueError(f"cannot load a causal language model from {base.model}: {reason}") from error
     return model, tokenizer
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """The class that loads a model which continues text: some that read images are known by another one."""
+    kind = type(config)
+    images = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForImageTextToText if images else AutoModelForCausalLM
 
 
 def memory_settings(recipe: AttachRecipe, num_blocks: int, tokenizer: PreTrainedTokenizerBase) -> MemoryConfig:
@@ -282,6 +301,7 @@ def model_card(recipe: AttachRecipe, ready: Prepared, base: str, result: dict[st
     """The adapter's README, with what was measured; `base` is the model that it belongs on."""
     num_tokens = ready.tokens.num_tokens("train")
     scores = {name: result[name]["bits_per_byte"] for name in ("without_memory", "with_memory")}
+    auto = auto_class(ready.model.config).__name__
     return f"""---
 base_model: {base}
 library_name: engrammar
@@ -298,11 +318,11 @@ Attached by engrammar at block {", ".join(map(str, result["layers"]))}; the mode
 | bits per byte of held-out text | {scores["without_memory"]:.4f} without the memory, {scores["with_memory"]:.4f} with it |
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto}, AutoTokenizer
 import engrammar
 
 tokenizer = AutoTokenizer.from_pretrained("{base}")
-model = AutoModelForCausalLM.from_pretrained("{base}")
+model = {auto}.from_pretrained("{base}")
 engrammar.load_attached(model, "this folder", tokenizer)
 ```
 """  # noqa: E501

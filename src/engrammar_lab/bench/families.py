@@ -1,4 +1,6 @@
-"""Which causal LMs of transformers take a memory and patches: a small random model of every type, compared with itself.
+"""Which models of transformers take a memory and patches: a small random one of every type, compared with itself.
+
+The types are those of causal LMs, and those that read images and write text; all of them are given text.
 
 A memory with random rows is attached, or a patch is applied; then passes in chunks, which go on from a cache, are
 compared with one full pass. Afterwards the base has to be there to the bit. (Tests say that an untrained memory adds
@@ -18,14 +20,18 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import CONFIG_MAPPING, PreTrainedTokenizerFast
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from engrammar.attach import attach, detach
 from engrammar.cells import Lines
 from engrammar.config import MemoryConfig
 from engrammar.edit import ExactEntry, apply_patch, base_of, build_patch, undo_patch
 from engrammar.tables.sealed import write_text
+from engrammar.train.attached import auto_class
 from engrammar.vocabulary import compress_vocabulary
 from engrammar_lab.machine import describe_run
 
@@ -56,16 +62,27 @@ SIZES: dict[str, Any] = {
     "tie_word_embeddings": False,
     "attn_implementation": "eager",
 }
+PARTS: dict[str, Any] = {  # of what is not text
+    **dict.fromkeys(("hidden_size", "embed_dim", "d_model", "intermediate_size", "mlp_dim"), 16),
+    **dict.fromkeys(("num_hidden_layers", "depth", "encoder_layers", "num_layers"), 1),
+    **dict.fromkeys(("num_attention_heads", "num_heads", "encoder_attention_heads", "num_key_value_heads"), 2),
+    **dict.fromkeys(("out_hidden_size", "projection_dim", "output_dim"), WIDTH),
+    "image_size": 16,
+    "patch_size": 8,
+    "deepstack_visual_indexes": [0],
+    "fullatt_block_indexes": [0],
+}
+AXES = {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 3, 3]}}
 HALF_RECURRENT = {"layer_types": ["linear_attention", "full_attention"] * 2}
 OWN: dict[str, dict[str, Any]] = {  # where sizes alone are not enough; None: the type's own
+    **{f"{kind}_text": AXES for kind in ("glm4v", "glm_ocr", "paddleocr_vl", "qwen2_5_omni", "qwen2_5_vl", "qwen2_vl")},
     **{kind: {"head_dim": None} for kind in ("axk1", "deepseek_v3", "youtu")},
     "bailing_hybrid": HALF_RECURRENT,
     "bamba": {"attn_layer_indices": [1, 3], "mamba_n_heads": 4},
-    "gemma3": {
-        "vision_config": {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    },
     "gemma3n_text": {"layer_types": ["full_attention"] * BLOCKS, "num_kv_shared_layers": 0},
-    "gemma4": {"vision_config": None, "audio_config": None},
+    "glm4v_moe_text": {
+        "rope_parameters": {**AXES["rope_parameters"], "mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5}
+    },
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "gptj": {"rotary_dim": 8},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
@@ -76,6 +93,11 @@ OWN: dict[str, dict[str, Any]] = {  # where sizes alone are not enough; None: th
     "mimo_v2_flash": {"num_key_value_heads": 1},
     "zaya": {"num_experts_per_tok": 1},
 }
+
+
+def types() -> list[str]:
+    """Every type that continues text."""
+    return list(dict.fromkeys([*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES]))
 
 
 @cache
@@ -95,27 +117,29 @@ def small_model(kind: str) -> Any:
         ValueError: it is larger than `LARGEST` with these sizes. Other errors of transformers' own.
     """
     default: Any = CONFIG_MAPPING[kind]()
-    own = OWN.get(kind, {})
     if default.get_text_config() is default:
-        config = CONFIG_MAPPING[kind](
-            **_known(default), **{key: value for key, value in own.items() if value is not None}
-        )
+        sizes = _known(default, SIZES)
     else:
-        config = CONFIG_MAPPING[kind](text_config=_known(default.get_text_config()), **own)
+        sizes = {name: _known(part, PARTS) for name in default.sub_configs if (part := getattr(default, name, None))}
+        sizes["text_config"] = _known(default.get_text_config(), SIZES)
+    config = CONFIG_MAPPING[kind](**sizes)
+    auto = auto_class(config)
     with torch.device("meta"):
-        size = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+        size = sum(parameter.numel() for parameter in auto.from_config(config).parameters())
     if size > LARGEST:
         raise ValueError(f"{size / 1e6:.0f}M parameters with these sizes")
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    model = auto.from_config(config).eval().requires_grad_(False)
     whole(model)
     return model
 
 
-def _known(default: Any) -> dict[str, Any]:
+def _known(default: Any, sizes: dict[str, Any]) -> dict[str, Any]:
     """The sizes that a config has a name for, but those that the type has others of."""
+    own = OWN.get(default.model_type, {})
     names = set(vars(default)) | set(default.attribute_map) | {"attn_implementation"}
-    return {key: value for key, value in SIZES.items() if key in names and key not in OWN.get(default.model_type, {})}
+    known = {key: value for key, value in sizes.items() if key in names and key not in own}
+    return known | {key: value for key, value in own.items() if value is not None}
 
 
 def random_ids() -> Tensor:
@@ -196,7 +220,12 @@ def check(model: Any) -> dict[str, Any]:
         except ValueError as error:
             found[name] = {"refused": str(error)}
             continue
-        one = {"moved": float((whole(model) - before).abs().max()), "apart": _or_error(lambda: _apart(model))}
+        moved = _or_error(lambda: float((whole(model) - before).abs().max()))
+        one = (
+            {"refused": moved}
+            if isinstance(moved, str)
+            else {"moved": moved, "apart": _or_error(lambda: _apart(model))}
+        )
         take(model)
         found[name] = one | {"back": torch.equal(whole(model), before)}
     return found
@@ -232,7 +261,7 @@ def measure(kinds: list[str] | None = None) -> dict[str, Any]:
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     families: dict[str, Any] = {}
-    for kind in tqdm(kinds or list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), desc="types", delay=2):
+    for kind in tqdm(kinds or types(), desc="types", delay=2):
         model = _or_error(lambda kind=kind: small_model(kind))  # type: ignore[misc]
         families[kind] = {"not_built": model} if isinstance(model, str) else check(model)
     transformers.logging.set_verbosity(verbosity)
@@ -276,9 +305,9 @@ def verdict(result: dict[str, Any]) -> str:
     wrong = ", ".join(kind for kind, one in families.items() if group(one) == WRONG) or "none"
     largest = max((one[name]["apart"] for one in exact for name in ("memory", "patch")), default=0.0)
     return (
-        f"Of {len(families)} types of causal LM that transformers {known} knows, {len(exact)} take a memory and a "
-        f"patch, give the same logits in chunks as in one pass (largest difference {largest:.1e}), and are the base "
-        f"to the bit afterwards. Types that take them and do not: {wrong}."
+        f"Of {len(families)} types of models that continue text in transformers {known}, {len(exact)} take a memory "
+        f"and a patch, give the same logits in chunks as in one pass (largest difference {largest:.1e}), and are the "
+        f"base to the bit afterwards. Types that take them and do not: {wrong}."
     )
 
 

@@ -1,9 +1,11 @@
 """Requests that name patches, in `vllm_xargs` or `SamplingParams.extra_args`: `{"patches": ["facts"]}`.
 
 vLLM tells each processor of logits which requests are in which row of its batch, before each pass, and asks it whether
-a new request is right, in the process that takes requests. There the patches are read once more.
+a new request is right, in the process that takes requests. There the patches are read once more. The scheduler salts
+what vLLM finds prefixes by with the names, so that no request goes on from a prefix of other patches.
 """
 
+import json
 from collections.abc import Mapping
 from typing import Any, ClassVar, final
 
@@ -14,6 +16,9 @@ from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.forward_context import ForwardContext
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
@@ -21,7 +26,7 @@ from engrammar.model.saving import local_folder
 from engrammar.serve.folder import patches_of
 from engrammar.serve.openai.asked import read_names
 from engrammar.serve.vllm.patches import Offer, read_offer
-from engrammar.serve.vllm.settings import patch_files
+from engrammar.serve.vllm.settings import SALTED, patch_files
 
 CHOICES = "engrammar.choices"  # among what vLLM's forward context finds by name
 Names = tuple[str, ...]
@@ -72,6 +77,28 @@ def names_in(context: ForwardContext) -> Mapping[int, Names]:
     return {} if choices is None else choices.names
 
 
+class SaltedScheduler(Scheduler):
+    """Shares prefixes among requests that have named the same patches, and among no others."""
+
+    def add_request(self, request: Request) -> None:
+        names = () if request.sampling_params is None else names_of(request.sampling_params)
+        request.cache_salt = json.dumps([request.cache_salt, sorted(set(names))])
+        request.block_hashes.clear()  # they were made without the names
+        request.update_block_hashes()
+        super().add_request(request)
+
+
+@final
+class SaltedAsyncScheduler(SaltedScheduler, AsyncScheduler):
+    """The same, where vLLM schedules a pass before it knows the tokens of the last one."""
+
+
+def salted_scheduler(*, vllm_config: VllmConfig, **given: Any) -> SaltedScheduler:
+    """What vLLM takes for the class of its scheduler; only here it is known whether that one is asynchronous."""
+    kind = SaltedAsyncScheduler if vllm_config.scheduler_config.async_scheduling else SaltedScheduler
+    return kind(vllm_config=vllm_config, **given)
+
+
 @final
 class ReadOffer(VerifyAndUpdateConfig):
     """Reads the patches of an engine where its requests are taken; vLLM calls it with the engine's config."""
@@ -83,3 +110,6 @@ class ReadOffer(VerifyAndUpdateConfig):
         Choices.offer = read_offer(
             [*patches_of(local_folder(config.model, {}), config.hf_config), *for_all], on_request
         )
+        scheduler = vllm_config.scheduler_config
+        if on_request and scheduler.scheduler_cls is None:
+            scheduler.scheduler_cls = SALTED

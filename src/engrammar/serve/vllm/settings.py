@@ -15,6 +15,7 @@ SERVING = {field.name for field in fields(ServingSettings)} - {"where"}
 POOL = {"name", "address"}
 PATCHES = ("patches", "patches_on_request")
 WITHOUT_MEMORY = {"self_test", *PATCHES}
+SALTED = "engrammar.serve.vllm.choosing.salted_scheduler"  # vLLM imports it by this name
 ALLOWED = sorted({"memory"} | WITHOUT_MEMORY | SERVING | POOL)
 
 
@@ -78,10 +79,11 @@ def patch_files(vllm_config: VllmConfig) -> tuple[tuple[Path, ...], tuple[Path, 
 
 def check_can_choose(vllm_config: VllmConfig) -> None:
     """Raises a ValueError if requests cannot have patches of their own with these settings of vLLM."""
-    if vllm_config.cache_config.enable_prefix_caching:
+    scheduler = vllm_config.scheduler_config.scheduler_cls
+    if vllm_config.cache_config.enable_prefix_caching and scheduler != SALTED:
         raise ValueError(
-            "patches_on_request: vLLM would share prefixes among requests of different patches; add "
-            "--no-enable-prefix-caching, or apply them for all."
+            f"patches_on_request: with scheduler_cls {scheduler!r} requests of different patches would share prefixes; "
+            "leave it out, or add --no-enable-prefix-caching."
         )
     if vllm_config.speculative_config is not None:
         raise ValueError(
