@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import yaml
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from engrammar.cells import Column
 from engrammar.model.budget import count_parameters
@@ -29,6 +29,7 @@ from engrammar.train.recipe import PLACES, Recipe, flat, load_recipe, to_yaml
 from engrammar.train.run import check_same_recipe, prepare_tokens, train
 from engrammar.vocabulary import cached_classes
 from engrammar_lab.catalogue import SCALES, Study, studies_at
+from engrammar_lab.copying import repeat_gain
 from engrammar_lab.machine import describe_machine, describe_run
 from engrammar_lab.rivals.modeling import build_lab_config
 
@@ -87,18 +88,18 @@ def _digest(recipe: Recipe) -> str:
 
 
 def run_one(recipe: Recipe) -> dict[str, Any]:
-    """Trains one point on one thread, unless it is trained; returns what is kept of it, with measured FLOPs a token."""
+    """Trains one point on one thread, unless it is trained; returns what is kept of it, and measured of the model."""
     torch.set_num_threads(1)
     result = train(recipe, build_lab_config)
-    found = {**result, "flops_per_token": measure_flops(recipe)}
+    model, length = AutoModelForCausalLM.from_pretrained(recipe.out).eval(), recipe.data.sequence_length
+    again = repeat_gain(model, prepare_tokens(recipe.data), length)
+    found = {**result, "flops_per_token": measure_flops(model, length), "repeat_gain": again}
     write_text(Path(recipe.out) / FINISHED, json.dumps(found) + "\n")
     return found
 
 
-def measure_flops(recipe: Recipe) -> float:
-    """FLOPs per token of a forward pass of the trained model in `recipe.out`, as torch counts them."""
-    model = AutoModelForCausalLM.from_pretrained(recipe.out).eval()
-    length = recipe.data.sequence_length
+def measure_flops(model: PreTrainedModel, length: int) -> float:
+    """FLOPs per token of a forward pass over texts of `length` tokens, as torch counts them."""
     ids = torch.randint(model.config.vocab_size, (4, length), generator=torch.Generator().manual_seed(0))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(input_ids=ids, use_cache=False)
@@ -241,6 +242,7 @@ def _kept(recipe: Recipe, run: dict[str, Any]) -> dict[str, Any]:
     return {
         "recipe": Path(recipe.out).name,
         **{key: run[key] for key in counts},
+        **{key: run[key] for key in ("repeat_gain",) if key in run},  # runs of before 1 December 2026 lack it
         "tokens": num_tokens(recipe),
         "bits_per_byte": run["validation_bits_per_byte"],
         "tokens_per_second": run["tokens_per_second"],

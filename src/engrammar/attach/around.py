@@ -14,14 +14,15 @@ from engrammar.attach.blocks import Decoder, first_parameters
 
 PLACEHOLDER = re.compile("(image|video|audio)_token_(id|index)")  # settings that name an id in whose place media stand
 
-# What the calls under way in this thread were given, the innermost last: ids [B, T], -1 where media stand, and a mask.
+# What the calls under way in this thread were given, the innermost last: mask, positions, ids (-1 where media stand).
 _noted: ContextVar[tuple[Mapping[str, Any], ...]] = ContextVar("engrammar_noted", default=())
 
 
 def as_called(given: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The arguments of a decoder's pass; if it was given embeddings, with the ids and the mask of the call around it.
+    """The arguments of a decoder's pass; to embeddings alone come ids, mask and positions of the call around it.
 
-    Where an image or sound stands there is no token: the id is -1, as at padding.
+    Where an image or sound stands there is no token: the id is -1, as at padding. Positions that the model around makes
+    itself mark no documents, and may begin at 1 (PaliGemma).
     """
     embedded = given.get("inputs_embeds")
     if given.get("input_ids") is None and isinstance(embedded, Tensor) and _noted.get():
@@ -60,7 +61,7 @@ def _before(
     noted, input_ids = {}, given.get("input_ids")
     if input_ids is not None:
         input_ids = input_ids.masked_fill(torch.isin(input_ids, media.to(input_ids.device)), -1)
-        noted = {"input_ids": input_ids, "attention_mask": given.get("attention_mask")}
+        noted = {"input_ids": input_ids, **{name: given.get(name) for name in ("attention_mask", "position_ids")}}
     _noted.set((*_noted.get(), noted))
 
 

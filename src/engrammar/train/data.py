@@ -138,12 +138,13 @@ class TokenSet:
                 raise ValueError(f"{path} has sha256 {found}, not {shard.sha256}: {PREPARE_AGAIN}")
 
     def read(self, split: Split, start: int, stop: int) -> np.ndarray:
-        """The tokens start..stop-1 of a split as int64, across shards; only their pages are read from the disk."""
+        """The tokens start..stop-1 of a split as int64, across shards; nothing else is read from the disk."""
         parts, first = [], 0
         for shard in self.splits[split].shards:
             low, high = max(start - first, 0), min(stop - first, shard.num_tokens)
             if low < high:
-                parts.append(np.memmap(self.path / shard.file, self.dtype, "r")[low:high])
+                offset = low * np.dtype(self.dtype).itemsize
+                parts.append(np.fromfile(self.path / shard.file, self.dtype, count=high - low, offset=offset))
             first += shard.num_tokens
         return np.concatenate([np.zeros(0, np.int64), *parts])
 
@@ -159,7 +160,7 @@ class TokenSet:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Blocks of one split as {"input_ids", "labels"}, int64 [length]; picklable, since each read opens its own map.
+    """Blocks of one split as {"input_ids", "labels"}, int64 [length]; picklable, since each read opens the file.
 
     For training the blocks are consecutive, and a last partial one is dropped. For validation each block begins with
     the last token of the one before, so the shift inside a causal LM's loss scores every token except the very first

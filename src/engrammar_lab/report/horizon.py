@@ -102,6 +102,7 @@ def horizon_section(result: Mapping[str, Any]) -> Section:
             body.append(
                 Figure(png=_draw_gains(sampled), caption="What each model gains over experts alone, by length.")
             )
+        body += _copying(result, found[-1].name)
     hours = sum(each.hours for each in found)
     num_seeds = min((len(each.points[EXPERTS]) for each in found), default=0)
     body.append(
@@ -245,6 +246,21 @@ def _gain_words(found: Sequence[Length]) -> str:
             gains = [f"{mean(each.gain(own or each.best)):+.4f}" for each in (first, last)]
             words.append(f"{name} from {gains[0]} to {gains[1]}")
     return f"From {first.name} to {last.name} tokens the gain over experts alone goes, for {listed(words)}."
+
+
+def _copying(result: Mapping[str, Any], name: str) -> list[Table | Figure | str]:
+    """How much easier a text is a second time, for the runs of a length of which that is known; nothing if of none."""
+    known = [run for run in result["runs"] if run["point"].startswith(f"{name}, ") and "repeat_gain" in run]
+    rows = [
+        (run["point"].partition(", ")[2], str(run["seed"]), f"{run['bits_per_byte']:.4f}", f"{run['repeat_gain']:.3f}")
+        for run in sorted(known, key=lambda run: run["bits_per_byte"])
+    ]
+    if not rows:
+        return []
+    caption = (
+        f"Copying after {name} tokens: by how much a text is easier right after itself (newer runs alone have it)."
+    )
+    return [Table(columns=("point", "seed", "bits per byte", "nats per token"), rows=tuple(rows), caption=caption)]
 
 
 def _verdict(found: Sequence[Length], paper: str) -> Verdict:
