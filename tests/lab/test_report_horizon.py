@@ -43,6 +43,16 @@ def test_the_best_share_of_each_length_stands_in_bold_beside_what_it_gains():
     assert [row[3:] for row in table.rows if row[1] == "100% experts"] == [("", "", "")] * 3
 
 
+def test_every_run_of_the_longest_length_is_listed_with_how_well_it_copies():
+    result = made_horizon()
+    result["runs"][-1] |= {"repeat_gain": 0.4321, "bits_per_byte": 0.5}
+    *_, table = (part for part in horizon_section(result).body if isinstance(part, Table))
+    point = result["runs"][-1]["point"].partition(", ")[2]
+    assert table.rows[0] == (point, str(result["runs"][-1]["seed"]), "0.5000", "0.432")
+    assert len(table.rows) == 24 and [row[3] for row in table.rows[1:]] == [""] * 23
+    assert [row[2] for row in table.rows] == sorted(row[2] for row in table.rows)
+
+
 def test_no_line_is_fitted_where_an_optimum_is_at_the_end_of_the_range():
     told = words(horizon_section(made_horizon(optima={"2M": -20.0, "8M": 50.0, "32M": 70.0})))
     assert "No line is fitted through the optima: 2M has none within the range for every seed." in told
