@@ -172,24 +172,32 @@ def run_measures(
     """Measures the pair of every seed.
 
     Of the study `pair` it writes tasks.json, depth.json, gates.json and traffic.json; of another one, only
-    STUDY-tasks.json. A seed's measures are kept beside its run, and for another study in that file, so a killed call
-    continues with the seeds that are left, on another machine as well.
+    STUDY-tasks.json, with the seeds of which both models are trained. A seed's measures are kept beside its run, and
+    for another study in that file, so a later call adds the seeds that are left, on another machine as well.
 
     Raises:
-        ValueError: the study has no pair, or a model of it is not trained yet, or was trained with other settings.
+        ValueError: the study has no pair; a model of `pair`, of all seeds of another study, or of one that was measured
+            with other settings is not trained yet; or one was trained with other settings.
     """
     if study not in PAIRS:
         raise ValueError(f"{study} has no pair of models to measure; studies that have one: {', '.join(PAIRS)}.")
     path = results / f"{study}-tasks.json"
-    done = _measured_before(path) if study != "pair" else {}
+    before, done = _measured_before(path) if study != "pair" else (set(), {})
     queue = recipes(study, runs, range(seeds), overrides, scale=scale)
     pairs = {seed: (queue[PAIRS[study][1], seed], queue[PAIRS[study][0], seed]) for seed in range(seeds)}
-    for recipe in (recipe for seed, pair in pairs.items() if seed not in done for recipe in pair):
-        if finished(recipe) is None:
-            raise ValueError(f"{recipe.out} holds no finished run: engrammar lab run {study}, with the same settings.")
+    untrained = {
+        seed: recipe.out
+        for seed, pair in pairs.items()
+        for recipe in pair
+        if seed not in done and finished(recipe) is None
+    }
+    if untrained and (study == "pair" or untrained.keys() == pairs.keys() or untrained.keys() & before):
+        folder = next(iter(untrained.values()))
+        raise ValueError(f"{folder} holds no finished run: engrammar lab run {study}, with the same settings.")
+    pairs = {seed: pair for seed, pair in pairs.items() if seed not in untrained}
     with ProcessPoolExecutor(jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
         waiting = {seed: pool.submit(_measured, *pair) for seed, pair in pairs.items() if seed not in done}
-        each = {seed: waiting[seed].result() if seed in waiting else {"tasks": done[seed]} for seed in range(seeds)}
+        each = {seed: waiting[seed].result() if seed in waiting else {"tasks": done[seed]} for seed in pairs}
     verb = "measure" if study == "pair" else f"measure --study {study}"
     head = describe_run(command_line(verb, scale, seeds, overrides))
     results.mkdir(parents=True, exist_ok=True)
@@ -203,12 +211,12 @@ def run_measures(
     _write(results / "tasks.json", head | merge_tasks([found["tasks"] for found in each.values()]))
 
 
-def _measured_before(path: Path) -> dict[int, dict[str, Any]]:
-    """The scores of the seeds that stand in STUDY-tasks.json, if they were measured as they would be now."""
-    made = json.loads(path.read_text()) if path.exists() else {}
-    if made.get("settings") != asdict(SETTINGS) or made["pair"] != list(PAIRS[made["study"]]):
-        return {}
-    return {run["seed"]: run["tasks"] for run in made["runs"]}
+def _measured_before(path: Path) -> tuple[set[int], dict[int, dict[str, Any]]]:
+    """The seeds that stand in STUDY-tasks.json, and the scores of those that were measured as they would be now."""
+    made = json.loads(path.read_text()) if path.exists() else {"runs": []}
+    scores = {run["seed"]: run["tasks"] for run in made["runs"]}
+    is_same = made.get("settings") == asdict(SETTINGS) and made["pair"] == list(PAIRS[made["study"]])
+    return set(scores), scores if is_same else {}
 
 
 def _without_answers(tasks: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -100,10 +100,12 @@ def test_a_seed_that_was_measured_on_another_day_is_taken_from_its_file(tmp_path
         return {"tasks": {point: {"facts": score | {"score": 0.5 + memory.seed}} for point in (*PAIR, OFF)}}
 
     monkeypatch.setattr(measure, "_measured", measured)
-    trained, path = {0}, tmp_path / "horizon-tasks.json"
-    run_measures("horizon", results=tmp_path, seeds=1)
+    trained, path = set(), tmp_path / "horizon-tasks.json"
     with pytest.raises(ValueError, match="holds no finished run: engrammar lab run horizon"):
         run_measures("horizon", results=tmp_path, seeds=2)
+    trained.add(0)
+    run_measures("horizon", results=tmp_path, seeds=2)
+    assert [run["seed"] for run in json.loads(path.read_text())["runs"]] == [0]
     trained.symmetric_difference_update({0, 1})  # seed 0 was trained on a machine that is gone
     run_measures("horizon", results=tmp_path, seeds=2)
     assert calls == [0, 1]
