@@ -53,6 +53,16 @@ def test_every_run_of_the_longest_length_is_listed_with_how_well_it_copies():
     assert [row[2] for row in table.rows] == sorted(row[2] for row in table.rows)
 
 
+def test_how_far_seeds_of_a_share_are_apart_is_said_beside_how_far_shares_are():
+    result = made_horizon()
+    longest = [run for run in result["runs"] if run["point"].startswith("32M, ") and run["point"].endswith("%")]
+    firsts = [run["bits_per_byte"] for run in longest if run["seed"] == 0]
+    own = [run for run in longest if run["point"] == "32M, 55%"]
+    own[1]["bits_per_byte"] = own[0]["bits_per_byte"] + 0.25
+    said = f"up to 0.2500 bits per byte apart (55% experts), shares with one seed up to {max(firsts) - min(firsts):.4f}"
+    assert said in words(horizon_section(result))
+
+
 def test_no_line_is_fitted_where_an_optimum_is_at_the_end_of_the_range():
     told = words(horizon_section(made_horizon(optima={"2M": -20.0, "8M": 50.0, "32M": 70.0})))
     assert "No line is fitted through the optima: 2M has none within the range for every seed." in told

@@ -13,6 +13,7 @@ import numpy as np
 
 from engrammar_lab.catalogue import study_of
 from engrammar_lab.measure import merge_tasks
+from engrammar_lab.report.copying import copying_parts
 from engrammar_lab.report.curves import FLAT, Optimum, allocation_optimum
 from engrammar_lab.report.figures import COLOURS, GREY, mark, one_axes, style, to_png
 from engrammar_lab.report.parts import Figure, Section, Table, Verdict, interval, listed, machine_words, spread, told
@@ -102,7 +103,7 @@ def horizon_section(result: Mapping[str, Any]) -> Section:
             body.append(
                 Figure(png=_draw_gains(sampled), caption="What each model gains over experts alone, by length.")
             )
-        body += _copying([run for run in result["runs"] if run["point"].startswith(f"{found[-1].name}, ")])
+        body += copying_parts([run for run in result["runs"] if run["point"].startswith(f"{found[-1].name}, ")])
     hours = sum(each.hours for each in found)
     num_seeds = min((len(each.points[EXPERTS]) for each in found), default=0)
     body.append(
@@ -246,49 +247,6 @@ def _gain_words(found: Sequence[Length]) -> str:
             gains = [f"{mean(each.gain(own or each.best)):+.4f}" for each in (first, last)]
             words.append(f"{name} from {gains[0]} to {gains[1]}")
     return f"From {first.name} to {last.name} tokens the gain over experts alone goes, for {listed(words)}."
-
-
-def _copying(runs: Sequence[Mapping[str, Any]]) -> list[Table | Figure | str]:
-    """When the loss of each run of a length fell, and by how much those copy of which it is known."""
-    rows = [
-        (
-            run["point"].partition(", ")[2],
-            str(run["seed"]),
-            f"{run['bits_per_byte']:.4f}",
-            f"{run['repeat_gain']:.3f}" if "repeat_gain" in run else "",
-        )
-        for run in sorted(runs, key=lambda run: run["bits_per_byte"])
-    ]
-    columns = ("point", "seed", "bits per byte", "copying, nats")
-    return [Figure(png=_draw_falls(runs), caption=_FALLS), Table(columns=columns, rows=tuple(rows), caption=_COPYING)]
-
-
-_FALLS = (
-    "Training loss of every run of the longest length, above the mean of them all; nats per token, a line for each "
-    "seed. A line that falls within some hundred steps is a model that learns to copy from its context."
-)
-
-
-_COPYING = (
-    "Every run of the longest length, the best first. Copying: by how much a text is easier right after itself, per "
-    "token (measured since 1 December 2026)."
-)
-
-
-def _draw_falls(runs: Sequence[Mapping[str, Any]]) -> bytes:
-    points = list(dict.fromkeys(run["point"] for run in runs))
-    steps_C = np.array([step for step, _ in runs[0]["curve"]])
-    losses = np.array([[loss for _, loss in run["curve"]] for run in runs])
-    with style():
-        figure, axes = one_axes(3.8)
-        axes.axhline(0, color=GREY, linewidth=1)
-        for run, above_C in zip(runs, losses - losses.mean(axis=0)):
-            number, label = points.index(run["point"]), run["point"].partition(", ")[2] if run["seed"] == 0 else None
-            dashes = "-" if number < len(COLOURS) else "--"
-            axes.plot(steps_C, above_C, dashes, color=COLOURS[number % len(COLOURS)], label=label, linewidth=1)
-        axes.set(xlabel="steps", ylabel="training loss above the mean run, nats")
-        axes.legend(ncols=2)
-        return to_png(figure)
 
 
 def _verdict(found: Sequence[Length], paper: str) -> Verdict:
