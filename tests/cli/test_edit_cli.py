@@ -152,3 +152,18 @@ def test_facts_in_hashed_rows_are_forgotten_with_the_model_at_hand(tmp_path, cap
     with pytest.raises(SystemExit):
         main(["edit", "forget", model, FACTS[1].subject])
     assert "Of what is in its tables (facts), undo the patch" in capsys.readouterr().err
+
+
+def test_facts_that_were_learned_in_bf16_are_said_in_fp32_and_the_other_way_round(folder, capsys):
+    saved, half = folder / "model", folder / "half"
+    base_model("llama").bfloat16().save_pretrained(half)
+    tokenizer().save_pretrained(half)
+    said = set()
+    for dtype in ("float32", "bfloat16"):
+        patch = str(folder / f"{dtype}.safetensors")
+        main(["edit", "learn", str(half), str(folder / "facts.jsonl"), "--out", patch, "--dtype", dtype])
+        for model in (saved, half):
+            capsys.readouterr()
+            main(["edit", "check", str(model), patch, "--max-new-tokens", "2"])
+            said.add(next(line for line in capsys.readouterr().out.splitlines() if "facts are answered" in line))
+    assert said == {"3 of 3 facts are answered."}
