@@ -86,6 +86,9 @@ def test_lengths_with_fewer_seeds_are_told_with_those_they_have():
     assert [len(each.points["55%"]) for each in lengths(result)] == [3, 2, 3]  # seed 1 is left out at 8M
     result["runs"] = [run for run in result["runs"] if run["point"] != "8M, bigram"]
     assert len(lengths(result)[1].points["55%"]) == 2 and "bigram" not in lengths(result)[1].points
+    rivals = ("8M, bigram", "8M, dense")  # which one seed alone has: its shares are told with those of the others
+    result["runs"] = [run for run in made_horizon()["runs"] if run["point"] not in rivals or run["seed"] == 0]
+    assert len(lengths(result)[1].points["55%"]) == 3 and "dense" not in lengths(result)[1].points
     result["runs"] = [run for run in result["runs"] if run["point"] == "2M, dense"]
     assert horizon_section(result).verdict.answer == "No length has experts alone and memory yet."
 

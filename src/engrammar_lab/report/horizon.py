@@ -63,7 +63,7 @@ class Length:
 def lengths(result: Mapping[str, Any]) -> list[Length]:
     """The lengths that have experts alone and a point with memory, each with its points that have all of its seeds.
 
-    Those are the seeds of experts alone of which the most points have a run, so that one that has only begun waits.
+    Those are the seeds of experts alone of which the most shares have a run, so that one that has only begun waits.
     """
     runs: dict[str, dict[str, dict[int, Mapping[str, Any]]]] = {}
     for point in study_of(result).points:
@@ -72,8 +72,9 @@ def lengths(result: Mapping[str, Any]) -> list[Length]:
     dense = next((run for run in result["runs"] if run["point"].endswith(f", {DENSE}")), None)  # of any length
     found = []
     for name, points in runs.items():
-        num_points = {seed: sum(seed in own for own in points.values()) for seed in points.get(EXPERTS, {})}
-        seeds = sorted(seed for seed, num in num_points.items() if num == max(num_points.values()))
+        shares = [own for point, own in points.items() if point.endswith("%")]
+        num_shares = {seed: sum(seed in own for own in shares) for seed in points.get(EXPERTS, {})}
+        seeds = sorted(seed for seed, num in num_shares.items() if num == max(num_shares.values()))
         complete = {point: own for point, own in points.items() if seeds and set(own) >= set(seeds)}
         if not any(point.endswith("%") and point != EXPERTS for point in complete):
             continue
