@@ -1,7 +1,7 @@
 """Whether a model copies from its context: how much easier a text is to read a second time.
 
-Models learn to copy within a few hundred steps, by chance early or late (induction heads, arXiv 2209.11895), and their
-loss falls by more than a share of memory changes it.
+Models learn to copy within a short part of their training, in which their loss falls (induction heads, arXiv
+2209.11895).
 Letters: B texts, T tokens.
 """
 

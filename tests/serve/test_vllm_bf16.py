@@ -18,11 +18,21 @@ from test_vllm_patched import asked as asked_of_patched
 
 from attached_models import END, VOCABULARY, tokenizer
 from engrammar import EngrammarForCausalLM, MemoryConfig
-from engrammar.attach import attach, load_attached, save_attached
+from engrammar.attach import attach, disabled, load_attached, save_attached
 from engrammar.attach.attaching import attachment_of
 from engrammar.edit import apply_patch
 from engrammar.serve.folder import link_folder
-from vllm_engines import BLOCK, answers_of, count, engine, forget_history, forget_windows, prompts, served
+from vllm_engines import (
+    BLOCK,
+    answers_of,
+    count,
+    engine,
+    forget_history,
+    forget_windows,
+    num_equal,
+    prompts,
+    served,
+)
 
 pytestmark = pytest.mark.vllm
 CLOSE = {"float32": 1e-4, "bfloat16": 0.5}  # in log-probabilities of SmolLM2; bf16 has steps of 0.125 from 16 to 32
@@ -115,6 +125,8 @@ def test_a_real_base(smollm, dtype, least):
     texts = [line for line in Path("docs/glossary.md").read_text().splitlines() if len(line) > 80][:24]
     asked = [tokens_of(text).input_ids[: 12 + 2 * number] for number, text in enumerate(texts)]
     expected = answers_of(model, asked)
+    with disabled(model):  # the control
+        assert num_equal(answers_of(model, asked), expected) == 0
     with engine(folder, {"memory": "disk", "cache_rows": 100}, dtype=dtype, max_num_batched_tokens=64) as llm:
         for _ in range(2):
             found = served(llm, asked)

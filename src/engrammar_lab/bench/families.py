@@ -253,7 +253,7 @@ def is_exact(one: dict[str, Any], base_apart: float) -> bool:
 
 
 def measure(kinds: list[str] | None = None) -> dict[str, Any]:
-    """Checks every type of causal LM, or those of `kinds`.
+    """Checks every type that continues text, or those of `kinds`.
 
     Returns:
         `families`: by type what `check` found, or why no small model of it was `not_built`.

@@ -46,7 +46,7 @@ def _chance(runs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 _FALLS = (
     "Training loss of every run of the longest length, above the mean of them all; nats per token, a line for each "
-    "seed. A line that falls within some hundred steps is a model that learns to copy from its context."
+    "seed. Whether a model whose line falls at once has learned to copy, the table says."
 )
 
 
