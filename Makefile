@@ -9,8 +9,7 @@ demo: .venv/ready
 	$(BIN)/engrammar demo
 
 test: .venv/ready lint
-	$(BIN)/pytest $(PARALLEL) -m "not slow"
-	$(BIN)/pytest $(PARALLEL) -m slow
+	$(BIN)/pytest $(PARALLEL)
 
 # The tests of serving with vLLM, which wants an older transformers and so has an environment of its own. Our own server is in `make test`.
 # The quick part has each way of serving once, but for what compiles or takes several processes.

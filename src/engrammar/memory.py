@@ -30,6 +30,7 @@ class Retrieved:
             in the batch is then not the token before it in the text.
         windows: for each memory layer with a convolution, `Fusion.forward`'s `extend`. Whoever gives tokens their own
             history gives them their own windows; otherwise they are in the cache, and this is empty.
+        cache: the cache that the model's `retrieve` was given, whose tokens come before these; None: none.
     """
 
     input_ids: Tensor
@@ -38,6 +39,7 @@ class Retrieved:
     starts_BT: Tensor | None = None
     own_history: bool = False
     windows: Mapping[int, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    cache: Any = None
 
     def of_layer(self, layer: int) -> tuple[Any, ...]:
         """Waits for a layer's rows; returns the arguments of `Fusion.forward` after the hidden state."""

@@ -24,8 +24,8 @@ def look_back(values: torch.Tensor, back: int, fill: float) -> torch.Tensor:
     return torch.cat([torch.full_like(values[:back], fill), values[: len(values) - back]])[: len(values)]
 
 
-def flat_pass(model, ids: list[torch.Tensor], with_windows: bool = True) -> torch.Tensor:
-    """The hidden states before the first block's attention, of texts laid end to end in one row."""
+def flat_pass(model, ids: list[torch.Tensor], with_windows: bool = True, use_cache: bool = False):
+    """A pass over texts that are laid end to end in one row."""
     memory, config = model.model.memory, model.model.memory.config
     num_back = config.max_ngram_size - 1
     history = torch.cat([torch.stack([look_back(one, k, -1) for k in range(num_back, 0, -1)], 1) for one in ids])
@@ -37,7 +37,7 @@ def flat_pass(model, ids: list[torch.Tensor], with_windows: bool = True) -> torc
         return torch.cat([torch.stack([look_back(part, back, 0) for back in backs], 1) for part in parts])[None]
 
     windows = dict.fromkeys(config.layers, taps) if with_windows and config.conv_kernel else {}
-    return model.model(torch.cat(ids)[None], retrieved=replace(retrieved, windows=windows), use_cache=False)[0][0]
+    return model.model(torch.cat(ids)[None], retrieved=replace(retrieved, windows=windows), use_cache=use_cache)
 
 
 def without_attention(model) -> None:
@@ -53,7 +53,7 @@ def test_flat_tokens_get_what_their_own_text_gives(dialect, branches):
     model, ids = tiny_model(dialect, branches), texts()
     without_attention(model)
     alone = [model.model(one[None], use_cache=False)[0][0] for one in ids]
-    flat = flat_pass(model, ids)
+    flat = flat_pass(model, ids)[0][0]
     torch.testing.assert_close(flat, torch.cat(alone), atol=1e-5, rtol=0)
     as_one_text = model.model(torch.cat(ids)[None], use_cache=False)[0][0]  # control: a text of its own is needed
     assert not torch.allclose(as_one_text, torch.cat(alone), atol=1e-3)
@@ -62,6 +62,10 @@ def test_flat_tokens_get_what_their_own_text_gives(dialect, branches):
 def test_flat_tokens_without_windows_are_refused():
     with pytest.raises(ValueError, match="not a convolution window of its own"):
         flat_pass(tiny_model("paper"), texts(), with_windows=False)
+
+
+def test_flat_tokens_leave_no_cache_that_could_be_continued():
+    assert flat_pass(tiny_model("paper"), texts(), use_cache=True).past_key_values is None
 
 
 def test_an_engine_that_gives_no_history_is_refused():

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import engrammar.tables.shards as checkpoint
@@ -370,3 +371,20 @@ def test_the_chunked_loss_and_its_gradients_are_those_of_all_logits(num_items):
         assert (out.logits is None) == model.chunked_loss
     torch.testing.assert_close(found[True], found[False], atol=1e-6, rtol=1e-5)
     assert model.eval()(ids, labels=labels).logits is not None  # for training only
+
+
+@pytest.mark.parametrize("other", ["LoRA", "a hook", "shifted labels"])
+def test_a_head_that_does_more_than_its_weight_has_the_loss_of_its_logits(other):
+    model, ids = tiny_model("paper"), random_ids(3)
+    given = {"shift_labels": ids} if other == "shifted labels" else {}
+    if other == "a hook":
+        model.lm_head.register_forward_hook(lambda _module, _args, logits: 2 * logits)
+    elif other == "LoRA":
+        torch.manual_seed(1)
+        get_peft_model(model, LoraConfig(target_modules=["lm_head"], init_lora_weights=False))
+    plain = tiny_model("paper").train()
+    losses = {}
+    for model.chunked_loss in (False, True):
+        losses[model.chunked_loss] = model.train()(ids, labels=ids, use_cache=False, **given).loss
+    assert torch.equal(losses[True], losses[False])
+    assert not torch.isclose(losses[True], plain(ids, labels=ids, use_cache=False).loss, rtol=1e-3)

@@ -6,6 +6,7 @@ Letters: B batch, T tokens, M branches, D hidden width, S positions of history.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, Unpack
 
 import torch
@@ -87,20 +88,26 @@ class EngrammarModel(EngrammarPreTrainedModel):
         `output_hidden_states` adds the embedding, and the mean of the branches after each block but the last.
 
         Args:
-            retrieved: what `retrieve` returned for the same arguments, if it was called ahead.
+            retrieved: what `retrieve` returned for the same arguments, if it was called ahead. (Flat tokens, each with
+                a history of its own, leave no cache.)
 
         Raises:
-            ValueError: a model with memory got no `input_ids`, or `retrieved` is for other ids; an id is outside the
-                vocabulary; the mask is not [B, positions]; or positions continue tokens that are not there.
+            ValueError: a model with memory got no `input_ids`, or `retrieved` is for other ids or another cache; an id
+                is outside the vocabulary; the mask is not [B, positions]; or positions continue tokens that are not
+                there.
         """
         self._check_inputs(input_ids, inputs_embeds)
-        if use_cache and past_key_values is None:
+        given_cache = past_key_values
+        if use_cache and past_key_values is None and not (retrieved is not None and retrieved.own_history):
             past_key_values = DynamicCache(config=self.config)
         if self.looks_up and retrieved is None:
             assert input_ids is not None
             retrieved = self.retrieve(input_ids, attention_mask, position_ids, past_key_values)
         elif retrieved is not None:
-            self._check_retrieved(retrieved, input_ids)
+            self._check_retrieved(retrieved, input_ids, given_cache)
+            if past_key_values is not None and given_cache is None:  # a new cache, which `retrieve` did not see
+                assert input_ids is not None
+                self._keep_ids(input_ids, new_positions(attention_mask, input_ids, None), past_key_values)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         inputs_embeds = self.embed(inputs_embeds, retrieved)
@@ -148,10 +155,9 @@ class EngrammarModel(EngrammarPreTrainedModel):
             if attention_mask is None and position_ids is not None:
                 check_follow(position_ids, seen)
                 position_ids = None  # they do not mark documents
-            masked = input_ids if mask_BT is None else input_ids.masked_fill(~mask_BT, -1)
-            history_BS = self._update_history(masked, past_key_values)
+            history_BS = self._keep_ids(input_ids, mask_BT, past_key_values)
             history_BS = history_BS if isinstance(seen, Tensor) or seen else None  # a static cache counts on its device
-        return self.memory.retrieve(input_ids, mask_BT, position_ids, history_BS)
+        return replace(self.memory.retrieve(input_ids, mask_BT, position_ids, history_BS), cache=past_key_values)
 
     def embed(self, inputs_embeds: Tensor, retrieved: Any) -> Tensor:
         """The input embeddings [B, T, D] that the first block reads."""
@@ -175,22 +181,29 @@ class EngrammarModel(EngrammarPreTrainedModel):
                         "tokenizer of this model, and an attention_mask for padding."
                     )
 
-    def _check_retrieved(self, retrieved: Retrieved, input_ids: Tensor | None) -> None:
+    def _check_retrieved(self, retrieved: Retrieved, input_ids: Tensor | None, cache: Cache | None) -> None:
         if self.memory is None or input_ids is None:
             raise ValueError("`retrieved` needs a model with memory, and the input_ids it was made for.")
         retrieved.check_made_for(input_ids)
+        if retrieved.cache is not cache:
+            raise ValueError(
+                "`retrieved` was made with another cache than this pass has, so its rows have another history: give "
+                "`retrieve` and the model the same past_key_values."
+            )
         if retrieved.own_history and self.memory.config.conv_kernel and not retrieved.windows:
             raise ValueError(
                 "Each token was given a history of its own, but not a convolution window of its own: pass "
                 "retrieved.windows too, or whole rows, or a cache."
             )
 
-    def _update_history(self, input_ids: Tensor, cache: Cache) -> Tensor:
+    def _keep_ids(self, input_ids: Tensor, mask_BT: Tensor | None, cache: Cache) -> Tensor:
         """Appends `input_ids` to the ids kept in the cache and returns the N-1 before them, -1 where there are none.
 
-        The cache keeps id + 1, so that its initial zeros mean "none".
+        The cache keeps id + 1, so that its initial zeros mean "none", which is what masked ids are as well.
         """
         assert self.memory is not None
+        if mask_BT is not None:
+            input_ids = input_ids.masked_fill(~mask_BT, -1)
         num_back = self.memory.config.max_ngram_size - 1
         stored = None
         for layer in self.memory.config.layers:  # in every memory layer, since a layer's states are cropped together
@@ -247,7 +260,8 @@ class EngrammarForCausalLM(EngrammarPreTrainedModel, GenerationMixin):
 
     Attributes:
         chunked_loss: in training, take the loss without ever holding logits of all tokens: the same loss to rounding,
-            in less memory and, on a CPU, half the time. The output has no logits then.
+            in less memory and, on a CPU, half the time. The output has no logits then. (With LoRA or hooks on the head,
+            or labels that are shifted already, the loss is taken from logits.)
     """
 
     backbone_class: ClassVar[type[EngrammarModel]] = EngrammarModel
@@ -298,7 +312,8 @@ class EngrammarForCausalLM(EngrammarPreTrainedModel, GenerationMixin):
         )
         hidden_BTD = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
         logits, loss = None, None
-        if labels is not None and self.training and self.chunked_loss:
+        as_usual = {"ignore_index", "shift_labels"}.isdisjoint(kwargs) and is_plain_linear(self.lm_head)
+        if labels is not None and self.training and self.chunked_loss and as_usual:
             loss = chunked_cross_entropy(hidden_BTD, self.lm_head.weight, labels, kwargs.get("num_items_in_batch"))
         else:
             logits = self.lm_head(hidden_BTD)
@@ -312,6 +327,12 @@ class EngrammarForCausalLM(EngrammarPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
         )
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module computes what its weight says and nothing else."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return type(module) is nn.Linear and "forward" not in vars(module) and not any(hooks)
 
 
 def chunked_cross_entropy(
