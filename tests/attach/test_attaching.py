@@ -220,8 +220,7 @@ def test_what_cannot_be_right_is_refused():
         foreign = model(ids, use_cache=True).past_key_values
     assert "holds 9 positions" in refusal(model, input_ids=ids, past_key_values=foreign)
     own = model(ids, use_cache=True).past_key_values
-    with disabled(model):
-        model(ids, past_key_values=own)
+    detach(copy.deepcopy(model))(ids, past_key_values=own)  # its base, which knows nothing of memories
     assert "has seen 9 of them" in refusal(model, input_ids=ids, past_key_values=own)
     assert "a cache of transformers" not in refusal(model, input_ids=ids, attention_mask=torch.ones(2, 5))
     packed = torch.cat([torch.arange(4), torch.arange(5)])[None]
@@ -236,12 +235,69 @@ def test_what_cannot_be_right_is_refused():
         assert torch.equal(model(inputs_embeds=embeds).logits, model(ids).logits)
 
 
-def test_a_cache_of_another_memory_is_refused():
+@pytest.mark.parametrize("settings", [{"conv_kernel": 0}, {}])
+def test_a_cache_of_another_memory_is_refused(settings):
+    """Even of one with equal settings, which has other rows."""
     model, ids = attached_model("llama"), random_ids(2, 9)
     cache = model(ids, use_cache=True).past_key_values
     detach(model)
-    attach(model, memory_config(conv_kernel=0), tokenizer())
+    attach(model, memory_config(**settings), tokenizer())
     assert "has seen none of them" in refusal(model, input_ids=ids, past_key_values=cache)
+
+
+def test_a_cache_that_a_memory_filled_is_not_continued_without_it():
+    model, ids = attached_model("llama"), random_ids(2, 9)
+    randomize(attach(model, memory_config(layers=(2,)), tokenizer(), name="second"))
+    cache = model(ids, use_cache=True).past_key_values
+    for off in (None, "default", "second"):
+        with disabled(model, off):
+            assert "is off or detached now" in refusal(model, input_ids=ids, past_key_values=cache)
+    detach(model, "second")
+    assert "'second', which is off or detached" in refusal(model, input_ids=ids, past_key_values=cache)
+    cache.reset()  # nothing is in it any more
+    with disabled(model), torch.no_grad():
+        assert torch.equal(model(ids, past_key_values=cache).logits, model(ids).logits)
+
+
+def test_a_memory_is_off_until_the_last_block_that_switched_it_off_has_ended():
+    model, ids = attached_model("llama"), random_ids(2, 9)
+    on = model(ids).logits
+    first, second = disabled(model), disabled(model, "default")
+    first.__enter__()
+    off = model(ids).logits
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert torch.equal(model(ids).logits, off)
+    second.__exit__(None, None, None)
+    assert torch.equal(model(ids).logits, on) and not torch.equal(on, off)
+    with disabled(model):
+        detach(model)
+        randomize(attach(model, memory_config(), tokenizer()))
+        assert not torch.allclose(model(ids).logits, off, atol=1e-4)  # another memory of that name was not switched off
+
+
+def test_memories_at_one_block_give_one_answer_in_whatever_order_they_were_attached():
+    logits, ids = [], random_ids(2, 9)
+    for names in (("first", "second"), ("second", "first")):
+        model = base_model("llama")
+        for name in names:
+            attach(model, memory_config(), tokenizer(), name=name)
+        for name in ("first", "second"):
+            torch.manual_seed(len(name))
+            for parameter in attachment_of(model)[name].parameters():
+                torch.nn.init.normal_(parameter, std=0.5)
+        logits.append(model(ids).logits)
+    assert torch.equal(*logits)
+
+
+def test_weights_of_the_base_alone_are_not_loaded_into_a_model_with_memory():
+    """Which transformers' Trainer does when it resumes, or takes the best of several checkpoints."""
+    model = attached_model("llama")
+    base = base_model("llama").state_dict()
+    with pytest.raises(ValueError, match="resume with EngrammarTrainer"):
+        model.load_state_dict(base, strict=False)
+    assert not model.load_state_dict({**model.state_dict(), **base}).missing_keys
+    assert not detach(model).load_state_dict(base).missing_keys
 
 
 class TwoTowers(LlamaModel):

@@ -80,11 +80,11 @@ def test_slots_that_were_filled_without_the_memory_are_refused():
 
     def every_other(*_):
         calls.append(1)
-        attachment_of(model).off = frozenset({"default"} if len(calls) % 2 else ())
+        attachment_of(model).closed["default"] = len(calls) % 2
 
     with model.register_forward_pre_hook(every_other):
         outputs = batches_of(model)
-    attachment_of(model).off = frozenset()
+    attachment_of(model).closed.clear()
     refused = [out.error for out in outputs if out.error]
     assert refused and all("has not seen there" in error for error in refused)
 

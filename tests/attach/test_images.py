@@ -13,6 +13,7 @@ from engrammar.attach import attach, detach, disabled, keep_prefix, load_attache
 from engrammar.attach.around import text_positions
 from engrammar.attach.attaching import attachment_of
 from engrammar.attach.blocks import find_decoder
+from engrammar.attach.skipping import KEPT, KEPT_BLOCK
 from engrammar.edit import apply_patch, undo_patch
 from generated import EXACT, check_generated, full
 from image_models import FAMILIES, IMAGE, READ_IMAGES, image_model, prompt_with_images, text_ids, text_twin, with_pixels
@@ -183,4 +184,4 @@ def test_embeddings_without_ids_and_a_prefix_with_an_image_are_refused(tmp_path)
     items = [{"input_ids": ids} for ids in text_ids(4, 14)]
     kept = keep_prefix(model, items, tmp_path / "prefix")
     with pytest.raises(ValueError, match="pixel_values"):
-        model(**given, kept_hidden=kept[0]["kept_hidden"][None], use_cache=False)
+        model(**given, **{name: kept[0][name][None] for name in (KEPT, KEPT_BLOCK)}, use_cache=False)

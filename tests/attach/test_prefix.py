@@ -1,7 +1,9 @@
 """What lies below a memory is computed once, and training goes on from there with the same numbers."""
 
+import copy
 import json
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -9,11 +11,11 @@ from torch import nn
 from transformers import TrainingArguments
 
 from attached_models import END, FAMILIES, attached_model, base_model, memory_config, random_ids, randomize, tokenizer
-from engrammar.attach import attach, keep_prefix, set_trainable
+from engrammar.attach import attach, detach, keep_prefix, set_trainable
 from engrammar.attach.attaching import attachment_of
 from engrammar.attach.blocks import find_decoder
 from engrammar.attach.prefix import HIDDEN
-from engrammar.attach.skipping import KEPT
+from engrammar.attach.skipping import KEPT, KEPT_BLOCK
 from engrammar.train.trainer import EngrammarTrainer
 
 LAYERS = {"layers": (2, 3)}
@@ -114,6 +116,62 @@ def test_what_would_change_below_the_memory_is_refused(tmp_path):
     with pytest.raises(ValueError, match="pass it with the input_ids"):
         model(**batch_of(kept) | {"input_ids": items.ids[:3]})
     torch.testing.assert_close(model(**batch_of(items)).loss, model(**batch_of(kept)).loss)  # nothing is left behind
+
+
+def test_what_another_block_reads_is_refused(tmp_path):
+    model, items = attached_model("llama", LAYERS), Blocks()
+    batch = batch_of(keep_prefix(model, items, tmp_path / "kept"))
+    attach(model, memory_config(layers=(1,)), tokenizer(), name="lower")
+    with pytest.raises(ValueError, match="what block 2 reads, and the first memory is at block 1"):
+        model(**batch)
+    detach(model, "lower")
+    torch.testing.assert_close(model(**batch).loss, model(**batch_of(items)).loss)
+    with pytest.raises(ValueError, match="pass kept_block beside it"):
+        model(**{name: value for name, value in batch.items() if name != KEPT_BLOCK})
+
+
+def test_embeddings_of_positions_lie_below_the_memory(tmp_path):
+    model = attached_model("gpt2", LAYERS, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    model.transformer.wpe.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"transformer.wpe.weight is trained, and it lies below"):
+        keep_prefix(model, Blocks(), tmp_path / "kept")
+    set_trainable(model, "memory")
+    model.transformer.ln_f.requires_grad_(True)  # this one lies above
+    keep_prefix(model, Blocks(), tmp_path / "kept")
+    with torch.no_grad():
+        model.transformer.wpe.weight[0, 0] += 1
+    with pytest.raises(ValueError, match="of another weights"):
+        keep_prefix(model, Blocks(), tmp_path / "kept")
+
+
+def test_an_interrupted_pass_leaves_nothing_behind(tmp_path):
+    """torch does not call hooks after a KeyboardInterrupt."""
+    model, items = attached_model("llama", LAYERS), Blocks()
+    batch, whole = batch_of(keep_prefix(model, items, tmp_path / "kept")), model(**batch_of(items)).logits
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), model.model.layers[3].register_forward_pre_hook(interrupt):
+        model(**{**batch, KEPT: batch[KEPT] + 1})
+    assert torch.equal(model(**batch_of(items)).logits, whole)
+
+
+def test_blocks_are_skipped_in_the_thread_of_the_pass_alone(tmp_path):
+    model, items, other = attached_model("llama", LAYERS), Blocks(), []
+    batch, whole = batch_of(keep_prefix(model, items, tmp_path / "kept")), model(**batch_of(items)).logits
+
+    def meanwhile(*_):
+        if not other:
+            other.append(None)
+            with ThreadPoolExecutor(1) as pool:
+                other.append(pool.submit(lambda: model(**batch_of(items)).logits).result())
+
+    with model.model.layers[3].register_forward_pre_hook(meanwhile):
+        kept = model(**{**batch, KEPT: batch[KEPT] + 1}).logits
+    assert torch.equal(other[1], whole)
+    assert not torch.allclose(kept, whole, atol=1e-3)
+    assert torch.equal(copy.deepcopy(model)(**batch_of(items)).logits, whole)
 
 
 def test_dropout_below_the_memory_is_refused(tmp_path):

@@ -3,6 +3,7 @@
 Letters: B batch, T tokens, M residual branches, D hidden width, E width of a token's rows.
 """
 
+import secrets
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, final
@@ -35,6 +36,14 @@ class Place:
     scales: tuple[float, ...]
 
 
+@dataclass(frozen=True)
+class Owner:
+    """Whose state a cache holds: a memory with equal settings that is attached later is another one."""
+
+    config: MemoryConfig
+    key: str
+
+
 @final
 class Projection(nn.Module):
     """The numbers of an `nn.Linear` in a module that is none: PEFT's "all-linear" and quantizers leave it alone."""
@@ -57,6 +66,7 @@ class AttachedMemory(nn.Module):
     def __init__(self, config: MemoryConfig, geometry: Geometry, place: Place, tables: Tables = "parameters") -> None:
         super().__init__()
         self.config, self.place = config, place
+        self.owner = Owner(config, secrets.token_hex(8))
         self.memory = Memory(
             config, geometry, num_ids=place.num_ids, vocab_size=place.vocab_size, tables=tables
         ).requires_grad_()
@@ -75,7 +85,7 @@ class AttachedMemory(nn.Module):
     def begin(self, name: str) -> MemoryState:
         """What this memory, of that name, keeps of a new sequence."""
         windows = dict.fromkeys(self.config.layers, self.config.conv_window) if self.config.conv_window else {}
-        return MemoryState(name, self.config, self.config.max_ngram_size - 1, windows)
+        return MemoryState(name, self.owner, self.config.max_ngram_size - 1, windows)
 
     def add(
         self, layer: int, hidden: Tensor, retrieved: Retrieved, state: MemoryState | FlatPass | None, keep_all: bool

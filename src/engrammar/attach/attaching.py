@@ -4,10 +4,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from engrammar.addressing import derive_geometry
@@ -15,12 +16,13 @@ from engrammar.attach.attached import AttachedMemory, Place
 from engrammar.attach.blocks import Decoder, device_of, find_decoder, host_of, is_plain, measure
 from engrammar.attach.fingerprints import fingerprint_of
 from engrammar.attach.folder import write_adapter
-from engrammar.attach.passes import Attachment
+from engrammar.attach.passes import HOME, Attachment
 from engrammar.config import Geometry, MemoryConfig, check_choice, check_setting
+from engrammar.tables.shards import is_table
 from engrammar.vocabulary import compress_vocabulary, fingerprint, require_tokenizer
 
-HOME = "engrammar"  # the name of the submodule
 Trained = Literal["memory", "joint"]
+_counting = Lock()  # held while `disabled` blocks are counted
 # Text whose residual streams are measured. Their size hardly depends on the text.
 SAMPLE = """A memory is looked up by the last few tokens of a text. What it finds is added to the residual stream of a
 language model, whose size differs from block to block: it is measured here, once, on these two sentences."""
@@ -111,7 +113,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     names = list(attachment) if name is None else [name]
     for one in names:
         del attachment[one]
-    attachment.off -= set(names)
+        del attachment.closed[one]
     decoder = find_decoder(model)
     attachment.hook(decoder)
     if not len(attachment):
@@ -127,18 +129,24 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
 def disabled(model: nn.Module, name: str | None = None) -> Iterator[None]:
     """Switches the memory `name` (None: all) off inside a `with` block, in every thread: the model is then its base.
 
-    A cache that was filled while a memory was off cannot be continued with it on, nor the other way round.
+    A cache that was filled while a memory was off cannot be continued with it on, nor the other way round. A memory is
+    on again when the last of several such blocks has ended, in whatever order they end.
 
     Raises:
         ValueError: the model has no such memory.
     """
     attachment = require_attachment(model, name)
-    before = attachment.off
-    attachment.off = before | set(attachment if name is None else [name])
+    memories = list(attachment.values()) if name is None else [attachment[name]]
+    names = list(attachment) if name is None else [name]
+    with _counting:
+        attachment.closed.update(names)
     try:
         yield
     finally:
-        attachment.off = before & set(attachment)
+        with _counting:  # not those that were detached meanwhile, nor what took their names
+            attachment.closed.subtract(
+                one for one, memory in zip(names, memories) if one in attachment and attachment[one] is memory
+            )
 
 
 def set_trainable(model: nn.Module, what: Trained) -> None:
@@ -160,31 +168,56 @@ def set_trainable(model: nn.Module, what: Trained) -> None:
         parameter.requires_grad_(what == "joint")
 
 
-def _save_pretrained(host: nn.Module, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+def _save_pretrained(
+    host: nn.Module,
+    save_directory: str | Path,
+    is_main_process: bool = True,
+    state_dict: Mapping[str, Tensor] | None = None,
+    push_to_hub: bool = False,
+    **kwargs: Any,
+) -> None:
     """The `save_pretrained` of a model with memory: the base as it would be without, each memory in a folder beside it.
 
-    The memory `name` is in `engrammar/name`, for `load_attached`.
+    The memory `name` is in `engrammar/name`, for `load_attached`. From a `state_dict` it takes its values as the base
+    does; rows that are placed outside the model are read where they are.
 
     Raises:
-        ValueError: `push_to_hub` is asked for, which would leave the memories out.
+        ValueError: `push_to_hub` is asked for, which would leave the memories out; or `state_dict` lacks a memory.
     """
-    if kwargs.get("push_to_hub"):
+    if push_to_hub:
         raise ValueError("push_to_hub would leave the memories out: save to a folder, and upload that.")
-    save_base(host, save_directory, *args, **kwargs)
-    decoder = find_decoder(host)
-    for name, attached in require_attachment(host, None).memories().items():
+    decoder, memories = find_decoder(host), require_attachment(host, None).memories()
+    given = {name: _values_of(name, memory, state_dict) for name, memory in memories.items()}
+    save_base(host, save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
+    for name, attached in memories.items():
         source = attached.memory.source
         gives_rows = source is not None and not source.is_first  # to the first rank, which waits for them
-        if kwargs.get("is_main_process", True) or gives_rows:
-            write_adapter(Path(save_directory, HOME, name), name, attached, fingerprint_of(decoder))
+        if is_main_process or gives_rows:
+            write_adapter(Path(save_directory, HOME, name), name, attached, fingerprint_of(decoder), given[name])
 
 
-def save_base(host: nn.Module, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+def _values_of(
+    name: str, attached: AttachedMemory, state_dict: Mapping[str, Tensor] | None
+) -> Mapping[str, Tensor] | None:
+    """The values of a memory in the model's `state_dict`."""
+    if state_dict is None:
+        return None
+    mine = f"{HOME}.{name}."
+    given = {key.removeprefix(mine): value for key, value in state_dict.items() if key.startswith(mine)}
+    is_placed = attached.memory.source is not None
+    missing = [key for key in attached.state_dict() if key not in given and not (is_placed and is_table(key))]
+    if missing:
+        raise ValueError(f"state_dict lacks {mine}{missing[0]}: give that of the whole model, or none.")
+    return given
+
+
+def save_base(
+    host: nn.Module, save_directory: str | Path, state_dict: Mapping[str, Tensor] | None = None, **kwargs: Any
+) -> None:
     """The `save_pretrained` of a model with memory as it would be without."""
-    state_dict = kwargs.pop("state_dict", None)
     given = host.state_dict() if state_dict is None else state_dict
-    kwargs["state_dict"] = {key: value for key, value in given.items() if not key.startswith(f"{HOME}.")}
-    type(host).save_pretrained(host, save_directory, *args, **kwargs)  # type: ignore[attr-defined]
+    own = {key: value for key, value in given.items() if not key.startswith(f"{HOME}.")}
+    type(host).save_pretrained(host, save_directory, state_dict=own, **kwargs)  # type: ignore[attr-defined]
 
 
 def _own_parameters(host: nn.Module, attachment: Attachment) -> list[nn.Parameter]:

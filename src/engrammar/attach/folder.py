@@ -48,10 +48,20 @@ class AdapterFile:
     base: Mapping[str, Any]
 
 
-def write_adapter(folder: Path, name: str, attached: AttachedMemory, base: Mapping[str, Any]) -> None:
+def write_adapter(
+    folder: Path,
+    name: str,
+    attached: AttachedMemory,
+    base: Mapping[str, Any],
+    values: Mapping[str, Tensor] | None = None,
+) -> None:
     """Writes a memory into a folder, which is whole or absent at any moment; an adapter that is there is replaced.
 
     Where ranks share the rows, all of them call this; the first one writes.
+
+    Args:
+        values: what to write under the names of `AttachedMemory`; None: its own values. Placed rows are read where they
+            are.
 
     Raises:
         ValueError: the folder holds other things, or the memory's rows are read from it.
@@ -65,7 +75,11 @@ def write_adapter(folder: Path, name: str, attached: AttachedMemory, base: Mappi
     if source is not None:
         source.check_save(folder)
     memory = attached.memory
-    tables = {layer: _rows_of(memory.table(layer)) for layer in memory.config.layers}
+    values = attached.state_dict() if values is None else values
+    tables = {
+        layer: _rows_of(memory.table(layer), values.get(f"memory.tables.{layer}.weight"))
+        for layer in memory.config.layers
+    }
     if source is not None and not source.is_first:
         for _, _, blocks in tables.values():
             list(blocks)  # empty: this rank's rows go to the first
@@ -81,7 +95,7 @@ def write_adapter(folder: Path, name: str, attached: AttachedMemory, base: Mappi
         tokenizer_sha256=attached.place.tokenizer_sha256,
     )
     with writer:
-        weights = {key: x.detach().cpu().contiguous() for key, x in attached.state_dict().items() if not is_table(key)}
+        weights = {key: x.detach().cpu().contiguous() for key, x in values.items() if not is_table(key)}
         save_file(weights, writer.partial / WEIGHTS, metadata={"format": "pt"})
         content = {"version": VERSION, "name": name, "place": asdict(attached.place), "base": dict(base)}
         (writer.partial / ADAPTER).write_text(json.dumps(content | {"crc32": json_sum(content)}, indent=1) + "\n")
@@ -95,13 +109,17 @@ def write_adapter(folder: Path, name: str, attached: AttachedMemory, base: Mappi
                 shutil.rmtree(target, ignore_errors=True)
 
 
-def _rows_of(table: MemoryTable) -> tuple[Encoding, float | None, Iterator[Tensor]]:
-    """The rows of a table as they are to be stored: their encoding, its scale, and uint8 blocks [U, S]."""
+def _rows_of(table: MemoryTable, given_RC: Tensor | None) -> tuple[Encoding, float | None, Iterator[Tensor]]:
+    """The rows of a table as they are to be stored: their encoding, its scale, and uint8 blocks [U, S].
+
+    Args:
+        given_RC: the rows, if they are not placed outside the model.
+    """
     source = table.source
     if isinstance(source, StoredTables):
         file = source.files[table.name]
         return file.encoding, file.scale, map(torch.from_numpy, read_table(source.folder, file))
-    weight_RC = table.weight if source is None else source.tables[table.name]
+    weight_RC = given_RC if source is None else source.tables[table.name]
     assert weight_RC is not None
     encoding: Encoding = "bf16" if weight_RC.dtype == torch.bfloat16 else "fp32"
     per_block = max(1, BLOCK_BYTES // (4 * weight_RC.shape[1]))

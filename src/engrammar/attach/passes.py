@@ -3,7 +3,8 @@
 Letters: B batch, T tokens, S positions of history.
 """
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,13 +16,15 @@ from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache
 
 from engrammar.attach.around import note_ids
-from engrammar.attach.attached import AttachedMemory, first_tokens
+from engrammar.attach.attached import AttachedMemory, Owner, first_tokens
 from engrammar.attach.blocks import Decoder, first_parameters, hidden_of, with_hidden
 from engrammar.attach.inputs import CACHES, Inputs, read_inputs
 from engrammar.attach.paged import FlatTokens, PagedPass, begin_paged, flat_in
-from engrammar.attach.skipping import begin_skipping, end_skipping
+from engrammar.attach.skipping import begin_skipping, end_skipping, restore_blocks
 from engrammar.attach.state import MemoryState, keeps_all, positions_in, state_in
 from engrammar.memory import Retrieved
+
+HOME = "engrammar"  # the name of the submodule that holds all memories of a model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +49,8 @@ class Attachment(nn.ModuleDict):
 
     def __init__(self) -> None:
         super().__init__()
-        self.off: frozenset[str] = frozenset()  # the names of the memories that are switched off
+        # How many `disabled` contexts are open for each memory, in all threads.
+        self.closed: Counter[str] = Counter()
         self.handles: list[RemovableHandle] = []
         self.trained: list[nn.Parameter] = []  # the model's own parameters that were trainable before
         self.arguments: list[str] = []
@@ -54,7 +58,12 @@ class Attachment(nn.ModuleDict):
         self.blocks_return_tuples = False
 
     def memories(self) -> dict[str, AttachedMemory]:
-        return {name: memory for name, memory in self.items() if isinstance(memory, AttachedMemory)}
+        """All memories in the order of their names, in which those of one block add to what it reads."""
+        return {name: memory for name, memory in sorted(self.items()) if isinstance(memory, AttachedMemory)}
+
+    def is_off(self, name: str) -> bool:
+        """Whether a memory is switched off."""
+        return self.closed[name] > 0
 
     def hook(self, decoder: Decoder) -> None:
         """Places the hooks anew: on the decoder, and on each block that a memory reads at."""
@@ -62,22 +71,35 @@ class Attachment(nn.ModuleDict):
         for handle in self.handles:
             handle.remove()
         self.handles = []
+        restore_blocks(decoder)
         if not len(self):
             return
         self.arguments = first_parameters(decoder.module)
         self.handles = [
             *note_ids(decoder),
+            decoder.host.register_load_state_dict_pre_hook(self.before_load),
             decoder.module.register_forward_pre_hook(self.before_pass, with_kwargs=True),
             decoder.module.register_forward_hook(self.after_pass, always_call=True),
         ]
         layers = sorted({layer for memory in self.memories().values() for layer in memory.config.layers})
         self.handles += [
             decoder.host.register_forward_pre_hook(partial(self.before_call, decoder, layers[0]), with_kwargs=True),
-            decoder.host.register_forward_hook(partial(end_skipping, decoder), always_call=True),
+            decoder.host.register_forward_hook(end_skipping, always_call=True),
         ]
         for layer in layers:
             before = partial(self.before_block, layer, decoder.argument)
             self.handles.append(decoder.blocks[layer].register_forward_pre_hook(before, with_kwargs=True))
+
+    def before_load(self, host: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+        """Refuses the weights of the base alone, which is what transformers' Trainer resumes from."""
+        own = {f"{prefix}{name}" for name, _ in host.named_parameters()}
+        ours = {name for name in own if name.startswith(f"{prefix}{HOME}.")}
+        plain = {name for name in own - ours if ".lora_" not in name}
+        if not plain.isdisjoint(state_dict) and ours.isdisjoint(state_dict):
+            raise ValueError(
+                "These weights are the base's alone, and the attached memories would stay as they are: resume with "
+                "EngrammarTrainer (transformers' Trainer cannot load memories), or call load_attached on the base."
+            )
 
     def before_call(
         self, decoder: Decoder, layer: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -88,9 +110,10 @@ class Attachment(nn.ModuleDict):
     @torch.compiler.disable
     def before_pass(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Starts reading the rows of this pass."""
-        memories = {name: memory for name, memory in self.memories().items() if name not in self.off}
+        memories = {name: memory for name, memory in self.memories().items() if not self.is_off(name)}
         begun = Pass(attachment=self)
         given = dict(zip(self.arguments, args)) | kwargs
+        check_continues(given, memories)
         tokens = flat_in(given) if memories else None
         if tokens is not None:  # continuous batching
             begun = Pass(attachment=self, reads={n: _read_flat(n, memory, tokens) for n, memory in memories.items()})
@@ -108,7 +131,7 @@ class Attachment(nn.ModuleDict):
         """Adds to the hidden states of a block what the memories hold for it."""
         current = next((one for one in reversed(_passes.get()) if one.attachment is self), None)
         if current is None:
-            if self.off == set(self):
+            if all(map(self.is_off, self)):
                 return None
             raise RuntimeError(
                 f"Block {layer} was called outside a pass of its model, so the memory does not know its ids: call the "
@@ -182,6 +205,17 @@ def continue_state(inputs: Inputs, begin: MemoryState) -> MemoryState:
             "them: pass a cache that this model filled with this memory attached and on, or a new one."
         )
     return state
+
+
+def check_continues(given: Mapping[str, Any], memories: Collection[str]) -> None:
+    """Raises a ValueError if a cache holds tokens that a memory has seen which is not in this pass."""
+    cache = next((given[name] for name in CACHES if isinstance(given.get(name), Cache)), None)
+    for layer in getattr(cache, "layers", ()):
+        is_ours = isinstance(layer, MemoryState) and isinstance(layer.config, Owner)
+        if is_ours and layer.seen and layer.name not in memories:
+            raise ValueError(
+                f"The cache was filled with the memory {layer.name!r}, which is off or detached now: pass a new cache."
+            )
 
 
 def _has_states(cache: Cache | None) -> bool:

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from engrammar.attach.attaching import disabled, require_attachment
 from engrammar.attach.blocks import PATCHES, Decoder, device_of, evaluating, find_decoder, hidden_of
-from engrammar.attach.skipping import KEPT, check_frozen
+from engrammar.attach.skipping import KEPT, KEPT_BLOCK, check_frozen, parts_below
 from engrammar.tables.sealed import check_writable, written_beside
 
 HIDDEN, ABOUT = "hidden.bin", "prefix.json"
@@ -41,7 +41,8 @@ class _Reached(Exception):
 
 @final
 class KeptPrefix:
-    """A dataset whose items also hold `kept_hidden`: what the first block with memory reads, [T, ...].
+    """A dataset whose items also hold what the first block with memory reads: `kept_hidden`, [T, ...], and that block's
+    index, `kept_block`.
 
     `model(**batch)` takes it and runs the blocks from there on; the others hand it through. With transformers' Trainer,
     set `remove_unused_columns=False`, or it is dropped and every block runs. It can be pickled.
@@ -52,6 +53,7 @@ class KeptPrefix:
         about = json.loads((folder / ABOUT).read_text())
         self.dtype: torch.dtype = getattr(torch, about["dtype"])
         self.shape: list[int] = about["shape"]
+        self.block = torch.tensor(about["layer"])
 
     def __len__(self) -> int:
         return len(self.items)
@@ -61,7 +63,8 @@ class KeptPrefix:
             raise IndexError(f"item {index} of {len(self)}")
         size = int(np.prod(self.shape)) * self.dtype.itemsize
         kept = np.fromfile(self.folder / HIDDEN, np.uint8, size, offset=index * size)
-        return {**self.items[index], KEPT: torch.from_numpy(kept).view(self.dtype).view(self.shape)}
+        hidden = torch.from_numpy(kept).view(self.dtype).view(self.shape)
+        return {**self.items[index], KEPT: hidden, KEPT_BLOCK: self.block}
 
 
 def keep_prefix(model: nn.Module, items: Items, folder: Path, *, batch_size: int = 8) -> KeptPrefix:
@@ -130,7 +133,7 @@ class Below:
 def _about(below: Below, items: Items) -> dict[str, Any]:
     weights, text = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
     host: Any = below.decoder.host
-    for module in (host.get_input_embeddings(), *below.decoder.blocks[: below.layer]):
+    for module in parts_below(below.decoder, below.layer):
         for name, weight in module.state_dict().items():
             weights.update(name.encode())
             weights.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
@@ -207,8 +210,8 @@ def _check_equal(model: nn.Module, decoder: Decoder, kept: KeptPrefix) -> None:
         with decoder.blocks[0].register_forward_hook(lambda *call: returned.append(call[-1])):
             whole = model(**item, use_cache=False).logits.float()
         require_attachment(model, None).blocks_return_tuples = isinstance(returned[0], tuple)
-        hidden = {KEPT: kept[0][KEPT][None].to(device)}
-        ours = model(**item, **hidden, use_cache=False).logits.float()
+        below = {name: kept[0][name][None].to(device) for name in (KEPT, KEPT_BLOCK)}
+        ours = model(**item, **below, use_cache=False).logits.float()
     apart = float((whole - ours).abs().max() / whole.abs().max())
     if not apart < (1e-5 if kept.dtype == torch.float32 else 1e-2):
         raise ValueError(

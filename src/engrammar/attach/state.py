@@ -115,6 +115,8 @@ class MemoryState(DummyLayer):
         count = -tokens_to_remove
         if count < 0:
             raise ValueError(f"crop was called with {tokens_to_remove}: give minus the number of tokens to take back.")
+        if count > self.seen:
+            raise ValueError(f"crop was called with {tokens_to_remove}, and the cache holds {self.seen} tokens.")
         tracks = [track for track in self.tracks() if len(track)]  # none of blocks that an early exit leaves out
         for track in tracks:
             if len(track) - count < min(track.window, self.seen - count):

@@ -5,7 +5,6 @@ Letters: V ids of the vocabulary.
 
 import json
 import math
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +12,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -34,7 +32,7 @@ from engrammar.attach.attaching import only_memory, save_base
 from engrammar.attach.blocks import find_decoder
 from engrammar.config import MemoryConfig
 from engrammar.tables.sealed import check_writable, write_text, writing
-from engrammar.tables.shards import BACKBONE, WHOLE, is_table
+from engrammar.tables.shards import is_table
 from engrammar.train.data import TokenSet, prepare
 from engrammar.train.recipe import AttachRecipe, BaseRecipe, DataRecipe, to_yaml
 from engrammar.train.run import finish_steps, last_checkpoint, progress, trainer_settings, training_arguments
@@ -74,7 +72,7 @@ def memory_settings(recipe: AttachRecipe, num_blocks: int, tokenizer: PreTrained
 
 
 class AttachedTrainer(EngrammarTrainer):
-    """As `EngrammarTrainer`; its checkpoints hold what is trained, and not the frozen base."""
+    """As `EngrammarTrainer`, for a memory of which a step may train some rows only."""
 
     sparse: SparseRows | None = None  # chooses the rows that a step trains; None: all that it reads
 
@@ -82,35 +80,6 @@ class AttachedTrainer(EngrammarTrainer):
         optimizer = super().create_optimizer(model)
         self.mixed_optimizer.sparse = self.sparse
         return optimizer
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes the trained weights, and a checkpoint's rows with their optimizer's state."""
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        if self.args.should_save:
-            save_file({name: p.detach().cpu().contiguous() for name, p in self._trained()}, folder / WHOLE)
-        if self.placement is not None:
-            self.accelerator.wait_for_everyone()
-            self.placement.save(folder)
-            if self.mixed_optimizer.rows is not None:
-                self.placement.save_state(folder, self.mixed_optimizer.rows)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        trained = dict(self._trained())
-        files = (Path(resume_from_checkpoint) / name for name in (BACKBONE, WHOLE))
-        saved = load_file(next(path for path in files if path.exists()))
-        if saved.keys() != trained.keys():
-            name = min(saved.keys() ^ trained.keys())
-            raise ValueError(f"{resume_from_checkpoint} is of another run: {name} is trained in one of the two only.")
-        with torch.no_grad():
-            for name, value in saved.items():
-                trained[name].copy_(value)
-
-    def _trained(self) -> Iterator[tuple[str, Tensor]]:
-        """Parameters that are trained; placed tables are none, and `placement` writes their rows."""
-        for name, parameter in self.accelerator.unwrap_model(self.model).named_parameters():
-            if parameter.requires_grad:
-                yield name, parameter
 
 
 @dataclass(frozen=True, kw_only=True)

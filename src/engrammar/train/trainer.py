@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
+from engrammar.attach.attaching import attachment_of
 from engrammar.memory import memory_of
 from engrammar.model.saving import WithoutTables
 from engrammar.table import MemoryTable
@@ -27,6 +28,7 @@ from engrammar.train.balancing import LoadBalancing
 from engrammar.train.optimizer import DEFAULTS, MixedOptimizer, OptimizerSettings, build_optimizer
 from engrammar.train.placement import place_tables, placement_of
 from engrammar.train.scoring import LookingAhead, sum_cross_entropy
+from engrammar.train.trained import load_trained, save_trained
 from engrammar.versions import check_can_train
 
 logger = logging.getLogger(__name__)
@@ -36,8 +38,8 @@ class EngrammarTrainer(Trainer):
     """Trains any model with (or without) memory tables.
 
     It overrides private methods of transformers' Trainer where there is no public way; tested with 5.23.0.
-    Checkpoints are whole or absent (`engrammar.tables.sealed`). They are flushed to the disk while training goes on, so
-    `checkpoint-N` may appear after the `on_save` callbacks.
+    Checkpoints are whole or absent (`engrammar.tables.sealed`); with memories attached they hold what is trained. They
+    are flushed to the disk while training goes on, so `checkpoint-N` may appear after the `on_save` callbacks.
 
     Args:
         optimizer_settings: which optimizer trains what. Adam's own numbers and clipping are those of `args`.
@@ -226,20 +228,35 @@ class EngrammarTrainer(Trainer):
         """As in transformers; every rank also writes its rows of placed tables, and in a checkpoint their state."""
         folder = Path(output_dir or self.args.output_dir)
         before = file_stamps(folder)
-        if self.is_fsdp_enabled:
+        if self.is_attached:
+            self._save_attached(folder)
+        elif self.is_fsdp_enabled:
             self._save_sharded(folder)
         else:
             super().save_model(output_dir, _internal_call)
-        if self.placement is not None:
+        if self.placement is not None and (self.partial is not None or not self.is_attached):
             self.accelerator.wait_for_everyone()
             self.placement.save(folder)
-            if self.args.should_save:
+            if self.args.should_save and not self.is_attached:
                 finish_checkpoint(folder)
             in_checkpoint = self.partial is not None and not self.args.save_only_model
             if in_checkpoint and self.mixed_optimizer.rows is not None:
                 self.placement.save_state(folder, self.mixed_optimizer.rows)
         if self.partial is None and self.args.should_save:  # the tokenizer and other files saved beside the model
             add_to_manifest(folder, since=before)
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether memories are attached to the model."""
+        return attachment_of(self.accelerator.unwrap_model(self.model)) is not None
+
+    def _save_attached(self, folder: Path) -> None:
+        """Writes what is trained into a checkpoint; anywhere else what `save_pretrained` writes, with all ranks."""
+        model = self.accelerator.unwrap_model(self.model)
+        if self.args.should_save:
+            super().save_model(str(folder)) if self.partial is None else save_trained(folder, model)
+        elif self.partial is None:
+            model.save_pretrained(folder, is_main_process=False)
 
     def _save_sharded(self, folder: Path) -> None:
         """What transformers' `save_model` writes, each rank its rows."""
@@ -268,7 +285,9 @@ class EngrammarTrainer(Trainer):
         super()._save(output_dir, state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.is_fsdp_enabled:
+        if self.is_attached:
+            load_trained(Path(resume_from_checkpoint), self.accelerator.unwrap_model(self.model))
+        elif self.is_fsdp_enabled:
             sharded.load_model(Path(resume_from_checkpoint), self.model if model is None else model)
         elif self.placement is None:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -277,7 +296,7 @@ class EngrammarTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         best = str(self.state.best_model_checkpoint)
-        if self.placement is None and not self.is_fsdp_enabled:
+        if self.placement is None and not self.is_fsdp_enabled and not self.is_attached:
             super()._load_best_model()
         else:
             self._load_from_checkpoint(best)

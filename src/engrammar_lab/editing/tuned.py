@@ -7,7 +7,6 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engrammar.attach.blocks import evaluating, find_decoder, host_of
-from engrammar.attach.skipping import KEPT, begin_skipping, end_skipping
+from engrammar.attach.skipping import KEPT, KEPT_BLOCK, begin_skipping, end_skipping, restore_blocks
 from engrammar.edit import Fact
 from engrammar.edit.forms import is_question
 from engrammar.edit.optimizing import frozen
@@ -71,12 +70,14 @@ def fine_tune(model: Model, tokenizer: Any, facts: Sequence[Fact], seed: int, se
     with only_training(model, weight), evaluating(host_of(model)), _kept_below(model, settings.block):
         mixed = random.Random(seed).sample(list(facts), len(facts))
         batches = [fact_batch(tokenizer, part, weight.device) for part in _cut(mixed, settings.batch)]
+        block = torch.tensor([settings.block])
         below = [states(model, one.ids, one.mask, settings.block) for one in batches]
         order, step, unlearned = random.Random(seed), 0, 1
         while unlearned and step < settings.steps:
             unlearned = 0
             for number in order.sample(range(len(batches)), len(batches)):
-                nats_N = nats_of(logits_at(model, batches[number], **{KEPT: below[number]}), batches[number])
+                kept = {KEPT: below[number], KEPT_BLOCK: block}
+                nats_N = nats_of(logits_at(model, batches[number], **kept), batches[number])
                 missed = int((nats_N > settings.stop).sum())
                 if missed and step < settings.steps:
                     _step(optimizer, nats_N.mean())
@@ -184,9 +185,10 @@ def _kept_below(model: Model, block: int) -> Iterator[None]:
     begin = decoder.host.register_forward_pre_hook(
         lambda _, args, kwargs: begin_skipping(decoder, block, as_tuple[0], args, kwargs), with_kwargs=True
     )
-    end = decoder.host.register_forward_hook(partial(end_skipping, decoder), always_call=True)
+    end = decoder.host.register_forward_hook(end_skipping, always_call=True)
     try:
         yield
     finally:
         begin.remove()
         end.remove()
+        restore_blocks(decoder)
