@@ -257,6 +257,26 @@ def test_save_pretrained_writes_the_base_and_the_memory_beside_it(tmp_path):
     assert not (tmp_path / "both" / "engrammar").exists()
 
 
+def test_values_that_are_given_are_what_is_saved(tmp_path):
+    """As averaged weights, or those that a sharded model gathers; by name and by place."""
+    model, other = attached_model("llama"), attached_model("llama")
+    randomize(other, seed=3)
+    with torch.no_grad():
+        other.model.norm.weight.mul_(2)
+    given = other.state_dict()
+    model.save_pretrained(tmp_path / "named", state_dict=given)
+    model.save_pretrained(tmp_path / "placed", True, given)
+    for folder in ("named", "placed"):
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / folder, attn_implementation="eager")
+        load_attached(loaded, tmp_path / folder / "engrammar" / "default")
+        assert torch.equal(logits_of(loaded), logits_of(other))
+    assert not torch.equal(logits_of(model), logits_of(other))
+    with pytest.raises(ValueError, match="state_dict lacks engrammar.default"):
+        model.save_pretrained(tmp_path / "lacking", state_dict=base_model("llama").state_dict())
+    model.save_pretrained(tmp_path / "other rank", False)
+    assert not list((tmp_path / "other rank").rglob("*.safetensors"))
+
+
 def test_a_name_on_the_hub_is_downloaded(saved, monkeypatch):
     folder, logits = saved
     asked = {}

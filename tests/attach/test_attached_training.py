@@ -152,6 +152,43 @@ def test_a_trainer_trains_a_memory(kind, tmp_path):
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
+@pytest.mark.parametrize("how", ["row_adam", "dense_adam", "LoRA"])
+def test_our_trainer_resumes_an_attached_model_to_the_same_bits_and_takes_the_best(how, tmp_path):
+    ids = random_ids(8, 17)
+    settings = OptimizerSettings(memory_lr_scale=1.0, memory="dense_adam" if how == "dense_adam" else "row_adam")
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+
+    def train(out, resume=None, **other):
+        torch.manual_seed(0)
+        model = attach(sharp_base("llama"), memory_config(), tokenizer())
+        if how == "LoRA":
+            model = get_peft_model(model, LoraConfig(**LORA))
+            set_trainable(model, "memory")
+        args = TrainingArguments(
+            output_dir=str(out),
+            **{**ARGUMENTS, "save_strategy": "steps", "max_steps": 8, "save_steps": 4},
+            logging_steps=1,
+            **other,
+        )
+        data = {"train_dataset": rows_of(ids), "eval_dataset": rows_of(ids)}
+        trainer = EngrammarTrainer(model, args, optimizer_settings=settings, balance_rate=0, **data)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    def losses(trainer):
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    whole = train(tmp_path / "whole")
+    again = train(tmp_path / "again", resume=str(tmp_path / "whole" / "checkpoint-4"))
+    assert losses(again) == losses(whole)
+    named = dict(again.model.named_parameters())
+    assert all(torch.equal(value, named[name]) for name, value in whole.model.named_parameters())
+    worst = train(tmp_path / "best", eval_strategy="steps", eval_steps=4, **best)
+    evaluated = [entry["eval_loss"] for entry in worst.state.log_history if "eval_loss" in entry]
+    assert worst.state.best_model_checkpoint.endswith("checkpoint-4") and evaluated[0] > 1.05 * evaluated[1]
+    assert worst.evaluate()["eval_loss"] == pytest.approx(evaluated[0], rel=1e-6)
+
+
 @pytest.mark.parametrize("order", ["memory first", "LoRA first"])
 @pytest.mark.parametrize("targets", ["all-linear", r".*_proj", ["q_proj", "v_proj"]])
 def test_beside_lora_in_either_order(order, targets):

@@ -284,4 +284,6 @@ def test_what_was_not_recorded_is_not_taken_back():
         state.crop(-1)
     with pytest.raises(ValueError, match="give minus the number"):
         state.crop(3)
+    with pytest.raises(ValueError, match="the cache holds"):
+        state.crop(-1000)
     assert state.seen == 20 and len(state.ids) == 2

@@ -29,6 +29,7 @@ from engrammar.stores.serving import StoredTables
 from engrammar.tables.convert import quantize
 from engrammar.tables.folder import open_tables
 from engrammar.tables.verify import read_table
+from engrammar.train.placement import place_tables
 
 
 def bits(model, ids: torch.Tensor) -> torch.Tensor:
@@ -38,6 +39,18 @@ def bits(model, ids: torch.Tensor) -> torch.Tensor:
 
 def memory_of(model) -> Memory:
     return _memories(model)[0]
+
+
+def test_a_model_whose_rows_a_patch_replaces_is_not_placed():
+    """Placed rows would be read past the patch."""
+    model, ids = model_of_kind(OURS), spoken_ids(2, 9)
+    plain = bits(model, ids)
+    apply_patch(model, row_patch(model, "rows", ids)[0], tokenizer())
+    with pytest.raises(ValueError, match="a patch replaces rows of its tables"):
+        place_tables(model)
+    undo_patch(model, "rows")
+    place_tables(model)
+    assert torch.equal(bits(model, ids), plain)
 
 
 def read_rows(model, ids: torch.Tensor) -> dict[int, torch.Tensor]:

@@ -1,6 +1,7 @@
 """Copies of a model, as averaging and PEFT make them, read and train their own tables."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -39,6 +40,19 @@ def test_a_deep_copy_trains_as_the_model_does_and_leaves_it_alone(dialect):
     train(model)
     for name, value in model.state_dict().items():
         assert torch.equal(copied.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("tier", [{"memory": "ram"}, {"memory": "disk"}, {"memory": "disk", "cache_rows": 16}])
+@torch.no_grad()
+def test_a_deep_copy_of_a_served_model_reads_on_and_so_does_the_model(tier, tmp_path):
+    tiny_model("paper").save_pretrained(tmp_path)
+    model = EngrammarForCausalLM.from_pretrained(tmp_path, **tier)
+    expected = model(IDS).logits
+    copied = copy.deepcopy(model)
+    assert torch.equal(copied(IDS).logits, expected)
+    del copied
+    gc.collect()
+    assert torch.equal(model(IDS).logits, expected)
 
 
 def test_a_copied_memory_in_a_frozen_model_is_all_that_trains():

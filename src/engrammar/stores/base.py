@@ -5,7 +5,7 @@ Letters: R rows of the table, U rows asked for (in any order, repeats allowed), 
 """
 
 from abc import ABC, abstractmethod
-from typing import final
+from typing import Any, Self, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,6 +71,11 @@ class RowStore(ABC):
     @abstractmethod
     def _fetch(self, rows_U: NDArray[np.int64]) -> Fetch:
         """Starts reading rows, all of which are in the table."""
+
+    @final
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A copy of a model reads from the same store; open files and sockets have no copies."""
+        return self
 
     @abstractmethod
     def close(self) -> None:

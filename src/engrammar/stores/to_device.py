@@ -24,6 +24,9 @@ class DeviceCopies:
         self.device, self.stream = device, torch.Stream(device)
         self.thread = ThreadPoolExecutor(1, "engrammar-to-device")
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "DeviceCopies":
+        return DeviceCopies(self.device)  # with a stream and a thread of its own
+
     def start(self, wait: Callable[[], Tensors], make: Callable[[Any], Made]) -> Callable[[], Made]:
         """Starts to copy tensors, and to make others of them on the device.
 

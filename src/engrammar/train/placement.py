@@ -340,8 +340,8 @@ def place_tables(
             was built with tables="external".
 
     Raises:
-        ValueError: there are no tables, they are placed or served already, this rank is not in `group`, or a choice is
-            not allowed.
+        ValueError: there are no tables, they are placed or served already or a patch replaces their rows, this rank is
+            not in `group`, or a choice is not allowed.
     """
     tables = {name: module for name, module in model.named_modules() if isinstance(module, MemoryTable)}
     sources = [table.source for table in tables.values() if table.source is not None]
@@ -353,6 +353,11 @@ def place_tables(
         raise ValueError(
             f"{type(model).__name__} cannot be placed: its memory tables are served, which cannot change them. Load it "
             "without `memory` to train it."
+        )
+    if any(table._forward_hooks for table in tables.values()):
+        raise ValueError(
+            f"{type(model).__name__} cannot be placed: a patch replaces rows of its tables, which would be left out. "
+            "Undo the patch."
         )
     check_choice("where", where, Where)
     check_choice("overlap", overlap, Overlap)
