@@ -106,6 +106,8 @@ def test_pages_are_those_that_rows_lie_on():
     assert touches.pages_per_token(rows_TH, sample_of(2), 64) == (1.5, 1.0)
     assert touches.pages_per_token(rows_TH, sample_of(1, 1), 64) == (1.5, 1.5)
     assert touches.pages_per_token(column(1, 3), sample_of(2), 4000) == (2.0, 2.0)  # 4000-7999 and 12000-15999
+    assert touches.pages_per_token(column(1, 3), sample_of(2), 12_288) == (3.0, 3.0)
+    assert touches.pages_per_token(column(1), sample_of(1), 8_000) == (3.0, 3.0)  # 8000-15999
 
 
 def test_the_smallest_cache_is_the_first_that_hits_enough():

@@ -161,6 +161,23 @@ def test_a_killed_run_goes_on_to_the_same_bits(how, base, text, tmp_path):
     assert losses[0] == losses[1]
 
 
+def test_a_run_killed_after_its_last_step_keeps_the_best_model(base, text, tmp_path):
+    settings = (
+        "trainer.max_steps=6", "trainer.save_steps=2", "trainer.eval_steps=2", "trainer.eval_strategy=steps",
+        "trainer.load_best_model_at_end=true", "trainer.metric_for_best_model=eval_loss",
+        "trainer.greater_is_better=true", "trainer.save_total_limit=9", "keep_prefix=false",
+    )  # fmt: skip
+    run(base, text, tmp_path / "run", *settings)
+    whole = json.loads((tmp_path / "run" / "result.json").read_text())
+    losses = [entry["eval_loss"] for entry in json.loads(
+        (tmp_path / "run" / "checkpoint-6" / "trainer_state.json").read_text()
+    )["log_history"] if "eval_loss" in entry]  # fmt: skip
+    assert whole["with_memory"]["loss"] == pytest.approx(losses[0], rel=1e-6) and losses[0] > losses[-1] + 0.01
+    (tmp_path / "run" / "result.json").unlink()
+    run(base, text, tmp_path / "run", *settings)
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["with_memory"] == whole["with_memory"]
+
+
 def test_training_the_model_too_saves_it_beside_the_adapter(base, text, tmp_path, capsys):
     run(base, text, tmp_path / "run", "train=joint", "keep_prefix=false", "trainer.max_steps=3")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")

@@ -312,6 +312,11 @@ def test_the_best_model_is_kept_and_loaded_at_the_end(tmp_path, greater, best, k
         assert state["best_model_checkpoint"] == str(out / f"checkpoint-{seen}")
     expected, found = weights(out / f"checkpoint-{best}"), weights(out)
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    result = json.loads((out / "result.json").read_text())
+    (out / "result.json").unlink()  # as if it was killed after its last step
+    again = train(tiny_recipe(tmp_path, *settings))
+    assert again["validation_loss"] == result["validation_loss"]
+    assert all(torch.equal(tensor, weights(out)[name]) for name, tensor in expected.items())
 
 
 def test_damage_is_named_before_anything_is_loaded(tmp_path):

@@ -216,6 +216,7 @@ def test_a_resolved_recipe_reads_back_equal(tmp_path):
         ("data.sequence_length=-3", "sequence_length is -3"),
         ("seed=[", "The override 'seed=\[' is not valid YAML"),
         ("out.deep=5", "goes into 'out', which is not a section"),
+        ("data.validation_share=0", "validation_share is 0.0; allowed: over 0, since a run is measured"),
     ],
 )
 def test_a_wrong_setting_is_named(override, message):
@@ -230,6 +231,7 @@ def test_a_wrong_setting_is_named(override, message):
         ("model.settings.hiden_size=5", "'hiden_size' is not a setting of EngrammarConfig"),
         ("trainer.learning_rate=1", "its setting is optimizer.lr"),
         ("trainer.max_steps=0", "trainer.max_steps is 0"),
+        ("trainer.save_only_model=true", "save_only_model is True; allowed: false, since a killed run resumes"),
         ("data.sequence_length=512", "this model allows up to 256"),
         ("model.settings.memory.rows=5", "unknown settings rows"),
     ],

@@ -161,8 +161,9 @@ def repeated_share(rows_TH: NDArray[np.int64], sample: Sample, num_rows: int) ->
 
 def pages_per_token(rows_TH: NDArray[np.int64], sample: Sample, row_bytes: int) -> tuple[float, float]:
     """Distinct 4 KiB pages per token: if tokens are read one by one, and if each prompt is one fetch."""
-    first_TH = rows_TH * row_bytes // PAGE
-    pages_TH = np.concatenate([first_TH, (rows_TH * row_bytes + row_bytes - 1) // PAGE], axis=1)
+    first_TH, last_TH = rows_TH * row_bytes // PAGE, (rows_TH * row_bytes + row_bytes - 1) // PAGE
+    most = (row_bytes + PAGE - 2) // PAGE + 1  # pages of a row that begins at a page's last byte
+    pages_TH = np.concatenate([np.minimum(first_TH + step, last_TH) for step in range(most)], axis=1)
     pages_TH.sort(axis=1)
     alone = len(pages_TH) + np.count_nonzero(np.diff(pages_TH, axis=1))
     together = num_distinct(sample.prompt_T[:, None] * (pages_TH.max() + 1) + pages_TH)

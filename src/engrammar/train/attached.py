@@ -35,7 +35,14 @@ from engrammar.tables.sealed import check_writable, write_text, writing
 from engrammar.tables.shards import is_table
 from engrammar.train.data import TokenSet, prepare
 from engrammar.train.recipe import AttachRecipe, BaseRecipe, DataRecipe, to_yaml
-from engrammar.train.run import finish_steps, last_checkpoint, progress, trainer_settings, training_arguments
+from engrammar.train.run import (
+    final_checkpoint,
+    finish_steps,
+    last_checkpoint,
+    progress,
+    trainer_settings,
+    training_arguments,
+)
 from engrammar.train.sparse import SparseRows, share_changed
 from engrammar.train.trainer import EngrammarTrainer
 
@@ -173,9 +180,10 @@ def train_attached(recipe: AttachRecipe) -> dict[str, Any]:
     if background:
         rows, most_common = recipe.sparse.rows or None, recipe.sparse.most_common
         trainer.sparse = SparseRows(ready.model, background, rows, most_common=most_common)
-    if trained:
-        trainer.place(checkpoint)
-        trainer._load_from_checkpoint(str(checkpoint))
+    if checkpoint and trained:
+        finished = final_checkpoint(arguments, checkpoint, state)
+        trainer.place(finished)
+        trainer._load_from_checkpoint(str(finished))
     tokens_per_second = finish_steps(trainer, recipe, checkpoint, state, trained)
     result = _measured(ready.model, trainer) | {
         "tokens_per_second": tokens_per_second,

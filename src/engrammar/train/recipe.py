@@ -128,6 +128,9 @@ class Recipe:
     chunked_loss: bool = False
     trainer: Settings = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        check_measured(self.data)
+
 
 @dataclass(frozen=True, kw_only=True)
 class BaseRecipe:
@@ -181,6 +184,13 @@ class AttachRecipe:
         check_setting("data.tokenizer", given, given is None, "null; the model's own is used")
         holds = self.train == "memory" or not self.keep_prefix
         check_setting("keep_prefix", self.keep_prefix, holds, "false if the model is trained too")
+        check_measured(self.data)
+
+
+def check_measured(data: DataRecipe) -> None:
+    """Raises a ValueError if a run on `data` would have no text to be measured on."""
+    share = data.validation_share
+    check_setting("data.validation_share", share, share > 0, "over 0, since a run is measured on its validation text")
 
 
 Kind = TypeVar("Kind", bound=Recipe | AttachRecipe)
@@ -302,4 +312,6 @@ def check_trainer(recipe: Recipe | AttachRecipe) -> Settings:
     for name in ("max_grad_norm", "max_steps"):
         if not isinstance(settings.get(name, 1), int | float) or (settings.get(name) == 0 and name == "max_steps"):
             raise ValueError(f"trainer.{name} is {settings[name]!r}; allowed: a number (of steps: 1 or more, or -1).")
+    if settings.get("save_only_model"):
+        raise ValueError("trainer.save_only_model is True; allowed: false, since a killed run resumes its optimizer.")
     return settings

@@ -128,7 +128,8 @@ def train(recipe: Recipe, build: BuildConfig | None = None) -> dict[str, Any]:
     if (out / "result.json").exists():
         return json.loads((out / "result.json").read_text())
     state, trained = progress(checkpoint)
-    trainer, config = _trainer(recipe, arguments, checkpoint if trained else None, build or build_config)
+    finished = final_checkpoint(arguments, checkpoint, state) if checkpoint and trained else None
+    trainer, config = _trainer(recipe, arguments, finished, build or build_config)
     if arguments.should_save:
         with writing("recipe.yaml", out):
             write_text(out / "recipe.yaml", to_yaml(recipe))
@@ -239,13 +240,18 @@ def last_checkpoint(recipe: Recipe | AttachRecipe) -> Path | None:
     return last_good(out)
 
 
+def final_checkpoint(arguments: TrainingArguments, checkpoint: Path, state: TrainerState) -> Path:
+    """The checkpoint with the model that a run ends with, which is verified: its last, or the best if that is asked."""
+    best = state.best_model_checkpoint if arguments.load_best_model_at_end else None
+    final = checkpoint if best is None else checkpoint.with_name(Path(best).name)
+    verify(final)
+    return final
+
+
 def progress(checkpoint: Path | None) -> tuple[TrainerState, bool]:
     """The training state in a checkpoint, which is verified before it is read, and whether all steps are done."""
     if checkpoint is None:
         return TrainerState(), False
     verify(checkpoint, only=("trainer_state.json",))
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    trained = state.global_step >= state.max_steps
-    if trained:
-        verify(checkpoint)  # if steps are left, the Trainer does this
-    return state, trained
+    return state, state.global_step >= state.max_steps

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from engrammar.tables.shards import BACKBONE, WHOLE
+from engrammar.train.sharded import OPTIMIZER
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -39,3 +40,12 @@ def load_trained(folder: Path, model: nn.Module) -> None:
     with torch.no_grad():
         for name, value in saved.items():
             trained[name].copy_(value)
+
+
+def check_resumable(folder: Path) -> None:
+    """Raises a ValueError if a checkpoint lacks its optimizer's state, which would begin anew in silence."""
+    if not any((folder / name).exists() for name in ("optimizer.pt", OPTIMIZER)):
+        raise ValueError(
+            f"{folder} has no optimizer's state (save_only_model): load its model and train anew, or resume from "
+            "another checkpoint."
+        )

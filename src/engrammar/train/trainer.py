@@ -28,7 +28,7 @@ from engrammar.train.balancing import LoadBalancing
 from engrammar.train.optimizer import DEFAULTS, MixedOptimizer, OptimizerSettings, build_optimizer
 from engrammar.train.placement import place_tables, placement_of
 from engrammar.train.scoring import LookingAhead, sum_cross_entropy
-from engrammar.train.trained import load_trained, save_trained
+from engrammar.train.trained import check_resumable, load_trained, save_trained
 from engrammar.versions import check_can_train
 
 logger = logging.getLogger(__name__)
@@ -191,6 +191,7 @@ class EngrammarTrainer(Trainer):
     def _check_checkpoint(self, folder: Path) -> None:
         if (folder / MANIFEST).exists():
             verify(folder, only=None if self.args.should_save else ())  # one process reads it all
+            check_resumable(folder)
         else:
             logger.warning("%s has no %s, so damage would not be noticed: resuming from it as it is.", folder, MANIFEST)
 
@@ -228,16 +229,16 @@ class EngrammarTrainer(Trainer):
         """As in transformers; every rank also writes its rows of placed tables, and in a checkpoint their state."""
         folder = Path(output_dir or self.args.output_dir)
         before = file_stamps(folder)
-        if self.is_attached:
+        if self._is_attached:
             self._save_attached(folder)
         elif self.is_fsdp_enabled:
             self._save_sharded(folder)
         else:
             super().save_model(output_dir, _internal_call)
-        if self.placement is not None and (self.partial is not None or not self.is_attached):
+        if self.placement is not None and (self.partial is not None or not self._is_attached):
             self.accelerator.wait_for_everyone()
             self.placement.save(folder)
-            if self.args.should_save and not self.is_attached:
+            if self.args.should_save and not self._is_attached:
                 finish_checkpoint(folder)
             in_checkpoint = self.partial is not None and not self.args.save_only_model
             if in_checkpoint and self.mixed_optimizer.rows is not None:
@@ -246,8 +247,7 @@ class EngrammarTrainer(Trainer):
             add_to_manifest(folder, since=before)
 
     @property
-    def is_attached(self) -> bool:
-        """Whether memories are attached to the model."""
+    def _is_attached(self) -> bool:
         return attachment_of(self.accelerator.unwrap_model(self.model)) is not None
 
     def _save_attached(self, folder: Path) -> None:
@@ -285,7 +285,7 @@ class EngrammarTrainer(Trainer):
         super()._save(output_dir, state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.is_attached:
+        if self._is_attached:
             load_trained(Path(resume_from_checkpoint), self.accelerator.unwrap_model(self.model))
         elif self.is_fsdp_enabled:
             sharded.load_model(Path(resume_from_checkpoint), self.model if model is None else model)
@@ -296,7 +296,7 @@ class EngrammarTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         best = str(self.state.best_model_checkpoint)
-        if self.placement is None and not self.is_fsdp_enabled and not self.is_attached:
+        if self.placement is None and not self.is_fsdp_enabled and not self._is_attached:
             super()._load_best_model()
         else:
             self._load_from_checkpoint(best)
