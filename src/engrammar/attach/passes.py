@@ -172,8 +172,10 @@ def continue_state(inputs: Inputs, begin: MemoryState) -> MemoryState:
     Raises:
         ValueError: the cache holds positions that such a state has not seen.
     """
-    state = state_in(inputs.cache, begin.name)
-    if state is None and not inputs.seen and not _has_states(inputs.cache):
+    state, cache = state_in(inputs.cache, begin.name), inputs.cache
+    # A cache without attention layers says only whether it holds earlier positions.
+    has_earlier = cache.has_previous_state() if cache is not None and inputs.seen is None else inputs.seen
+    if state is None and not has_earlier:
         return begin
     if state is None or state.config != begin.config or inputs.seen not in (None, state.seen):
         held = "none" if state is None or state.config != begin.config else str(state.seen)
@@ -182,11 +184,6 @@ def continue_state(inputs: Inputs, begin: MemoryState) -> MemoryState:
             "them: pass a cache that this model filled with this memory attached and on, or a new one."
         )
     return state
-
-
-def _has_states(cache: Cache | None) -> bool:
-    """Whether a cache without attention layers holds earlier positions."""
-    return cache is not None and positions_in(cache) is None and cache.has_previous_state()
 
 
 def cache_in(output: Any) -> Cache | None:
