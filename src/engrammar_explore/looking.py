@@ -307,7 +307,8 @@ def _orders(seen: Seen, one: Recorded, place: int, census: Census | None) -> lis
     memory = one.place.memory
     config, width = memory.config, memory.config.head_dim
     window_BT = seen.ids_T[None, max(0, place + 1 - config.max_ngram_size) : place + 1]  # nothing earlier is read
-    rows_H = memory.addresses(window_BT.to(_device(memory)))[one.place.layer][0, -1].tolist()
+    device = "cpu" if memory.class_of_id is None else memory.class_of_id.device
+    rows_H = memory.addresses(window_BT.to(device))[one.place.layer][0, -1].tolist()
     seen_N = _seen_ids(memory, window_BT)
     weight_DE = one.place.fusion.projection.weight.detach().float().cpu()[: one.place.fusion.hidden_size]
     embedding_HC, value_D = one.embedding_TE[place].view(-1, width), one.value_TD[place]
@@ -346,7 +347,3 @@ def _seen_ids(memory: Memory, ids_BT: Tensor) -> list[int]:
     plain_V = torch.arange(max(int(ids_BT.max()) + 1, memory.num_ids))
     geometry = replace(memory.geometry, fill_class=-1)
     return [int(one[0, -1]) for one in look_back(ids_BT, config=memory.config, geometry=geometry, classes_V=plain_V)]
-
-
-def _device(memory: Memory) -> torch.device:
-    return torch.device("cpu") if memory.class_of_id is None else memory.class_of_id.device

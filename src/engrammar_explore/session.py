@@ -41,18 +41,13 @@ class Explored:
 
 @final
 class Session:
-    """A model, and what a page has done with it.
-
-    Attributes:
-        version: how often patches were applied or undone.
-        patches: known patches by name, applied or not.
-    """
+    """A model, and what a page has done with it."""
 
     def __init__(self, explored: Explored, settings: LookSettings | None = None, patches: Sequence[Patch] = ()) -> None:
         self.explored, self.settings = explored, settings or LookSettings()
         self.known = Known.of(explored.model)
-        self.version = 0
-        self.patches: dict[str, Patch] = {patch.name: patch for patch in patches}
+        self.version = 0  # how often patches were applied or undone
+        self.patches = {patch.name: patch for patch in patches}  # known ones by name, applied or not
         self.tried: dict[str, dict[str, Any]] = {}
         self._seen: OrderedDict[tuple[Any, ...], Seen] = OrderedDict()
         for patch in patches:
