@@ -227,32 +227,29 @@ def closer(seen: Seen, place: int, census: Census | None = None) -> dict[str, An
     """
     if not 0 <= place < len(seen.ids_T):
         raise ValueError(f"There is no token {place}; the text has {len(seen.ids_T)}.")
-    following = int(seen.ids_T[place + 1]) if place + 1 < len(seen.ids_T) else None
-    guesses = _guesses(seen, place, following)
+    guesses, following = _guesses(seen, place)
     return {
         "position": place,
-        "guesses": [one for one in guesses if not one.pop("extra")],
-        "next": next((one for one in guesses if one["id"] == following), None),
+        "guesses": guesses,
+        "next": following,
         "memories": [_of_memory(seen, one, place, census) for one in seen.recorded],
     }
 
 
-def _guesses(seen: Seen, place: int, following: int | None) -> list[dict[str, Any]]:
-    """The likeliest next tokens, and the one that follows; "extra" if it is none of the likeliest."""
+def _guesses(seen: Seen, place: int) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    """The likeliest next tokens, and the one that follows; None at the end of the text."""
     columns = {"with": seen.logits_TV[place].softmax(-1)}
     if seen.without_TV is not None:
         columns["without"] = seen.without_TV[place].softmax(-1)
     number = min(seen.settings.num_guesses, len(columns["with"]))
     chosen = dict.fromkeys(token for column_V in columns.values() for token in column_V.topk(number).indices.tolist())
-    likely = set(chosen)
-    wanted = sorted(chosen, key=lambda token: -float(columns["with"][token]))
-    if following is not None and following not in likely:
-        wanted.append(following)
-    return [
-        {"id": token, "text": token_text(seen.tokenizer, token), "extra": token not in likely}
-        | {name: float(column_V[token]) for name, column_V in columns.items()}
-        for token in wanted
-    ]
+
+    def told(token: int) -> dict[str, Any]:
+        probabilities = {name: float(column_V[token]) for name, column_V in columns.items()}
+        return {"id": token, "text": token_text(seen.tokenizer, token), **probabilities}
+
+    likely = [told(token) for token in sorted(chosen, key=lambda token: -float(columns["with"][token]))]
+    return likely, told(int(seen.ids_T[place + 1])) if place + 1 < len(seen.ids_T) else None
 
 
 def _of_memory(seen: Seen, one: Recorded, place: int, census: Census | None) -> dict[str, Any]:
