@@ -26,10 +26,11 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from engrammar.edit import Fact
 from engrammar.serve.openai.asked import Refused, body_of
 from engrammar_explore.export import page_of
 from engrammar_explore.guarding import Guard
-from engrammar_explore.session import Session, fact_of
+from engrammar_explore.session import Session
 from engrammar_explore.trying import Progress
 
 SCRIPT = "text/javascript"
@@ -83,11 +84,9 @@ class Desk:
         return Response(_file(name), media_type=STATIC[name])
 
     def _learn(self, given: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
-        for name in ("subject", "prompt", "object"):
-            _line(given, name)
-        lines = {name: _lines(given, name) for name in ("paraphrases", "keep")}
-        fact = fact_of({**given, "paraphrases": lines["paraphrases"]})
-        return self.session.learn(fact, lines["keep"], progress)
+        told = {name: _line(given, name).strip() for name in ("subject", "prompt", "object")}
+        paraphrases, keep = (_lines(given, name) for name in ("paraphrases", "keep"))
+        return self.session.learn(Fact(**told, paraphrases=tuple(paraphrases)), keep, progress)
 
     def _change(self, change: Callable[[str], None], given: Mapping[str, Any]) -> dict[str, Any]:
         change(_line(given, "name"))
