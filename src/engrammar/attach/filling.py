@@ -94,10 +94,7 @@ class _Sums:
     """Sums over the positions of a text; and how the fusion of a block makes its value of a token's rows, backwards."""
 
     def __init__(self, fusion: Fusion, pairs_Q: Tensor) -> None:
-        """
-        Args:
-            pairs_Q: for each distinct pair of a row and an n-gram that reads it, the row.
-        """
+        # pairs_Q: for each distinct pair of a row and an n-gram that reads it, the row.
         hidden_size, bias = fusion.hidden_size, fusion.projection.bias
         # weight_DE, bias_D: W_V and b.
         self.weight_DE = fusion.projection.weight[:hidden_size].float().cpu()
