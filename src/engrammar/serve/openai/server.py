@@ -211,7 +211,7 @@ class Server:
 
         async def refuse(request: Request, error: Exception) -> Response:
             refused = error if isinstance(error, Refused) else Refused(" ".join(str(error).split()))
-            self.engine.counts.refused += 1
+            self.engine.counts["refused"] += 1
             return JSONResponse(refused.body(), refused.status)
 
         return Starlette(routes=routes, lifespan=lifespan, exception_handlers={ValueError: refuse})
