@@ -102,9 +102,9 @@ class Desk:
             raise Refused("The request is no JSON.") from error
         if not isinstance(given, dict):
             raise Refused("The request is no JSON object.")
-        return await self._answer(request, partial(job, given))
+        return self._answer(partial(job, given))
 
-    async def _answer(self, request: Request, job: Callable[[Progress], Any]) -> Response:
+    def _answer(self, job: Callable[[Progress], Any]) -> Response:
         """Runs a job in the model's thread; what it reports is streamed."""
         if self.waiting >= MOST_WAITING:
             raise Refused("The model is busy with other requests: wait a moment.", 503)
@@ -112,21 +112,15 @@ class Desk:
 
     async def _save(self, request: Request) -> Response:
         name = request.query_params.get("name", "")
-
-        def save(progress: Progress) -> dict[str, str]:
-            return {"name": name, "base64": base64.b64encode(self.session.save(name)).decode()}
-
-        return await self._answer(request, save)
+        return self._answer(
+            lambda progress: {"name": name, "base64": base64.b64encode(self.session.save(name)).decode()}
+        )
 
     async def _load(self, request: Request) -> Response:
         if request.headers.get("content-type") != "application/octet-stream":
             raise Refused("The request is no file.", 415)
         data = await body_of(request.stream(), MOST_FILE)
-
-        def load(progress: Progress) -> dict[str, Any]:
-            return {"name": self.session.load(data), "about": self.session.about()}
-
-        return await self._answer(request, load)
+        return self._answer(lambda progress: {"name": self.session.load(data), "about": self.session.about()})
 
 
 @final

@@ -113,7 +113,7 @@ class Patcher:
         context.additional_kwargs[PATCHED] = parts
 
     def _by_choice(self, where: StateMetadata, names: Mapping[int, Names]) -> list[tuple[Stack, StateMetadata]]:
-        """Where the tokens of each stack lie; those of other requests lie nowhere there. `names` as of `names_in`."""
+        """Where the tokens of each stack lie; those of other requests lie nowhere there. `names`: see `names_in`."""
         for_all = self.offer.stack(())
         if not names:
             return [] if for_all is None else [(for_all, where)]
