@@ -10,7 +10,7 @@ import difflib
 import json
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
 
@@ -52,20 +52,17 @@ class CensusSettings:
 
 
 @final
-@dataclass(kw_only=True)
 class Counted:
     """The n-grams of one order so far. The memory that it takes is bounded by twice `most`."""
 
-    order: int
-    most: int
-    classes_GN: NDArray[np.int32] = field(default_factory=lambda: np.empty((0, 0), np.int32))
-    counts_G: Ints = field(default_factory=lambda: np.empty(0, np.int64))
-    forgotten: int = 0  # n-grams that were dropped, each with its count so far
+    def __init__(self, order: int, most: int) -> None:
+        self.most = most
+        self.forgotten = 0  # n-grams that were dropped, each with its count so far
+        self.classes_GN, self.counts_G = np.empty((0, order), np.int32), np.empty(0, np.int64)
 
     def add(self, ngrams_TN: NDArray[np.int32]) -> None:
         """Counts n-grams, repeats included."""
-        known = self.classes_GN.reshape(-1, self.order)
-        both = np.concatenate([known, ngrams_TN])
+        both = np.concatenate([self.classes_GN, ngrams_TN])
         first, kind = distinct_rows(both)
         weights = np.concatenate([self.counts_G, np.ones(len(ngrams_TN), np.int64)])
         self.classes_GN = both[first]
@@ -103,7 +100,7 @@ def build_census(
     Raises:
         ValueError: the corpus cannot be read or holds no n-gram.
     """
-    counted = {order: Counted(order=order, most=settings.most_ngrams) for order in memory.config.orders}
+    counted = {order: Counted(order, settings.most_ngrams) for order in memory.config.orders}
     num_tokens = 0
     with tqdm(desc=f"counting {corpus}", unit="token", total=settings.most_tokens, delay=2, leave=False) as bar:
         for documents in _batches(tokenizer, corpus, settings.most_tokens):
@@ -126,11 +123,11 @@ def build_census(
     }
     arrays: dict[str, NDArray[Any]] = {"ids": _id_of_class(memory)}
     for order, one in counted.items():
-        arrays |= {f"classes.{order}": one.classes_GN.reshape(-1, order), f"counts.{order}": one.counts_G}
+        arrays |= {f"classes.{order}": one.classes_GN, f"counts.{order}": one.counts_G}
     for layer in memory.config.layers:
         for column in range(memory.config.num_columns):
             order = memory.config.orders[column // memory.config.num_heads]
-            rows_G = rows_of(memory, layer, column, counted[order].classes_GN.reshape(-1, order))
+            rows_G = rows_of(memory, layer, column, counted[order].classes_GN)
             arrays[f"sorted.{layer}.{column}"] = np.argsort(rows_G, kind="stable").astype(np.int32)
     with written_beside(out) as partial:
         save_file(arrays, partial, metadata={"engrammar_census": json.dumps(about)})

@@ -29,8 +29,7 @@ def page_of(whole: dict[str, Any]) -> str:
         "form-action 'none'"
     )
     page = folder.joinpath("page.html").read_text("utf-8")
-    page = re.sub(r"[ \t]*<link [^\n]*\n", "", page)
-    page = re.sub(r"[ \t]*<script [^\n]*\n", "", page)
+    page = re.sub(r"[ \t]*<(link|script) [^\n]*\n", "", page)
     head = f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n<style>{style}</style>\n</head>'
     tail = f'<script type="application/json" id="data">{data}</script>\n<script>{script}</script>\n</body>'
     return page.replace("</head>", head).replace("</body>", tail)

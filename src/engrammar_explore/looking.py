@@ -227,32 +227,29 @@ def closer(seen: Seen, place: int, census: Census | None = None) -> dict[str, An
     """
     if not 0 <= place < len(seen.ids_T):
         raise ValueError(f"There is no token {place}; the text has {len(seen.ids_T)}.")
-    following = int(seen.ids_T[place + 1]) if place + 1 < len(seen.ids_T) else None
-    guesses = _guesses(seen, place, following)
+    guesses, following = _guesses(seen, place)
     return {
         "position": place,
-        "guesses": [one for one in guesses if not one.pop("extra")],
-        "next": next((one for one in guesses if one["id"] == following), None),
+        "guesses": guesses,
+        "next": following,
         "memories": [_of_memory(seen, one, place, census) for one in seen.recorded],
     }
 
 
-def _guesses(seen: Seen, place: int, following: int | None) -> list[dict[str, Any]]:
-    """The likeliest next tokens, and the one that follows; "extra" if it is none of the likeliest."""
+def _guesses(seen: Seen, place: int) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    """The likeliest next tokens, and the one that follows; None at the end of the text."""
     columns = {"with": seen.logits_TV[place].softmax(-1)}
     if seen.without_TV is not None:
         columns["without"] = seen.without_TV[place].softmax(-1)
     number = min(seen.settings.num_guesses, len(columns["with"]))
     chosen = dict.fromkeys(token for column_V in columns.values() for token in column_V.topk(number).indices.tolist())
-    likely = set(chosen)
-    wanted = sorted(chosen, key=lambda token: -float(columns["with"][token]))
-    if following is not None and following not in likely:
-        wanted.append(following)
-    return [
-        {"id": token, "text": token_text(seen.tokenizer, token), "extra": token not in likely}
-        | {name: float(column_V[token]) for name, column_V in columns.items()}
-        for token in wanted
-    ]
+
+    def told(token: int) -> dict[str, Any]:
+        probabilities = {name: float(column_V[token]) for name, column_V in columns.items()}
+        return {"id": token, "text": token_text(seen.tokenizer, token), **probabilities}
+
+    likely = [told(token) for token in sorted(chosen, key=lambda token: -float(columns["with"][token]))]
+    return likely, told(int(seen.ids_T[place + 1])) if place + 1 < len(seen.ids_T) else None
 
 
 def _of_memory(seen: Seen, one: Recorded, place: int, census: Census | None) -> dict[str, Any]:
@@ -307,7 +304,8 @@ def _orders(seen: Seen, one: Recorded, place: int, census: Census | None) -> lis
     memory = one.place.memory
     config, width = memory.config, memory.config.head_dim
     window_BT = seen.ids_T[None, max(0, place + 1 - config.max_ngram_size) : place + 1]  # nothing earlier is read
-    rows_H = memory.addresses(window_BT.to(_device(memory)))[one.place.layer][0, -1].tolist()
+    device = "cpu" if memory.class_of_id is None else memory.class_of_id.device
+    rows_H = memory.addresses(window_BT.to(device))[one.place.layer][0, -1].tolist()
     seen_N = _seen_ids(memory, window_BT)
     weight_DE = one.place.fusion.projection.weight.detach().float().cpu()[: one.place.fusion.hidden_size]
     embedding_HC, value_D = one.embedding_TE[place].view(-1, width), one.value_TD[place]
@@ -346,7 +344,3 @@ def _seen_ids(memory: Memory, ids_BT: Tensor) -> list[int]:
     plain_V = torch.arange(max(int(ids_BT.max()) + 1, memory.num_ids))
     geometry = replace(memory.geometry, fill_class=-1)
     return [int(one[0, -1]) for one in look_back(ids_BT, config=memory.config, geometry=geometry, classes_V=plain_V)]
-
-
-def _device(memory: Memory) -> torch.device:
-    return torch.device("cpu") if memory.class_of_id is None else memory.class_of_id.device

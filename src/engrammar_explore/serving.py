@@ -11,7 +11,7 @@ import json
 import secrets
 import socket
 import traceback
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.resources import files
 from typing import Any, final
@@ -26,9 +26,11 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from engrammar.edit import Fact
+from engrammar.serve.openai.asked import Refused, body_of
 from engrammar_explore.export import page_of
 from engrammar_explore.guarding import Guard
-from engrammar_explore.session import Session, fact_of
+from engrammar_explore.session import Session
 from engrammar_explore.trying import Progress
 
 SCRIPT = "text/javascript"
@@ -37,14 +39,6 @@ MOST_JSON, MOST_FILE = 256 * 1024, 16 * 1024 * 1024  # bytes of a request
 MOST_LINES, MOST_LINE = 20, 2000  # of prompts, and characters of one
 MOST_WAITING = 4  # requests that wait for the model
 Job = Callable[[Mapping[str, Any], Progress], Any]
-
-
-class Refusal(Exception):
-    """A request that is not answered: a status and a sentence."""
-
-    def __init__(self, status: int, sentence: str) -> None:
-        super().__init__(sentence)
-        self.status = status
 
 
 @final
@@ -90,11 +84,9 @@ class Desk:
         return Response(_file(name), media_type=STATIC[name])
 
     def _learn(self, given: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
-        for name in ("subject", "prompt", "object"):
-            _line(given, name)
-        lines = {name: _lines(given, name) for name in ("paraphrases", "keep")}
-        fact = fact_of({**given, "paraphrases": lines["paraphrases"]})
-        return self.session.learn(fact, lines["keep"], progress)
+        told = {name: _line(given, name).strip() for name in ("subject", "prompt", "object")}
+        paraphrases, keep = (_lines(given, name) for name in ("paraphrases", "keep"))
+        return self.session.learn(Fact(**told, paraphrases=tuple(paraphrases)), keep, progress)
 
     def _change(self, change: Callable[[str], None], given: Mapping[str, Any]) -> dict[str, Any]:
         change(_line(given, "name"))
@@ -102,38 +94,33 @@ class Desk:
 
     async def _json(self, job: Job, request: Request) -> Response:
         if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
-            raise Refusal(415, "The request is no JSON.")
+            raise Refused("The request is no JSON.", 415)
+        body = await body_of(request.stream(), MOST_JSON)
         try:
-            given = json.loads(await _body(request, MOST_JSON))
+            given = json.loads(body)
         except (ValueError, RecursionError) as error:
-            raise Refusal(400, "The request is no JSON.") from error
+            raise Refused("The request is no JSON.") from error
         if not isinstance(given, dict):
-            raise Refusal(400, "The request is no JSON object.")
-        return await self._answer(request, partial(job, given))
+            raise Refused("The request is no JSON object.")
+        return self._answer(partial(job, given))
 
-    async def _answer(self, request: Request, job: Callable[[Progress], Any]) -> Response:
+    def _answer(self, job: Callable[[Progress], Any]) -> Response:
         """Runs a job in the model's thread; what it reports is streamed."""
         if self.waiting >= MOST_WAITING:
-            raise Refusal(503, "The model is busy with other requests: wait a moment.")
+            raise Refused("The model is busy with other requests: wait a moment.", 503)
         return JobResponse(self, job)
 
     async def _save(self, request: Request) -> Response:
         name = request.query_params.get("name", "")
-
-        def save(progress: Progress) -> dict[str, str]:
-            return {"name": name, "base64": base64.b64encode(self.session.save(name)).decode()}
-
-        return await self._answer(request, save)
+        return self._answer(
+            lambda progress: {"name": name, "base64": base64.b64encode(self.session.save(name)).decode()}
+        )
 
     async def _load(self, request: Request) -> Response:
         if request.headers.get("content-type") != "application/octet-stream":
-            raise Refusal(415, "The request is no file.")
-        data = await _body(request, MOST_FILE)
-
-        def load(progress: Progress) -> dict[str, Any]:
-            return {"name": self.session.load(data), "about": self.session.about()}
-
-        return await self._answer(request, load)
+            raise Refused("The request is no file.", 415)
+        data = await body_of(request.stream(), MOST_FILE)
+        return self._answer(lambda progress: {"name": self.session.load(data), "about": self.session.about()})
 
 
 @final
@@ -199,17 +186,6 @@ class JobResponse(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def _body(request: Request, most: int) -> bytes:
-    """The body of a request, at most so many bytes."""
-    parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > most:
-            raise Refusal(413, f"The request is longer than {most:,} bytes.")
-        parts.append(part)
-    return b"".join(parts)
-
-
 def _text(given: Mapping[str, Any]) -> str:
     text = given.get("text")
     if not isinstance(text, str):
@@ -251,25 +227,13 @@ def _file(name: str) -> bytes:
 
 
 async def _refuse(request: Request, error: Exception) -> Response:
-    assert isinstance(error, Refusal)
+    assert isinstance(error, Refused)
     return JSONResponse({"error": str(error)}, status_code=error.status, headers={"connection": "close"})
-
-
-def app_of(session: Session, *, hosts: frozenset[str], token: str) -> Callable[..., Awaitable[None]]:
-    """The ASGI app of a session, behind its `Guard`."""
-    return Guard(
-        Starlette(routes=Desk(session).routes(), exception_handlers={Refusal: _refuse}), hosts=hosts, token=token
-    )
 
 
 @final
 class Server:
-    """A server that listens; `run` answers until it is told to end.
-
-    Attributes:
-        session: what it serves.
-        url: the link to open, with the token.
-    """
+    """A server that listens; `run` answers until it is told to end."""
 
     def __init__(self, session: Session, host: str = "127.0.0.1", port: int = 8765) -> None:
         """Listens.
@@ -294,13 +258,14 @@ class Server:
                 "0 for one that is free."
             ) from error
         port = self.socket.getsockname()[1]
-        token = secrets.token_urlsafe(24)
         shown = f"[{host}]" if ":" in host else host
         names = {shown, "localhost"} if host in ("127.0.0.1", "::1") else {shown}
-        self.session, self.token, self.url = session, token, f"http://{shown}:{port}/?token={token}"
-        app = app_of(session, hosts=frozenset(f"{name}:{port}" for name in names), token=token)
+        self.session, self.token = session, secrets.token_urlsafe(24)
+        self.url = f"http://{shown}:{port}/?token={self.token}"  # the link to open
+        app = Starlette(routes=Desk(session).routes(), exception_handlers={Refused: _refuse})
+        guard = Guard(app, hosts=frozenset(f"{name}:{port}" for name in names), token=self.token)
         config = uvicorn.Config(
-            app, log_level="warning", access_log=False, lifespan="off", limit_concurrency=32, server_header=False,
+            guard, log_level="warning", access_log=False, lifespan="off", limit_concurrency=32, server_header=False,
             h11_max_incomplete_event_size=64 * 1024, timeout_keep_alive=20, ws="none", timeout_graceful_shutdown=2,
         )  # fmt: skip
         self.server = uvicorn.Server(config)

@@ -5,7 +5,7 @@ Everything here is called by one thread at a time: `serving` sees to it.
 
 import re
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -41,18 +41,13 @@ class Explored:
 
 @final
 class Session:
-    """A model, and what a page has done with it.
-
-    Attributes:
-        version: how often patches were applied or undone.
-        patches: known patches by name, applied or not.
-    """
+    """A model, and what a page has done with it."""
 
     def __init__(self, explored: Explored, settings: LookSettings | None = None, patches: Sequence[Patch] = ()) -> None:
         self.explored, self.settings = explored, settings or LookSettings()
         self.known = Known.of(explored.model)
-        self.version = 0
-        self.patches: dict[str, Patch] = {patch.name: patch for patch in patches}
+        self.version = 0  # how often patches were applied or undone
+        self.patches = {patch.name: patch for patch in patches}  # known ones by name, applied or not
         self.tried: dict[str, dict[str, Any]] = {}
         self._seen: OrderedDict[tuple[Any, ...], Seen] = OrderedDict()
         for patch in patches:
@@ -236,10 +231,3 @@ class Session:
         if name not in self.patches:
             raise ValueError(f"No patch {name!r:.80} is known; known are {', '.join(self.patches) or 'none'}.")
         return self.patches[name]
-
-
-def fact_of(given: Mapping[str, Any]) -> Fact:
-    """A fact from what a page sends; raises a ValueError if it is none."""
-    wanted = {key: str(given.get(key, "")) for key in ("subject", "prompt", "object")}
-    paraphrases = tuple(line.strip() for line in given.get("paraphrases", ()) if line.strip())
-    return Fact(**{key: value.strip() for key, value in wanted.items()}, paraphrases=paraphrases)

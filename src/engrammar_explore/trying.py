@@ -37,13 +37,6 @@ class TrySettings:
     neutral: str = NEUTRAL  # text on which the model should not drift
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Answer:
-    greedy: str
-    last_V: Tensor
-    probability: float | None
-
-
 def try_fact(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -68,7 +61,7 @@ def try_fact(
     questions = _questions(fact, settings)
     total = 2 * len(questions) + 2
 
-    def ask(done: int) -> list[_Answer]:
+    def ask(done: int) -> list[tuple[dict[str, Any], Tensor]]:
         found = []
         for number, (kind, text) in enumerate(questions):
             progress(done + number, total, text)
@@ -88,14 +81,10 @@ def try_fact(
     finally:
         undo_patch(model, patch.name)
     told: dict[str, Any] = {"phrasings": [], "others": [], "keep": []}
-    for (kind, text), first, second in zip(questions, before, after, strict=True):
-        one: dict[str, Any] = {"text": text, "reaches": not torch.equal(first.last_V, second.last_V)}
-        for name, answer in (("before", first), ("after", second)):
-            one[name] = {"greedy": answer.greedy}
-            if answer.probability is not None:
-                one[name]["probability"] = answer.probability
+    for (kind, text), (first, first_V), (second, second_V) in zip(questions, before, after, strict=True):
+        one = {"text": text, "reaches": not torch.equal(first_V, second_V), "before": first, "after": second}
         if kind in ("prompt", "phrasings"):
-            one["answered"] = second.greedy.strip().startswith(fact.object.strip())
+            one["answered"] = second["greedy"].strip().startswith(fact.object.strip())
         if kind == "prompt":
             told["prompt"] = one
         else:
@@ -116,7 +105,8 @@ def _questions(fact: Fact, settings: TrySettings) -> list[tuple[str, str]]:
 @torch.no_grad()
 def _ask(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, text: str, wanted: str | None, max_new_tokens: int
-) -> _Answer:
+) -> tuple[dict[str, Any], Tensor]:
+    """The "greedy" answer and the "probability" of the one that is wanted, if any; and the logits at the last token."""
     device = device_of(model)
     ids_BT = tokenizer(text, return_tensors="pt").input_ids.to(device)
     if not ids_BT.numel():
@@ -129,14 +119,13 @@ def _ask(
         do_sample=False,
         stopping_criteria=StoppingCriteriaList([_LineEnds(tokenizer, ids_BT.shape[1])]),
     )[:, ids_BT.shape[1] :]
-    last_V, probability = logits_of(model, ids_BT)[-1], None
+    answer: dict[str, Any] = {"greedy": tokenizer.decode(new_BT[0], skip_special_tokens=True)}
     if wanted is not None:
         object_T = torch.tensor(tokenizer(" " + wanted.strip(), add_special_tokens=False).input_ids, device=device)
         whole_BT = torch.cat([ids_BT, object_T[None]], dim=1)
         scores_TV = logits_of(model, whole_BT)[ids_BT.shape[1] - 1 : -1].log_softmax(-1)
-        probability = float(scores_TV.gather(1, object_T[:, None].cpu()).sum().exp())
-    greedy = tokenizer.decode(new_BT[0], skip_special_tokens=True)
-    return _Answer(greedy=greedy, last_V=last_V, probability=probability)
+        answer["probability"] = float(scores_TV.gather(1, object_T[:, None].cpu()).sum().exp())
+    return answer, logits_of(model, ids_BT)[-1]
 
 
 class _LineEnds(StoppingCriteria):

@@ -89,9 +89,9 @@ def _record(place: Place, found: list[Recorded], fusion: nn.Module, args: tuple[
 
 def comparisons(model: nn.Module) -> list[Compare]:
     """What can be switched off in a model; nothing in a plain one."""
-    has_memory, has_patches = bool(places_of(model)), bool(applied_patches(model))
-    found: list[Compare] = ["memory"] if has_memory else []
-    return [*found, *(["patches"] if has_patches else []), *(["both"] if has_memory and has_patches else [])]  # type: ignore[list-item]
+    has = {"memory": bool(places_of(model)), "patches": bool(applied_patches(model))}
+    has["both"] = all(has.values())
+    return [kind for kind in get_args(Compare) if has[kind]]
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from engrammar.edit.files import patch_bytes
 from engrammar.edit.phrasings import RELATIONS
 from engrammar.edit.states import last_states
 from engrammar_explore import session as module
-from engrammar_explore.session import Explored, Session, fact_of
+from engrammar_explore.session import Explored, Session
 from engrammar_explore.trying import TrySettings, try_fact
 
 TEXT = "w9 w3 w4 w10 w11"
@@ -55,7 +55,7 @@ def test_a_patch_is_tried_applied_undone_and_nothing_remains(session):
 def test_a_fact_is_learned_and_tried_and_the_model_is_as_it_was(session, monkeypatch):
     monkeypatch.setattr(module, "try_fact", lambda *given: try_fact(*given[:4], SHORT, given[5]))
     before, steps = logits(session), []
-    told = session.learn(fact_of(FACT), ["w5 w6"], lambda done, total, what: steps.append((done, total)))
+    told = session.learn(Fact(**FACT), ["w5 w6"], lambda done, total, what: steps.append((done, total)))
     assert told["name"] == "w3-w4" and torch.equal(logits(session), before)
     assert not applied_patches(session.explored.model)
     assert steps[0] == (0, 1) and [done for done, _ in steps[1:]] == [*range(steps[1][1])]
@@ -66,9 +66,9 @@ def test_a_fact_is_learned_and_tried_and_the_model_is_as_it_was(session, monkeyp
     )
     read = []
     monkeypatch.setattr(gated, "last_states", lambda *given: read.append(len(given[2])) or last_states(*given))
-    again = session.learn(fact_of(FACT))
+    again = session.learn(Fact(**FACT))
     assert again["name"] == "w3-w4-2" and 0 < sum(read) < len(RELATIONS)  # what all facts share is not read again
-    fresh, _ = learn(session.explored.model, session.explored.tokenizer, [fact_of(FACT)], name="w3-w4-2")
+    fresh, _ = learn(session.explored.model, session.explored.tokenizer, [Fact(**FACT)], name="w3-w4-2")
     assert patch_bytes(fresh) == patch_bytes(session.patches["w3-w4-2"]) and sum(read) > 2 * len(RELATIONS)
     assert session.compare("w3-w4", "w3-w4-2")["conflicts"] == []  # the same fact writes the same
 
@@ -81,7 +81,7 @@ def test_another_session_of_the_model_reads_what_all_facts_share_from_the_disk(m
     for _ in range(2):
         read.clear()
         session = new_session(model, kept=tmp_path)
-        session.learn(fact_of(FACT))
+        session.learn(Fact(**FACT))
         learned.append((patch_bytes(session.patches["w3-w4"]), sum(read)))
         session.close()
     (first, all_read), (second, few_read) = learned
@@ -137,8 +137,8 @@ def test_what_cannot_be_is_one_sentence(session, monkeypatch):
         (session.undo, "absent", "No patch is applied"),
         (session.load, b"nothing", "the file"),
         (session.load, patch_bytes(small_patch(base_model("olmo2"), "other", (8,)))[:-3], "the file"),
-        (fact_of, {"subject": "w3"}, "prompt"),
-        (fact_of, {**FACT, "subject": "w5"}, "does not name its subject"),
+        (lambda given: Fact(**given), {**FACT, "prompt": " "}, "prompt"),
+        (lambda given: Fact(**given), {**FACT, "subject": "w5"}, "does not name its subject"),
     ):
         with pytest.raises(ValueError, match=said):
             act(given)
@@ -155,7 +155,7 @@ def test_what_cannot_be_is_one_sentence(session, monkeypatch):
     assert (told["changed"], told["only_first"], told["same_base"]) == (1, 0, True)
     monkeypatch.setattr(module, "MOST_PATCHES", 2)
     with pytest.raises(ValueError, match="forget some"):
-        session.learn(fact_of(FACT))
+        session.learn(Fact(**FACT))
 
 
 def test_looks_are_kept_and_made_anew_when_patches_change(session):

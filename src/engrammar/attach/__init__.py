@@ -1,8 +1,4 @@
-"""Memory attached to any causal language model of transformers, as an adapter.
-
-Public: attach, detach, disabled, set_trainable; save_attached, load_attached; keep_prefix, KeptPrefix; fill_rows,
-Filled.
-"""
+"""Memory attached to any causal language model of transformers, as an adapter. Public: what `__all__` names."""
 
 from engrammar.attach.attaching import attach, detach, disabled, set_trainable
 from engrammar.attach.filling import Filled, fill_rows

@@ -105,13 +105,8 @@ def with_hidden(
     return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, argument: hidden})
 
 
-def num_branches(hidden: Tensor, hidden_size: int) -> int:
-    """M of the hidden states that a block reads: [B, T, D], [B, T, M, D] or [B, T, M*D]."""
-    return hidden[0, 0].numel() // hidden_size
-
-
 def in_branches(hidden: Tensor, hidden_size: int) -> Tensor:
-    """The hidden states that a block reads as [B, T, M, D]."""
+    """The hidden states that a block reads, [B, T, D], [B, T, M, D] or [B, T, M*D], as [B, T, M, D]."""
     return hidden.view(*hidden.shape[:2], -1, hidden_size)
 
 
@@ -153,7 +148,7 @@ def measure(decoder: Decoder, input_ids: Tensor) -> list[tuple[int, float]]:
             f"{len(decoder.blocks)} blocks: {REFUSED}"
         )
     sizes = [in_branches(hidden, decoder.hidden_size).float().pow(2).mean(-1).sqrt()[:, 1:] for hidden in entered]
-    return [(num_branches(entered[0], decoder.hidden_size), float(rms.median())) for rms in sizes]
+    return [(rms.shape[-1], float(rms.median())) for rms in sizes]
 
 
 @contextmanager

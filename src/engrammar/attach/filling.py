@@ -29,19 +29,12 @@ SMALLEST = 1e-2  # directions that W_V passes on by less than this share of its 
 
 @dataclass(frozen=True, kw_only=True)
 class Filled:
-    """What `fill_rows` did at one block.
+    """What `fill_rows` did at one block."""
 
-    Attributes:
-        num_positions: positions of the text that an n-gram ends at and a token follows.
-        num_rows: rows that were set.
-        num_shared: those of them that several n-grams of the text read, so that they hold a mean over n-grams.
-        unreached: the share of the targets' variance in directions that the value projection does not reach.
-    """
-
-    num_positions: int
-    num_rows: int
-    num_shared: int
-    unreached: float
+    num_positions: int  # positions of the text that an n-gram ends at and a token follows
+    num_rows: int  # rows that were set
+    num_shared: int  # those of them that several n-grams of the text read, so that they hold a mean over n-grams
+    unreached: float  # the share of the targets' variance in directions that the value projection does not reach
 
 
 @torch.no_grad()
@@ -84,63 +77,46 @@ def fill_rows(
         weight_RC = attached.memory.table(layer).weight
         if weight_RC is None:
             raise ValueError("The rows are served or placed elsewhere: fill them where they are parameters.")
-        value = _Value(attached, layer)
         with disabled(model):
-            sums = _sum(model, value, items, how)
-        weight_RC[sums.rows_U.to(weight_RC.device)] = sums.rows(value, strength).to(weight_RC)
+            sums = _sum(model, attached, layer, items, how)
+        weight_RC[sums.rows_U.to(weight_RC.device)] = sums.rows(strength).to(weight_RC)
         done[layer] = Filled(
             num_positions=sums.num_positions,
             num_rows=len(sums.rows_U),
             num_shared=sums.num_shared,
-            unreached=sums.unreached(value),
+            unreached=sums.unreached(),
         )
     return done
 
 
 @final
-class _Value:
-    """How the fusion of a block makes its value of a token's rows, backwards."""
+class _Sums:
+    """Sums over the positions of a text; and how the fusion of a block makes its value of a token's rows, backwards."""
 
-    def __init__(self, attached: AttachedMemory, layer: int) -> None:
-        # memory, layer: whose rows, and at which block.
-        self.memory, self.layer = attached.memory, layer
-        fusion = attached.fusions[str(layer)]
-        assert isinstance(fusion, Fusion)
-        projection = fusion.projection
+    def __init__(self, fusion: Fusion, pairs_Q: Tensor) -> None:
+        # pairs_Q: for each distinct pair of a row and an n-gram that reads it, the row.
+        hidden_size, bias = fusion.hidden_size, fusion.projection.bias
         # weight_DE, bias_D: W_V and b.
-        self.weight_DE = projection.weight[: fusion.hidden_size].float().cpu()
+        self.weight_DE = fusion.projection.weight[:hidden_size].float().cpu()
         self.inverse_ED = torch.linalg.pinv(self.weight_DE, rtol=SMALLEST)  # W_V^+
-        bias = projection.bias
-        self.bias_D = torch.zeros(fusion.hidden_size) if bias is None else bias[: fusion.hidden_size].float().cpu()
+        self.bias_D = torch.zeros(hidden_size) if bias is None else bias[:hidden_size].float().cpu()
         self.gate = 0.5 if fusion.num_keys else 1.0  # the gate that is reckoned with
         self.num_columns = fusion.config.num_columns
-
-
-@final
-class _Sums:
-    """Sums over the positions of a text."""
-
-    def __init__(self, pairs_Q: Tensor, value: _Value) -> None:
-        """
-        Args:
-            pairs_Q: for each distinct pair of a row and an n-gram that reads it, the row.
-        """
-        hidden_size, num_embedded = value.weight_DE.shape
         # rows_U: the rows that it reads, sorted; of them `num_shared` are read by several n-grams.
         self.rows_U, num_ngrams_U = pairs_Q.unique(return_counts=True)
         self.num_shared = int((num_ngrams_U > 1).sum())
         self.column_U = torch.zeros_like(self.rows_U)  # the column that a row belongs to
         # part_UC, reads_U: the sum of W_V^+ y over the positions that read a row, its column's part; and their number.
-        self.part_UC = torch.zeros(len(self.rows_U), num_embedded // value.num_columns)
+        self.part_UC = torch.zeros(len(self.rows_U), self.weight_DE.shape[1] // self.num_columns)
         self.reads_U = torch.zeros(len(self.rows_U))
         # total_D, square_DD: the sums of y and of its outer products over all positions.
         self.total_D = torch.zeros(hidden_size, dtype=torch.float64)
         self.square_DD = torch.zeros(hidden_size, hidden_size, dtype=torch.float64)
         self.num_positions = 0
 
-    def add(self, rows_PH: Tensor, target_PD: Tensor, value: _Value) -> None:
-        parts_PHC = (target_PD @ value.inverse_ED.T).unflatten(-1, (value.num_columns, -1))
-        for column in range(value.num_columns):
+    def add(self, rows_PH: Tensor, target_PD: Tensor) -> None:
+        parts_PHC = (target_PD @ self.inverse_ED.T).unflatten(-1, (self.num_columns, -1))
+        for column in range(self.num_columns):
             places_P = torch.searchsorted(self.rows_U, rows_PH[:, column].contiguous())
             self.column_U[places_P] = column
             self.part_UC.index_add_(0, places_P, parts_PHC[:, column])
@@ -149,21 +125,21 @@ class _Sums:
         self.square_DD += target_PD.T.double() @ target_PD.double()
         self.num_positions += len(target_PD)
 
-    def rows(self, value: _Value, strength: float) -> Tensor:
+    def rows(self, strength: float) -> Tensor:
         """The rows [U, C] of `fill_rows`."""
         covariance_DD, mean_D = self._spread()
         size = float(covariance_DD.diagonal().mean().sqrt())
         if not size > 1e-6 * float(mean_D.square().mean().sqrt()):
             raise ValueError("All targets are equal: what follows the n-grams of this text is one token only.")
-        columns = (value.num_columns, -1)
-        mean_HC = (value.inverse_ED @ mean_D).unflatten(0, columns)
-        bias_HC = (value.inverse_ED @ value.bias_D).unflatten(0, columns)
+        columns = (self.num_columns, -1)
+        mean_HC = (self.inverse_ED @ mean_D).unflatten(0, columns)
+        bias_HC = (self.inverse_ED @ self.bias_D).unflatten(0, columns)
         own_UC = self.part_UC / self.reads_U[:, None] - mean_HC[self.column_U]
-        return strength / (size * value.gate) * own_UC - bias_HC[self.column_U]
+        return strength / (size * self.gate) * own_UC - bias_HC[self.column_U]
 
-    def unreached(self, value: _Value) -> float:
+    def unreached(self) -> float:
         covariance_DD, _ = self._spread()
-        reached = ((value.weight_DE @ value.inverse_ED) * covariance_DD).sum() / covariance_DD.diagonal().sum()
+        reached = ((self.weight_DE @ self.inverse_ED) * covariance_DD).sum() / covariance_DD.diagonal().sum()
         return max(0.0, 1 - float(reached))
 
     def _spread(self) -> tuple[Tensor, Tensor]:
@@ -173,9 +149,10 @@ class _Sums:
         return covariance_DD.float(), mean_D.float()
 
 
-def _sum(model: Any, value: _Value, items: Items, how: How) -> _Sums:
+def _sum(model: Any, attached: AttachedMemory, layer: int, items: Items, how: How) -> _Sums:
     """Reads the text twice: for its n-grams, then for what follows them."""
-    decoder, memory, layer = find_decoder(model), value.memory, value.layer
+    decoder, memory, fusion = find_decoder(model), attached.memory, attached.fusions[str(layer)]
+    assert isinstance(fusion, Fusion)
     with align_module_device(model.get_input_embeddings()):
         embedding_VD = model.get_input_embeddings().weight
     if how == "embeddings" and embedding_VD.shape[1] != decoder.hidden_size:
@@ -187,7 +164,7 @@ def _sum(model: Any, value: _Value, items: Items, how: How) -> _Sums:
     distinct = torch.cat(pairs).unique(dim=0)
     if not len(distinct):
         raise ValueError("No n-gram of the text is followed by a token: give more text.")
-    sums, below = _Sums(distinct[:, 0], value), Below(model=model, decoder=decoder, layer=layer)
+    sums, below = _Sums(fusion, distinct[:, 0]), Below(model=model, decoder=decoder, layer=layer)
     for batch, ends_BT, rows_PH, _ in _read(memory, layer, items):
         given = {key: x.to(embedding_VD.device) for key, x in batch.items()}
         if how == "embeddings":
@@ -195,7 +172,7 @@ def _sum(model: Any, value: _Value, items: Items, how: How) -> _Sums:
         else:
             target_BTD = in_branches(below.run(given, training=False), decoder.hidden_size).mean(-2)
         target_PD = target_BTD[:, 1:][ends_BT[:, :-1].to(target_BTD.device)].float().cpu()
-        sums.add(rows_PH, target_PD, value)
+        sums.add(rows_PH, target_PD)
     return sums
 
 

@@ -46,9 +46,9 @@ def check_base(decoder: Decoder, saved: Mapping[str, Any], source: str) -> None:
     for key, value in sizes.items():
         if saved[key] != value:
             raise ValueError(f"{source} is of a model with {key} {saved[key]}, this one has {value}: {OTHER}")
-    compared = 0
+    modules, compared = dict(decoder.host.named_modules(remove_duplicate=False)), 0
     for name, values in saved["weights"].items():
-        if name not in weights and _has_module(decoder.host, name):
+        if name not in weights and name.rpartition(".")[0] in modules:
             continue  # quantizers keep weights under other names
         if name not in weights:
             raise ValueError(f"{source} is of a {saved['class']} with a weight {name}, which this one lacks: {OTHER}")
@@ -96,15 +96,6 @@ def _weights(host: nn.Module) -> Iterator[tuple[str, _Weight]]:
         if not name.startswith("engrammar.") and ".lora_" not in name and not is_table(name):
             module, _, leaf = name.rpartition(".")
             yield name.replace(".base_layer.", "."), _Weight(host.get_submodule(module), leaf, parameter)
-
-
-def _has_module(host: nn.Module, name: str) -> bool:
-    """Whether a model has the module that a weight of this name would be in."""
-    try:
-        host.get_submodule(name.rpartition(".")[0])
-    except AttributeError:
-        return False
-    return True
 
 
 def _short(values: list[float]) -> str:

@@ -25,28 +25,18 @@ GROUP = "full_attention"  # the layers whose cache holds every position
 
 @dataclass(frozen=True, kw_only=True)
 class FlatTokens:
-    """The tokens of a pass and their places in the paged cache.
+    """The tokens of a pass and their places in the paged cache."""
 
-    Attributes:
-        input_ids: [1, T].
-        positions_T: each token's position in its sequence.
-        request_T: the index of each token's request.
-        chunk_T: how many tokens before this one are of the same request and this pass.
-        live_T: False at tokens that only fill the pass up.
-        writes, reads: places in the cache, as the base's attention uses them; no reads if all sequences begin here.
-        starts: where the reads of each request begin.
-        cache: the paged cache.
-    """
-
-    input_ids: Tensor
-    positions_T: Tensor
-    request_T: Tensor
-    chunk_T: Tensor
-    live_T: Tensor
+    input_ids: Tensor  # [1, T]
+    positions_T: Tensor  # each token's position in its sequence
+    request_T: Tensor  # the index of each token's request
+    chunk_T: Tensor  # how many tokens before this one are of the same request and this pass
+    live_T: Tensor  # False at tokens that only fill the pass up
+    # Places in the cache, as the base's attention uses them; no reads if all sequences begin here.
     writes: Tensor
     reads: Tensor
-    starts: Tensor
-    cache: Any
+    starts: Tensor  # where the reads of each request begin
+    cache: Any  # the paged cache
 
     def places(self, backs: Sequence[int]) -> Tensor:
         """For each token the places in the cache of the tokens so many positions before it, [K, T], -1 for none."""
@@ -109,16 +99,12 @@ def flat_in(given: Mapping[str, Any]) -> FlatTokens | None:
 
 @final
 class PagedState:
-    """What one memory, or a stack of patches, keeps of the sequences in a paged cache, by slot.
-
-    Attributes:
-        identity: whose it is.
-        num_back: ids that are looked back to.
-        longest: positions back at which anything is read.
-    """
+    """What one memory, or a stack of patches, keeps of the sequences in a paged cache, by slot."""
 
     def __init__(self, identity: Hashable, num_back: int, longest: int, cache: Any) -> None:
-        self.identity, self.num_back, self.longest = identity, num_back, longest
+        self.identity = identity  # whose it is
+        # Ids that are looked back to, and positions back at which anything is read.
+        self.num_back, self.longest = num_back, longest
         self.allocator = cache.cache_allocators[GROUP]
         blocks, device = cache.cache_tensor.numel() // self.allocator.bytes_per_block, cache.cache_tensor.device
         self.num_slots = blocks * self.allocator.tokens_per_page

@@ -195,8 +195,10 @@ def continue_state(inputs: Inputs, begin: MemoryState) -> MemoryState:
     Raises:
         ValueError: the cache holds positions that such a state has not seen.
     """
-    state = state_in(inputs.cache, begin.name)
-    if state is None and not inputs.seen and not _has_states(inputs.cache):
+    state, cache = state_in(inputs.cache, begin.name), inputs.cache
+    # A cache without attention layers says only whether it holds earlier positions.
+    has_earlier = cache.has_previous_state() if cache is not None and inputs.seen is None else inputs.seen
+    if state is None and not has_earlier:
         return begin
     if state is None or state.config != begin.config or inputs.seen not in (None, state.seen):
         held = "none" if state is None or state.config != begin.config else str(state.seen)
@@ -216,11 +218,6 @@ def check_continues(given: Mapping[str, Any], memories: Collection[str]) -> None
             raise ValueError(
                 f"The cache was filled with the memory {layer.name!r}, which is off or detached now: pass a new cache."
             )
-
-
-def _has_states(cache: Cache | None) -> bool:
-    """Whether a cache without attention layers holds earlier positions."""
-    return cache is not None and positions_in(cache) is None and cache.has_previous_state()
 
 
 def cache_in(output: Any) -> Cache | None:

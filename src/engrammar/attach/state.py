@@ -64,10 +64,6 @@ class Track:
                 self.pieces.append(last[..., :-count])
             count -= min(count, last.shape[-1])
 
-    def change(self, each: Callable[[Tensor], Tensor]) -> None:
-        """Replaces every piece; for what is done to the batch."""
-        self.pieces = [each(piece) for piece in self.pieces]
-
     def __len__(self) -> int:
         return sum(piece.shape[-1] for piece in self.pieces)
 
@@ -79,17 +75,13 @@ class MemoryState(DummyLayer):
     is_compileable = False  # so `generate` neither compiles the pass nor replaces the mask by one of four dimensions
 
     def __init__(self, name: str, config: Hashable, num_back: int, windows: Mapping[Any, int]) -> None:
-        """
-        Args:
-            config: what the state belongs to; a state of another config is not continued.
-            num_back: ids to look back to.
-            windows: positions to look back to of other things, by their names (of a convolution: its layer).
-        """
         super().__init__()
-        self.name, self.config = name, config
+        self.name = name
+        self.config = config  # what the state belongs to; a state of another config is not continued
         self.seen = 0  # the number of positions whose ids it holds or has held
         self.record_past = False  # transformers' mark that positions may be taken back
         self.ids = Track(num_back)
+        # Of other things than ids, by their names (of a convolution: its layer).
         self.windows = {key: Track(window) for key, window in windows.items()}
 
     def __repr__(self) -> str:
@@ -144,7 +136,7 @@ class MemoryState(DummyLayer):
 
     def _change(self, each: Callable[[Tensor], Tensor]) -> None:
         for track in self.tracks():
-            track.change(each)
+            track.pieces = [each(piece) for piece in track.pieces]
 
 
 def state_in(cache: Cache | None, name: str) -> MemoryState | None:

@@ -11,8 +11,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -27,7 +27,6 @@ from engrammar.tables.sealed import write_text
 from engrammar_lab.bench.decode import sizes_of
 from engrammar_lab.bench.figures import by_variant, line_by_line
 from engrammar_lab.bench.load import NAME, Served, make_model, serving, started
-from engrammar_lab.bench.loopback import free_port
 from engrammar_lab.bench.serve import plain_config
 from engrammar_lab.machine import describe_run
 
@@ -84,16 +83,13 @@ def save_models(plan: Plan, folder: Path) -> tuple[Path, Path]:
     return own, moe
 
 
-@contextmanager
-def vllm_serving(plan: Plan, folder: Path, **memory: Any) -> Iterator[Served]:
-    """vLLM with our plug-in, in a process of its own; errors are those of `started`."""
-    port = free_port()
-    command = [plan.python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--port", str(port)]
+def vllm_serving(plan: Plan, folder: Path, **memory: Any) -> AbstractContextManager[Served]:
+    """vLLM with our plug-in, `started`."""
+    command = [plan.python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     command += ["--served-model-name", NAME, "--dtype", "float32", "--enforce-eager"]
     command += ["--max-num-seqs", str(max(plan.at_once)), "--additional-config", json.dumps({"engrammar": memory})]
     variables = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
-    with started(command, port, **variables) as process:
-        yield Served(f"http://127.0.0.1:{port}", process)
+    return started(command, **variables)
 
 
 def ask(plan: Plan, url: str, tokenizer: Path) -> list[list[dict[str, Any]]]:

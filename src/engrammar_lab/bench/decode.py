@@ -37,7 +37,7 @@ from engrammar.train.documents import read_documents
 from engrammar_lab.bench.figures import by_variant, line_by_line
 from engrammar_lab.bench.files import bench_folder
 from engrammar_lab.bench.models import random_model, with_rows
-from engrammar_lab.bench.turns import ratio, seconds_of
+from engrammar_lab.bench.turns import ratio, seconds_of, wait_for
 
 COLD, COLD_LATE, RAM = "disk, cold", "disk, cold, no prefetch", "RAM"
 WARM, WARM_LATE = "disk, warm cache", "disk, warm cache, no prefetch"
@@ -176,8 +176,7 @@ def _decode(model: EngrammarForCausalLM, source: StoredTables, ids_BT: Tensor) -
 
     def step(ids_BT: Tensor) -> None:
         model(ids_BT, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        if ids_BT.device.type != "cpu":
-            torch.accelerator.synchronize(ids_BT.device)
+        wait_for(ids_BT.device)
 
     step(ids_BT[:, :PROMPT])
     timed.num_bytes, timed.seconds = 0, 0.0

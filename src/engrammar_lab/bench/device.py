@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,34 +19,16 @@ import torch
 
 from engrammar.tables.sealed import write_text
 from engrammar_lab.bench import decode
-from engrammar_lab.bench.turns import seconds_of
+from engrammar_lab.bench.turns import seconds_of, wait_for
 from engrammar_lab.machine import accelerator, describe_run
 
 COPIED = 2**28  # bytes of a copy that measures what a device can be given
+TESTS = ("tests/device",)  # as pytest names them
+# 8 GiB of rows, under ten minutes.
+FULL = decode.Plan(
+    preset="100m", rows_per_head=4_200_000, batches=(1, 16, 64), rounds=5, steps=24, corpus="pocket:wiki"
+)
 table = decode.table
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What one run checks and measures."""
-
-    device: torch.device
-    tests: tuple[str, ...] = ("tests/device",)  # as pytest names them
-    decoding: decode.Plan
-
-
-def plan_for(device: torch.device) -> Plan:
-    """The whole run on a device: 8 GiB of rows, under ten minutes."""
-    decoding = decode.Plan(
-        preset="100m",
-        rows_per_head=4_200_000,
-        batches=(1, 16, 64),
-        rounds=5,
-        steps=24,
-        corpus="pocket:wiki",
-        device=device.type,
-    )
-    return Plan(device=device, decoding=decoding)
 
 
 def check(device: str, tests: Sequence[str]) -> dict[str, Any]:
@@ -77,22 +59,21 @@ def measure_copies(device: torch.device) -> dict[str, float]:
 
     def copy(x: torch.Tensor) -> None:
         x.to(device, copy=True)
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
+        wait_for(device)
 
     plain = torch.ones(COPIED, dtype=torch.uint8)
     sources = {"any": plain} if device.type == "cpu" else {"pinned": plain.pin_memory(), "any": plain}
     return {name: COPIED / median(seconds_of(copy, x) for _ in range(9)) / 1e9 for name, x in sources.items()}
 
 
-def bench_device(plan: Plan) -> dict[str, Any]:
-    """The result that `make gpu` writes."""
+def bench_device(decoding: decode.Plan, tests: Sequence[str] = TESTS) -> dict[str, Any]:
+    """The result that `make gpu` writes; the device is that of `decoding`."""
     return {
         **describe_run("make gpu"),
         "quick": False,
-        "checks": check(plan.device.type, plan.tests),
-        "gb_per_second": measure_copies(plan.device),
-        **decode.bench_decode(False, plan.decoding),
+        "checks": check(decoding.device, tests),
+        "gb_per_second": measure_copies(torch.device(decoding.device)),
+        **decode.bench_decode(False, decoding),
     }
 
 
@@ -116,7 +97,7 @@ def main(out: Path = Path("results/bench/device.json")) -> None:
     device = accelerator()
     if device.type == "cpu":
         sys.exit("torch finds no accelerator here, so nothing was run: start this on a machine that has one.")
-    result = bench_device(plan_for(device))
+    result = bench_device(replace(FULL, device=device.type))
     write_text(out, json.dumps(result, indent=1) + "\n")
     print(verdict(result))
     sys.exit(1 if result["checks"]["failed"] else 0)

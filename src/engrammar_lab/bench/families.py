@@ -221,11 +221,8 @@ def check(model: Any) -> dict[str, Any]:
             found[name] = {"refused": str(error)}
             continue
         moved = _or_error(lambda: float((whole(model) - before).abs().max()))
-        one = (
-            {"refused": moved}
-            if isinstance(moved, str)
-            else {"moved": moved, "apart": _or_error(lambda: _apart(model))}
-        )
+        is_error = isinstance(moved, str)
+        one = {"refused": moved} if is_error else {"moved": moved, "apart": _or_error(lambda: _apart(model))}
         take(model)
         found[name] = one | {"back": torch.equal(whole(model), before)}
     return found

@@ -25,6 +25,11 @@ def by_variant(parts: Iterable[Figures]) -> list[Figures]:
     return [{**part, **figures} for part in parts for figures in named(part["variants"])]
 
 
+def slashed(values: Iterable[float], form: str) -> str:
+    """Numbers beside each other, as in "0.9 / 1.0"."""
+    return " / ".join(format(value, form) for value in values)
+
+
 def meets(holds: bool, target: object) -> str:
     """Whether a target is met, in words."""
     return f"{'meets' if holds else 'misses'} the target of {target}"

@@ -19,7 +19,7 @@ from engrammar.stores.disk import DiskStore
 from engrammar.stores.ram import RamStore
 from engrammar.tables.folder import TableFile
 from engrammar.tables.headers import PAGE
-from engrammar_lab.bench.figures import Figures, line_by_line
+from engrammar_lab.bench.figures import Figures, line_by_line, slashed
 from engrammar_lab.bench.files import drop_page_cache, pages_in_cache
 from engrammar_lab.bench.large_file import draw_rows, first_rows, in_fresh_process
 from engrammar_lab.bench.readers import CACHED, RAM
@@ -160,20 +160,14 @@ def verdict(result: dict[str, Any]) -> str:
     sentences = []
     for kind, runs in result["shared"].items():
         shared = [run["memory"] - run["own"] for run in runs]
-        counts, taken, own, rates = (
-            " / ".join(values)
-            for values in (
-                [str(run["processes"]) for run in runs],
-                [f"{size / MIB:,.0f}" for size in shared],
-                [f"{run['own'] / run['processes'] / MIB:,.0f}" for run in runs],
-                [f"{run['rows_per_second'] / 1e6:.3g}" for run in runs],
-            )
-        )
+        counts = slashed((run["processes"] for run in runs), "d")
+        own = slashed((run["own"] / run["processes"] / MIB for run in runs), ",.0f")
+        rates = slashed((run["rows_per_second"] / 1e6 for run in runs), ".3g")
         more = max(shared) - shared[0] > runs[0]["bytes"] / 2  # each process's staging memory counts as shared too
         copies = "MORE THAN ONE COPY" if more else "one copy"
         sentences.append(
-            f"{counts} processes on one {kind} share {taken} MiB ({copies}) and have {own} MiB each of their own; they "
-            f"read {rates} million rows/s together."
+            f"{counts} processes on one {kind} share {slashed((size / MIB for size in shared), ',.0f')} MiB ({copies}) "
+            f"and have {own} MiB each of their own; they read {rates} million rows/s together."
         )
     run = result["long"]
     holds = "stays under" if run["memory"] <= run["bytes"] else "BREAKS"

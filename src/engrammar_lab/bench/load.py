@@ -149,33 +149,30 @@ def make_prompts(folder: Path, number: int, patch: Path) -> tuple[list[Prompt], 
     return prompts, about
 
 
-@contextmanager
-def serving(folder: Path, *settings: str) -> Iterator[Served]:
-    """`engrammar serve` in a process of its own; errors are those of `started`."""
-    port = free_port()
-    command = [sys.executable, "-m", "engrammar_cli.main", "serve", str(folder), "--port", str(port)]
-    with started([*command, "--served-name", NAME, *settings], port) as process:
-        yield Served(f"http://127.0.0.1:{port}", process)
+def serving(folder: Path, *settings: str) -> AbstractContextManager[Served]:
+    """`engrammar serve`, `started`."""
+    return started([sys.executable, "-m", "engrammar_cli.main", "serve", str(folder), "--served-name", NAME, *settings])
 
 
 @contextmanager
-def started(command: Sequence[str], port: int, **variables: str) -> Iterator[subprocess.Popen[str]]:
-    """A server that listens at a port, in a process of its own, with other variables of the environment.
+def started(command: Sequence[str], **variables: str) -> Iterator[Served]:
+    """A server in a process of its own, at a port that is free, with other variables of the environment.
 
     Raises:
         OSError: it does not start, or does not end as it should.
     """
+    port = free_port()
     with TemporaryDirectory() as scratch:
         log = Path(scratch) / "log"
         with log.open("w") as out:
-            given = {**os.environ, **variables}
-            process = subprocess.Popen(command, stdout=out, stderr=out, text=True, env=given)
+            asked, given = [*command, "--port", str(port)], os.environ | variables
+            process = subprocess.Popen(asked, stdout=out, stderr=out, text=True, env=given)
         try:
             try:
                 wait_for_port(port, process, START_SECONDS)
             except OSError as error:
                 raise OSError(f"The server does not start: {log.read_text()[-2000:]}") from error
-            yield process
+            yield Served(f"http://127.0.0.1:{port}", process)
         finally:
             process.send_signal(signal.SIGINT)
             ended = process.wait(START_SECONDS)

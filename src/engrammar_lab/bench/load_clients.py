@@ -84,12 +84,9 @@ class Clients:
 def ask(
     address: str, name: str, ids: list[int], num_new: int, *, streams: bool, leaves: bool = False
 ) -> tuple[str, list[int]]:
-    """Asks for greedy tokens after a prompt; returns how it ended, and the tokens that came.
+    """Asks HOST:PORT for greedy tokens after a prompt; returns how it ended, and the tokens that came.
 
-    Args:
-        address: HOST:PORT.
-        streams: whether the answer comes in pieces.
-        leaves: whether the client goes away after the first one.
+    The answer comes in pieces if it `streams`; a client that `leaves` goes away after the first one.
     """
     body = {"model": name, "prompt": ids, "max_tokens": num_new, "temperature": 0, "stream": streams}
     raw = json.dumps(body | {"ignore_eos": True, "return_token_ids": True})

@@ -21,9 +21,9 @@ from engrammar.train.placement import Overlap, TablePlacement, Where, place_tabl
 from engrammar.train.row_optimizers import build_row_optimizer
 from engrammar_lab.bench.figures import line_by_line, named
 from engrammar_lab.bench.models import with_rows
-from engrammar_lab.bench.rows import BETAS, EPS, MEMORY_LR, build_backbone, draw_ids, new_memory
+from engrammar_lab.bench.rows import BETAS, EPS, MEMORY_LR, build_backbone, bytes_held, draw_ids, new_memory
 from engrammar_lab.bench.rows import LENGTH as DRAWN_LENGTH
-from engrammar_lab.bench.turns import measured_in_turn, rates_of, ratio
+from engrammar_lab.bench.turns import measured_in_turn, rates_of, ratio, wait_for
 from engrammar_lab.machine import accelerator
 
 COLUMNS = (
@@ -63,12 +63,6 @@ ON_CPU = Plan(preset="nano", rows_per_head=100_000, batch=8, length=128, num_bat
 ON_ACCELERATOR = Plan(preset="100m", rows_per_head=500_000, batch=16, length=1024, num_batches=8, rounds=8, steps=8)
 
 
-def _wait_for(device: torch.device) -> None:
-    """Waits until all work that was started on the accelerator is done."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
 class Variant:
     """A memory with its rows in one place, trained with the backbone that all variants share."""
 
@@ -104,11 +98,11 @@ class Variant:
         """Seconds of that many steps, after one that is not timed, so that every timed step overlaps an update."""
         self.model.model.memory = self.memory
         self.step(batches)
-        _wait_for(self.device)
+        wait_for(self.device)
         started = time.perf_counter()
         for _ in range(num_steps):
             self.step(batches)
-        _wait_for(self.device)
+        wait_for(self.device)
         seconds = time.perf_counter() - started
         self.placement.flush()  # no update of this variant runs beside the next one
         return seconds
@@ -134,17 +128,10 @@ def _measure(plan: Plan, device: torch.device, folder: Path) -> tuple[dict[str, 
     for variant in variants.values():
         variant.run(batches, plan.num_batches)  # touches every row and page
     seconds = measured_in_turn(lambda *turn: variants[turn[-1]].run(batches, plan.steps), variants, plan.rounds)
-    placement, optimizer = variants[BASELINE].placement, variants[BASELINE].optimizer
-    assert optimizer.rows is not None
-    held = [
-        tensor
-        for table_RC in placement.tables.values()
-        for tensor in (table_RC, *optimizer.rows.state_of(table_RC).values())
-    ]
     measured = rates_of(seconds, plan.steps * plan.batch * plan.length, "tokens")
     for kind, rate in measured.items():
         rate |= {"share": ratio(seconds[BASELINE], seconds[kind]), "bytes_moved": variants[kind].bytes_moved()}
-    return measured, sum(tensor.nbytes for tensor in held)
+    return measured, sum(bytes_held(variants[BASELINE].placement, variants[BASELINE].optimizer))
 
 
 def bench_placement(quick: bool) -> dict[str, Any]:

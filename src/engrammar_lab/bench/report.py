@@ -61,23 +61,16 @@ class Bench(NamedTuple):
 
 ROWS = ("rows.png", "step time against rows per head")
 CURVES = ("titan.png", "losses of both, and how far they are apart")
-LOAD = Part("Half an hour of use, with faults", load.table, load.verdict, 2)
-TITAN = Part("The same training in torchtitan", titan.table, titan.verdict, 2, CURVES)
-VLLM = Part("Many requests at once in vLLM", serve.table, vllm.verdict, 2)
-CLIENTS = Part("Both servers, asked by vLLM's own client", clients.table, clients.verdict, 2)
-FAMILIES = Part("Which models take a memory and patches", families.table, families.verdict)
-ALONE = {
-    "load": LOAD,
-    "titan": TITAN,
-    "vllm": VLLM,
-    "clients": CLIENTS,
-    "families": FAMILIES,
-}  # benches with a command of their own
+ALONE = {  # benches with a command of their own
+    "load": Part("Half an hour of use, with faults", load.table, load.verdict, 2),
+    "titan": Part("The same training in torchtitan", titan.table, titan.verdict, 2, CURVES),
+    "vllm": Part("Many requests at once in vLLM", serve.table, vllm.verdict, 2),
+    "clients": Part("Both servers, asked by vLLM's own client", clients.table, clients.verdict, 2),
+    "families": Part("Which models take a memory and patches", families.table, families.verdict),
+}
 DEVICE = Part("On an accelerator", device.table, device.verdict, 2)  # where there was one
 NOT_RUN = "Not run: no accelerator was at hand. Nothing is claimed about one."
-OF_STEP = {
-    "rows": Part("A step against rows per head", rows.table, rows.verdict, 2, ROWS),
-}
+OF_STEP = {"rows": Part("A step against rows per head", rows.table, rows.verdict, 2, ROWS)}
 OF_STORE = {
     "cold": Part("Cold rows", cold.table, cold.verdict),
     "footprint": Part("Memory that stores take", footprint.table, footprint.verdict, 2),
@@ -124,27 +117,23 @@ def show(name: str, result: dict[str, Any]) -> None:
         print(in_lines(part.verdict(figures)), end="\n\n\n")
 
 
-def load_results(results: Path) -> dict[str, dict[str, Any]]:
-    """The results in a folder, by bench."""
-    return {name: _load(results, name) for name in BENCHES}
-
-
-def _load(results: Path, name: str) -> dict[str, Any]:
+def load_result(results: Path, name: str) -> dict[str, Any]:
+    """The result of a bench in a folder."""
     return dict(json.loads((results / f"{name}.json").read_text()))
 
 
 def render(results: Path, document: Path) -> str:
     """The whole page; its links are relative to `document`."""
     page = ["# Measurements", "", "Made by `python -m engrammar_lab.bench.report` from `results/bench`.", ""]
-    shown = [
-        (result, part, figures)
-        for name, result in load_results(results).items()
-        for part, figures in BENCHES[name].parts(result)
-    ]
-    alone = [(_load(results, name), part) for name, part in ALONE.items()]
-    if has_device := (results / "device.json").exists():
-        alone.append((_load(results, "device"), DEVICE))
-    for result, part, figures in [*shown, *((result, part, result) for result, part in alone)]:
+    shown = []
+    for name, bench in BENCHES.items():
+        result = load_result(results, name)
+        shown += [(result, part, figures) for part, figures in bench.parts(result)]
+    has_device = (results / "device.json").exists()
+    for name, part in (ALONE | {"device": DEVICE} if has_device else ALONE).items():
+        result = load_result(results, name)
+        shown.append((result, part, result))
+    for result, part, figures in shown:
         page += [f"## {part.title}: `{result['command']}`", "", _conditions(result, figures), ""]
         page += [*as_markdown(*part.table(figures)), "", part.verdict(figures), ""]
         if part.picture:
@@ -161,8 +150,8 @@ def write_page(results: Path = Path("results/bench"), document: Path = Path("doc
         document: The page to write.
     """
     document.write_text(render(results, document))
-    rows.draw(_load(results, "step")["rows"], results / ROWS[0])
-    titan.draw(_load(results, "titan"), results / CURVES[0])
+    rows.draw(load_result(results, "step")["rows"], results / ROWS[0])
+    titan.draw(load_result(results, "titan"), results / CURVES[0])
 
 
 if __name__ == "__main__":

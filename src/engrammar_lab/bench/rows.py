@@ -23,6 +23,7 @@ from engrammar.model.configuration import EngrammarConfig
 from engrammar.model.modeling import EngrammarForCausalLM
 from engrammar.table import MemoryTable
 from engrammar.train.optimizer import MixedOptimizer, build_optimizer, clip_grad_norm
+from engrammar.train.placement import TablePlacement
 from engrammar.train.row_optimizers import ROW_OPTIMIZERS, build_row_optimizer
 from engrammar_lab.bench.models import random_model, with_rows
 from engrammar_lab.bench.optimizer import gather_and_scatter
@@ -72,13 +73,10 @@ QUICK = Plan(sizes=(10_000, 100_000), batch=2, num_batches=4, repeats=4, num_fre
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
-    """One way to hold and train the rows: a memory for the backbone, and the optimizer that updates its rows.
-
-    `optimizer` is None if the backward pass updates the rows.
-    """
+    """One way to hold and train the rows: a memory for the backbone, and the optimizer that updates its rows."""
 
     memory: Memory
-    optimizer: Optimizer | None
+    optimizer: Optimizer | None  # None if the backward pass updates the rows
 
     @property
     def table(self) -> MemoryTable:
@@ -130,6 +128,14 @@ def build_contender(name: str, memory: Memory, weight_RC: Tensor) -> Contender:
         kind = torch.optim.SparseAdam if name == SPARSE_ADAM else torch.optim.Adam
         optimizer = kind(list(source.tables.values()), lr=MEMORY_LR, betas=BETAS, eps=EPS)
     return Contender(memory=memory, optimizer=optimizer)
+
+
+def bytes_held(placement: TablePlacement, optimizer: MixedOptimizer) -> tuple[int, int]:
+    """Bytes of placed rows, and of their optimizer state, on this rank."""
+    assert optimizer.rows is not None
+    tables = placement.tables.values()
+    state = [values for table_RC in tables for values in optimizer.rows.state_of(table_RC).values()]
+    return sum(table_RC.nbytes for table_RC in tables), sum(values.nbytes for values in state)
 
 
 def draw_ids(vocab_size: int, batch: int, *, seed: int) -> Tensor:

@@ -30,7 +30,7 @@ from engrammar.train.optimizer import MixedOptimizer, OptimizerSettings, build_o
 from engrammar.train.placement import TablePlacement, place_tables
 from engrammar_lab.bench.figures import line_by_line, meets
 from engrammar_lab.bench.models import random_model
-from engrammar_lab.bench.rows import LENGTH, draw_ids
+from engrammar_lab.bench.rows import LENGTH, bytes_held, draw_ids
 
 RANKS = (1, 2, 4)
 BATCH = 8  # over all ranks
@@ -144,10 +144,7 @@ def train(precision: Precision, num_steps: int, num_passes: int) -> Run:
 
 def _bytes_held(placement: TablePlacement, optimizer: MixedOptimizer) -> dict[str, int]:
     """Bytes of rows and of their optimizer state, on the rank that holds most."""
-    assert optimizer.rows is not None
-    tables = placement.tables.values()
-    state = [values for table_RC in tables for values in optimizer.rows.state_of(table_RC).values()]
-    held = torch.tensor([sum(t.nbytes for t in tables), sum(values.nbytes for values in state)])
+    held = torch.tensor(bytes_held(placement, optimizer))
     dist.all_reduce(held, op=dist.ReduceOp.MAX)
     return dict(zip(("table_bytes", "state_bytes"), held.tolist()))
 

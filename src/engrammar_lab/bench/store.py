@@ -12,7 +12,7 @@ import numpy as np
 
 from engrammar.cells import Column
 from engrammar_lab.bench import cold, footprint, remote
-from engrammar_lab.bench.figures import by_variant, line_by_line, meets
+from engrammar_lab.bench.figures import by_variant, line_by_line, meets, slashed
 from engrammar_lab.bench.large_file import draw_rows, first_rows, in_fresh_process, large_table
 from engrammar_lab.bench.readers import CACHED, DISK, ENGRAMDB, FROM_FILE, RAM, READERS, TAKE, Read, why_no_engramdb
 from engrammar_lab.bench.turns import measured_in_turn, rates_of, ratio, seconds_of
@@ -101,28 +101,21 @@ def bench_store(quick: bool) -> dict[str, Any]:
 
 def verdict(result: dict[str, Any]) -> str:
     """How the stores in memory compare with np.take and engramdb, and whether the targets are met."""
-    warm = result["row_bytes"]
-
-    def each(values: list[str]) -> str:
-        return f"{' / '.join(values)} at {' / '.join(warm)} bytes a row"
-
-    sentences = []
+    warm, sentences = result["row_bytes"], []
     for way in (RAM, CACHED):
         own = [ways[way] for ways in warm.values()]
         shares, few = [row["share"] for row in own], [row["microseconds_of_few"] for row in own]
         sentences.append(
-            f"{way} reads {each([f'{share:.2f}' for share in shares])} of what np.take on a memmap does "
-            f"({meets(min(shares) >= SHARE_TARGET, SHARE_TARGET)}), and {FEW} rows in "
-            f"{' / '.join(f'{us:.1f}' for us in few)} us ({meets(max(few) < FEW_TARGET, f'{FEW_TARGET} us')})."
+            f"{way} reads {slashed(shares, '.2f')} at {' / '.join(warm)} bytes a row of what np.take on a memmap does "
+            f"({meets(min(shares) >= SHARE_TARGET, SHARE_TARGET)}), and {FEW} rows in {slashed(few, '.1f')} us "
+            f"({meets(max(few) < FEW_TARGET, f'{FEW_TARGET} us')})."
         )
         if result["engramdb"] is None:
             times = [
                 row["rows_per_second"] / ways[ENGRAMDB]["rows_per_second"] for row, ways in zip(own, warm.values())
             ]
-            sentences.append(
-                f"That is {' / '.join(f'{ratio:.1f}' for ratio in times)} times engramdb "
-                f"({meets(min(times) >= ENGRAMDB_TARGET, ENGRAMDB_TARGET)})."
-            )
+            target = meets(min(times) >= ENGRAMDB_TARGET, ENGRAMDB_TARGET)
+            sentences.append(f"That is {slashed(times, '.1f')} times engramdb ({target}).")
     if result["engramdb"] is not None:
         sentences.append(f"engramdb was not measured: {result['engramdb']}.")
     sentences.append(f"{DISK} leaves nothing in the page cache, so for it every read is a cold one.")

@@ -6,6 +6,7 @@ from statistics import median
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 Name = TypeVar("Name")
@@ -41,6 +42,12 @@ def seconds_of(call: Callable[..., object], *arguments: object) -> float:
     started = time.perf_counter()
     call(*arguments)
     return time.perf_counter() - started
+
+
+def wait_for(device: torch.device) -> None:
+    """Waits until all work that was started on an accelerator is done."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def rates_of(seconds: Mapping[str, Sequence[float]], amount: float, unit: str) -> dict[str, dict[str, Any]]:

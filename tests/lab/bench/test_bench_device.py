@@ -7,12 +7,11 @@ import torch
 
 from committed import ROOT
 from engrammar_lab.bench import device
-from engrammar_lab.bench.decode import Plan as Decoding
-from engrammar_lab.bench.device import Plan, bench_device, check, verdict
+from engrammar_lab.bench.decode import Plan
+from engrammar_lab.bench.device import bench_device, check, verdict
 from engrammar_lab.bench.report import DEVICE, NOT_RUN, render
 
-CPU = torch.device("cpu")
-TINY = Decoding(preset="micro", rows_per_head=2003, batches=(1, 2), rounds=1, steps=2, corpus="pocket:stdlib")
+TINY = Plan(preset="micro", rows_per_head=2003, batches=(1, 2), rounds=1, steps=2, corpus="pocket:stdlib")
 CASES = """
 import os, pytest
 def test_right(): assert os.environ["ENGRAMMAR_DEVICE"] == "cpu"
@@ -31,7 +30,7 @@ def result(tmp_path, monkeypatch):
     monkeypatch.setattr(device, "COPIED", 2**16)
     path = tmp_path / "test_cases.py"
     path.write_text(CASES)
-    return bench_device(Plan(device=CPU, tests=(str(path), "--noconftest"), decoding=TINY))
+    return bench_device(TINY, (str(path), "--noconftest"))
 
 
 def test_failed_and_skipped_tests_are_named(result, tmp_path):
@@ -49,7 +48,7 @@ def test_failed_and_skipped_tests_are_named(result, tmp_path):
 
 
 def test_without_an_accelerator_nothing_is_run_or_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(device, "accelerator", lambda: CPU)
+    monkeypatch.setattr(device, "accelerator", lambda: torch.device("cpu"))
     with pytest.raises(SystemExit, match="torch finds no accelerator here, so nothing was run"):
         device.main(tmp_path / "device.json")
     assert not list(tmp_path.iterdir())

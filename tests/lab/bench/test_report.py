@@ -6,7 +6,7 @@ from statistics import mean
 import pytest
 
 from committed import RESULTS, ROOT
-from engrammar_lab.bench.report import BENCHES, load_results, render, show, write_page
+from engrammar_lab.bench.report import BENCHES, load_result, render, show, write_page
 from engrammar_lab.report.studies import scores
 
 FOLDER, DOCUMENT = RESULTS / "bench", ROOT / "docs" / "measurements.md"
@@ -19,7 +19,7 @@ def test_the_committed_page_is_made_from_the_committed_json():
 @pytest.mark.parametrize("name", BENCHES)
 def test_the_terminal_shows_the_cells_of_the_page(name, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    result = load_results(FOLDER)[name]
+    result = load_result(FOLDER, name)
     show(name, result)
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) <= 80

@@ -1,7 +1,7 @@
 """What a request asks for. A field that would change the answer and is not known here is refused, not left out."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -53,6 +53,21 @@ class Refused(ValueError):
     def body(self) -> dict[str, Any]:
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         return {"error": {"message": str(self), "type": kind, "param": None, "code": self.code}}
+
+
+async def body_of(stream: AsyncIterable[bytes], most: int) -> bytes:
+    """The body of a request, which comes in parts.
+
+    Raises:
+        Refused: it is longer than `most` bytes.
+    """
+    parts, size = [], 0
+    async for part in stream:
+        size += len(part)
+        if size > most:
+            raise Refused(f"The body has more than {most:,} bytes.", 413)
+        parts.append(part)
+    return b"".join(parts)
 
 
 @dataclass(frozen=True, kw_only=True)

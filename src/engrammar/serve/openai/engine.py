@@ -4,9 +4,9 @@ import asyncio
 import itertools
 import logging
 import math
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack, asynccontextmanager
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, final
 
@@ -29,22 +29,6 @@ NO_END = -1  # an id at which no text ends
 logger = logging.getLogger(__name__)
 
 
-@dataclass(kw_only=True)
-class Counts:
-    """What was served so far."""
-
-    # Answers by how they ended; those that were refused are requests.
-    finished: int = 0
-    cancelled: int = 0
-    failed: int = 0
-    refused: int = 0
-    # Tokens of prompts, and of answers.
-    prompt_tokens: int = 0
-    new_tokens: int = 0
-    changes: int = 0  # patches that were applied or undone
-    starts: int = 0  # of the engine; over 1 + changes after a failure
-
-
 @final
 class Engine:
     """One model, its requests, and its patches. All methods but `close` belong to one event loop.
@@ -56,7 +40,10 @@ class Engine:
     def __init__(self, model: Any, tokenizer: Any, limits: Limits) -> None:
         check_can_serve()
         self.model, self.tokenizer, self.limits = model, tokenizer, limits
-        self.counts, self.sampler = Counts(), Sampler()
+        # What was served so far: answers that are "finished", "cancelled" or "failed", requests that were "refused",
+        # "prompt_tokens" and "new_tokens", "changes" of patches, "starts" (over 1 + changes after a failure).
+        self.counts: Counter[str] = Counter()
+        self.sampler = Sampler()
         self.held = self.running = 0  # answers under way or waiting, and requests under way
         self.changing, self.ended = asyncio.Lock(), asyncio.Condition()
         self.numbers = itertools.count()
@@ -87,7 +74,7 @@ class Engine:
         self.manager.logit_processor = processors
         carry_choices(self.manager)
         self.manager.start()
-        self.counts.starts += 1
+        self.counts["starts"] += 1
 
     def _stop(self) -> None:
         self.manager.stop(block=True)
@@ -164,7 +151,7 @@ class Engine:
         try:
             carried = {"drawing": drawing, "choice": choice}
             given.add_request(prompt, name, asked.max_tokens, streaming=True, eos_token_id=ends or [NO_END], **carried)
-            self.counts.prompt_tokens += len(prompt)
+            self.counts["prompt_tokens"] += len(prompt)
             while outcome == "cancelled":
                 output = await self._next(came)
                 if output is None or output.error is not None:
@@ -172,7 +159,7 @@ class Engine:
                     why = "it has stopped" if output is None else output.error
                     raise Refused(f"The model failed ({why}): try again.", 503, "model_failed")
                 new, seen = output.generated_tokens[seen:], len(output.generated_tokens)
-                self.counts.new_tokens += len(new)
+                self.counts["new_tokens"] += len(new)
                 outcome = "finished" if output.is_finished() else outcome
                 if new:
                     yield new
@@ -181,7 +168,7 @@ class Engine:
                 given.cancel_request(name)
                 given.output_router.result_handlers.pop(name, None)
             self.sampler.end(drawing)
-            setattr(self.counts, outcome, getattr(self.counts, outcome) + 1)
+            self.counts[outcome] += 1
 
     async def _next(self, came: "asyncio.Queue[Any]") -> Any:
         """What comes next; None if the thread that runs the model has died."""
@@ -204,7 +191,7 @@ class Engine:
             await asyncio.to_thread(self._stop)
             try:
                 await asyncio.to_thread(make)
-                self.counts.changes += 1
+                self.counts["changes"] += 1
             finally:
                 self.read_with.cache_clear()
                 self._start()

@@ -27,9 +27,9 @@ def render(engine: Engine) -> str:
 
 def _counted(engine: Engine) -> Iterator[tuple[str, str, list[tuple[str, int]]]]:
     counts, sources = engine.counts, sources_of(engine.model)
-    ends = [(f'{{outcome="{end}"}}', getattr(counts, end)) for end in ("finished", "cancelled", "failed", "refused")]
+    ends = [(f'{{outcome="{end}"}}', counts[end]) for end in ("finished", "cancelled", "failed", "refused")]
     yield "answers_total", "Answers by how they ended.", ends
-    tokens = [('{kind="prompt"}', counts.prompt_tokens), ('{kind="new"}', counts.new_tokens)]
+    tokens = [('{kind="prompt"}', counts["prompt_tokens"]), ('{kind="new"}', counts["new_tokens"])]
     yield "tokens_total", "Tokens of prompts and of answers.", tokens
     rows, missing = (sum(getattr(one.counts, kind) for one in sources) for kind in ("rows", "missing_rows"))
     yield "rows_read_total", "Rows of memory tables that were asked for.", [("", rows)]
@@ -38,8 +38,8 @@ def _counted(engine: Engine) -> Iterator[tuple[str, str, list[tuple[str, int]]]]
     yield "cache_hits_total", "Rows that were in the cache of a table.", [(name, one.hits) for name, one in caches]
     misses = [(name, one.misses) for name, one in caches]
     yield "cache_misses_total", "Rows that were not in the cache of a table.", misses
-    yield "patch_changes_total", "Patches that were applied or undone.", [("", counts.changes)]
-    yield "starts_total", "Starts of the model.", [("", counts.starts)]
+    yield "patch_changes_total", "Patches that were applied or undone.", [("", counts["changes"])]
+    yield "starts_total", "Starts of the model.", [("", counts["starts"])]
     yield "requests_running", "Requests that are under way.", [("", engine.running)]
     yield "answers_held", "Answers that are under way or waiting.", [("", engine.held)]
     yield "patches", "Patches that are applied.", [("", len(engine.patches()))]

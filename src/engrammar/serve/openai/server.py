@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from engrammar.serve.openai.asked import Asked, Ids, Kind, Refused, read_asked
+from engrammar.serve.openai.asked import Asked, Ids, Kind, Refused, body_of, read_asked
 from engrammar.serve.openai.engine import Engine
 from engrammar.serve.openai.metrics import render
 from engrammar.serve.openai.text import TextStream
@@ -95,9 +95,8 @@ class Server:
 
     async def answer(self, request: Request, kind: Kind) -> Response:
         """Answers a request for completions or a chat."""
-        asked = read_asked(
-            await body_of(request, MOST_BYTES), kind, self.name, self.engine.tokenizer, self.engine.limits
-        )
+        body = await body_of(request.stream(), MOST_BYTES)
+        asked = read_asked(body, kind, self.name, self.engine.tokenizer, self.engine.limits)
         self.engine.choice(asked.patches)  # refused before a stream begins
         self.engine.reserve(len(asked.sequences))
         about = {
@@ -181,7 +180,7 @@ class Server:
             said = request.query_params.get("on_request", "false")
             if said not in ("true", "false"):
                 raise Refused(f"on_request is {said!r}; allowed: true or false.")
-            content = await body_of(request, MOST_PATCH_BYTES)
+            content = await body_of(request.stream(), MOST_PATCH_BYTES)
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / "patch.safetensors"
                 path.write_bytes(content)
@@ -212,7 +211,7 @@ class Server:
 
         async def refuse(request: Request, error: Exception) -> Response:
             refused = error if isinstance(error, Refused) else Refused(" ".join(str(error).split()))
-            self.engine.counts.refused += 1
+            self.engine.counts["refused"] += 1
             return JSONResponse(refused.body(), refused.status)
 
         return Starlette(routes=routes, lifespan=lifespan, exception_handlers={ValueError: refuse})
@@ -237,21 +236,6 @@ class Stream(StreamingResponse):
         finally:
             await self.events.aclose()  # type: ignore[attr-defined]
             self.engine.release(self.num_answers)
-
-
-async def body_of(request: Request, most: int) -> bytes:
-    """The body of a request.
-
-    Raises:
-        Refused: it is longer than `most` bytes.
-    """
-    parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > most:
-            raise Refused(f"The body has more than {most:,} bytes.", 413)
-        parts.append(part)
-    return b"".join(parts)
 
 
 async def unless_gone(request: Request, work: Awaitable[dict[str, Any]]) -> dict[str, Any]:

@@ -38,14 +38,10 @@ class ServedPass(FlatPass):
 
 @final
 class Adder:
-    """Starts the reads of a pass, and adds the rows of an attached memory.
-
-    Args:
-        states: for each memory layer that keeps something, its state; the first one keeps the ids.
-    """
+    """Starts the reads of a pass, and adds the rows of an attached memory."""
 
     def __init__(self, attached: AttachedMemory, states: Mapping[int, StateLayer]) -> None:
-        first = next(iter(states))
+        first = next(iter(states))  # of the memory layers that keep something, the one that keeps the ids
         self.attached, self.name = attached, state_name(first)
         self.retriever = Retriever(attached.memory, states[first])
         states[first].retriever = self

@@ -5,6 +5,7 @@ vLLM's prefix cache is empty at the start, and patches stay as long as it runs: 
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, final
 
@@ -48,7 +49,7 @@ class Offer:
 
     def __init__(self, for_all: Sequence[Patch], on_request: Sequence[Patch]) -> None:
         self.for_all, self.on_request = for_all, on_request
-        self.stacks: dict[tuple[str, ...], Stack | None] = {}
+        self._stacks = lru_cache(MOST_STACKS)(self._put_together)
 
     @property
     def adding(self) -> list[Patch]:
@@ -67,15 +68,19 @@ class Offer:
                 raise ValueError(
                     f"No patch {name!r} can be chosen; patches for requests are: {', '.join(known) or 'none'}."
                 )
-        chosen = tuple(name for name in known if name in names)
-        if chosen not in self.stacks:
-            while len(self.stacks) >= MOST_STACKS:
-                self.stacks.pop(next(iter(self.stacks)))
-            own = [one for one in self.on_request if one.name in chosen]
-            for index, one in enumerate(own):
-                refuse_conflicts(one, [*self.for_all, *own[:index]])
-            self.stacks[chosen] = _stack([one for one in (*self.for_all, *own) if len(one.entries)])
-        return self.stacks[chosen]
+        return self._stacks(tuple(name for name in known if name in names))
+
+    def _put_together(self, chosen: tuple[str, ...]) -> Stack | None:
+        own = [one for one in self.on_request if one.name in chosen]
+        for index, one in enumerate(own):
+            refuse_conflicts(one, [*self.for_all, *own[:index]])
+        patches = [one for one in (*self.for_all, *own) if len(one.entries)]
+        if not patches:
+            return None
+        digests = tuple(map(patch_digest, patches))
+        stores = [ArrayStore(f"the values of {one.name}", digest, one.values) for one, digest in zip(patches, digests)]
+        rows = [ValueRows(store=store, encoding=patch.encoding) for store, patch in zip(stores, patches)]
+        return stack_patches(patches, rows, digests, patches[0].base.hidden_size)
 
 
 def read_offer(for_all: Sequence[Path], on_request: Sequence[Path], *, self_test: bool = True) -> Offer:
@@ -104,15 +109,6 @@ def refuse_conflicts(patch: Patch, others: Sequence[Patch]) -> None:
     for other in others:
         if found := conflicts(other, patch):
             raise ValueError(in_conflict(other.name, patch.name, found))
-
-
-def _stack(patches: Sequence[Patch]) -> Stack | None:
-    if not patches:
-        return None
-    digests = tuple(map(patch_digest, patches))
-    stores = [ArrayStore(f"the values of {one.name}", digest, one.values) for one, digest in zip(patches, digests)]
-    rows = [ValueRows(store=store, encoding=patch.encoding) for store, patch in zip(stores, patches)]
-    return stack_patches(patches, rows, digests, patches[0].base.hidden_size)
 
 
 def replace_patched_rows(memory: Memory | None, patches: Sequence[Patch]) -> None:

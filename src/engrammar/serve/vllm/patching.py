@@ -38,11 +38,7 @@ NUMBERS = {"id": 0, FOUND: 1, WRITTEN: 2}
 
 @final
 class Slots(FlatState):
-    """The tokens of a pass, whose state lies in vLLM's KV cache.
-
-    Args:
-        num_back: ids to look back to.
-    """
+    """The tokens of a pass, whose state lies in vLLM's KV cache; `num_back` ids are looked back to."""
 
     def __init__(
         self, layer: StateLayer, num_back: int, ids_F: Tensor, positions_F: Tensor, where: StateMetadata
@@ -74,12 +70,7 @@ class Slots(FlatState):
 
 @final
 class Patcher:
-    """Finds the keys of a pass, and adds what patches write.
-
-    Args:
-        offer: the patches; one at least adds to hidden states.
-        tokenizer: the model's.
-    """
+    """Finds the keys of a pass, and adds what patches write; one at least of the offer adds to hidden states."""
 
     def __init__(self, vllm_config: VllmConfig, decoder: Decoder, offer: Offer, tokenizer: Any) -> None:
         self.offer, self.tokenizer = offer, tokenizer
@@ -122,11 +113,7 @@ class Patcher:
         context.additional_kwargs[PATCHED] = parts
 
     def _by_choice(self, where: StateMetadata, names: Mapping[int, Names]) -> list[tuple[Stack, StateMetadata]]:
-        """Where the tokens of each stack lie; those of other requests lie nowhere there.
-
-        Args:
-            names: of the patches that requests have named, by their row in the batch.
-        """
+        """Where the tokens of each stack lie; those of other requests lie nowhere there. `names`: see `names_in`."""
         for_all = self.offer.stack(())
         if not names:
             return [] if for_all is None else [(for_all, where)]

@@ -31,8 +31,8 @@ class Retriever:
     def history(self, ids_T: Tensor, positions_T: Tensor, where: StateMetadata) -> Tensor:
         """Keeps the ids; returns those before each, [1, T, S], -1 where there are none."""
         back = range(self.memory.config.max_ngram_size - 1, 0, -1)
-        self.ids.write(self.ids.ids, ids_T, where)
-        before_TS, exists_TS = self.ids.read(self.ids.ids, positions_T, back, where)
+        self.ids.write(self.ids.numbers(), ids_T, where)
+        before_TS, exists_TS = self.ids.read(self.ids.numbers(), positions_T, back, where)
         return before_TS.long().where(exists_TS, -1)[None]
 
     def start(self, ids_T: Tensor, positions_T: Tensor, where: StateMetadata) -> Retrieved:

@@ -115,13 +115,8 @@ class StateLayer(nn.Module, AttentionLayerBase):
             max_tp_shards=1,
         )
 
-    @property
-    def ids(self) -> Tensor:
-        """The ids in the cache, int32 [blocks, positions]."""
-        return self.numbers(0)
-
-    def numbers(self, index: int) -> Tensor:
-        """One of the numbers of each token, int32 [blocks, positions]."""
+    def numbers(self, index: int = 0) -> Tensor:
+        """One of the numbers of each token in the cache, by default its id; int32 [blocks, positions]."""
         return self.kv_cache[:, 0].view(torch.int32)[..., index - self.num_numbers]
 
     @property
