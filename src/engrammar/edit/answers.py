@@ -1,17 +1,15 @@
 """What a model answers: greedily, in twenty phrasings of a fact."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from engrammar.attach.blocks import device_of, evaluating, host_of
 from engrammar.edit.facts import Fact
 from engrammar.edit.patch import Patch
 from engrammar.edit.phrasings import RELATIONS, about
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 NUM_PHRASINGS = 20
 # What may stand before a question. None of them is used in learning.
@@ -36,7 +34,7 @@ def phrasings_of(fact: Fact, asked: str = "") -> list[str]:
 
 
 @torch.no_grad()
-def answer(model: Any, tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str], num_tokens: int = 12) -> list[str]:
+def answer(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], num_tokens: int = 12) -> list[str]:
     """What a model writes after each prompt, greedily, with the patches that are applied.
 
     For the answers without them, ask `with without_patches(model)`. Shows a progress bar if it takes more than two
@@ -64,9 +62,7 @@ def says(text: str, words: str) -> bool:
     return text.startswith(words) and not text[len(words) : len(words) + 1].isalnum()
 
 
-def reached(
-    model: Any, tokenizer: "PreTrainedTokenizerBase", fact: Fact, patch: Patch | None = None
-) -> dict[str, bool]:
+def reached(model: Any, tokenizer: PreTrainedTokenizerBase, fact: Fact, patch: Patch | None = None) -> dict[str, bool]:
     """Which of twenty phrasings of a fact are answered with its object.
 
     Args:

@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, final
+from typing import Any, Literal, final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from engrammar.attach.blocks import (
     PATCHES,
@@ -42,9 +43,6 @@ from engrammar.stores.base import RowStore
 from engrammar.stores.disk import DiskStore
 from engrammar.tables.folder import TableFile
 from engrammar.vocabulary import compress_vocabulary, fingerprint, require_tokenizer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 Tier = Literal["ram", "disk"]
 OnConflict = Literal["refuse", "replace"]
@@ -128,7 +126,7 @@ class Edits:
 def apply_patch(
     model: nn.Module,
     patch: Patch | str | Path,
-    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     memory: Tier | Callable[[TableFile], RowStore] = "ram",
     on_conflict: OnConflict = "refuse",
@@ -166,7 +164,7 @@ def apply_patch(
 def add_patch(
     model: nn.Module,
     patch: Patch | str | Path,
-    tokenizer: "PreTrainedTokenizerBase | None",
+    tokenizer: PreTrainedTokenizerBase | None,
     memory: Tier | Callable[[TableFile], RowStore],
     add: Callable[[Edits, Applied], None],
 ) -> None:

@@ -5,12 +5,13 @@ import copy
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from engrammar.attach.blocks import device_of, find_decoder
 from engrammar.attach.passes import cache_in
@@ -21,9 +22,6 @@ from engrammar.edit.optimizing import Text
 from engrammar.edit.patch import Key, subject_keys
 from engrammar.edit.phrasings import OTHERWISE, PLAIN
 from engrammar.edit.ranges import require_most
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 EXAMPLES = """Each line says the same in other words.
 The capital of France is Paris. = France has its capital in Paris.
@@ -56,7 +54,7 @@ def others(subject: str, num: int, seed: int) -> list[str]:
 class Rewording:
     """Has a model say facts in other words, after examples that it reads once."""
 
-    def __init__(self, model: nn.Module, tokenizer: "PreTrainedTokenizerBase", seed: int) -> None:
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
         self.model: Any = find_decoder(model).host
         self.tokenizer, self.seed = tokenizer, seed
         device = device_of(model)
@@ -108,7 +106,7 @@ class Subject:
 
 
 def subjects_of(
-    facts: Sequence[Fact], tokenizer: "PreTrainedTokenizerBase", classes_V: NDArray[np.int64]
+    facts: Sequence[Fact], tokenizer: PreTrainedTokenizerBase, classes_V: NDArray[np.int64]
 ) -> list[Subject]:
     """Facts by what they are about: those whose subjects have a key in common stand together."""
     found: list[Subject] = []
@@ -125,7 +123,7 @@ def subjects_of(
 class Asking:
     """Makes texts of prompts: their tokens, and where keys of subjects end in them."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", classes_V: NDArray[np.int64]) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, classes_V: NDArray[np.int64]) -> None:
         self.tokenizer, self.classes_V = tokenizer, classes_V.astype(np.int32)
 
     def text(self, prompt: str, says: str | None, subject: Subject, group: int, *, by_key: bool = False) -> Text | None:

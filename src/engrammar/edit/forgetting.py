@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from engrammar.attach.blocks import device_of
 from engrammar.edit.answers import answer, phrasings_of, probe_of, says
@@ -13,9 +14,6 @@ from engrammar.edit.building import build_patch
 from engrammar.edit.facts import Fact, as_fact
 from engrammar.edit.patch import Patch, RowDelta
 from engrammar.edit.uses import inner_rows
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +57,7 @@ def forget(
     subject: str,
     prompt: str | None = None,
     model: Any = None,
-    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Forgotten:
     """Takes the facts about a subject out of a patch; what it does otherwise stays the same to the bit.
 
@@ -133,7 +131,7 @@ def _deltas_without(patch: Patch, gone: Sequence[int], model: Any, tokenizer: An
     return found
 
 
-def _owners(patch: Patch, model: Any, tokenizer: "PreTrainedTokenizerBase") -> dict[tuple[int, int], set[int]]:
+def _owners(patch: Patch, model: Any, tokenizer: PreTrainedTokenizerBase) -> dict[tuple[int, int], set[int]]:
     """For each replaced row, by its layer, the facts whose subject's own n-grams read it.
 
     Raises:
@@ -158,7 +156,7 @@ def _owners(patch: Patch, model: Any, tokenizer: "PreTrainedTokenizerBase") -> d
     return owners
 
 
-def prove_forgotten(done: Forgotten, model: Any, tokenizer: "PreTrainedTokenizerBase", num_tokens: int = 12) -> Proof:
+def prove_forgotten(done: Forgotten, model: Any, tokenizer: PreTrainedTokenizerBase, num_tokens: int = 12) -> Proof:
     """Looks for what is left of facts, in the patch and in a model's answers to twenty phrasings of each.
 
     Args:
@@ -187,7 +185,7 @@ def prove_forgotten(done: Forgotten, model: Any, tokenizer: "PreTrainedTokenizer
     return Proof(keys=len(keys & left[0]), rows=len(rows & left[1]) + num_replaced, answered=answered, told=told)
 
 
-def _num_replaced(done: Forgotten, model: Any, tokenizer: "PreTrainedTokenizerBase") -> int:
+def _num_replaced(done: Forgotten, model: Any, tokenizer: PreTrainedTokenizerBase) -> int:
     """How many rows of hashed tables that forgotten facts alone read are still replaced."""
     owners, still_there = _owners(done.before, model, tokenizer), _still_there(done)
     assert done.after is not None

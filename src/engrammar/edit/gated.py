@@ -10,12 +10,13 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
 import torch
 import torch.nn.functional as F
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from engrammar.attach.blocks import find_decoder
 from engrammar.edit.applying import applied_patches, final_norm_of, without_patches
@@ -32,9 +33,6 @@ from engrammar.edit.states import last_states, text_states
 from engrammar.edit.units import Part, Unit
 from engrammar.edit.wording import worded_states
 from engrammar.vocabulary import compress_vocabulary
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 BEFORE = ("{}", "Here is a fact. {}", "As the guide said, {}")  # what stands before a prompt when a probe is fitted
 NUM_SUBJECTS = 16  # facts of a relation that its probe is fitted on; a quarter in other forms than their own
@@ -68,7 +66,7 @@ class GatedSettings(ProbeSettings):
 
 def gated_units(
     model: nn.Module,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: PreTrainedTokenizerBase,
     facts: Sequence[Fact],
     settings: GatedSettings,
     keep: Path | None = None,
@@ -228,7 +226,7 @@ class GatedReader:
     def __init__(
         self,
         model: nn.Module,
-        tokenizer: "PreTrainedTokenizerBase",
+        tokenizer: PreTrainedTokenizerBase,
         settings: GatedSettings,
         keep: Path | None = None,
     ) -> None:

@@ -10,10 +10,11 @@ Letters: W places at which a key ends, H columns, C row width, E = H*C, D hidden
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from engrammar.attach.blocks import device_of, evaluating, find_decoder
 from engrammar.config import check_choice
@@ -31,9 +32,6 @@ from engrammar.edit.vector import NO_PLACE, UNSAID
 from engrammar.stores.serving import StoredTables
 from engrammar.tables.encodings import decode
 from engrammar.vocabulary import compress_vocabulary
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 By = Literal["gradient", "solve"]
 SHORT = "its subject is one token, and the memory reads n-grams of two or more: name it by more words"
@@ -79,7 +77,7 @@ class RowSettings:
 
 def learn_rows(
     model: nn.Module,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: PreTrainedTokenizerBase,
     facts: Sequence[Fact],
     name: str,
     settings: RowSettings = RowSettings(),
@@ -101,7 +99,7 @@ def learn_rows(
 
 
 class _Learner:
-    def __init__(self, model: nn.Module, tokenizer: "PreTrainedTokenizerBase", settings: RowSettings) -> None:
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: RowSettings) -> None:
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         self.site = find_site(model, settings.layer)
         self.classes_V = compress_vocabulary(tokenizer)

@@ -4,9 +4,10 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from engrammar.edit.building import merge
 from engrammar.edit.facts import Fact, Refused, as_fact
@@ -15,9 +16,6 @@ from engrammar.edit.hashed import RowSettings, learn_rows
 from engrammar.edit.patch import Patch, base_of
 from engrammar.edit.units import KeptParts, Part, Unit
 from engrammar.edit.vector import VectorSettings, learn_vector
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 Method = Literal["gated", "vector", "rows"]
 Settings = GatedSettings | VectorSettings | RowSettings
@@ -62,7 +60,7 @@ class Request(NamedTuple):
 
 def learn(
     model: nn.Module,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: PreTrainedTokenizerBase,
     facts: Iterable[Fact | Mapping[str, Any]],
     *,
     name: str = "facts",
@@ -91,7 +89,7 @@ def learn(
 
 def request(
     model: nn.Module,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: PreTrainedTokenizerBase,
     facts: Iterable[Fact | Mapping[str, Any]],
     *,
     method: Method = "gated",

@@ -6,21 +6,16 @@ all requests read the same tables.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from engrammar.edit.applying import Applied, Edits, add_patch, edits_of, forget_edits, refuse_conflicts
 from engrammar.edit.patch import Patch
 from engrammar.edit.stack import Stack
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
-
-def offer_patch(
-    model: nn.Module, patch: Patch | str | Path, tokenizer: "PreTrainedTokenizerBase | None" = None
-) -> None:
+def offer_patch(model: nn.Module, patch: Patch | str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
     """Offers a patch to requests. Passes that no request has chosen it for stay as they are.
 
     Raises:

@@ -10,21 +10,19 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from engrammar.attach.blocks import find_decoder
 from engrammar.attach.fingerprints import fingerprint_of
 from engrammar.config import Encoding, Geometry, MemoryConfig
 from engrammar.tables.encodings import decode
 from engrammar.vocabulary import compress_vocabulary, fingerprint, require_tokenizer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 MOST_CLASSES, MOST_STEPS, MOST_ARMED = 16, 16, 1024  # of a key; of an entry; tokens that a key stays armed
 COLUMNS = (
@@ -276,7 +274,7 @@ class Patch:
         return np.stack([self.centres[self.probe_centres], self.directions], axis=1)
 
 
-def base_of(model: nn.Module, tokenizer: "PreTrainedTokenizerBase") -> Base:
+def base_of(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Base:
     """Describes the model and the tokenizer that a patch is for; what is attached to the model does not matter.
 
     Raises:
@@ -293,7 +291,7 @@ def base_of(model: nn.Module, tokenizer: "PreTrainedTokenizerBase") -> Base:
     )
 
 
-def subject_keys(text: str, tokenizer: "PreTrainedTokenizerBase", classes_V: NDArray[np.int64]) -> list[Key]:
+def subject_keys(text: str, tokenizer: PreTrainedTokenizerBase, classes_V: NDArray[np.int64]) -> list[Key]:
     """The keys of a subject or phrase, as it reads with and without a space before it: one or two.
 
     Args:

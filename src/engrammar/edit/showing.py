@@ -2,16 +2,13 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from engrammar.edit.patch import Key, Patch
 from engrammar.edit.uses import uses
 from engrammar.vocabulary import compress_vocabulary
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 TOKENS = 4096  # of a text that are read at a time
 
@@ -27,7 +24,7 @@ def shown_head(patch: Patch) -> str:
     )
 
 
-def shown_facts(patch: Patch, tokenizer: "PreTrainedTokenizerBase | None" = None) -> Iterator[str]:
+def shown_facts(patch: Patch, tokenizer: PreTrainedTokenizerBase | None = None) -> Iterator[str]:
     """A line for each fact: its words, its keys, its rows and with how many facts it shares them.
 
     Args:
@@ -52,7 +49,7 @@ def shown_facts(patch: Patch, tokenizer: "PreTrainedTokenizerBase | None" = None
         yield f"{' | '.join(row.values())} | keys {keys or 'none'} | {len(own)} rows{shared}"
 
 
-def words_of_classes(tokenizer: "PreTrainedTokenizerBase") -> dict[int, str]:
+def words_of_classes(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     """The text of the first id of each class."""
     classes_V = compress_vocabulary(tokenizer)
     first = np.unique(classes_V, return_index=True)
@@ -63,7 +60,7 @@ def _shown(key: Key, words: dict[int, str] | None) -> str:
     return str(list(key)) if words is None else repr("".join(words[one] for one in key))
 
 
-def shown_uses(patch: Patch, tokenizer: "PreTrainedTokenizerBase", text: Path) -> list[str]:
+def shown_uses(patch: Patch, tokenizer: PreTrainedTokenizerBase, text: Path) -> list[str]:
     """How often the keys of a patch occur in a text file.
 
     Raises:

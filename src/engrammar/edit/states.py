@@ -6,17 +6,15 @@ Letters: N prompts, T tokens, D hidden width.
 import copy
 import inspect
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from engrammar.attach.attaching import attachment_of
 from engrammar.attach.blocks import device_of, find_decoder, hidden_of, in_branches
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 BATCH = 32
 SHARED = 16  # tokens that all prompts begin with, such as those of a chat, from which on they are read once
@@ -51,7 +49,7 @@ def states(model: nn.Module, ids_NT: Tensor, mask_NT: Tensor, block: int, before
     raise AssertionError("the pass ended before the block")
 
 
-def last_states(model: nn.Module, tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str], block: int) -> Tensor:
+def last_states(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], block: int) -> Tensor:
     """[N, D]: what `block` reads at the last token of each prompt, which stands at the beginning of a text.
 
     Shows a progress bar if it takes more than two seconds.
@@ -103,7 +101,7 @@ def num_shared(rows: Sequence[list[int]]) -> int:
     return min(same, min(map(len, rows)) - 1)
 
 
-def text_states(model: nn.Module, tokenizer: "PreTrainedTokenizerBase", text: str, block: int) -> Tensor:
+def text_states(model: nn.Module, tokenizer: PreTrainedTokenizerBase, text: str, block: int) -> Tensor:
     """[T-1, D]: what `block` reads along a text, without the first token, which models use as a sink."""
     ids_NT = tokenizer(text, return_tensors="pt").input_ids.to(device_of(model))
     return states(model, ids_NT, torch.ones_like(ids_NT), block)[0, 1:].cpu()

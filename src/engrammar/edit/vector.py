@@ -9,10 +9,10 @@ Letters: G subjects, D hidden width.
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from engrammar.attach.blocks import evaluating, find_decoder
 from engrammar.edit.applying import applied_patches, without_patches
@@ -23,9 +23,6 @@ from engrammar.edit.optimizing import Descent, Text, Texts, at_block, descend, f
 from engrammar.edit.patch import ExactEntry, Patch, base_of
 from engrammar.edit.ranges import require_range
 from engrammar.vocabulary import compress_vocabulary
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 NO_PLACE = "its prompt has no token of its subject after the first one, where nothing is written: word it otherwise"
 UNSAID = "its prompt, alone or after a sentence, does not say it within the steps and the largest value"
@@ -69,7 +66,7 @@ class VectorSettings:
 
 def learn_vector(
     model: nn.Module,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: PreTrainedTokenizerBase,
     facts: Sequence[Fact],
     name: str,
     settings: VectorSettings = VectorSettings(),
@@ -87,7 +84,7 @@ def learn_vector(
 
 
 class _Learner:
-    def __init__(self, model: nn.Module, tokenizer: "PreTrainedTokenizerBase", settings: VectorSettings) -> None:
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: VectorSettings) -> None:
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         num_blocks = len(find_decoder(model).blocks)
         self.block = min(round(settings.depth * num_blocks), num_blocks - 1)

@@ -4,21 +4,19 @@ Letters: N prompts, J tokens that it goes on with, D hidden width.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from engrammar.attach.blocks import device_of, find_decoder, hidden_of, in_branches
 from engrammar.edit.states import BATCH
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 
 @torch.no_grad()
 def worded_states(
-    model: nn.Module, tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str], block: int, num: int
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], block: int, num: int
 ) -> Tensor:
     """[N, J, D]: what `block` reads at the `num` tokens that the model, greedily, goes on with after each prompt.
 
