@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import PreTrainedTokenizerBase
 
 from engrammar.attach.blocks import device_of, evaluating, host_of
@@ -43,8 +44,6 @@ def answer(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str
     Args:
         num_tokens: tokens of an answer, at most.
     """
-    from tqdm.auto import tqdm  # type: ignore[import-untyped]
-
     host, found = host_of(model), []
     device = device_of(host)
     with evaluating(host):

@@ -14,6 +14,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import PreTrainedTokenizerBase
 
 from engrammar.attach.blocks import device_of, evaluating, find_decoder
@@ -109,8 +110,6 @@ class _Learner:
         self.how = Descent(steps=settings.steps, stop=settings.stop, kl=settings.kl, most=settings.most, lr=settings.lr)
 
     def learn(self, facts: Sequence[Fact], name: str) -> tuple[Patch, list[Refused]]:
-        from tqdm.auto import tqdm  # type: ignore[import-untyped]
-
         site = self.site
         refused: dict[Fact, str] = {}
         subjects = subjects_of(facts, self.tokenizer, self.classes_V)

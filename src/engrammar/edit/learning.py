@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from torch import nn
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import PreTrainedTokenizerBase
 
 from engrammar.edit.building import merge
@@ -128,8 +129,6 @@ def learn_units(request: Request, *, name: str = "facts", folder: str | Path | N
         ValueError: no fact can be written; the first reason is given. Or the folder is another request's.
         OSError: the disk is full or fails.
     """
-    from tqdm.auto import tqdm  # type: ignore[import-untyped]
-
     kept = None if folder is None else KeptParts(Path(folder), request.about)
     parts: list[Part] = []
     with tqdm(total=sum(len(unit.facts) for unit in request.units), desc="learning", unit=" facts", delay=2) as bar:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
@@ -54,8 +55,6 @@ def last_states(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: S
 
     Shows a progress bar if it takes more than two seconds.
     """
-    from tqdm.auto import tqdm  # type: ignore[import-untyped]
-
     device = device_of(model)
     rows = [tokenizer(prompt).input_ids for prompt in prompts]
     before = _read_shared(model, rows, block)

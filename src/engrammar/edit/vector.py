@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import PreTrainedTokenizerBase
 
 from engrammar.attach.blocks import evaluating, find_decoder
@@ -94,8 +95,6 @@ class _Learner:
         self.before = ["{}", *(one + " {}" for one in contexts(settings.num_contexts, settings.seed))]
 
     def learn(self, facts: Sequence[Fact], name: str) -> tuple[Patch, list[Refused]]:
-        from tqdm.auto import tqdm  # type: ignore[import-untyped]
-
         refused = {fact: NO_PLACE for fact in facts if not self._asks(fact)}
         subjects = subjects_of([fact for fact in facts if fact not in refused], self.tokenizer, self.classes_V)
         values: list[Tensor] = []

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import PreTrainedTokenizerBase
 
 from engrammar.attach.blocks import device_of, find_decoder, hidden_of, in_branches
@@ -22,8 +23,6 @@ def worded_states(
 
     Prompts of one length are read together, so there is no padding. Shows a progress bar after two seconds.
     """
-    from tqdm.auto import tqdm  # type: ignore[import-untyped]
-
     decoder = find_decoder(model)
     host: Any = decoder.host
     rows = [tokenizer(prompt).input_ids for prompt in prompts]
