@@ -49,11 +49,11 @@ def learn(
         no_cache: Keep nothing there and read it anew. The patch is the same to the bit.
     """
     from engrammar.edit import learn_units, read_facts, request, write_patch
-    from engrammar.edit.learning import METHODS
+    from engrammar.edit.learning import SETTINGS
     from engrammar.tables.sealed import check_writable
     from engrammar.train.recipe import read_settings
 
-    settings = read_settings(METHODS[method][1], overrides)
+    settings = read_settings(SETTINGS[method], overrides)
     asked = read_facts(facts)
     out.parent.mkdir(parents=True, exist_ok=True)
     check_writable(out.parent)

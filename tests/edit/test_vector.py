@@ -9,10 +9,9 @@ from attached_models import random_ids, tokenizer
 from edited_models import OURS, WITH_MEMORY, model_of_kind
 from engrammar.attach.blocks import find_decoder
 from engrammar.edit import Fact, VectorSettings, apply_patch, learn, undo_patch
-from engrammar.edit.asking import Asking, Rewording, asking, contexts, others, subjects_of
+from engrammar.edit.asking import Asking, Rewording, asking, contexts, others
 from engrammar.edit.optimizing import Descent, Texts, at_block, descend, frozen, one_value_a_group
 from engrammar.edit.vector import NO_PLACE, UNSAID
-from engrammar.vocabulary import compress_vocabulary
 
 ASKED = [("w3 w4", "w20"), ("w5 w6", "w21"), ("w7 w8", "w22")]
 FACTS = [Fact(subject=subject, prompt=f"w9 {subject}", object=words) for subject, words in ASKED]
@@ -53,9 +52,8 @@ def test_learned_facts_are_generated_and_undone(kind):
 
 
 def texts_of(facts, model, block=1):
-    classes_V = compress_vocabulary(tokenizer())
-    made = Asking(tokenizer(), classes_V)
-    subjects = subjects_of(facts, tokenizer(), classes_V)
+    made = Asking(model, tokenizer(), SETTINGS)
+    subjects = made.subjects(facts)
     prompts = ["{}", "w30 w31 w32 {}"]
     texts = [
         made.text(one.format(fact.prompt), fact.object, subject, group)
@@ -92,18 +90,20 @@ def test_a_group_is_found_as_if_it_were_alone():
     model = model_of_kind("llama")
     how = Descent(steps=6, stop=0.0, kl=0.5, most=4.0)
     with frozen(model):
-        together, alone = (texts_of(facts, model) for facts in (FACTS, FACTS[1:2]))
-        together, alone = (descend(texts, one_value_a_group(texts), how) for texts in (together, alone))
-    torch.testing.assert_close(together.found_PX[1:2], alone.found_PX, rtol=0, atol=1e-4)
-    assert (together.kl_G > 0).all()
+        texts, one = (texts_of(facts, model) for facts in (FACTS, FACTS[1:2]))
+        together_GD, alone_GD = (descend(read, one_value_a_group(read), how) for read in (texts, one))
+    torch.testing.assert_close(together_GD[1:2], alone_GD, rtol=0, atol=1e-4)
+    changed_N, _ = texts.losses(texts.logits(together_GD))
+    assert all(changed > 0 for text, changed in zip(texts.texts, changed_N) if text.says is None)
 
 
 def test_the_norm_of_a_value_has_a_limit():
     model = model_of_kind("llama")
     texts = texts_of(FACTS, model)
     norms = texts.added.seen_WD.norm(dim=-1)
-    found = descend(texts, one_value_a_group(texts), Descent(steps=8, stop=0.0, kl=0.0, most=0.1))
-    assert (found.found_PX.norm(dim=-1) <= 0.1001 * norms.max()).all() and not found.said_G.all()
+    found_GD = descend(texts, one_value_a_group(texts), Descent(steps=8, stop=0.0, kl=0.0, most=0.1))
+    _, said_N = texts.losses(texts.logits(found_GD))
+    assert (found_GD.norm(dim=-1) <= 0.1001 * norms.max()).all() and not said_N.all()
 
 
 def test_what_cannot_be_learned_is_refused_and_the_rest_goes_through():

@@ -15,12 +15,12 @@ from engrammar.edit.facts import Fact, Refused, read_facts
 from engrammar.edit.files import read_patch, write_patch
 from engrammar.edit.forgetting import Forgotten, Proof, forget, prove_forgotten
 from engrammar.edit.gated import GatedSettings
-from engrammar.edit.hashed import RowSettings
 from engrammar.edit.kept import drop_patch, keep_patch, kept_files, kept_names
 from engrammar.edit.learning import Learned, learn, learn_units, request
 from engrammar.edit.multihop import MultiHop, read_multihop
 from engrammar.edit.overlay import replace_rows
 from engrammar.edit.patch import ExactEntry, Patch, Probe, base_of, subject_keys
+from engrammar.edit.solving import RowSettings
 from engrammar.edit.uses import uses
 from engrammar.edit.vector import VectorSettings
 from engrammar.edit.written import patch_folder, patches_in, unpatch_folder

@@ -5,7 +5,7 @@ Letters: V ids of the tokenizer.
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, final
@@ -250,6 +250,11 @@ def without_patches(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         hooks.is_on = before
+
+
+def unpatched(model: nn.Module) -> AbstractContextManager[None]:
+    """`without_patches`, where a model may also have none."""
+    return without_patches(model) if applied_patches(model) else nullcontext()
 
 
 def edits_of(model: nn.Module) -> Edits | None:

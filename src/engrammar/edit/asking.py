@@ -9,7 +9,6 @@ from typing import Any, final
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -22,6 +21,7 @@ from engrammar.edit.optimizing import Text
 from engrammar.edit.patch import Key, subject_keys
 from engrammar.edit.phrasings import OTHERWISE, PLAIN
 from engrammar.edit.ranges import require_most
+from engrammar.vocabulary import compress_vocabulary
 
 EXAMPLES = """Each line says the same in other words.
 The capital of France is Paris. = France has its capital in Paris.
@@ -105,26 +105,48 @@ class Subject:
     facts: tuple[Fact, ...]
 
 
-def subjects_of(
-    facts: Sequence[Fact], tokenizer: PreTrainedTokenizerBase, classes_V: NDArray[np.int64]
-) -> list[Subject]:
-    """Facts by what they are about: those whose subjects have a key in common stand together."""
-    found: list[Subject] = []
-    for fact in facts:
-        keys, own = subject_keys(fact.subject, tokenizer, classes_V), [fact]
-        for one in [one for one in found if set(one.keys) & set(keys)]:
-            found.remove(one)
-            keys, own = [*one.keys, *(key for key in keys if key not in one.keys)], [*one.facts, *own]
-        found.append(Subject(keys=tuple(keys), facts=tuple(own)))
-    return found
-
-
 @final
 class Asking:
-    """Makes texts of prompts: their tokens, and where keys of subjects end in them."""
+    """Makes the texts that a method reads: their tokens, and where keys of subjects end in them.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, classes_V: NDArray[np.int64]) -> None:
-        self.tokenizer, self.classes_V = tokenizer, classes_V.astype(np.int32)
+    Args:
+        settings: the method's, as `require_asking` checks them.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: Any) -> None:
+        self.tokenizer, self.settings = tokenizer, settings
+        self.classes_V = compress_vocabulary(tokenizer)
+        self.rewording = Rewording(model, tokenizer, settings.seed)
+        self.before = ["{}", *(one + " {}" for one in contexts(settings.num_contexts, settings.seed))]
+
+    def subjects(self, facts: Sequence[Fact]) -> list[Subject]:
+        """Facts by what they are about: those whose subjects have a key in common stand together."""
+        found: list[Subject] = []
+        for fact in facts:
+            keys, own = subject_keys(fact.subject, self.tokenizer, self.classes_V), [fact]
+            for one in [one for one in found if set(one.keys) & set(keys)]:
+                found.remove(one)
+                keys, own = [*one.keys, *(key for key in keys if key not in one.keys)], [*one.facts, *own]
+            found.append(Subject(keys=tuple(keys), facts=tuple(own)))
+        return found
+
+    def prompts(self, subject: Subject) -> list[tuple[Fact, Text]]:
+        """Each fact with its own prompt, alone and after each context: what it has to be said after."""
+        asked = [(fact, one.format(fact.prompt)) for fact in subject.facts for one in self.before]
+        made = [(fact, self.text(prompt, fact.object, subject, 0)) for fact, prompt in asked]
+        return [(fact, text) for fact, text in made if text is not None]
+
+    def texts(self, subject: Subject, group: int, *, by_key: bool = False) -> list[Text]:
+        """All that is learned of a subject, and what is held; `by_key` as in `text`."""
+        asked: list[tuple[str, str | None]] = []
+        for fact in subject.facts:
+            prompts = [before.format(fact.prompt) for before in self.before] + list(fact.paraphrases)
+            prompts += self.rewording.prompts(fact, self.settings.num_paraphrases)
+            asked += [(prompt, fact.object) for prompt in prompts]
+        held = others(subject.facts[0].subject, self.settings.num_others, self.settings.seed)
+        asked += [(prompt, None) for prompt in held]
+        texts = [self.text(prompt, says, subject, group, by_key=by_key) for prompt, says in asked]
+        return [text for text in texts if text is not None]
 
     def text(self, prompt: str, says: str | None, subject: Subject, group: int, *, by_key: bool = False) -> Text | None:
         """A prompt with what it should say, or (None) with what it should go on to expect; None where no key of the
@@ -154,5 +176,5 @@ class Asking:
         padded = [[-1] * (longest - len(key)) + [*key] for key in keys]
         table = ExactTable(np.array(padded, np.int32))
         before = np.full((1, longest - 1), -1)
-        number_T = find_keys(table, self.classes_V, text_of(np.array([ids]), before, None))[0]
+        number_T = find_keys(table, self.classes_V.astype(np.int32), text_of(np.array([ids]), before, None))[0]
         return [(place, keys[number_T[place]]) for place in np.nonzero(number_T >= 0)[0].tolist() if place > 0]

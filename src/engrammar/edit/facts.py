@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,12 @@ class Fact:
     def template(self) -> str:
         """The prompt with {} in the subject's place: what is asked of it."""
         return self.prompt.replace("{", "{{").replace("}", "}}").replace(self.subject, "{}", 1)
+
+
+def told(facts: Sequence[Fact], method: str, settings: object) -> dict[str, Any]:
+    """What a patch says of the facts that are in it, and of how they were learned: for `build_patch`."""
+    described = [{"subject": fact.subject, "prompt": fact.prompt, "object": fact.object} for fact in facts]
+    return {"facts": described, "provenance": {"method": method, "settings": repr(settings)}}
 
 
 @dataclass(frozen=True, kw_only=True)

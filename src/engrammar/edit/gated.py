@@ -6,7 +6,6 @@ Letters: N prompts, F facts, D hidden width, V vocabulary.
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,9 +18,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from engrammar.attach.blocks import find_decoder
-from engrammar.edit.applying import applied_patches, final_norm_of, without_patches
+from engrammar.edit.applying import final_norm_of, unpatched
 from engrammar.edit.building import build_patch
-from engrammar.edit.facts import Fact, Refused
+from engrammar.edit.facts import Fact, Refused, told
 from engrammar.edit.forms import MARK, Form, forms_of, reworded
 from engrammar.edit.names import begins_name
 from engrammar.edit.patch import MOST_ARMED, ExactEntry, Probe, base_of, subject_keys
@@ -64,17 +63,6 @@ class GatedSettings(ProbeSettings):
         require_most(self, MOST_ARMED // 2, "armed", least=1)  # a chat's template comes on top of it
 
 
-def gated_units(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    facts: Sequence[Fact],
-    settings: GatedSettings,
-    keep: Path | None = None,
-) -> list[Unit]:
-    """What is to be learned, in parts: `GatedReader.facts_in_units`, for one list of facts."""
-    return GatedReader(model, tokenizer, settings, keep).facts_in_units(facts)
-
-
 def _relations(reader: "GatedReader", facts: Sequence[Fact]) -> tuple[list["_Relation"], list[Refused]]:
     """Facts by what they ask: in one form, one of the known relations in whatever words, or else one template."""
     templates: dict[str, list[Fact]] = {}
@@ -101,7 +89,7 @@ def _relations(reader: "GatedReader", facts: Sequence[Fact]) -> tuple[list["_Rel
 def _learn(relation: "_Relation", facts: Sequence[Fact]) -> Part:
     """Learns some facts of a relation; those that its probe does not open for are tried with one of their own."""
     reader = relation.reader
-    with reader.unpatched():
+    with unpatched(reader.model):
         entries, kept, missed = relation.entries(facts, 0)
         probes, refused = [*relation.asked] if kept else [], []
         for fact in missed:
@@ -115,16 +103,11 @@ def _learn(relation: "_Relation", facts: Sequence[Fact]) -> Part:
             probes += alone.asked
         if not kept:
             return Part(None, refused)
-        described = [{"subject": f.subject, "prompt": f.prompt, "object": f.object} for f in kept]
         base = base_of(reader.model, reader.tokenizer)
-        about: dict[str, Any] = {
-            "facts": described,
-            "provenance": {"method": "gated", "settings": repr(reader.settings)},
-            "names_V": reader.names_V,
-        }
         used = {entry.probe for entry in entries}
         kept_probes = [one.probe for one in probes if one.probe.name in used]
-        return Part(build_patch("part", base, entries, kept_probes, encoding="int8", **about), refused)
+        about = told(kept, "gated", reader.settings) | {"names_V": reader.names_V, "encoding": "int8"}
+        return Part(build_patch("part", base, entries, kept_probes, **about), refused)
 
 
 @final
@@ -234,7 +217,7 @@ class GatedReader:
         self.decoder = find_decoder(model)
         self.block = min(round(settings.probe_depth * len(self.decoder.blocks)), len(self.decoder.blocks) - 1)
         self.classes_V, self.names_V = compress_vocabulary(tokenizer), begins_name(tokenizer)
-        with self.unpatched():
+        with unpatched(model):
             plain_ND = text_states(model, tokenizer, PLAIN, self.block)
             self.centre_D = plain_ND.mean(0)
             self.plain_ND = F.normalize(plain_ND - self.centre_D, dim=-1)
@@ -245,7 +228,7 @@ class GatedReader:
 
     def facts_in_units(self, facts: Sequence[Fact]) -> list[Unit]:
         """What is to be learned, in parts. Facts that ask one relation share a probe."""
-        with self.unpatched():
+        with unpatched(self.model):
             relations, refused = _relations(self, facts)
         units = [Unit(facts=tuple(one.fact for one in refused), learn=lambda: Part(None, refused))] if refused else []
         for relation in relations:
@@ -253,10 +236,6 @@ class GatedReader:
                 own = relation.facts[first : first + MOST_IN_UNIT]
                 units.append(Unit(facts=tuple(own), learn=partial(_learn, relation, own)))
         return units
-
-    def unpatched(self) -> AbstractContextManager[None]:
-        """Patches that are applied do not matter."""
-        return without_patches(self.model) if applied_patches(self.model) else nullcontext()
 
     def form_of(self, prompt: str) -> Form:
         """The form of a fact's own prompt."""

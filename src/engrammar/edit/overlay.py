@@ -154,6 +154,12 @@ def stored_rows(memory: Memory, layer: int, rows_U: NDArray[np.int64]) -> NDArra
     return values_UC.view(torch.uint8).numpy().reshape(len(rows_U), -1)
 
 
+def scale_of(memory: Memory, layer: int) -> float | None:
+    """What the values of a layer's whole table are multiplied by as they are stored; None without a scale."""
+    source = memory.source
+    return source.files[memory.table(layer).name].scale if isinstance(source, StoredTables) else None
+
+
 def replace_rows(memory: Memory, new: Mapping[int, tuple[Tensor, Tensor]]) -> tuple[Tables, dict[int, RowDelta]]:
     """Row deltas that replace rows of a memory, for `build_patch`.
 
@@ -171,10 +177,9 @@ def replace_rows(memory: Memory, new: Mapping[int, tuple[Tensor, Tensor]]) -> tu
             raise ValueError(f"New rows are {list(values_UC.shape)}; allowed: [{len(rows_U)}, {tables.width}], finite.")
         if len(rows_U) and not 0 <= rows_U[0] <= rows_U[-1] < tables.num_rows[layer]:
             raise ValueError(f"A row is not one of the {tables.num_rows[layer]} rows of layer {layer}.")
-        scale = memory.source.files[memory.table(layer).name].scale if isinstance(memory.source, StoredTables) else None
         deltas[layer] = RowDelta(
             rows_U=rows_U,
-            stored_US=encode(values_UC[order].cpu(), tables.encoding, scale).numpy(),
+            stored_US=encode(values_UC[order].cpu(), tables.encoding, scale_of(memory, layer)).numpy(),
             replaced_U=row_digests(stored_rows(memory, layer, rows_U)),
         )
     return tables, deltas
