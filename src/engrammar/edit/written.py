@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engrammar.edit.files import patch_digest, read_patch, write_patch
-from engrammar.edit.overlay import check_replaced
-from engrammar.edit.patch import Patch, RowDelta, addressing_digest, row_digests
+from engrammar.edit.overlay import check_replaced, require_tables
+from engrammar.edit.patch import Patch, RowDelta, Tables, addressing_digest, row_digests
 from engrammar.stores.disk import DiskStore
 from engrammar.tables.checksums import MANIFEST, read_manifest, write_manifest, write_page_sums
 from engrammar.tables.folder import TableFile, TableFolder, open_tables
@@ -106,21 +106,14 @@ def _locked(folder: Path) -> Iterator[Path]:
 
 def _tables_for(patch: Patch, folder: Path) -> TableFolder:
     """The tables of a folder, which must be those that a patch is for."""
-    opened, tables = open_tables(folder), patch.tables
-    assert tables is not None
-    found = {
-        "addressing_sha256": addressing_digest(opened.memory, opened.geometry),
-        "width": opened.memory.head_dim,
-        "num_rows": {layer: table.num_rows for layer, table in opened.tables.items()},
-        "encoding": opened.encoding,
-    }
-    for what, here in found.items():
-        there = getattr(tables, what)
-        if there != here:
-            raise ValueError(
-                f"The patch {patch.name!r} replaces rows of tables with another {what} ({there} there, {here} in "
-                f"{folder}): make it for these tables."
-            )
+    opened = open_tables(folder)
+    found = Tables(
+        addressing_sha256=addressing_digest(opened.memory, opened.geometry),
+        encoding=opened.encoding,
+        width=opened.memory.head_dim,
+        num_rows={layer: table.num_rows for layer, table in opened.tables.items()},
+    )
+    require_tables(patch, found, f"in {folder}")
     return opened
 
 
