@@ -20,7 +20,7 @@ from engrammar.edit import (
     replace_rows,
     undo_patch,
 )
-from engrammar.edit.applying import _memories
+from engrammar.edit.applying import memories_of
 from engrammar.edit.overlay import OverlayStore
 from engrammar.edit.patch import RowDelta
 from engrammar.memory import Memory
@@ -37,7 +37,7 @@ def bits(model, ids: torch.Tensor) -> torch.Tensor:
 
 
 def memory_of(model) -> Memory:
-    return _memories(model)[0]
+    return memories_of(model)[0]
 
 
 def read_rows(model, ids: torch.Tensor) -> dict[int, torch.Tensor]:

@@ -42,7 +42,7 @@ from engrammar.memory import Memory
 from engrammar.stores.base import RowStore
 from engrammar.stores.disk import DiskStore
 from engrammar.tables.folder import TableFile
-from engrammar.vocabulary import compress_vocabulary, fingerprint, require_tokenizer
+from engrammar.vocabulary import compress_vocabulary, fingerprint
 
 Tier = Literal["ram", "disk"]
 OnConflict = Literal["refuse", "replace"]
@@ -273,7 +273,6 @@ def _classes(patch: Patch, edits: Edits, tokenizer: Any) -> NDArray[np.int32]:
     """The class of each id, of the tokenizer or of what the model knows."""
     base = patch.base
     if tokenizer is not None:
-        require_tokenizer(tokenizer)
         classes_V = compress_vocabulary(tokenizer)
         for what, found, wanted in (
             ("vocabulary", fingerprint(tokenizer), base.tokenizer_sha256),
@@ -286,7 +285,7 @@ def _classes(patch: Patch, edits: Edits, tokenizer: Any) -> NDArray[np.int32]:
                 )
         return classes_V.astype(np.int32)
     known = [edits.hooks.classes_V.astype(np.int64)]
-    for memory in _memories(edits.decoder.host):
+    for memory in memories_of(edits.decoder.host):
         if memory.class_of_id is not None and memory.config.compression == "normalized":
             known.append(memory.class_of_id[: memory.num_ids].cpu().numpy())
     for classes_V in known:
@@ -297,14 +296,15 @@ def _classes(patch: Patch, edits: Edits, tokenizer: Any) -> NDArray[np.int32]:
     raise ValueError(f"Give the model's tokenizer: the classes of ids that {patch.name!r} is for are not known here.")
 
 
-def _memories(host: nn.Module) -> list[Memory]:
+def memories_of(host: nn.Module) -> list[Memory]:
+    """The memories of a causal LM, its own and attached ones."""
     return [module for module in host.modules() if isinstance(module, Memory)]
 
 
 def _memory(patch: Patch, decoder: Decoder) -> Memory:
     """The memory whose rows a patch replaces."""
     assert patch.tables is not None
-    memories = _memories(decoder.host)
+    memories = memories_of(decoder.host)
     if not memories:
         raise ValueError(f"The patch {patch.name!r} replaces rows of tables, and this model has no memory.")
     wanted = patch.tables.addressing_sha256

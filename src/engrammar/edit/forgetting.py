@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from engrammar.attach.blocks import device_of
@@ -12,7 +13,7 @@ from engrammar.edit.answers import answer, phrasings_of, probe_of, says
 from engrammar.edit.applying import apply_patch, edits_of, undo_patch
 from engrammar.edit.building import build_patch
 from engrammar.edit.facts import Fact, as_fact
-from engrammar.edit.patch import Patch, RowDelta
+from engrammar.edit.patch import Key, Patch, RowDelta, value_rows
 from engrammar.edit.uses import inner_rows
 
 
@@ -172,17 +173,16 @@ def prove_forgotten(done: Forgotten, model: Any, tokenizer: PreTrainedTokenizerB
         finally:
             undo_patch(model, done.after.name)
     told = [p for p, was, after in zip(prompts, plain, now) if says(after, prompts[p]) and not says(was, prompts[p])]
-    gone = set(done.before.column("fact").tolist()) - _still_there(done)
-    mine = np.isin(done.before.column("fact"), sorted(gone))
-    keys, rows = (
-        _keys(done.before, mine) - _keys(done.before, ~mine),
-        _rows(done.before, mine) - _rows(done.before, ~mine),
-    )
-    after = done.after
-    left = (set(), set()) if after is None else (_keys(after, None), {row.tobytes() for row in after.values})
-    num_replaced = 0 if after is None or not after.deltas else _num_replaced(done, model, tokenizer)
     answered = {prompt: (was, after) for prompt, was, after in zip(prompts, plain, now)}
-    return Proof(keys=len(keys & left[0]), rows=len(rows & left[1]) + num_replaced, answered=answered, told=told)
+    if done.after is None:
+        return Proof(keys=0, rows=0, answered=answered, told=told)
+    is_gone_E = ~np.isin(done.before.column("fact"), sorted(_still_there(done)))
+    gone, kept = (_keys_and_rows(done.before, chosen_E) for chosen_E in (is_gone_E, ~is_gone_E))
+    left, _ = _keys_and_rows(done.after, np.ones(len(done.after.entries), np.bool_))
+    stored = {row.tobytes() for row in done.after.values}
+    num_replaced = _num_replaced(done, model, tokenizer) if done.after.deltas else 0
+    num_rows = len((gone[1] - kept[1]) & stored) + num_replaced
+    return Proof(keys=len((gone[0] - kept[0]) & left), rows=num_rows, answered=answered, told=told)
 
 
 def _num_replaced(done: Forgotten, model: Any, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -198,15 +198,8 @@ def _still_there(done: Forgotten) -> set[int]:
     return {i for i, row in enumerate(done.before.facts) if (row["subject"], row["prompt"]) not in gone} | {-1}
 
 
-def _keys(patch: Patch, chosen: Any) -> set[tuple[int, ...]]:
-    """The keys of some entries (None: of all)."""
-    entries = range(len(patch.entries)) if chosen is None else np.nonzero(chosen)[0].tolist()
-    return {patch.key_of(entry) for entry in entries}
-
-
-def _rows(patch: Patch, chosen: Any) -> set[bytes]:
-    """The value rows of some entries, as they are stored."""
-    numbers: set[int] = set(patch.column("binding")[chosen].tolist()) - {-1}
-    for first, count in zip(patch.column("first_step")[chosen].tolist(), patch.column("num_steps")[chosen].tolist()):
-        numbers |= set(patch.steps[first : first + count, 0].tolist())
-    return {patch.values[number].tobytes() for number in numbers}
+def _keys_and_rows(patch: Patch, chosen_E: NDArray[np.bool_]) -> tuple[set[Key], set[bytes]]:
+    """The keys of some entries, and their value rows as they are stored."""
+    entries = np.nonzero(chosen_E)[0].tolist()
+    rows = {patch.values[row].tobytes() for entry in entries for row in value_rows(patch, entry)}
+    return {patch.key_of(entry) for entry in entries}, rows

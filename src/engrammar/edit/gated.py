@@ -6,7 +6,7 @@ Letters: N prompts, F facts, D hidden width, V vocabulary.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, final
@@ -23,10 +23,9 @@ from engrammar.edit.building import build_patch
 from engrammar.edit.facts import Fact, Refused, told
 from engrammar.edit.forms import MARK, Form, forms_of, reworded
 from engrammar.edit.names import begins_name
-from engrammar.edit.patch import MOST_ARMED, ExactEntry, Probe, base_of, subject_keys
-from engrammar.edit.phrasings import NAMES, PLAIN, RELATIONS, about
-from engrammar.edit.probing import Asked, Bank, Match, ProbeSettings, fit_probe
-from engrammar.edit.ranges import require_most, require_range
+from engrammar.edit.patch import ExactEntry, Probe, base_of, subject_keys
+from engrammar.edit.phrasings import NAMES, PLAIN, about
+from engrammar.edit.probing import Asked, Bank, GatedSettings, Match, fit_probe
 from engrammar.edit.shared import SharedStates
 from engrammar.edit.states import last_states, text_states
 from engrammar.edit.units import Part, Unit
@@ -41,28 +40,6 @@ NOT_APART = "prompts that ask it cannot be told from others of its subject"
 TWICE = "another fact of its subject asks the same"
 
 
-@dataclass(frozen=True, kw_only=True)
-class GatedSettings(ProbeSettings):
-    """How facts are written.
-
-    Attributes:
-        probe_depth: where probes read, as a share of the depth. Early blocks confuse relations.
-        armed: tokens after the subject in which the probe may open, if no other name comes before; in a chat, what
-            the template puts before the answer is not counted.
-        strength: the size of a write, in norms of the hidden state before the final norm.
-    """
-
-    probe_depth: float = 0.93
-    armed: int = 16
-    strength: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_range(self, "over 0, up to 1", "probe_depth")
-        require_range(self, "over 0", "strength")
-        require_most(self, MOST_ARMED // 2, "armed", least=1)  # a chat's template comes on top of it
-
-
 def _relations(reader: "GatedReader", facts: Sequence[Fact]) -> tuple[list["_Relation"], list[Refused]]:
     """Facts by what they ask: in one form, one of the known relations in whatever words, or else one template."""
     templates: dict[str, list[Fact]] = {}
@@ -73,8 +50,7 @@ def _relations(reader: "GatedReader", facts: Sequence[Fact]) -> tuple[list["_Rel
     refused = []
     for template, own in templates.items():
         match, form = reader.match(template, own), reader.form_of(template)
-        known = () if match.relation is None else RELATIONS[match.relation].phrasings
-        name = next((text for text in known if form.fits(text)), template)
+        name = next((text for text in match.phrasings if form.fits(text)), template)
         for fact in own:
             place = next((one for one in (name, template) if fact.subject not in groups.get(one, {})), None)
             if place is None:
@@ -133,8 +109,7 @@ class _Relation:
         return [about(text, fact.subject) for text in self.phrasings(form)[:2]]
 
     def phrasings(self, form: Form) -> list[str]:
-        known = () if self.match.relation is None else RELATIONS[self.match.relation].phrasings
-        return [text for text in known if form.fits(text)]
+        return [text for text in self.match.phrasings if form.fits(text)]
 
     def entries(self, facts: Sequence[Fact], index: int) -> tuple[list[ExactEntry], list[Fact], list[Fact]]:
         """Entries of the facts that the probe of their own form opens for, those facts, and the others.

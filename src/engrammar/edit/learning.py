@@ -14,9 +14,10 @@ from transformers import PreTrainedTokenizerBase
 from engrammar.config import check_choice
 from engrammar.edit.building import merge
 from engrammar.edit.facts import Fact, Refused, as_fact
-from engrammar.edit.gated import GatedReader, GatedSettings
+from engrammar.edit.gated import GatedReader
 from engrammar.edit.hashed import learn_rows
 from engrammar.edit.patch import Patch, base_of
+from engrammar.edit.probing import GatedSettings
 from engrammar.edit.solving import RowSettings
 from engrammar.edit.units import KeptParts, Part, Unit
 from engrammar.edit.vector import VectorSettings, learn_vector

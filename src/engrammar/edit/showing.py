@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from engrammar.edit.patch import Key, Patch
+from engrammar.edit.patch import Key, Patch, value_rows
 from engrammar.edit.uses import uses
 from engrammar.vocabulary import compress_vocabulary
 
@@ -34,12 +34,10 @@ def shown_facts(patch: Patch, tokenizer: PreTrainedTokenizerBase | None = None) 
     rows_of: dict[int, set[int]] = {}
     keys_of: dict[int, dict[Key, None]] = {}
     for entry, fact in enumerate(patch.column("fact").tolist()):
-        first, count = (int(patch.column(name)[entry]) for name in ("first_step", "num_steps"))
-        rows = {*patch.steps[first : first + count, 0].tolist(), int(patch.column("binding")[entry])} - {-1}
-        rows_of.setdefault(fact, set()).update(rows)
         keys_of.setdefault(fact, {})[patch.key_of(entry)] = None
-        for row in rows:
-            owners.setdefault(row, set()).add(fact)
+        for number in value_rows(patch, entry):
+            rows_of.setdefault(fact, set()).add(number)
+            owners.setdefault(number, set()).add(fact)
     words = None if tokenizer is None else words_of_classes(tokenizer)
     for fact, row in enumerate(patch.facts):
         keys = ", ".join(_shown(key, words) for key in keys_of.get(fact, {}))

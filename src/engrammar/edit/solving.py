@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from engrammar.attach.attached import AttachedMemory
 from engrammar.attach.blocks import find_decoder
 from engrammar.config import check_choice
+from engrammar.edit.applying import memories_of
 from engrammar.edit.asking import require_asking
 from engrammar.edit.optimizing import Added, Adding, Texts
 from engrammar.edit.ranges import require_range
@@ -80,7 +81,7 @@ def find_site(model: nn.Module, layer: int | None) -> Site:
         ValueError: there is none, or several, or it is not read at this block.
     """
     decoder = find_decoder(model)
-    memories = [module for module in decoder.host.modules() if isinstance(module, Memory)]
+    memories = memories_of(decoder.host)
     if len(memories) != 1:
         raise ValueError(f"This model has {len(memories)} memories; rows are learned in a model that has one.")
     (memory,) = memories
