@@ -88,7 +88,6 @@ ROOMS = {
         "multihop",
         "units",
         "states",
-        "wording",
         "phrasings",
         "answers",
         "forgetting",

@@ -1,6 +1,6 @@
 """What a model answers: greedily, in twenty phrasings of a fact."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -75,13 +75,8 @@ def reached(model: Any, tokenizer: PreTrainedTokenizerBase, fact: Fact, patch: P
 
 def probe_of(patch: Patch, fact: Fact) -> str:
     """The name of the probe of a fact's entries; "" if they have none."""
-    for entry, index in enumerate(patch.column("fact").tolist()):
-        probe = int(patch.column("probe")[entry])
-        if index >= 0 and probe >= 0 and is_fact(patch.facts[index], fact):
+    for index, probe in zip(patch.column("fact").tolist(), patch.column("probe").tolist()):
+        row = patch.facts[index] if index >= 0 else {}
+        if probe >= 0 and (row.get("subject"), row.get("prompt")) == (fact.subject, fact.prompt):
             return patch.probe_names[probe]
     return ""
-
-
-def is_fact(row: Mapping[str, str], fact: Fact) -> bool:
-    """Whether a row of `Patch.facts` is a fact, whatever its object."""
-    return row.get("subject") == fact.subject and row.get("prompt") == fact.prompt

@@ -29,7 +29,7 @@ from engrammar.attach.blocks import (
 )
 from engrammar.attach.fingerprints import check_base
 from engrammar.config import check_choice
-from engrammar.edit.building import conflicts, in_conflict
+from engrammar.edit.building import refuse_conflicts
 from engrammar.edit.checking import check_patch
 from engrammar.edit.files import patch_digest, read_patch, refuse, value_table
 from engrammar.edit.overlay import TableOverlay, check_tables
@@ -154,7 +154,7 @@ def apply_patch(
 
     def add(edits: Edits, one: Applied) -> None:
         if on_conflict == "refuse":
-            refuse_conflicts(one, edits.applied)
+            refuse_beside(one, edits.applied)
         edits.set([*edits.applied, one], edits.offered)
 
     add_patch(model, patch, tokenizer, memory, add)
@@ -186,18 +186,12 @@ def add_patch(
     edits.require_free(patch.name)
     classes_V = _classes(patch, edits, tokenizer)
     held = None if not patch.deltas else _memory(patch, decoder)
-    rows = _value_rows(patch, path, memory)
-    about: dict[str, Any] = {"digest": patch_digest(patch), "rows": rows, "memory": held}
-    if len(patch.values) and (memory != "ram"):
-        kept = replace(patch, values=np.broadcast_to(np.zeros((1, 1), np.uint8), patch.values.shape))
-        one = Applied(patch=kept, path=path, **about)
-    else:
-        one = Applied(patch=patch, path=None, **about)
+    one = _with_rows(patch, path, memory, held)
     try:
         edits.hooks.classes_V = classes_V
         add(edits, one)
     except BaseException:
-        rows.store.close()
+        one.rows.store.close()
         raise
     if is_new:
         setattr(decoder.host, PATCHES, edits)
@@ -318,23 +312,30 @@ def _memory(patch: Patch, decoder: Decoder) -> Memory:
     return memory
 
 
-def refuse_conflicts(one: Applied, applied: Sequence[Applied]) -> None:
+def refuse_beside(one: Applied, applied: Sequence[Applied]) -> None:
     """Raises a ValueError if patches change something that this one changes differently."""
     for index, last in sharing_places([*[other.patch for other in applied], one.patch]):
-        if last == len(applied) and (found := conflicts(applied[index].whole(), one.whole())):
-            raise ValueError(in_conflict(applied[index].patch.name, one.patch.name, found))
+        if last == len(applied):
+            refuse_conflicts(applied[index].whole(), one.whole())
 
 
-def _value_rows(patch: Patch, path: Path | None, memory: Tier | Callable[[TableFile], RowStore]) -> ValueRows:
+def _with_rows(
+    patch: Patch, path: Path | None, memory: Tier | Callable[[TableFile], RowStore], replaced: Memory | None
+) -> Applied:
+    """A patch and its value rows, in memory or where they are read from its file."""
+    digest = patch_digest(patch)
     if memory == "ram" or not len(patch.values):
-        store: RowStore = ArrayStore(f"the values of {patch.name}", patch_digest(patch), patch.values)
+        path = None
+        store: RowStore = ArrayStore(f"the values of {patch.name}", digest, patch.values)
     elif path is None:
         raise ValueError(
             f"memory is {memory!r}, which reads value rows from a file: write the patch, and give its path."
         )
     else:
         store = memory(value_table(path)) if callable(memory) else DiskStore(value_table(path))
-    return ValueRows(store=store, encoding=patch.encoding)
+        patch = replace(patch, values=np.broadcast_to(np.zeros((1, 1), np.uint8), patch.values.shape))
+    rows = ValueRows(store=store, encoding=patch.encoding)
+    return Applied(patch=patch, path=path, digest=digest, rows=rows, memory=replaced)
 
 
 @torch.no_grad()

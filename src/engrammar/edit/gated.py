@@ -27,9 +27,8 @@ from engrammar.edit.patch import ExactEntry, Probe, base_of, subject_keys
 from engrammar.edit.phrasings import NAMES, PLAIN, about
 from engrammar.edit.probing import Asked, Bank, GatedSettings, Match, fit_probe
 from engrammar.edit.shared import SharedStates
-from engrammar.edit.states import last_states, text_states
+from engrammar.edit.states import last_states, text_states, worded_states
 from engrammar.edit.units import Part, Unit
-from engrammar.edit.wording import worded_states
 from engrammar.vocabulary import compress_vocabulary
 
 BEFORE = ("{}", "Here is a fact. {}", "As the guide said, {}")  # what stands before a prompt when a probe is fitted
@@ -143,19 +142,21 @@ class _Asked:
         fitted = relation.facts[: NUM_SUBJECTS if own else NUM_SUBJECTS // 4]
         asks_FND = self.states(fitted)
         empty_ND = asks_FND[:0, 0]
-        name = relation.name if own else f"{relation.name} ({self.form.name})"
-        blank = Probe(name=name, block=reader.block, centre=reader.centre_D, direction=empty_ND, threshold=0.0)
         plain_ND = torch.cat([reader.plain_ND, *reader.other_forms(self.form, relation.match)])
         asked = Asked(own_FND=asks_FND, asks_ND=empty_ND, others_ND=empty_ND, plain_ND=plain_ND)
-        first = fit_probe(blank, bank, relation.match, asked)
-        hardest = bank.hardest(relation.match, first.direction, NUM_OTHERS)
+        first_D, _ = fit_probe(bank, relation.match, asked)
+        hardest = bank.hardest(relation.match, first_D, NUM_OTHERS)
         known = relation.phrasings(self.form)
         asks = [about(text, f.subject) for i, f in enumerate(fitted) for text in (known[i:] + known[:i])[:NUM_ASKS]]
         asks += [text for fact in fitted for text in fact.paraphrases if self.form.fits(text)]
         asks += [text for fact in fitted if self.form.fits(fact.prompt) for text in reworded(fact.prompt)]
         others = [about(text, fact.subject) for fact in fitted for text in hardest]
         asks_ND, others_ND = (reader.units(texts, self.form) if texts else empty_ND for texts in (asks, others))
-        return fit_probe(blank, bank, relation.match, replace(asked, asks_ND=asks_ND, others_ND=others_ND))
+        asked = replace(asked, asks_ND=asks_ND, others_ND=others_ND)
+        direction_D, threshold = fit_probe(bank, relation.match, asked)
+        name = relation.name if own else f"{relation.name} ({self.form.name})"
+        centre_D = reader.centre_D
+        return Probe(name=name, block=reader.block, centre=centre_D, direction=direction_D, threshold=threshold)
 
     def states(self, facts: Sequence[Fact]) -> Tensor:
         """[F, N, D]: what is read at the ends of the facts' prompts."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from engrammar.edit.applying import Applied, Edits, add_patch, edits_of, forget_edits, refuse_conflicts
+from engrammar.edit.applying import Applied, Edits, add_patch, edits_of, forget_edits, refuse_beside
 from engrammar.edit.patch import Patch
 from engrammar.edit.stack import Stack
 
@@ -69,5 +69,5 @@ def chosen_stack(model: nn.Module, names: Sequence[str]) -> Stack | None:
     if not chosen:
         return edits.hooks.stack
     for index, one in enumerate(chosen):
-        refuse_conflicts(one, [*edits.applied, *chosen[:index]])
+        refuse_beside(one, [*edits.applied, *chosen[:index]])
     return edits.stack_of([*edits.applied, *chosen])

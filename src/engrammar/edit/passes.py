@@ -42,12 +42,7 @@ _passes: ContextVar[tuple["Begun", ...]] = ContextVar("engrammar_edit_passes", d
 
 @final
 class EditPass:
-    """The sequences of a pass that share a stack: which keys they hold, and what is to be added where.
-
-    Args:
-        classes_V: the class of each id.
-        width: D.
-    """
+    """The sequences of a pass that share a stack: which keys they hold, and what is to be added where."""
 
     def __init__(self, classes_V: NDArray[np.int32], width: int, sequences: Rows | Requests) -> None:
         self.width, self.sequences = width, sequences
@@ -129,10 +124,6 @@ class Begun:
 
     hooks: "EditHooks"
     parts: list[EditPass]
-
-    def at(self, block: int) -> list[EditPass]:
-        """The parts that read or change the input of a block."""
-        return [part for part in self.parts if block in part.stack.blocks]
 
 
 STEPS, WRITES = ("first_step", "num_steps"), ("row", "token", "entry", "step")
@@ -240,7 +231,7 @@ class EditHooks:
                 f"Block {block} was called outside a pass of its model, so patches do not know its ids: call the "
                 "model, or undo the patches."
             )
-        parts = current.at(block)
+        parts = [part for part in current.parts if block in part.stack.blocks]
         if not parts:
             return None
         if is_skipped(module):

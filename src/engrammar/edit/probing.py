@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from engrammar.edit.forms import Form
-from engrammar.edit.patch import MOST_ARMED, Probe
+from engrammar.edit.patch import MOST_ARMED
 from engrammar.edit.phrasings import NAMES, NUM_OTHER, RELATIONS, about
 from engrammar.edit.ranges import require_most, require_range
 
@@ -146,15 +146,12 @@ class Asked:
     plain_ND: Tensor  # plain text, and prompts of other forms
 
 
-def fit_probe(probe: Probe, bank: Bank, match: Match, asked: Asked) -> Probe:
-    """The probe with its direction and threshold.
+def fit_probe(bank: Bank, match: Match, asked: Asked) -> tuple[Tensor, float]:
+    """The direction and the threshold of a probe.
 
     The threshold is where a small share of other prompts would open it, each scored by a fit that has not seen it. It
     is lowered to let the facts' own prompts in, as far as that opens it for few others; never so far that half of the
     nearest ones open it.
-
-    Args:
-        probe: its name, block and centre.
     """
     settings = bank.settings
     is_other_N = bank.is_other(match)
@@ -180,8 +177,7 @@ def fit_probe(probe: Probe, bank: Bank, match: Match, asked: Asked) -> Probe:
     threshold = float(torch.quantile(torch.cat(scores), 1 - settings.opens_wrongly))
     lowest, middling = (float(torch.quantile(others, 1 - share)) for share in (settings.at_most_wrongly, 0.5))
     reached = float(torch.quantile((asked.own_FND @ direction_D).amin(1), 0.02)) - MARGIN
-    threshold = max(min(threshold, max(lowest, reached)), middling)
-    return Probe(name=probe.name, block=probe.block, centre=probe.centre, direction=direction_D, threshold=threshold)
+    return direction_D, max(min(threshold, max(lowest, reached)), middling)
 
 
 MARGIN = 0.02  # of a score, whose range is about -1 to 1

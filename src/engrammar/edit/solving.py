@@ -20,6 +20,7 @@ from engrammar.edit.applying import memories_of
 from engrammar.edit.asking import require_asking
 from engrammar.edit.optimizing import Added, Adding, Texts
 from engrammar.edit.ranges import require_range
+from engrammar.edit.states import Reached
 from engrammar.fusion import Fusion
 from engrammar.memory import Memory
 
@@ -168,10 +169,6 @@ class Places:
     earlier_WC: Tensor | None
 
 
-class _Reached(Exception):
-    """Ends a pass after the fusion."""
-
-
 def read_places(read: Texts, site: Site, values_KE: Tensor) -> Places:
     """The written places of texts, with values added to what is looked up there. The pass ends at the memory."""
     row_W, token_W = read.added.row, read.added.token + read.num_before
@@ -183,9 +180,9 @@ def read_places(read: Texts, site: Site, values_KE: Tensor) -> Places:
         embedding_BTE = embedding_BTE.index_put((row_W, token_W), added_WE, accumulate=True)
         earlier_WC = _earlier(site.fusion, (hidden_BTMD, embedding_BTE, dead_BT), row_W, token_W)
         found.append((hidden_BTMD[row_W, token_W], embedding_BTE[row_W, token_W], earlier_WC))
-        raise _Reached
+        raise Reached
 
-    with site.fusion.register_forward_pre_hook(before), suppress(_Reached):
+    with site.fusion.register_forward_pre_hook(before), suppress(Reached):
         read.decoder.module(read.ids, attention_mask=read.mask, position_ids=read.positions, use_cache=False)
     hidden_WMD, embedding_WE, earlier_WC = found[0]
     return Places(hidden_WMD=hidden_WMD.float(), embedding_WE=embedding_WE.float(), earlier_WC=earlier_WC)
