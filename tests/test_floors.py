@@ -75,7 +75,6 @@ ROOMS = {
         "building",
         "overlay",
         "written",
-        "kept",
         "lookup",
         "uses",
         "showing",

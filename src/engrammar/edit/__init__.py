@@ -10,7 +10,6 @@ from engrammar.edit.exported import export_overlay
 from engrammar.edit.facts import Fact, Refused, read_facts
 from engrammar.edit.files import read_patch, write_patch
 from engrammar.edit.forgetting import Forgotten, Proof, forget, prove_forgotten
-from engrammar.edit.kept import drop_patch, keep_patch, kept_files, kept_names
 from engrammar.edit.learning import Learned, learn, learn_units, request
 from engrammar.edit.multihop import MultiHop, read_multihop
 from engrammar.edit.overlay import replace_rows
@@ -19,7 +18,15 @@ from engrammar.edit.probing import GatedSettings
 from engrammar.edit.solving import RowSettings
 from engrammar.edit.uses import uses
 from engrammar.edit.vector import VectorSettings
-from engrammar.edit.written import patch_folder, patches_in, unpatch_folder
+from engrammar.edit.written import (
+    drop_patch,
+    keep_patch,
+    kept_files,
+    kept_names,
+    patch_folder,
+    patches_in,
+    unpatch_folder,
+)
 
 __all__ = [
     "ExactEntry",

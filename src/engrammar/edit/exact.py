@@ -27,7 +27,7 @@ class ExactTable:
 
     def __init__(self, keys_QK: Classes) -> None:
         self.num_keys, self.longest = keys_QK.shape
-        lengths_Q = key_lengths(keys_QK)
+        lengths_Q = (keys_QK != NOTHING).sum(1)
         self._lengths_O = np.unique(lengths_Q)
         hashes_QK = window_hashes(keys_QK)
         hash_Q = np.take_along_axis(hashes_QK, lengths_Q[:, None] - 1, axis=1)[:, 0]
@@ -84,11 +84,6 @@ class ExactTable:
         before_C = found_N[window_C]
         longer = (before_C < 0) | (self._lengths_Q[at_C] > self._lengths_Q[before_C])
         found_N[window_C[longer]] = at_C[longer]
-
-
-def key_lengths(keys_QK: Classes) -> Ints:
-    """The number of classes of each key."""
-    return (keys_QK != NOTHING).sum(1)
 
 
 def window_hashes(windows_NK: Classes) -> NDArray[np.uint64]:

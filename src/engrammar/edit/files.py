@@ -147,6 +147,7 @@ def parse_patch(data: bytes, path: Path) -> Patch:
 
 def _array(data: bytes, part: Part, require: Requirement) -> NDArray[Any]:
     require(part.dtype in DTYPES, f"the dtype of {part.name} is {part.dtype}")
+    require(part.shape, f"{part.name} is one number")
     count = math.prod(part.shape)
     array = np.frombuffer(data, np.dtype(DTYPES[part.dtype]), count, part.start).reshape(part.shape)
     return array.astype(array.dtype.newbyteorder("="))  # a copy, so that the file's bytes need not stay
@@ -203,10 +204,6 @@ def _patch(content: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]], requi
         layers[int(match[2])] = layers.get(int(match[2]), 0) + 1
     require(set(ARRAYS) <= arrays.keys(), f"it lacks the tensor {min(set(ARRAYS) - arrays.keys(), default='')}")
     require(all(count == 3 for count in layers.values()), "a row delta lacks rows, stored or replaced")
-    ndims = dict.fromkeys(("keys", "entries", "strengths", "steps", "values", "centres", "directions"), 2)
-    for name, array in arrays.items():
-        wanted = 2 if name.startswith("stored.") else ndims.get(name, 1)
-        require(array.ndim == wanted, f"{name} is {[*array.shape]}")
     tables = content["tables"]
     if tables is not None:
         tables = Tables(**{**tables, "num_rows": {int(layer): rows for layer, rows in tables["num_rows"].items()}})

@@ -9,8 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from engrammar.vocabulary import require_tokenizer
-
 _COMMON = """about above according after again all almost also although always am among an and another answer any are
 around as at be because been before being below beside besides between both but by can could despite did do does done
 down during each either even every few finally first for from further had has have he hence her here hers him his how
@@ -26,7 +24,6 @@ COMMON = frozenset(_COMMON.split())
 
 def begins_name(tokenizer: PreTrainedTokenizerBase) -> NDArray[np.bool_]:
     """Whether each id begins a name, or goes on with one, [V]."""
-    require_tokenizer(tokenizer)
     special = set(tokenizer.all_special_ids)
     texts = [text.strip() for text in tokenizer.batch_decode([[one] for one in range(len(tokenizer))])]
     named = [text[:1].isupper() and text.lower() not in COMMON for text in texts]

@@ -23,15 +23,7 @@ from engrammar.attach.paged import flat_in
 from engrammar.attach.skipping import is_skipped
 from engrammar.edit.exact import Ints
 from engrammar.edit.gating import CODES, NO_WRITE, decide, margins
-from engrammar.edit.lookup import (
-    NO_CANDIDATES,
-    NO_WRITES,
-    NONE,
-    Writes,
-    candidates,
-    direct_writes,
-    find_keys,
-)
+from engrammar.edit.lookup import NO_CANDIDATES, NO_WRITES, NONE, Writes, candidates, direct_writes, find_keys
 from engrammar.edit.rows import ReadRows
 from engrammar.edit.sequences import STACKS, Paged, Reach, Requests, Rows, by_choice
 from engrammar.edit.stack import Stack
@@ -64,7 +56,8 @@ class EditPass:
         under_way = self.codes_BH[:, -1:][self.codes_BH[:, -1:] != NO_WRITE] // CODES
         entry = np.unique(np.concatenate([self.writes.entry, self.candidates.entry, under_way]))
         columns = self.stack.columns
-        steps = [np.arange(first, first + count) for first, count in zip(*(columns[n][entry] for n in STEPS))]
+        first, count = columns["first_step"][entry], columns["num_steps"][entry]
+        steps = [np.arange(*ends) for ends in zip(first, first + count)]
         binding = columns["binding"][entry]
         return np.concatenate([self.stack.steps[np.concatenate([*steps, NONE]), 0], binding[binding >= 0]])
 
@@ -93,7 +86,8 @@ class EditPass:
                 break
             self.codes_BH = codes_BH
         if len(written.entry):
-            pairs = {name: np.concatenate([getattr(self.writes, name), getattr(written, name)]) for name in WRITES}
+            names = ("row", "token", "entry", "step")
+            pairs = {name: np.concatenate([getattr(self.writes, name), getattr(written, name)]) for name in names}
             self.writes = Writes(**pairs)
 
     def _add(self, block: int, hidden: Tensor, streams_BTMD: Tensor) -> Tensor:
@@ -124,9 +118,6 @@ class Begun:
 
     hooks: "EditHooks"
     parts: list[EditPass]
-
-
-STEPS, WRITES = ("first_step", "num_steps"), ("row", "token", "entry", "step")
 
 
 @final

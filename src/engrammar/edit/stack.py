@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engrammar.edit.exact import Classes, ExactTable, Ints, distinct_rows, key_lengths, pad_keys
+from engrammar.edit.exact import NOTHING, Classes, ExactTable, Ints, distinct_rows, pad_keys
 from engrammar.edit.patch import COLUMNS, Patch, require_same_names
 from engrammar.edit.rows import StackedRows, ValueRows
 
@@ -123,7 +123,7 @@ def stack_patches(patches: Sequence[Patch], parts: Sequence[ValueRows], identity
     stack = Stack(
         identity=identity,
         table=ExactTable(keys_QK),
-        lengths_Q=key_lengths(keys_QK),
+        lengths_Q=(keys_QK != NOTHING).sum(1),
         columns=columns,
         strengths=np.concatenate([patch.strengths for patch in patches])[order],
         steps=steps,

@@ -1,8 +1,10 @@
-"""Row deltas written into a folder of tables, for engines that read such folders; and taken back to the bit.
+"""Patches that are kept in the folder of a model, and taken back to the bit.
 
-The folder is replaced as a whole: files that do not change are links to the same data, shards with changed rows are
-copies. Beside them stands the record of each patch, `memory.patch.NAME.safetensors`: a patch that holds the rows that
-were there. Whatever fails, and whenever the process is killed, the folder is the old one or the new one.
+Exact entries are files of their own, which `engrammar generate` and other commands apply: no table holds them. Row
+deltas are written into the folder's tables, for engines that read such folders. The folder is then replaced as a whole:
+files that do not change are links to the same data, shards with changed rows are copies. Beside them stands the record
+of each patch, `memory.patch.NAME.safetensors`: a patch that holds the rows that were there. Whatever fails, and
+whenever the process is killed, the folder is the old one or the new one.
 Letters: U rows, S bytes of a stored row.
 """
 
@@ -27,6 +29,7 @@ from engrammar.tables.folder import TableFile, TableFolder, open_tables
 from engrammar.tables.sealed import REPLACED, put_in_place, reason_of
 
 RECORD = "memory.patch.{}.safetensors"
+KEPT = "engrammar_patches"  # the folder in a model's folder in which exact entries are kept
 
 
 def patch_folder(patch: Patch | str | Path, folder: str | Path) -> None:
@@ -85,6 +88,56 @@ def patches_in(folder: str | Path) -> list[str]:
     return [name.removeprefix(before).removesuffix(after) for name in names]
 
 
+def keep_patch(patch: Patch, folder: str | Path) -> None:
+    """Keeps a patch in the folder of a model, whose own files stay as they are (but for rows that it replaces).
+
+    Raises:
+        ValueError: it is no folder, or holds a patch of that name.
+        OSError: the disk is full or fails; the folder is as it was.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise ValueError(
+            f"{path} is not a folder: patches are kept in the folder of a model (save_pretrained makes one)."
+        )
+    if patch.name in kept_names(path):
+        raise ValueError(f"{path} holds a patch {patch.name!r} already: undo it, or give this one another name.")
+    if patch.deltas:
+        patch_folder(patch, path)
+        return
+    (path / KEPT).mkdir(exist_ok=True)
+    write_patch(patch, path / KEPT / f"{patch.name}.safetensors")
+
+
+def drop_patch(folder: str | Path, name: str) -> None:
+    """Takes a kept patch out of a folder. Its files are as they were.
+
+    Raises:
+        ValueError: it holds no such patch.
+        OSError: the disk is full or fails; the folder is as it was.
+    """
+    path = Path(folder)
+    if name in patches_in(path):
+        unpatch_folder(path, name)
+        return
+    file = path / KEPT / f"{name}.safetensors"
+    if file not in kept_files(path):
+        raise ValueError(f"{path} holds no patch {name!r}; it holds {', '.join(kept_names(path)) or 'none'}.")
+    file.unlink()
+    if not any(file.parent.iterdir()):
+        file.parent.rmdir()
+
+
+def kept_files(folder: str | Path) -> list[Path]:
+    """The files of the patches that are kept in a folder and are not in its tables, in the order of their names."""
+    return sorted((Path(folder) / KEPT).glob("*.safetensors"))
+
+
+def kept_names(folder: str | Path) -> list[str]:
+    """The names of all patches that are kept in a folder."""
+    return sorted([*patches_in(folder), *(file.stem for file in kept_files(folder))])
+
+
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[Path]:
     """Lets one process at a time change a folder; puts back what a killed one had renamed."""
@@ -118,11 +171,8 @@ def _tables_for(patch: Patch, folder: Path) -> TableFolder:
 
 
 def _stored_rows(table: TableFile, delta: RowDelta) -> NDArray[np.uint8]:
-    store = DiskStore(table)
-    try:
+    with contextlib.closing(DiskStore(table)) as store:
         return store.fetch(delta.rows_U).wait()
-    finally:
-        store.close()
 
 
 def _rewrite(opened: TableFolder, deltas: Mapping[int, RowDelta], record: str, content: Patch | None) -> None:
