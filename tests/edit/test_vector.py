@@ -9,7 +9,7 @@ from attached_models import random_ids, tokenizer
 from edited_models import OURS, WITH_MEMORY, model_of_kind
 from engrammar.attach.blocks import find_decoder
 from engrammar.edit import Fact, VectorSettings, apply_patch, learn, undo_patch
-from engrammar.edit.asking import Asking, Rewording, asking, contexts, others
+from engrammar.edit.asking import Asking, asking, contexts, others
 from engrammar.edit.optimizing import Descent, Texts, at_block, descend, frozen, one_value_a_group
 from engrammar.edit.vector import NO_PLACE, UNSAID
 
@@ -17,6 +17,7 @@ ASKED = [("w3 w4", "w20"), ("w5 w6", "w21"), ("w7 w8", "w22")]
 FACTS = [Fact(subject=subject, prompt=f"w9 {subject}", object=words) for subject, words in ASKED]
 FAR = Fact(subject="w12 w13", prompt="w9 w12 w13 w10", object="w23")  # random weights cannot be steered at a distance
 SETTINGS = VectorSettings(depth=0.5, steps=30, num_contexts=1, num_paraphrases=0, num_others=2, most=4.0, together=2)
+REWORDED = VectorSettings(seed=1, num_paraphrases=3)
 
 
 def steerable(kind: str = "llama"):
@@ -153,7 +154,7 @@ def test_a_model_rewords_after_examples_that_it_has_read_once(kind, monkeypatch)
     monkeypatch.setattr(
         type(model), "generate", lambda *a, **k: (made.append((a, k, generate(*a, **k))), made[-1][2])[1]
     )
-    Rewording(model, tokenizer(), 1).prompts(Fact(subject="w3", prompt="w3 w10", object="w4"), 3)
+    Asking(model, tokenizer(), REWORDED).reworded(Fact(subject="w3", prompt="w3 w10", object="w4"))
     ((given, settings, sampled),) = made
     torch.manual_seed(1)
     assert torch.equal(generate(*given, **{**settings, "past_key_values": None}), sampled)
@@ -162,8 +163,8 @@ def test_a_model_rewords_after_examples_that_it_has_read_once(kind, monkeypatch)
 def test_a_model_rewords_with_the_same_seed_the_same_way():
     model, fact = model_of_kind("llama"), Fact(subject="w3", prompt="w3 w10", object="w4")
     state = torch.random.get_rng_state()
-    first, second = Rewording(model, tokenizer(), 1), Rewording(model, tokenizer(), 1)
-    assert first.prompts(fact, 3) == second.prompts(fact, 3) == first.prompts(fact, 3)
+    first, second = Asking(model, tokenizer(), REWORDED), Asking(model, tokenizer(), REWORDED)
+    assert first.reworded(fact) == second.reworded(fact) == first.reworded(fact)
     assert torch.equal(torch.random.get_rng_state(), state)
 
 

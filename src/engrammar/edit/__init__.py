@@ -7,11 +7,10 @@ from engrammar.edit.answers import answer, phrasings_of, reached, says
 from engrammar.edit.applying import applied_patches, apply_patch, undo_patch, without_patches
 from engrammar.edit.building import build_patch, conflicts, diff, merge
 from engrammar.edit.exported import export_overlay
-from engrammar.edit.facts import Fact, Refused, read_facts
+from engrammar.edit.facts import Fact, MultiHop, Refused, read_facts, read_multihop
 from engrammar.edit.files import read_patch, write_patch
 from engrammar.edit.forgetting import Forgotten, Proof, forget, prove_forgotten
 from engrammar.edit.learning import Learned, learn, learn_units, request
-from engrammar.edit.multihop import MultiHop, read_multihop
 from engrammar.edit.overlay import replace_rows
 from engrammar.edit.patch import ExactEntry, Patch, Probe, base_of, subject_keys
 from engrammar.edit.probing import GatedSettings

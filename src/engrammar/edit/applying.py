@@ -94,7 +94,7 @@ class Edits:
             return None
         identity = tuple(one.digest for one in exact)
         patches, rows = [one.patch for one in exact], [one.rows for one in exact]
-        stack = stack_patches(patches, rows, identity, self.decoder.hidden_size)
+        stack = stack_patches(patches, rows, identity)
         if stack.blocks[-1] >= len(self.hooks.places):
             raise ValueError(
                 f"{type(self.decoder.module).__name__} has no final norm that could be found, and "

@@ -47,7 +47,7 @@ class EditPass:
             self.candidates = candidates(stack, text, found_BP)
         self.margin_C = np.full(len(self.candidates.entry), -np.inf, np.float32)
         self.codes_BH = sequences.codes()
-        self.rows = ReadRows(stack.rows, self._wanted_rows())
+        self.rows = ReadRows(stack.rows, stack.first_rows, width, self._wanted_rows())
 
     def _wanted_rows(self) -> Ints:
         """The value rows of everything that may be added in this pass."""

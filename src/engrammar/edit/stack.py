@@ -17,7 +17,7 @@ from torch import Tensor
 
 from engrammar.edit.exact import NOTHING, Classes, ExactTable, Ints, distinct_rows, pad_keys
 from engrammar.edit.patch import COLUMNS, Patch, require_same_names
-from engrammar.edit.rows import StackedRows, ValueRows
+from engrammar.edit.rows import ValueRows
 
 PLACE = [COLUMNS.index(name) for name in ("key", "block", "probe")]
 
@@ -40,7 +40,8 @@ class Stack:
     probe_blocks: Ints
     probes_P2D: Tensor  # centre and direction
     thresholds_P: Tensor
-    rows: StackedRows
+    rows: Sequence[ValueRows]  # of each patch
+    first_rows: Ints  # the number of each patch's first row, and of all rows
 
     @cached_property
     def number(self) -> int:
@@ -95,12 +96,12 @@ class Stack:
         return sorted({*self.columns["block"].tolist(), *probed.tolist()})
 
 
-def stack_patches(patches: Sequence[Patch], parts: Sequence[ValueRows], identity: tuple[str, ...], width: int) -> Stack:
+def stack_patches(patches: Sequence[Patch], rows: Sequence[ValueRows], identity: tuple[str, ...]) -> Stack:
     """Stacks patches in the order in which they were applied; of entries at one place the last one counts.
 
     Args:
         patches: one at least.
-        parts: the value rows of each.
+        rows: the value rows of each.
 
     Raises:
         ValueError: a patch writes at a block before that of another one's probe, or takes other ids for names.
@@ -131,7 +132,8 @@ def stack_patches(patches: Sequence[Patch], parts: Sequence[ValueRows], identity
         probe_blocks=np.concatenate([patch.probe_blocks for patch in patches]).astype(np.int64),
         probes_P2D=torch.from_numpy(np.concatenate([patch.probe_pairs() for patch in patches])),
         thresholds_P=torch.from_numpy(np.concatenate([patch.thresholds for patch in patches])),
-        rows=StackedRows(parts, width),
+        rows=rows,
+        first_rows=first["rows"],
     )
     gated, _ = stack.gated
     if stack.decided_at is not None and (lowest := stack.columns["block"][gated].min()) < stack.decided_at:

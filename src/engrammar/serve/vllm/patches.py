@@ -107,7 +107,7 @@ def _stack(patches: Sequence[Patch]) -> Stack | None:
     digests = tuple(map(patch_digest, patches))
     stores = [ArrayStore(f"the values of {one.name}", digest, one.values) for one, digest in zip(patches, digests)]
     rows = [ValueRows(store=store, encoding=patch.encoding) for store, patch in zip(stores, patches)]
-    return stack_patches(patches, rows, digests, patches[0].base.hidden_size)
+    return stack_patches(patches, rows, digests)
 
 
 def replace_patched_rows(memory: Memory | None, patches: Sequence[Patch]) -> None:
