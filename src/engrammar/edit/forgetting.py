@@ -176,26 +176,19 @@ def prove_forgotten(done: Forgotten, model: Any, tokenizer: PreTrainedTokenizerB
     answered = {prompt: (was, after) for prompt, was, after in zip(prompts, plain, now)}
     if done.after is None:
         return Proof(keys=0, rows=0, answered=answered, told=told)
-    is_gone_E = ~np.isin(done.before.column("fact"), sorted(_still_there(done)))
-    gone, kept = (_keys_and_rows(done.before, chosen_E) for chosen_E in (is_gone_E, ~is_gone_E))
-    left, _ = _keys_and_rows(done.after, np.ones(len(done.after.entries), np.bool_))
-    stored = {row.tobytes() for row in done.after.values}
-    num_replaced = _num_replaced(done, model, tokenizer) if done.after.deltas else 0
-    num_rows = len((gone[1] - kept[1]) & stored) + num_replaced
-    return Proof(keys=len((gone[0] - kept[0]) & left), rows=num_rows, answered=answered, told=told)
-
-
-def _num_replaced(done: Forgotten, model: Any, tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many rows of hashed tables that forgotten facts alone read are still replaced."""
-    owners, still_there = _owners(done.before, model, tokenizer), _still_there(done)
-    assert done.after is not None
-    left = {(layer, int(row)) for layer, delta in done.after.deltas.items() for row in delta.rows_U}
-    return len({place for place, facts in owners.items() if not facts & still_there} & left)
-
-
-def _still_there(done: Forgotten) -> set[int]:
     gone = {(fact.subject, fact.prompt) for fact in done.facts}
-    return {i for i, row in enumerate(done.before.facts) if (row["subject"], row["prompt"]) not in gone} | {-1}
+    others = {i for i, row in enumerate(done.before.facts) if (row["subject"], row["prompt"]) not in gone} | {-1}
+    is_other_E = np.isin(done.before.column("fact"), sorted(others))
+    keys, rows = _keys_and_rows(done.before, ~is_other_E)
+    other_keys, other_rows = _keys_and_rows(done.before, is_other_E)
+    keys_left, _ = _keys_and_rows(done.after, np.ones(len(done.after.entries), np.bool_))
+    rows_left = {row.tobytes() for row in done.after.values}
+    num_rows = len((rows - other_rows) & rows_left)
+    if done.after.deltas:
+        replaced = {(layer, int(row)) for layer, delta in done.after.deltas.items() for row in delta.rows_U}
+        owners = _owners(done.before, model, tokenizer)
+        num_rows += len({place for place, facts in owners.items() if not facts & others} & replaced)
+    return Proof(keys=len((keys - other_keys) & keys_left), rows=num_rows, answered=answered, told=told)
 
 
 def _keys_and_rows(patch: Patch, chosen_E: NDArray[np.bool_]) -> tuple[set[Key], set[bytes]]:

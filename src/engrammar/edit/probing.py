@@ -19,7 +19,6 @@ from engrammar.edit.patch import MOST_ARMED
 from engrammar.edit.phrasings import NAMES, NUM_OTHER, RELATIONS, about
 from engrammar.edit.ranges import require_most, require_range
 
-ONE = (0, 1)  # pads each state by a number, which is 1, for the constant of a regression
 Units = Callable[[Sequence[str]], Tensor]  # prompts -> centred hidden states of length 1 at their ends, [N, D]
 Later = Callable[[Sequence[str]], Tensor]  # prompts -> the same where the model goes on after them, [N, J, D]
 
@@ -114,8 +113,8 @@ class Bank:
             named_KD: the same with each of `NAMES` as the subject, which says more clearly what is asked.
         """
         fits_KR = torch.tensor([[kind in one.kinds for one in RELATIONS[:-NUM_OTHER]] for kind in NAMES])
-        named_R = torch.where(fits_KR, F.pad(named_KD, ONE, value=1.0) @ self.classifiers_RD.T, -torch.inf).amax(0)
-        score_R = ((F.pad(asks_ND, ONE, value=1.0) @ self.classifiers_RD.T).mean(0) + named_R) / 2
+        named_R = torch.where(fits_KR, with_one(named_KD) @ self.classifiers_RD.T, -torch.inf).amax(0)
+        score_R = ((with_one(asks_ND) @ self.classifiers_RD.T).mean(0) + named_R) / 2
         best = int(score_R.argmax())
         alike = (score_R > self.settings.alike_above).nonzero()[:, 0].tolist()
         found = best if float(score_R[best]) > self.settings.match_above else None
@@ -185,10 +184,15 @@ def fit_probe(bank: Bank, match: Match, asked: Asked) -> tuple[Tensor, float]:
 MARGIN = 0.02  # of a score, whose range is about -1 to 1
 
 
+def with_one(units_ND: Tensor) -> Tensor:
+    """A one behind the numbers of each state, for the constant of a regression."""
+    return F.pad(units_ND, (0, 1), value=1.0)
+
+
 def ridge(groups: Sequence[Tensor], strength: float) -> Tensor:
     """Ridge regression to +1 for the first group and -1 for the others, each group weighing the same; [D+1]."""
     groups = [one for one in groups if len(one)]
-    rows = F.pad(torch.cat(groups), ONE, value=1.0)
+    rows = with_one(torch.cat(groups))
     signs = torch.cat([torch.full((len(one),), 1.0 if one is groups[0] else -1.0) for one in groups])
     weighted = rows * torch.cat([torch.full((len(one), 1), 1 / len(one)) for one in groups])
     return torch.linalg.solve(rows.T @ weighted + strength * torch.eye(rows.shape[1]), weighted.T @ signs)
