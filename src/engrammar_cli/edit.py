@@ -1,6 +1,8 @@
 """`engrammar edit ...`: facts into a patch, and what it does. Imports are inside the functions, as in `main.py`."""
 
 import shutil
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,6 +11,7 @@ from tyro.conf import Positional
 from engrammar_cli.extras import by_name
 
 Method = Literal["gated", "vector", "rows"]
+TOKENS = 4096  # of a text that are read at a time
 
 
 def learn(
@@ -49,11 +52,11 @@ def learn(
         no_cache: Keep nothing there and read it anew. The patch is the same to the bit.
     """
     from engrammar.edit import learn_units, read_facts, request, write_patch
-    from engrammar.edit.learning import METHODS
+    from engrammar.edit.learning import SETTINGS
     from engrammar.tables.sealed import check_writable
     from engrammar.train.recipe import read_settings
 
-    settings = read_settings(METHODS[method][1], overrides)
+    settings = read_settings(SETTINGS[method], overrides)
     asked = read_facts(facts)
     out.parent.mkdir(parents=True, exist_ok=True)
     check_writable(out.parent)
@@ -91,17 +94,20 @@ def show(patch: Positional[Path], /, model: str | None = None, text: Path | None
     """
     from engrammar.edit import apply_patch, reached, read_patch
     from engrammar.edit.facts import as_fact
-    from engrammar.edit.showing import shown_facts, shown_head, shown_uses
 
     if text is not None and model is None:
         raise ValueError("--text needs --model: keys are ids of the model's tokenizer.")
     found = read_patch(patch)
     base, tokenizer = (None, None) if model is None else _load(model)
-    print(f"{shown_head(found)}; {patch.stat().st_size:,} bytes")
-    for line in shown_facts(found, tokenizer):
+    words = None if tokenizer is None else _words_of_classes(tokenizer)
+    print(f"{_head(found)}; {patch.stat().st_size:,} bytes")
+    for line in _facts(found, words):
         print(line)
     if text is not None:
-        print("\n".join(shown_uses(found, tokenizer, text)))
+        num_tokens, keys = _uses(found, tokenizer, text)
+        print(f"{sum(keys.values()):,} of {num_tokens:,} tokens of {text} end a key")
+        for key, count in keys.most_common():
+            print(f"    {count:,} times {_shown(key, words)}")
     if base is not None:
         apply_patch(base, found, tokenizer)
         for row in found.facts:
@@ -109,6 +115,66 @@ def show(patch: Positional[Path], /, model: str | None = None, text: Path | None
             print(f"{sum(asked.values())} of {len(asked)} phrasings reach {row['prompt']!r} -> {row['object']!r}")
             for prompt in (prompt for prompt, reaches in asked.items() if not reaches):
                 print(f"    not reached: {prompt!r}")
+
+
+def _head(patch: Any) -> str:
+    """Name, base and sizes of a patch."""
+    base = patch.base.model
+    replaced = sum(len(delta.rows_U) for delta in patch.deltas.values())
+    return (
+        f"{patch.name}: for a {base['class']} of {base['blocks']} blocks of width {base['hidden_size']}; "
+        f"{len(patch.keys_QK):,} keys, {len(patch.values):,} value rows"
+        + (f", {replaced:,} rows of hashed tables" if replaced else "")
+    )
+
+
+def _facts(patch: Any, words: dict[int, str] | None) -> Iterator[str]:
+    """A line for each fact: its words, its keys, its rows and with how many facts it shares them."""
+    from engrammar.edit.patch import value_rows
+
+    owners: dict[int, set[int]] = {}
+    rows_of: dict[int, set[int]] = {}
+    keys_of: dict[int, dict[tuple[int, ...], None]] = {}
+    for entry, fact in enumerate(patch.column("fact").tolist()):
+        keys_of.setdefault(fact, {})[patch.key_of(entry)] = None
+        for number in value_rows(patch, entry):
+            rows_of.setdefault(fact, set()).add(number)
+            owners.setdefault(number, set()).add(fact)
+    for fact, row in enumerate(patch.facts):
+        keys = ", ".join(_shown(key, words) for key in keys_of.get(fact, {}))
+        own = rows_of.get(fact, set())
+        others = {other for one in own for other in owners[one]} - {fact}
+        shared = f"; it shares some with {len(others)} facts" if others else ""
+        yield f"{' | '.join(row.values())} | keys {keys or 'none'} | {len(own)} rows{shared}"
+
+
+def _words_of_classes(tokenizer: Any) -> dict[int, str]:
+    """The text of the first id of each class."""
+    import numpy as np
+
+    from engrammar.vocabulary import compress_vocabulary
+
+    first = np.unique(compress_vocabulary(tokenizer), return_index=True)
+    return {int(one): str(tokenizer.decode([int(index)])) for one, index in zip(*first)}
+
+
+def _shown(key: tuple[int, ...], words: dict[int, str] | None) -> str:
+    """The words of a key; its classes where they are not known."""
+    return str(list(key)) if words is None else repr("".join(words[one] for one in key))
+
+
+def _uses(patch: Any, tokenizer: Any, text: Path) -> tuple[int, Counter[tuple[int, ...]]]:
+    """The tokens of a text file, and how often each key of a patch ends at one."""
+    from engrammar.edit import uses
+    from engrammar.vocabulary import compress_vocabulary
+
+    try:
+        read = text.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {text} ({error}): give a text file in UTF-8.") from error
+    ids = tokenizer(read, return_tensors="pt", add_special_tokens=False).input_ids
+    found = uses(patch, ids.split(TOKENS, 1), compress_vocabulary(tokenizer))
+    return found.num_tokens, found.keys
 
 
 def apply(model: Positional[Path], patch: Positional[Path], /) -> None:

@@ -15,9 +15,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from engrammar.attach.blocks import find_decoder
-from engrammar.edit import Fact, Patch, applied_patches, apply_patch, conflicts, diff, undo_patch
+from engrammar.edit import Fact, GatedSettings, Patch, applied_patches, apply_patch, conflicts, diff, undo_patch
 from engrammar.edit.files import parse_patch, patch_bytes
-from engrammar.edit.gated import GatedReader, GatedSettings
+from engrammar.edit.gated import GatedReader
 from engrammar.edit.learning import Request, learn_units
 from engrammar_explore.census import Census
 from engrammar_explore.looking import Known, LookSettings, Seen, closer, overview, see

@@ -8,7 +8,7 @@ import pytest
 from attached_models import base_model, tokenizer
 from edited_models import OURS
 from engrammar.edit.files import read_patch
-from engrammar.edit.learning import METHODS
+from engrammar.edit.learning import SETTINGS
 from engrammar_cli.main import main
 from steerable_models import FACTS, SEEDS, steerable
 
@@ -119,7 +119,7 @@ def test_help_tells_every_setting_and_its_default(capsys):
     with pytest.raises(SystemExit):
         main(["edit", "learn", "--help"])
     said = " ".join(capsys.readouterr().out.replace("│", "").split()).split("gated: ")[1]  # lines end anywhere
-    for method, (_, kind) in METHODS.items():
+    for method, kind in SETTINGS.items():
         told = said.split(f"{method}: ")[-1].split(". ")[0].replace(" (or gradient)", "").split()
         wanted = {f"{one.name}={'null' if one.default is None else one.default}" for one in fields(kind)}
         assert set(told) == wanted, method

@@ -75,8 +75,7 @@ def test_a_sentence_is_learned_as_its_relation_is_asked(llama, chatting, monkeyp
     rest = tuple(
         Relation(kinds="plt", phrasings=(f"w{a} {{}} w{b}", f"{{}} w{a}", f"w{b} {{}} w{a} ?")) for a, b in pairs
     )
-    for module in ("probing", "gated"):
-        monkeypatch.setattr(f"engrammar.edit.{module}.RELATIONS", (asked, *rest))
+    monkeypatch.setattr("engrammar.edit.probing.RELATIONS", (asked, *rest))
     facts = [replace(fact, prompt=f"w9 {fact.subject} w10 w11") for fact in FACTS]
     for match_above, num_probes in ((0.0, 3), (9.0, 1)):
         patch, refused = learn(llama, chatting, facts, name="one", settings=replace(SETTINGS, match_above=match_above))
@@ -93,8 +92,7 @@ def test_one_relation_in_two_forms_has_probes_of_two_names(llama, chatting, monk
     asked = Relation(kinds="plt", phrasings=("w9 {} w10 w11", "w12 {} w10 w11", "w13 {} w14 ?"))
     rest = tuple(Relation(kinds="plt", phrasings=(f"w{n} {{}} w{n + 1}", f"w{n + 1} {{}} ?")) for n in range(15, 19))
     silent = Relation(kinds="plt", phrasings=("w1 {} w2",))  # no question asks it, so none is taken for it
-    for module in ("probing", "gated"):
-        monkeypatch.setattr(f"engrammar.edit.{module}.RELATIONS", (asked, silent, *rest))
+    monkeypatch.setattr("engrammar.edit.probing.RELATIONS", (asked, silent, *rest))
     facts = [replace(FACTS[0], prompt="w9 w3 w4 w10 w11"), replace(FACTS[1], prompt="w13 w5 w6 w14 ?")]
     patch, refused = learn(llama, chatting, facts, settings=replace(SETTINGS, match_above=-5.0))
     assert not refused

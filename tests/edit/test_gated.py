@@ -53,7 +53,6 @@ def test_what_cannot_be_told_apart_is_refused_with_a_reason(llama, monkeypatch):
     same = Relation(kinds="plt", phrasings=tuple(one.replace("{}", "w9 {} w10 w11") for one in BEFORE))
     elsewhere = Relation(kinds="plt", phrasings=("w30 {} w31",))
     monkeypatch.setattr("engrammar.edit.probing.RELATIONS", (elsewhere, same, same, same))
-    monkeypatch.setattr("engrammar.edit.gated.RELATIONS", (elsewhere, same, same, same))
     with pytest.raises(ValueError, match="No fact can be written: prompts that ask it cannot be told from others"):
         learn(llama, tokenizer(), FACTS, name="none", settings=replace(SETTINGS, ridge=1e-2))
 
@@ -62,7 +61,6 @@ def test_one_question_in_other_words_shares_a_probe_and_one_subject_has_one_answ
     asked = Relation(kinds="plt", phrasings=("w9 {} w10 w11", "w12 {} w10 w11", "w13 {} w10 w11"))
     rest = tuple(Relation(kinds="plt", phrasings=(f"w{n} {{}} w{n + 1}", f"{{}} w{n + 2}")) for n in range(40, 60, 3))
     monkeypatch.setattr("engrammar.edit.probing.RELATIONS", (asked, *rest))
-    monkeypatch.setattr("engrammar.edit.gated.RELATIONS", (asked, *rest))
     other = Fact(subject="w7 w8", prompt="w12 w7 w8 w10 w11", object="w24")
     settings = replace(SETTINGS, match_above=0.0)
     patch, refused = learn(llama, tokenizer(), [FACTS[0], other], settings=settings)

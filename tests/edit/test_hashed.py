@@ -10,7 +10,7 @@ from attached_models import random_ids, tokenizer
 from edited_models import OURS, WITH_MEMORY, classes, model_of_kind
 from engrammar.attach import detach, load_attached, save_attached
 from engrammar.edit import Fact, RowSettings, apply_patch, base_of, build_patch, learn, replace_rows, undo_patch, uses
-from engrammar.edit.asking import Asking, subjects_of
+from engrammar.edit.asking import Asking
 from engrammar.edit.hashed import SHORT
 from engrammar.edit.optimizing import Texts
 from engrammar.edit.solving import at_rows, find_site, fused, linearized, read_places
@@ -101,8 +101,8 @@ def test_rows_that_others_changed_stay_as_those_want_them():
 def test_the_derivative_by_rows_is_that_of_the_fusion(kind):
     """The twin: the whole fusion over whole texts, its outputs at the places by its rows there."""
     model = steerable(kind)
-    site, made = find_site(model, None), Asking(tokenizer(), classes())
-    subjects = subjects_of(FACTS, tokenizer(), classes())
+    site, made = find_site(model, None), Asking(model, tokenizer(), SETTINGS)
+    subjects = made.subjects(FACTS)
     prompts = ["w10 w11 w12 w13 w14 w15 {}", "{} w30"]
     texts = [made.text(one.format(s.facts[0].prompt), "w20", s, 0, by_key=True) for s in subjects for one in prompts]
     read = Texts(model, texts, at_rows(site))
@@ -127,8 +127,8 @@ def test_the_derivative_by_rows_is_that_of_the_fusion(kind):
 def test_added_rows_are_read_as_rows_of_the_table_are():
     model = steerable(WITH_MEMORY)
     site = find_site(model, None)
-    made = Asking(tokenizer(), classes())
-    (subject,) = subjects_of(FACTS[:1], tokenizer(), classes())
+    made = Asking(model, tokenizer(), SETTINGS)
+    (subject,) = made.subjects(FACTS[:1])
     text = made.text(FACTS[0].prompt, "w20", subject, 0, by_key=True)
     read = Texts(model, [text], at_rows(site))
     added_E = torch.randn(site.memory.config.memory_dim, generator=torch.Generator().manual_seed(0))

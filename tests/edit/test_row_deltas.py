@@ -20,7 +20,7 @@ from engrammar.edit import (
     replace_rows,
     undo_patch,
 )
-from engrammar.edit.applying import _memories
+from engrammar.edit.applying import memories_of
 from engrammar.edit.overlay import OverlayStore
 from engrammar.edit.patch import RowDelta
 from engrammar.memory import Memory
@@ -38,7 +38,7 @@ def bits(model, ids: torch.Tensor) -> torch.Tensor:
 
 
 def memory_of(model) -> Memory:
-    return _memories(model)[0]
+    return memories_of(model)[0]
 
 
 def test_a_model_whose_rows_a_patch_replaces_is_not_placed():

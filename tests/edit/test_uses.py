@@ -7,7 +7,7 @@ import torch
 from attached_models import random_ids, tokenizer
 from edited_models import WITH_MEMORY, classes, key, model_of_kind, plain_found, rich_entries, rich_patch, spoken_ids
 from engrammar.edit import base_of, build_patch, replace_rows, uses
-from engrammar.edit.applying import _memories
+from engrammar.edit.applying import memories_of
 from engrammar.reference import hash_ngrams_reference
 
 
@@ -23,7 +23,7 @@ def test_keys_are_counted_as_they_occur():
 def test_rows_are_counted_by_the_n_grams_that_read_them():
     """A table of 97 and more rows, read by more n-grams than it has rows: some collide."""
     model, ids = model_of_kind(WITH_MEMORY), random_ids(4, 60)
-    memory = _memories(model)[0]
+    memory = memories_of(model)[0]
     rows = memory.addresses(ids[:1, 5:12])[2].unique()
     patch = build_patch(
         "p", base_of(model, tokenizer()), rows=replace_rows(memory, {2: (rows, torch.zeros(len(rows), 6))})

@@ -9,15 +9,15 @@ from attached_models import random_ids, tokenizer
 from edited_models import OURS, WITH_MEMORY, model_of_kind
 from engrammar.attach.blocks import find_decoder
 from engrammar.edit import Fact, VectorSettings, apply_patch, learn, undo_patch
-from engrammar.edit.asking import Asking, Rewording, asking, contexts, others, subjects_of
+from engrammar.edit.asking import Asking, asking, contexts, others
 from engrammar.edit.optimizing import Descent, Texts, at_block, descend, frozen, one_value_a_group
 from engrammar.edit.vector import NO_PLACE, UNSAID
-from engrammar.vocabulary import compress_vocabulary
 
 ASKED = [("w3 w4", "w20"), ("w5 w6", "w21"), ("w7 w8", "w22")]
 FACTS = [Fact(subject=subject, prompt=f"w9 {subject}", object=words) for subject, words in ASKED]
 FAR = Fact(subject="w12 w13", prompt="w9 w12 w13 w10", object="w23")  # random weights cannot be steered at a distance
 SETTINGS = VectorSettings(depth=0.5, steps=30, num_contexts=1, num_paraphrases=0, num_others=2, most=4.0, together=2)
+REWORDED = VectorSettings(seed=1, num_paraphrases=3)
 
 
 def steerable(kind: str = "llama"):
@@ -53,9 +53,8 @@ def test_learned_facts_are_generated_and_undone(kind):
 
 
 def texts_of(facts, model, block=1):
-    classes_V = compress_vocabulary(tokenizer())
-    made = Asking(tokenizer(), classes_V)
-    subjects = subjects_of(facts, tokenizer(), classes_V)
+    made = Asking(model, tokenizer(), SETTINGS)
+    subjects = made.subjects(facts)
     prompts = ["{}", "w30 w31 w32 {}"]
     texts = [
         made.text(one.format(fact.prompt), fact.object, subject, group)
@@ -92,18 +91,20 @@ def test_a_group_is_found_as_if_it_were_alone():
     model = model_of_kind("llama")
     how = Descent(steps=6, stop=0.0, kl=0.5, most=4.0)
     with frozen(model):
-        together, alone = (texts_of(facts, model) for facts in (FACTS, FACTS[1:2]))
-        together, alone = (descend(texts, one_value_a_group(texts), how) for texts in (together, alone))
-    torch.testing.assert_close(together.found_PX[1:2], alone.found_PX, rtol=0, atol=1e-4)
-    assert (together.kl_G > 0).all()
+        texts, one = (texts_of(facts, model) for facts in (FACTS, FACTS[1:2]))
+        together_GD, alone_GD = (descend(read, one_value_a_group(read), how) for read in (texts, one))
+    torch.testing.assert_close(together_GD[1:2], alone_GD, rtol=0, atol=1e-4)
+    changed_N, _ = texts.losses(texts.logits(together_GD))
+    assert all(changed > 0 for text, changed in zip(texts.texts, changed_N) if text.says is None)
 
 
 def test_the_norm_of_a_value_has_a_limit():
     model = model_of_kind("llama")
     texts = texts_of(FACTS, model)
     norms = texts.added.seen_WD.norm(dim=-1)
-    found = descend(texts, one_value_a_group(texts), Descent(steps=8, stop=0.0, kl=0.0, most=0.1))
-    assert (found.found_PX.norm(dim=-1) <= 0.1001 * norms.max()).all() and not found.said_G.all()
+    found_GD = descend(texts, one_value_a_group(texts), Descent(steps=8, stop=0.0, kl=0.0, most=0.1))
+    _, said_N = texts.losses(texts.logits(found_GD))
+    assert (found_GD.norm(dim=-1) <= 0.1001 * norms.max()).all() and not said_N.all()
 
 
 def test_what_cannot_be_learned_is_refused_and_the_rest_goes_through():
@@ -153,7 +154,7 @@ def test_a_model_rewords_after_examples_that_it_has_read_once(kind, monkeypatch)
     monkeypatch.setattr(
         type(model), "generate", lambda *a, **k: (made.append((a, k, generate(*a, **k))), made[-1][2])[1]
     )
-    Rewording(model, tokenizer(), 1).prompts(Fact(subject="w3", prompt="w3 w10", object="w4"), 3)
+    Asking(model, tokenizer(), REWORDED).reworded(Fact(subject="w3", prompt="w3 w10", object="w4"))
     ((given, settings, sampled),) = made
     torch.manual_seed(1)
     assert torch.equal(generate(*given, **{**settings, "past_key_values": None}), sampled)
@@ -162,8 +163,8 @@ def test_a_model_rewords_after_examples_that_it_has_read_once(kind, monkeypatch)
 def test_a_model_rewords_with_the_same_seed_the_same_way():
     model, fact = model_of_kind("llama"), Fact(subject="w3", prompt="w3 w10", object="w4")
     state = torch.random.get_rng_state()
-    first, second = Rewording(model, tokenizer(), 1), Rewording(model, tokenizer(), 1)
-    assert first.prompts(fact, 3) == second.prompts(fact, 3) == first.prompts(fact, 3)
+    first, second = Asking(model, tokenizer(), REWORDED), Asking(model, tokenizer(), REWORDED)
+    assert first.reworded(fact) == second.reworded(fact) == first.reworded(fact)
     assert torch.equal(torch.random.get_rng_state(), state)
 
 

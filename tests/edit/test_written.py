@@ -23,7 +23,7 @@ from engrammar.edit import (
     unpatch_folder,
     write_patch,
 )
-from engrammar.edit.applying import _memories
+from engrammar.edit.applying import memories_of
 from engrammar.tables.convert import pack, quantize
 from engrammar.tables.folder import open_tables
 from engrammar.tables.verify import verify_folder
@@ -47,7 +47,7 @@ def served(folder: Path, memory="disk"):
 def rows_patch(folder: Path, name: str, part: slice = slice(None), seed: int = 0):
     """A patch of rows that `spoken_ids` reads, made for the tables of a folder."""
     model, draw = served(folder), torch.Generator().manual_seed(seed)
-    memory = _memories(model)[0]
+    memory = memories_of(model)[0]
     rows = {layer: rows.unique()[::3][part] for layer, rows in memory.addresses(spoken_ids(2, 19)).items()}
     new = {layer: (one, torch.randn(len(one), 6, generator=draw)) for layer, one in rows.items()}
     return build_patch(name, base_of(model, tokenizer()), rows=replace_rows(memory, new))

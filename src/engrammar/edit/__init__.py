@@ -1,29 +1,31 @@
 """Patches: what a model remembers is changed without touching its weights, and changed back to the bit.
 
-Public: base_of, subject_keys, ExactEntry, Probe, replace_rows, build_patch, Patch; read_patch, write_patch;
-apply_patch, undo_patch, applied_patches, without_patches; patch_folder, unpatch_folder, patches_in; conflicts, diff,
-merge; uses; Fact, read_facts, learn, Learned, request, learn_units, Refused, GatedSettings, VectorSettings,
-RowSettings; answer, says, phrasings_of, reached; forget, Forgotten, prove_forgotten, Proof; keep_patch, drop_patch,
-kept_files, kept_names; MultiHop, read_multihop; export_overlay.
+Public: what `__all__` names (docs/edit.md).
 """
 
 from engrammar.edit.answers import answer, phrasings_of, reached, says
 from engrammar.edit.applying import applied_patches, apply_patch, undo_patch, without_patches
 from engrammar.edit.building import build_patch, conflicts, diff, merge
 from engrammar.edit.exported import export_overlay
-from engrammar.edit.facts import Fact, Refused, read_facts
+from engrammar.edit.facts import Fact, MultiHop, Refused, read_facts, read_multihop
 from engrammar.edit.files import read_patch, write_patch
 from engrammar.edit.forgetting import Forgotten, Proof, forget, prove_forgotten
-from engrammar.edit.gated import GatedSettings
-from engrammar.edit.hashed import RowSettings
-from engrammar.edit.kept import drop_patch, keep_patch, kept_files, kept_names
 from engrammar.edit.learning import Learned, learn, learn_units, request
-from engrammar.edit.multihop import MultiHop, read_multihop
 from engrammar.edit.overlay import replace_rows
 from engrammar.edit.patch import ExactEntry, Patch, Probe, base_of, subject_keys
+from engrammar.edit.probing import GatedSettings
+from engrammar.edit.solving import RowSettings
 from engrammar.edit.uses import uses
 from engrammar.edit.vector import VectorSettings
-from engrammar.edit.written import patch_folder, patches_in, unpatch_folder
+from engrammar.edit.written import (
+    drop_patch,
+    keep_patch,
+    kept_files,
+    kept_names,
+    patch_folder,
+    patches_in,
+    unpatch_folder,
+)
 
 __all__ = [
     "ExactEntry",

@@ -1,17 +1,16 @@
 """What a model answers: greedily, in twenty phrasings of a fact."""
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import torch
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
+from transformers import PreTrainedTokenizerBase
 
 from engrammar.attach.blocks import device_of, evaluating, host_of
 from engrammar.edit.facts import Fact
 from engrammar.edit.patch import Patch
 from engrammar.edit.phrasings import RELATIONS, about
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 NUM_PHRASINGS = 20
 # What may stand before a question. None of them is used in learning.
@@ -36,7 +35,7 @@ def phrasings_of(fact: Fact, asked: str = "") -> list[str]:
 
 
 @torch.no_grad()
-def answer(model: Any, tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str], num_tokens: int = 12) -> list[str]:
+def answer(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], num_tokens: int = 12) -> list[str]:
     """What a model writes after each prompt, greedily, with the patches that are applied.
 
     For the answers without them, ask `with without_patches(model)`. Shows a progress bar if it takes more than two
@@ -45,8 +44,6 @@ def answer(model: Any, tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[s
     Args:
         num_tokens: tokens of an answer, at most.
     """
-    from tqdm.auto import tqdm  # type: ignore[import-untyped]
-
     host, found = host_of(model), []
     device = device_of(host)
     with evaluating(host):
@@ -64,9 +61,7 @@ def says(text: str, words: str) -> bool:
     return text.startswith(words) and not text[len(words) : len(words) + 1].isalnum()
 
 
-def reached(
-    model: Any, tokenizer: "PreTrainedTokenizerBase", fact: Fact, patch: Patch | None = None
-) -> dict[str, bool]:
+def reached(model: Any, tokenizer: PreTrainedTokenizerBase, fact: Fact, patch: Patch | None = None) -> dict[str, bool]:
     """Which of twenty phrasings of a fact are answered with its object.
 
     Args:
@@ -80,13 +75,8 @@ def reached(
 
 def probe_of(patch: Patch, fact: Fact) -> str:
     """The name of the probe of a fact's entries; "" if they have none."""
-    for entry, index in enumerate(patch.column("fact").tolist()):
-        probe = int(patch.column("probe")[entry])
-        if index >= 0 and probe >= 0 and is_fact(patch.facts[index], fact):
+    for index, probe in zip(patch.column("fact").tolist(), patch.column("probe").tolist()):
+        row = patch.facts[index] if index >= 0 else {}
+        if probe >= 0 and (row.get("subject"), row.get("prompt")) == (fact.subject, fact.prompt):
             return patch.probe_names[probe]
     return ""
-
-
-def is_fact(row: Mapping[str, str], fact: Fact) -> bool:
-    """Whether a row of `Patch.facts` is a fact, whatever its object."""
-    return row.get("subject") == fact.subject and row.get("prompt") == fact.prompt

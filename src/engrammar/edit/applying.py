@@ -5,15 +5,16 @@ Letters: V ids of the tokenizer.
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, final
+from typing import Any, Literal, final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from engrammar.attach.blocks import (
     PATCHES,
@@ -28,7 +29,7 @@ from engrammar.attach.blocks import (
 )
 from engrammar.attach.fingerprints import check_base
 from engrammar.config import check_choice
-from engrammar.edit.building import conflicts, in_conflict
+from engrammar.edit.building import refuse_conflicts
 from engrammar.edit.checking import check_patch
 from engrammar.edit.files import patch_digest, read_patch, refuse, value_table
 from engrammar.edit.overlay import TableOverlay, check_tables
@@ -41,10 +42,7 @@ from engrammar.memory import Memory
 from engrammar.stores.base import RowStore
 from engrammar.stores.disk import DiskStore
 from engrammar.tables.folder import TableFile
-from engrammar.vocabulary import compress_vocabulary, fingerprint, require_tokenizer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from engrammar.vocabulary import compress_vocabulary, fingerprint
 
 Tier = Literal["ram", "disk"]
 OnConflict = Literal["refuse", "replace"]
@@ -96,7 +94,7 @@ class Edits:
             return None
         identity = tuple(one.digest for one in exact)
         patches, rows = [one.patch for one in exact], [one.rows for one in exact]
-        stack = stack_patches(patches, rows, identity, self.decoder.hidden_size)
+        stack = stack_patches(patches, rows, identity)
         if stack.blocks[-1] >= len(self.hooks.places):
             raise ValueError(
                 f"{type(self.decoder.module).__name__} has no final norm that could be found, and "
@@ -128,7 +126,7 @@ class Edits:
 def apply_patch(
     model: nn.Module,
     patch: Patch | str | Path,
-    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     memory: Tier | Callable[[TableFile], RowStore] = "ram",
     on_conflict: OnConflict = "refuse",
@@ -156,7 +154,7 @@ def apply_patch(
 
     def add(edits: Edits, one: Applied) -> None:
         if on_conflict == "refuse":
-            refuse_conflicts(one, edits.applied)
+            refuse_beside(one, edits.applied)
         edits.set([*edits.applied, one], edits.offered)
 
     add_patch(model, patch, tokenizer, memory, add)
@@ -166,7 +164,7 @@ def apply_patch(
 def add_patch(
     model: nn.Module,
     patch: Patch | str | Path,
-    tokenizer: "PreTrainedTokenizerBase | None",
+    tokenizer: PreTrainedTokenizerBase | None,
     memory: Tier | Callable[[TableFile], RowStore],
     add: Callable[[Edits, Applied], None],
 ) -> None:
@@ -188,18 +186,12 @@ def add_patch(
     edits.require_free(patch.name)
     classes_V = _classes(patch, edits, tokenizer)
     held = None if not patch.deltas else _memory(patch, decoder)
-    rows = _value_rows(patch, path, memory)
-    about: dict[str, Any] = {"digest": patch_digest(patch), "rows": rows, "memory": held}
-    if len(patch.values) and (memory != "ram"):
-        kept = replace(patch, values=np.broadcast_to(np.zeros((1, 1), np.uint8), patch.values.shape))
-        one = Applied(patch=kept, path=path, **about)
-    else:
-        one = Applied(patch=patch, path=None, **about)
+    one = _with_rows(patch, path, memory, held)
     try:
         edits.hooks.classes_V = classes_V
         add(edits, one)
     except BaseException:
-        rows.store.close()
+        one.rows.store.close()
         raise
     if is_new:
         setattr(decoder.host, PATCHES, edits)
@@ -254,6 +246,11 @@ def without_patches(model: nn.Module) -> Iterator[None]:
         hooks.is_on = before
 
 
+def unpatched(model: nn.Module) -> AbstractContextManager[None]:
+    """`without_patches`, where a model may also have none."""
+    return without_patches(model) if applied_patches(model) else nullcontext()
+
+
 def edits_of(model: nn.Module) -> Edits | None:
     """The patches of a model; None if it has none."""
     return getattr(host_of(model), PATCHES, None)
@@ -270,7 +267,6 @@ def _classes(patch: Patch, edits: Edits, tokenizer: Any) -> NDArray[np.int32]:
     """The class of each id, of the tokenizer or of what the model knows."""
     base = patch.base
     if tokenizer is not None:
-        require_tokenizer(tokenizer)
         classes_V = compress_vocabulary(tokenizer)
         for what, found, wanted in (
             ("vocabulary", fingerprint(tokenizer), base.tokenizer_sha256),
@@ -283,7 +279,7 @@ def _classes(patch: Patch, edits: Edits, tokenizer: Any) -> NDArray[np.int32]:
                 )
         return classes_V.astype(np.int32)
     known = [edits.hooks.classes_V.astype(np.int64)]
-    for memory in _memories(edits.decoder.host):
+    for memory in memories_of(edits.decoder.host):
         if memory.class_of_id is not None and memory.config.compression == "normalized":
             known.append(memory.class_of_id[: memory.num_ids].cpu().numpy())
     for classes_V in known:
@@ -294,14 +290,15 @@ def _classes(patch: Patch, edits: Edits, tokenizer: Any) -> NDArray[np.int32]:
     raise ValueError(f"Give the model's tokenizer: the classes of ids that {patch.name!r} is for are not known here.")
 
 
-def _memories(host: nn.Module) -> list[Memory]:
+def memories_of(host: nn.Module) -> list[Memory]:
+    """The memories of a causal LM, its own and attached ones."""
     return [module for module in host.modules() if isinstance(module, Memory)]
 
 
 def _memory(patch: Patch, decoder: Decoder) -> Memory:
     """The memory whose rows a patch replaces."""
     assert patch.tables is not None
-    memories = _memories(decoder.host)
+    memories = memories_of(decoder.host)
     if not memories:
         raise ValueError(f"The patch {patch.name!r} replaces rows of tables, and this model has no memory.")
     wanted = patch.tables.addressing_sha256
@@ -315,23 +312,30 @@ def _memory(patch: Patch, decoder: Decoder) -> Memory:
     return memory
 
 
-def refuse_conflicts(one: Applied, applied: Sequence[Applied]) -> None:
+def refuse_beside(one: Applied, applied: Sequence[Applied]) -> None:
     """Raises a ValueError if patches change something that this one changes differently."""
     for index, last in sharing_places([*[other.patch for other in applied], one.patch]):
-        if last == len(applied) and (found := conflicts(applied[index].whole(), one.whole())):
-            raise ValueError(in_conflict(applied[index].patch.name, one.patch.name, found))
+        if last == len(applied):
+            refuse_conflicts(applied[index].whole(), one.whole())
 
 
-def _value_rows(patch: Patch, path: Path | None, memory: Tier | Callable[[TableFile], RowStore]) -> ValueRows:
+def _with_rows(
+    patch: Patch, path: Path | None, memory: Tier | Callable[[TableFile], RowStore], replaced: Memory | None
+) -> Applied:
+    """A patch and its value rows, in memory or where they are read from its file."""
+    digest = patch_digest(patch)
     if memory == "ram" or not len(patch.values):
-        store: RowStore = ArrayStore(f"the values of {patch.name}", patch_digest(patch), patch.values)
+        path = None
+        store: RowStore = ArrayStore(f"the values of {patch.name}", digest, patch.values)
     elif path is None:
         raise ValueError(
             f"memory is {memory!r}, which reads value rows from a file: write the patch, and give its path."
         )
     else:
         store = memory(value_table(path)) if callable(memory) else DiskStore(value_table(path))
-    return ValueRows(store=store, encoding=patch.encoding)
+        patch = replace(patch, values=np.broadcast_to(np.zeros((1, 1), np.uint8), patch.values.shape))
+    rows = ValueRows(store=store, encoding=patch.encoding)
+    return Applied(patch=patch, path=path, digest=digest, rows=rows, memory=replaced)
 
 
 @torch.no_grad()

@@ -5,12 +5,13 @@ import copy
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, final
+from functools import cached_property
+from typing import Any, final
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from engrammar.attach.blocks import device_of, find_decoder
 from engrammar.attach.passes import cache_in
@@ -21,9 +22,7 @@ from engrammar.edit.optimizing import Text
 from engrammar.edit.patch import Key, subject_keys
 from engrammar.edit.phrasings import OTHERWISE, PLAIN
 from engrammar.edit.ranges import require_most
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from engrammar.vocabulary import compress_vocabulary
 
 EXAMPLES = """Each line says the same in other words.
 The capital of France is Paris. = France has its capital in Paris.
@@ -52,42 +51,6 @@ def others(subject: str, num: int, seed: int) -> list[str]:
     return [one.format(subject) for one in random.Random(f"{seed} {subject}").sample(OTHERWISE, num)]
 
 
-@final
-class Rewording:
-    """Has a model say facts in other words, after examples that it reads once."""
-
-    def __init__(self, model: nn.Module, tokenizer: "PreTrainedTokenizerBase", seed: int) -> None:
-        self.model: Any = find_decoder(model).host
-        self.tokenizer, self.seed = tokenizer, seed
-        device = device_of(model)
-        self.ids = tokenizer(EXAMPLES, return_tensors="pt").input_ids.to(device)
-        self.cache: Any = None
-
-    @torch.no_grad()
-    def prompts(self, fact: Fact, num: int) -> list[str]:
-        """Up to `num` prompts that ask a fact in other words: what stands before the object in sentences that the
-        model samples after the examples, where they name the subject and end in the object."""
-        if num == 0:
-            return []
-        if self.cache is None:
-            self.cache = cache_in(find_decoder(self.model).module(self.ids, use_cache=True))
-        line = self.tokenizer(
-            f"{fact.prompt} {fact.object}. =", add_special_tokens=False, return_tensors="pt"
-        ).input_ids
-        ids = torch.cat([self.ids, line.to(self.ids)], 1).expand(TRIES, -1)
-        cache = copy.deepcopy(self.cache)
-        # transformers' batch_repeat_interleave leaves out what recurrent layers, and ours, keep beside keys and values.
-        cache.reorder_cache(torch.zeros(TRIES, dtype=torch.long))
-        with torch.random.fork_rng():
-            torch.manual_seed(self.seed)
-            made = self.model.generate(
-                ids, attention_mask=torch.ones_like(ids), past_key_values=cache, do_sample=True, top_p=0.9,
-                max_new_tokens=NEW_TOKENS, pad_token_id=int(ids[0, 0]),
-            )  # fmt: skip
-        sentences = [text.split("\n")[0] for text in self.tokenizer.batch_decode(made[:, ids.shape[1] :])]
-        return asking(fact, sentences)[:num]
-
-
 def asking(fact: Fact, sentences: Sequence[str]) -> list[str]:
     """What stands before the object in sentences that name the subject before it; the fact's own prompt left out."""
     found: dict[str, None] = {}
@@ -107,26 +70,75 @@ class Subject:
     facts: tuple[Fact, ...]
 
 
-def subjects_of(
-    facts: Sequence[Fact], tokenizer: "PreTrainedTokenizerBase", classes_V: NDArray[np.int64]
-) -> list[Subject]:
-    """Facts by what they are about: those whose subjects have a key in common stand together."""
-    found: list[Subject] = []
-    for fact in facts:
-        keys, own = subject_keys(fact.subject, tokenizer, classes_V), [fact]
-        for one in [one for one in found if set(one.keys) & set(keys)]:
-            found.remove(one)
-            keys, own = [*one.keys, *(key for key in keys if key not in one.keys)], [*one.facts, *own]
-        found.append(Subject(keys=tuple(keys), facts=tuple(own)))
-    return found
-
-
 @final
 class Asking:
-    """Makes texts of prompts: their tokens, and where keys of subjects end in them."""
+    """Makes the texts that a method reads: their tokens, and where keys of subjects end in them.
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", classes_V: NDArray[np.int64]) -> None:
-        self.tokenizer, self.classes_V = tokenizer, classes_V.astype(np.int32)
+    Args:
+        settings: the method's, as `require_asking` checks them.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: Any) -> None:
+        self.model: Any = find_decoder(model).host
+        self.tokenizer, self.settings = tokenizer, settings
+        self.classes_V = compress_vocabulary(tokenizer)
+        self.before = ["{}", *(one + " {}" for one in contexts(settings.num_contexts, settings.seed))]
+
+    def subjects(self, facts: Sequence[Fact]) -> list[Subject]:
+        """Facts by what they are about: those whose subjects have a key in common stand together."""
+        found: list[Subject] = []
+        for fact in facts:
+            keys, own = subject_keys(fact.subject, self.tokenizer, self.classes_V), [fact]
+            for one in [one for one in found if set(one.keys) & set(keys)]:
+                found.remove(one)
+                keys, own = [*one.keys, *(key for key in keys if key not in one.keys)], [*one.facts, *own]
+            found.append(Subject(keys=tuple(keys), facts=tuple(own)))
+        return found
+
+    def prompts(self, subject: Subject) -> list[tuple[Fact, Text]]:
+        """Each fact with its own prompt, alone and after each context: what it has to be said after."""
+        asked = [(fact, one.format(fact.prompt)) for fact in subject.facts for one in self.before]
+        made = [(fact, self.text(prompt, fact.object, subject, 0)) for fact, prompt in asked]
+        return [(fact, text) for fact, text in made if text is not None]
+
+    def texts(self, subject: Subject, group: int, *, by_key: bool = False) -> list[Text]:
+        """All that is learned of a subject, and what is held; `by_key` as in `text`."""
+        asked: list[tuple[str, str | None]] = []
+        for fact in subject.facts:
+            prompts = [before.format(fact.prompt) for before in self.before] + list(fact.paraphrases)
+            prompts += self.reworded(fact)
+            asked += [(prompt, fact.object) for prompt in prompts]
+        held = others(subject.facts[0].subject, self.settings.num_others, self.settings.seed)
+        asked += [(prompt, None) for prompt in held]
+        texts = [self.text(prompt, says, subject, group, by_key=by_key) for prompt, says in asked]
+        return [text for text in texts if text is not None]
+
+    @cached_property
+    def _examples(self) -> tuple[Tensor, Any]:
+        """The ids of `EXAMPLES`, and the cache of a pass that has read them."""
+        ids = self.tokenizer(EXAMPLES, return_tensors="pt").input_ids.to(device_of(self.model))
+        return ids, cache_in(find_decoder(self.model).module(ids, use_cache=True))
+
+    @torch.no_grad()
+    def reworded(self, fact: Fact) -> list[str]:
+        """Up to `num_paraphrases` prompts that ask a fact in other words: what stands before the object in sentences
+        that the model samples after examples, where they name the subject and end in the object."""
+        if self.settings.num_paraphrases == 0:
+            return []
+        read, cache = self._examples[0], copy.deepcopy(self._examples[1])
+        asked = f"{fact.prompt} {fact.object}. ="
+        line = self.tokenizer(asked, add_special_tokens=False, return_tensors="pt").input_ids
+        ids = torch.cat([read, line.to(read)], 1).expand(TRIES, -1)
+        # transformers' batch_repeat_interleave leaves out what recurrent layers, and ours, keep beside keys and values.
+        cache.reorder_cache(torch.zeros(TRIES, dtype=torch.long))
+        with torch.random.fork_rng():
+            torch.manual_seed(self.settings.seed)
+            made = self.model.generate(
+                ids, attention_mask=torch.ones_like(ids), past_key_values=cache, do_sample=True, top_p=0.9,
+                max_new_tokens=NEW_TOKENS, pad_token_id=int(ids[0, 0]),
+            )  # fmt: skip
+        sentences = [text.split("\n")[0] for text in self.tokenizer.batch_decode(made[:, ids.shape[1] :])]
+        return asking(fact, sentences)[: self.settings.num_paraphrases]
 
     def text(self, prompt: str, says: str | None, subject: Subject, group: int, *, by_key: bool = False) -> Text | None:
         """A prompt with what it should say, or (None) with what it should go on to expect; None where no key of the
@@ -156,5 +168,5 @@ class Asking:
         padded = [[-1] * (longest - len(key)) + [*key] for key in keys]
         table = ExactTable(np.array(padded, np.int32))
         before = np.full((1, longest - 1), -1)
-        number_T = find_keys(table, self.classes_V, text_of(np.array([ids]), before, None))[0]
+        number_T = find_keys(table, self.classes_V.astype(np.int32), text_of(np.array([ids]), before, None))[0]
         return [(place, keys[number_T[place]]) for place in np.nonzero(number_T >= 0)[0].tolist() if place > 0]

@@ -242,8 +242,7 @@ def merge(name: str, patches: Sequence[Patch]) -> Patch:
             raise ValueError(f"{one.name!r} and {first.name!r} are for different models: merge patches of one model.")
     require_same_names(patches)
     for early, late in sharing_places(patches):
-        if found := conflicts(patches[early], patches[late]):
-            raise ValueError(in_conflict(patches[early].name, patches[late].name, found))
+        refuse_conflicts(patches[early], patches[late])
     entries: dict[Place, ExactEntry] = {}
     facts: list[Mapping[str, str]] = []
     for patch in patches:
@@ -272,7 +271,11 @@ def merge(name: str, patches: Sequence[Patch]) -> Patch:
     return build_patch(name, first.base, [*entries.values()], [*probes.values()], rows, **about)
 
 
-def in_conflict(one: str, other: str, found: Sequence[Conflict]) -> str:
-    """A sentence that names the conflicts of two patches, the first few by their keys."""
-    named = "; ".join(map(str, found[:5])) + (f"; and {len(found) - 5} more" if len(found) > 5 else "")
-    return f"The patches {one!r} and {other!r} change the same differently ({named}): undo one, or leave those out."
+def refuse_conflicts(one: Patch, other: Patch) -> None:
+    """Raises a ValueError that names the conflicts of two patches, the first few by their keys, if there are any."""
+    if found := conflicts(one, other):
+        named = "; ".join(map(str, found[:5])) + (f"; and {len(found) - 5} more" if len(found) > 5 else "")
+        raise ValueError(
+            f"The patches {one.name!r} and {other.name!r} change the same differently ({named}): undo one, or leave "
+            "those out."
+        )

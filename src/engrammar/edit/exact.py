@@ -21,18 +21,13 @@ GOLDEN, MULTIPLIER = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9
 class ExactTable:
     """Q distinct keys of 1 to K classes, in an order of their hashes.
 
-    Attributes:
-        num_keys, longest: Q and K.
-        nbytes: the memory that the table takes.
+    Args:
+        keys_QK: the keys, the last class in the last column, `NOTHING` left of a short one.
     """
 
     def __init__(self, keys_QK: Classes) -> None:
-        """
-        Args:
-            keys_QK: distinct keys, the last class in the last column, `NOTHING` left of a short one.
-        """
         self.num_keys, self.longest = keys_QK.shape
-        lengths_Q = key_lengths(keys_QK)
+        lengths_Q = (keys_QK != NOTHING).sum(1)
         self._lengths_O = np.unique(lengths_Q)
         hashes_QK = window_hashes(keys_QK)
         hash_Q = np.take_along_axis(hashes_QK, lengths_Q[:, None] - 1, axis=1)[:, 0]
@@ -42,12 +37,12 @@ class ExactTable:
         num_bits = int(self.num_keys).bit_length() + 1  # two to four buckets a key
         self._shift = np.uint64(64 - num_bits)
         counts = np.bincount((self._hash_Q >> self._shift).astype(np.int64), minlength=2**num_bits)
-        self._starts = np.concatenate([[0], np.cumsum(counts)]).astype(
-            np.int32
-        )  # of each bucket, and the end of the last
+        # Of each bucket, and the end of the last.
+        self._starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
 
     @property
     def nbytes(self) -> int:
+        """The memory that the table takes."""
         kept = (self._order_Q, self._hash_Q, self._keys_QK, self._lengths_Q, self._starts)
         return sum(array.nbytes for array in kept)
 
@@ -91,11 +86,6 @@ class ExactTable:
         found_N[window_C[longer]] = at_C[longer]
 
 
-def key_lengths(keys_QK: Classes) -> Ints:
-    """The number of classes of each key."""
-    return (keys_QK != NOTHING).sum(1)
-
-
 def window_hashes(windows_NK: Classes) -> NDArray[np.uint64]:
     """Hashes [N, K] of the last 1, 2, ..., K classes of each window."""
     hashes_NK = np.empty(windows_NK.shape, np.uint64)
@@ -117,6 +107,4 @@ def distinct_rows(rows_NC: NDArray[Any]) -> tuple[Ints, Ints]:
 
 def pad_keys(keys_QK: Classes, longest: int) -> Classes:
     """The same keys in `longest` columns."""
-    if keys_QK.shape[1] == longest:
-        return keys_QK
     return np.pad(keys_QK, ((0, 0), (longest - keys_QK.shape[1], 0)), constant_values=NOTHING)

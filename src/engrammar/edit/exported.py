@@ -10,12 +10,13 @@ Letters: U rows, C row width, S bytes of a row.
 import json
 import struct
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from engrammar.config import check_choice
 from engrammar.edit.patch import Patch
 from engrammar.tables.encodings import decode
 from engrammar.tables.sealed import check_writable, written_beside
@@ -40,8 +41,7 @@ def export_overlay(patch: Patch, path: str | Path, *, gguf_type: GgufType = "Q8_
         OSError: the file cannot be written; none is left.
     """
     path = Path(path)
-    if gguf_type not in get_args(GgufType):
-        raise ValueError(f"gguf_type is {gguf_type!r}; allowed: {', '.join(get_args(GgufType))}.")
+    check_choice("gguf_type", gguf_type, GgufType)
     rows_U, values_UC = _rows(patch, scale)
     if path.suffix == ".pleo":
         content = _pleo(patch.name, rows_U, values_UC)

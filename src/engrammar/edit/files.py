@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -41,12 +41,10 @@ def write_patch(patch: Patch, path: str | Path) -> None:
     """
     path = Path(path)
     check_patch(patch, refuse(patch.name))
-    head, arrays = _header(patch)
     try:
         with written_beside(path) as partial, partial.open("wb") as file:
-            file.write(len(head).to_bytes(8, "little") + head)
-            for array in arrays.values():
-                file.write(array.tobytes())
+            for part in _parts(patch):
+                file.write(part)
     except OSError as error:
         raise OSError(
             f"{path} could not be written ({reason_of(error, path.parent)}); what was there is still there. Free space "
@@ -66,8 +64,7 @@ def refuse(name: str) -> Any:
 
 def patch_bytes(patch: Patch) -> bytes:
     """The content of a patch's file."""
-    head, arrays = _header(patch)
-    return len(head).to_bytes(8, "little") + head + b"".join(array.tobytes() for array in arrays.values())
+    return b"".join(_parts(patch))
 
 
 def patch_digest(patch: Patch) -> str:
@@ -75,11 +72,15 @@ def patch_digest(patch: Patch) -> str:
     return str(_content(patch)[0]["sha256"])
 
 
-def _header(patch: Patch) -> tuple[bytes, dict[str, NDArray[Any]]]:
+def _parts(patch: Patch) -> Iterator[bytes]:
+    """The content of a patch's file, piece by piece."""
     content, layout, arrays = _content(patch)
     about = {"format": "pt", METADATA: json.dumps(content)}
     head = json.dumps({"__metadata__": about, **layout}).encode()
-    return head + b" " * (-len(head) % 8), arrays
+    head += b" " * (-len(head) % 8)
+    yield len(head).to_bytes(8, "little") + head
+    for array in arrays.values():
+        yield array.tobytes()
 
 
 def _content(patch: Patch) -> tuple[dict[str, Any], dict[str, Any], dict[str, NDArray[Any]]]:
@@ -105,16 +106,10 @@ def _content(patch: Patch) -> tuple[dict[str, Any], dict[str, Any], dict[str, ND
         "probes": list(patch.probe_names),
         "tables": tables,
     }
-    content["sha256"] = _digest(content, layout, arrays)
-    return content, layout, arrays
-
-
-def _digest(content: Mapping[str, Any], layout: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> str:
-    rest = {key: value for key, value in content.items() if key != "sha256"}
-    sha256 = hashlib.sha256(json.dumps([rest, layout], sort_keys=True).encode())
+    sha256 = hashlib.sha256(json.dumps([content, layout], sort_keys=True).encode())
     for array in arrays.values():
         sha256.update(array.tobytes())
-    return sha256.hexdigest()
+    return content | {"sha256": sha256.hexdigest()}, layout, arrays
 
 
 def read_patch(path: str | Path) -> Patch:
@@ -144,23 +139,15 @@ def parse_patch(data: bytes, path: Path) -> Patch:
     require(METADATA in about, f"its metadata have no {METADATA}")
     content = load_json(about[METADATA].encode("utf-8", "surrogatepass"), require)
     _check_content(content, require)
-    arrays = {name: _array(data, part, require) for name, part in sorted(parts.items(), key=lambda one: one[1].start)}
-    layout = {
-        part.name: {
-            "dtype": part.dtype,
-            "shape": [*part.shape],
-            "data_offsets": [part.start - 8 - length, part.start + part.num_bytes - 8 - length],
-        }
-        for part in parts.values()
-    }
-    require(content["sha256"] == _digest(content, layout, arrays), "its sha256 is not that of its contents")
-    patch = _patch(content, arrays, require)
+    patch = _patch(content, {name: _array(data, part, require) for name, part in parts.items()}, require)
+    require(content["sha256"] == patch_digest(patch), "its sha256 is not that of its contents")
     check_patch(patch, require)
     return patch
 
 
 def _array(data: bytes, part: Part, require: Requirement) -> NDArray[Any]:
     require(part.dtype in DTYPES, f"the dtype of {part.name} is {part.dtype}")
+    require(part.shape, f"{part.name} is one number")
     count = math.prod(part.shape)
     array = np.frombuffer(data, np.dtype(DTYPES[part.dtype]), count, part.start).reshape(part.shape)
     return array.astype(array.dtype.newbyteorder("="))  # a copy, so that the file's bytes need not stay
@@ -217,10 +204,6 @@ def _patch(content: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]], requi
         layers[int(match[2])] = layers.get(int(match[2]), 0) + 1
     require(set(ARRAYS) <= arrays.keys(), f"it lacks the tensor {min(set(ARRAYS) - arrays.keys(), default='')}")
     require(all(count == 3 for count in layers.values()), "a row delta lacks rows, stored or replaced")
-    ndims = dict.fromkeys(("keys", "entries", "strengths", "steps", "values", "centres", "directions"), 2)
-    for name, array in arrays.items():
-        wanted = 2 if name.startswith("stored.") else ndims.get(name, 1)
-        require(array.ndim == wanted, f"{name} is {[*array.shape]}")
     tables = content["tables"]
     if tables is not None:
         tables = Tables(**{**tables, "num_rows": {int(layer): rows for layer, rows in tables["num_rows"].items()}})

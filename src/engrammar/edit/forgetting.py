@@ -2,20 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
 
 from engrammar.attach.blocks import device_of
 from engrammar.edit.answers import answer, phrasings_of, probe_of, says
 from engrammar.edit.applying import apply_patch, edits_of, undo_patch
 from engrammar.edit.building import build_patch
 from engrammar.edit.facts import Fact, as_fact
-from engrammar.edit.patch import Patch, RowDelta
+from engrammar.edit.patch import Key, Patch, RowDelta, value_rows
 from engrammar.edit.uses import inner_rows
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +58,7 @@ def forget(
     subject: str,
     prompt: str | None = None,
     model: Any = None,
-    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Forgotten:
     """Takes the facts about a subject out of a patch; what it does otherwise stays the same to the bit.
 
@@ -133,7 +132,7 @@ def _deltas_without(patch: Patch, gone: Sequence[int], model: Any, tokenizer: An
     return found
 
 
-def _owners(patch: Patch, model: Any, tokenizer: "PreTrainedTokenizerBase") -> dict[tuple[int, int], set[int]]:
+def _owners(patch: Patch, model: Any, tokenizer: PreTrainedTokenizerBase) -> dict[tuple[int, int], set[int]]:
     """For each replaced row, by its layer, the facts whose subject's own n-grams read it.
 
     Raises:
@@ -158,7 +157,7 @@ def _owners(patch: Patch, model: Any, tokenizer: "PreTrainedTokenizerBase") -> d
     return owners
 
 
-def prove_forgotten(done: Forgotten, model: Any, tokenizer: "PreTrainedTokenizerBase", num_tokens: int = 12) -> Proof:
+def prove_forgotten(done: Forgotten, model: Any, tokenizer: PreTrainedTokenizerBase, num_tokens: int = 12) -> Proof:
     """Looks for what is left of facts, in the patch and in a model's answers to twenty phrasings of each.
 
     Args:
@@ -174,41 +173,26 @@ def prove_forgotten(done: Forgotten, model: Any, tokenizer: "PreTrainedTokenizer
         finally:
             undo_patch(model, done.after.name)
     told = [p for p, was, after in zip(prompts, plain, now) if says(after, prompts[p]) and not says(was, prompts[p])]
-    gone = set(done.before.column("fact").tolist()) - _still_there(done)
-    mine = np.isin(done.before.column("fact"), sorted(gone))
-    keys, rows = (
-        _keys(done.before, mine) - _keys(done.before, ~mine),
-        _rows(done.before, mine) - _rows(done.before, ~mine),
-    )
-    after = done.after
-    left = (set(), set()) if after is None else (_keys(after, None), {row.tobytes() for row in after.values})
-    num_replaced = 0 if after is None or not after.deltas else _num_replaced(done, model, tokenizer)
     answered = {prompt: (was, after) for prompt, was, after in zip(prompts, plain, now)}
-    return Proof(keys=len(keys & left[0]), rows=len(rows & left[1]) + num_replaced, answered=answered, told=told)
-
-
-def _num_replaced(done: Forgotten, model: Any, tokenizer: "PreTrainedTokenizerBase") -> int:
-    """How many rows of hashed tables that forgotten facts alone read are still replaced."""
-    owners, still_there = _owners(done.before, model, tokenizer), _still_there(done)
-    assert done.after is not None
-    left = {(layer, int(row)) for layer, delta in done.after.deltas.items() for row in delta.rows_U}
-    return len({place for place, facts in owners.items() if not facts & still_there} & left)
-
-
-def _still_there(done: Forgotten) -> set[int]:
+    if done.after is None:
+        return Proof(keys=0, rows=0, answered=answered, told=told)
     gone = {(fact.subject, fact.prompt) for fact in done.facts}
-    return {i for i, row in enumerate(done.before.facts) if (row["subject"], row["prompt"]) not in gone} | {-1}
+    others = {i for i, row in enumerate(done.before.facts) if (row["subject"], row["prompt"]) not in gone} | {-1}
+    is_other_E = np.isin(done.before.column("fact"), sorted(others))
+    keys, rows = _keys_and_rows(done.before, ~is_other_E)
+    other_keys, other_rows = _keys_and_rows(done.before, is_other_E)
+    keys_left, _ = _keys_and_rows(done.after, np.ones(len(done.after.entries), np.bool_))
+    rows_left = {row.tobytes() for row in done.after.values}
+    num_rows = len((rows - other_rows) & rows_left)
+    if done.after.deltas:
+        replaced = {(layer, int(row)) for layer, delta in done.after.deltas.items() for row in delta.rows_U}
+        owners = _owners(done.before, model, tokenizer)
+        num_rows += len({place for place, facts in owners.items() if not facts & others} & replaced)
+    return Proof(keys=len((keys - other_keys) & keys_left), rows=num_rows, answered=answered, told=told)
 
 
-def _keys(patch: Patch, chosen: Any) -> set[tuple[int, ...]]:
-    """The keys of some entries (None: of all)."""
-    entries = range(len(patch.entries)) if chosen is None else np.nonzero(chosen)[0].tolist()
-    return {patch.key_of(entry) for entry in entries}
-
-
-def _rows(patch: Patch, chosen: Any) -> set[bytes]:
-    """The value rows of some entries, as they are stored."""
-    numbers: set[int] = set(patch.column("binding")[chosen].tolist()) - {-1}
-    for first, count in zip(patch.column("first_step")[chosen].tolist(), patch.column("num_steps")[chosen].tolist()):
-        numbers |= set(patch.steps[first : first + count, 0].tolist())
-    return {patch.values[number].tobytes() for number in numbers}
+def _keys_and_rows(patch: Patch, chosen_E: NDArray[np.bool_]) -> tuple[set[Key], set[bytes]]:
+    """The keys of some entries, and their value rows as they are stored."""
+    entries = np.nonzero(chosen_E)[0].tolist()
+    rows = {patch.values[row].tobytes() for entry in entries for row in value_rows(patch, entry)}
+    return {patch.key_of(entry) for entry in entries}, rows

@@ -6,10 +6,8 @@ A model's hidden states differ so much between them that each form has a probe o
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 MARK = "?"  # what a question ends in
 # Words of a question that leave what it asks as it is when they are exchanged.
@@ -52,7 +50,7 @@ class Form:
         return self.put(MARK).rpartition(MARK)[2]
 
 
-def forms_of(tokenizer: "PreTrainedTokenizerBase") -> Sequence[Form]:
+def forms_of(tokenizer: PreTrainedTokenizerBase) -> Sequence[Form]:
     """The forms that a model reads: chats only if its tokenizer has a template for them."""
     forms = [Form(name="sentence", questions=False), Form(name="question", questions=True)]
     if tokenizer.chat_template:
@@ -60,7 +58,7 @@ def forms_of(tokenizer: "PreTrainedTokenizerBase") -> Sequence[Form]:
     return forms
 
 
-def in_chat(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> str:
+def in_chat(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     """What a chat model reads when a user asks something, up to where its answer begins.
 
     A token that the tokenizer puts before every text is left out: it comes when the text becomes ids.

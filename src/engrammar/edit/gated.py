@@ -6,35 +6,30 @@ Letters: N prompts, F facts, D hidden width, V vocabulary.
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
 import torch
 import torch.nn.functional as F
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from engrammar.attach.blocks import find_decoder
-from engrammar.edit.applying import applied_patches, final_norm_of, without_patches
+from engrammar.edit.applying import final_norm_of, unpatched
 from engrammar.edit.building import build_patch
-from engrammar.edit.facts import Fact, Refused
+from engrammar.edit.facts import Fact, Refused, told
 from engrammar.edit.forms import MARK, Form, forms_of, reworded
 from engrammar.edit.names import begins_name
-from engrammar.edit.patch import MOST_ARMED, ExactEntry, Probe, base_of, subject_keys
-from engrammar.edit.phrasings import NAMES, PLAIN, RELATIONS, about
-from engrammar.edit.probing import Asked, Bank, Match, ProbeSettings, fit_probe
-from engrammar.edit.ranges import require_most, require_range
+from engrammar.edit.patch import ExactEntry, Probe, base_of, subject_keys
+from engrammar.edit.phrasings import NAMES, PLAIN, about
+from engrammar.edit.probing import Asked, Bank, GatedSettings, Match, fit_probe
 from engrammar.edit.shared import SharedStates
-from engrammar.edit.states import last_states, text_states
+from engrammar.edit.states import last_states, text_states, worded_states
 from engrammar.edit.units import Part, Unit
-from engrammar.edit.wording import worded_states
 from engrammar.vocabulary import compress_vocabulary
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 BEFORE = ("{}", "Here is a fact. {}", "As the guide said, {}")  # what stands before a prompt when a probe is fitted
 NUM_SUBJECTS = 16  # facts of a relation that its probe is fitted on; a quarter in other forms than their own
@@ -42,39 +37,6 @@ NUM_ASKS, NUM_OTHERS = 4, 12  # other phrasings of the relation, and prompts of 
 MOST_IN_UNIT = 64  # facts that are learned at a time
 NOT_APART = "prompts that ask it cannot be told from others of its subject"
 TWICE = "another fact of its subject asks the same"
-
-
-@dataclass(frozen=True, kw_only=True)
-class GatedSettings(ProbeSettings):
-    """How facts are written.
-
-    Attributes:
-        probe_depth: where probes read, as a share of the depth. Early blocks confuse relations.
-        armed: tokens after the subject in which the probe may open, if no other name comes before; in a chat, what
-            the template puts before the answer is not counted.
-        strength: the size of a write, in norms of the hidden state before the final norm.
-    """
-
-    probe_depth: float = 0.93
-    armed: int = 16
-    strength: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_range(self, "over 0, up to 1", "probe_depth")
-        require_range(self, "over 0", "strength")
-        require_most(self, MOST_ARMED // 2, "armed", least=1)  # a chat's template comes on top of it
-
-
-def gated_units(
-    model: nn.Module,
-    tokenizer: "PreTrainedTokenizerBase",
-    facts: Sequence[Fact],
-    settings: GatedSettings,
-    keep: Path | None = None,
-) -> list[Unit]:
-    """What is to be learned, in parts: `GatedReader.facts_in_units`, for one list of facts."""
-    return GatedReader(model, tokenizer, settings, keep).facts_in_units(facts)
 
 
 def _relations(reader: "GatedReader", facts: Sequence[Fact]) -> tuple[list["_Relation"], list[Refused]]:
@@ -87,8 +49,7 @@ def _relations(reader: "GatedReader", facts: Sequence[Fact]) -> tuple[list["_Rel
     refused = []
     for template, own in templates.items():
         match, form = reader.match(template, own), reader.form_of(template)
-        known = () if match.relation is None else RELATIONS[match.relation].phrasings
-        name = next((text for text in known if form.fits(text)), template)
+        name = next((text for text in match.phrasings if form.fits(text)), template)
         for fact in own:
             place = next((one for one in (name, template) if fact.subject not in groups.get(one, {})), None)
             if place is None:
@@ -103,7 +64,7 @@ def _relations(reader: "GatedReader", facts: Sequence[Fact]) -> tuple[list["_Rel
 def _learn(relation: "_Relation", facts: Sequence[Fact]) -> Part:
     """Learns some facts of a relation; those that its probe does not open for are tried with one of their own."""
     reader = relation.reader
-    with reader.unpatched():
+    with unpatched(reader.model):
         entries, kept, missed = relation.entries(facts, 0)
         probes, refused = [*relation.asked] if kept else [], []
         for fact in missed:
@@ -117,16 +78,11 @@ def _learn(relation: "_Relation", facts: Sequence[Fact]) -> Part:
             probes += alone.asked
         if not kept:
             return Part(None, refused)
-        described = [{"subject": f.subject, "prompt": f.prompt, "object": f.object} for f in kept]
         base = base_of(reader.model, reader.tokenizer)
-        about: dict[str, Any] = {
-            "facts": described,
-            "provenance": {"method": "gated", "settings": repr(reader.settings)},
-            "names_V": reader.names_V,
-        }
         used = {entry.probe for entry in entries}
         kept_probes = [one.probe for one in probes if one.probe.name in used]
-        return Part(build_patch("part", base, entries, kept_probes, encoding="int8", **about), refused)
+        about = told(kept, "gated", reader.settings) | {"names_V": reader.names_V, "encoding": "int8"}
+        return Part(build_patch("part", base, entries, kept_probes, **about), refused)
 
 
 @final
@@ -152,8 +108,7 @@ class _Relation:
         return [about(text, fact.subject) for text in self.phrasings(form)[:2]]
 
     def phrasings(self, form: Form) -> list[str]:
-        known = () if self.match.relation is None else RELATIONS[self.match.relation].phrasings
-        return [text for text in known if form.fits(text)]
+        return [text for text in self.match.phrasings if form.fits(text)]
 
     def entries(self, facts: Sequence[Fact], index: int) -> tuple[list[ExactEntry], list[Fact], list[Fact]]:
         """Entries of the facts that the probe of their own form opens for, those facts, and the others.
@@ -187,19 +142,21 @@ class _Asked:
         fitted = relation.facts[: NUM_SUBJECTS if own else NUM_SUBJECTS // 4]
         asks_FND = self.states(fitted)
         empty_ND = asks_FND[:0, 0]
-        name = relation.name if own else f"{relation.name} ({self.form.name})"
-        blank = Probe(name=name, block=reader.block, centre=reader.centre_D, direction=empty_ND, threshold=0.0)
         plain_ND = torch.cat([reader.plain_ND, *reader.other_forms(self.form, relation.match)])
         asked = Asked(own_FND=asks_FND, asks_ND=empty_ND, others_ND=empty_ND, plain_ND=plain_ND)
-        first = fit_probe(blank, bank, relation.match, asked)
-        hardest = bank.hardest(relation.match, first.direction, NUM_OTHERS)
+        first_D, _ = fit_probe(bank, relation.match, asked)
+        hardest = bank.hardest(relation.match, first_D, NUM_OTHERS)
         known = relation.phrasings(self.form)
         asks = [about(text, f.subject) for i, f in enumerate(fitted) for text in (known[i:] + known[:i])[:NUM_ASKS]]
         asks += [text for fact in fitted for text in fact.paraphrases if self.form.fits(text)]
         asks += [text for fact in fitted if self.form.fits(fact.prompt) for text in reworded(fact.prompt)]
         others = [about(text, fact.subject) for fact in fitted for text in hardest]
         asks_ND, others_ND = (reader.units(texts, self.form) if texts else empty_ND for texts in (asks, others))
-        return fit_probe(blank, bank, relation.match, replace(asked, asks_ND=asks_ND, others_ND=others_ND))
+        asked = replace(asked, asks_ND=asks_ND, others_ND=others_ND)
+        direction_D, threshold = fit_probe(bank, relation.match, asked)
+        name = relation.name if own else f"{relation.name} ({self.form.name})"
+        centre_D = reader.centre_D
+        return Probe(name=name, block=reader.block, centre=centre_D, direction=direction_D, threshold=threshold)
 
     def states(self, facts: Sequence[Fact]) -> Tensor:
         """[F, N, D]: what is read at the ends of the facts' prompts."""
@@ -228,7 +185,7 @@ class GatedReader:
     def __init__(
         self,
         model: nn.Module,
-        tokenizer: "PreTrainedTokenizerBase",
+        tokenizer: PreTrainedTokenizerBase,
         settings: GatedSettings,
         keep: Path | None = None,
     ) -> None:
@@ -236,7 +193,7 @@ class GatedReader:
         self.decoder = find_decoder(model)
         self.block = min(round(settings.probe_depth * len(self.decoder.blocks)), len(self.decoder.blocks) - 1)
         self.classes_V, self.names_V = compress_vocabulary(tokenizer), begins_name(tokenizer)
-        with self.unpatched():
+        with unpatched(model):
             plain_ND = text_states(model, tokenizer, PLAIN, self.block)
             self.centre_D = plain_ND.mean(0)
             self.plain_ND = F.normalize(plain_ND - self.centre_D, dim=-1)
@@ -247,7 +204,7 @@ class GatedReader:
 
     def facts_in_units(self, facts: Sequence[Fact]) -> list[Unit]:
         """What is to be learned, in parts. Facts that ask one relation share a probe."""
-        with self.unpatched():
+        with unpatched(self.model):
             relations, refused = _relations(self, facts)
         units = [Unit(facts=tuple(one.fact for one in refused), learn=lambda: Part(None, refused))] if refused else []
         for relation in relations:
@@ -255,10 +212,6 @@ class GatedReader:
                 own = relation.facts[first : first + MOST_IN_UNIT]
                 units.append(Unit(facts=tuple(own), learn=partial(_learn, relation, own)))
         return units
-
-    def unpatched(self) -> AbstractContextManager[None]:
-        """Patches that are applied do not matter."""
-        return without_patches(self.model) if applied_patches(self.model) else nullcontext()
 
     def form_of(self, prompt: str) -> Form:
         """The form of a fact's own prompt."""

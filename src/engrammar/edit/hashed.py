@@ -8,82 +8,34 @@ Letters: W places at which a key ends, H columns, C row width, E = H*C, D hidden
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
+from transformers import PreTrainedTokenizerBase
 
 from engrammar.attach.blocks import device_of, evaluating, find_decoder
-from engrammar.config import check_choice
-from engrammar.edit.applying import applied_patches, edits_of, without_patches
-from engrammar.edit.asking import Asking, Rewording, Subject, contexts, others, require_asking, subjects_of
+from engrammar.edit.applying import edits_of, unpatched
+from engrammar.edit.asking import Asking, Subject
 from engrammar.edit.building import build_patch
-from engrammar.edit.facts import Fact, Refused
+from engrammar.edit.facts import Fact, Refused, told
 from engrammar.edit.optimizing import Descent, Sought, Text, Texts, descend, frozen, one_value_a_group
-from engrammar.edit.overlay import TableOverlay, replace_rows, stored_rows, tables_of
-from engrammar.edit.patch import Patch, base_of
-from engrammar.edit.ranges import require_range
-from engrammar.edit.solving import Solving, Spread, after_memory, at_rows, find_site, solve_rows
+from engrammar.edit.overlay import TableOverlay, replace_rows, scale_of, stored_rows, tables_of
+from engrammar.edit.patch import base_of
+from engrammar.edit.solving import RowSettings, Spread, after_memory, at_rows, find_site, solve_rows
+from engrammar.edit.units import Part
 from engrammar.edit.uses import inner_rows
 from engrammar.edit.vector import NO_PLACE, UNSAID
-from engrammar.stores.serving import StoredTables
 from engrammar.tables.encodings import decode
-from engrammar.vocabulary import compress_vocabulary
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-By = Literal["gradient", "solve"]
 SHORT = "its subject is one token, and the memory reads n-grams of two or more: name it by more words"
 TAKEN = "other facts of the patch have changed all rows that its subject reads"
 
 
-@dataclass(frozen=True, kw_only=True)
-class RowSettings:
-    """How rows are found.
-
-    Attributes:
-        by: "solve": rows that give a vector, which is optimized first; "gradient": from there on, on the
-            rows themselves.
-        layer: the block of the memory whose rows are written; None: its first.
-        steps, stop, kl: as of `VectorSettings`.
-        lr: of Adam, in sizes of the hidden state, or of the solved rows.
-        most: the largest size of the vector, and of what the gradient adds to a solved row, in the same.
-        ridge, rounds: of the solve: its ridge as a share of the mean square, and how often it is linearized anew.
-        num_contexts, num_paraphrases, num_others, seed: as of `VectorSettings`.
-    """
-
-    by: By = "solve"
-    layer: int | None = None
-    steps: int = 40
-    stop: float = 0.15
-    kl: float = 0.5
-    lr: float = 0.3
-    most: float = 8.0
-    ridge: float = 1e-6
-    rounds: int = 8
-    num_contexts: int = 2
-    num_paraphrases: int = 2
-    num_others: int = 4
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_choice("by", self.by, By)
-        require_range(self, "over 0", "lr", "most", "ridge")
-        require_range(self, "0 or more", "stop", "kl")
-        require_range(self, "1 or more", "steps", "rounds")
-        require_asking(self)
-
-
 def learn_rows(
-    model: nn.Module,
-    tokenizer: "PreTrainedTokenizerBase",
-    facts: Sequence[Fact],
-    name: str,
-    settings: RowSettings = RowSettings(),
-) -> tuple[Patch, list[Refused]]:
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact], settings: RowSettings
+) -> Part:
     """Makes a patch of row deltas, and says which facts could not be learned and why.
 
     Facts of one subject share rows; a row that an earlier subject has changed stays as that one wants it.
@@ -95,31 +47,24 @@ def learn_rows(
     edits = edits_of(model)
     if edits is not None and edits.overlays:
         raise ValueError("Patches that replace rows are applied: undo them, since rows are learned on the table's own.")
-    apart = without_patches(model) if applied_patches(model) else nullcontext()
-    with apart, frozen(model), evaluating(find_decoder(model).host):
-        return _Learner(model, tokenizer, settings).learn(facts, name)
+    with unpatched(model), frozen(model), evaluating(find_decoder(model).host):
+        return _Learner(model, tokenizer, settings).learn(facts)
 
 
 class _Learner:
-    def __init__(self, model: nn.Module, tokenizer: "PreTrainedTokenizerBase", settings: RowSettings) -> None:
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: RowSettings) -> None:
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         self.site = find_site(model, settings.layer)
-        self.classes_V = compress_vocabulary(tokenizer)
-        self.asking = Asking(tokenizer, self.classes_V)
-        self.rewording = Rewording(model, tokenizer, settings.seed)
-        self.before = ["{}", *(one + " {}" for one in contexts(settings.num_contexts, settings.seed))]
+        self.asking = Asking(model, tokenizer, settings)
         self.how = Descent(steps=settings.steps, stop=settings.stop, kl=settings.kl, most=settings.most, lr=settings.lr)
 
-    def learn(self, facts: Sequence[Fact], name: str) -> tuple[Patch, list[Refused]]:
-        from tqdm.auto import tqdm  # type: ignore[import-untyped]
-
+    def learn(self, facts: Sequence[Fact]) -> Part:
         site = self.site
         refused: dict[Fact, str] = {}
-        subjects = subjects_of(facts, self.tokenizer, self.classes_V)
         changed: dict[Subject, dict[int, Tensor]] = {}
         overlay = TableOverlay(site.memory.table(site.layer))
         try:
-            for subject in tqdm(subjects, desc="rows", unit=" subjects", delay=2):
+            for subject in tqdm(self.asking.subjects(facts), desc="rows", unit=" subjects", delay=2):
                 reason = self._refusal(subject) or self._write(subject, changed)
                 self._show(overlay, changed)
                 refused |= dict.fromkeys(subject.facts, reason) if reason else {}
@@ -132,13 +77,11 @@ class _Learner:
             overlay.show(None)
         kept = [fact for fact in facts if fact not in refused]
         if not kept:
-            raise ValueError(f"No fact can be learned: {next(iter(refused.values()), 'none was given')}.")
-        described = [{"subject": f.subject, "prompt": f.prompt, "object": f.object} for f in kept]
-        provenance = {"method": "rows", "settings": repr(self.settings)}
+            raise ValueError(f"No fact can be learned: {next(iter(refused.values()))}.")
         rows = replace_rows(site.memory, {site.layer: _stacked(changed)})
         base = base_of(self.model, self.tokenizer)
-        patch = build_patch(name, base, rows=rows, facts=described, provenance=provenance)
-        return patch, [Refused(fact=fact, reason=reason) for fact, reason in refused.items()]
+        patch = build_patch("part", base, rows=rows, **told(kept, "rows", self.settings))
+        return Part(patch, [Refused(fact=fact, reason=reason) for fact, reason in refused.items()])
 
     def _show(self, overlay: TableOverlay, changed: Mapping[Subject, Mapping[int, Tensor]]) -> None:
         """Puts the rows that are changed so far in front of the table."""
@@ -153,19 +96,9 @@ class _Learner:
         asked = (self.asking.text(fact.prompt, fact.object, subject, 0) for fact in subject.facts)
         return NO_PLACE if None in asked else None
 
-    def _texts(self, subject: Subject) -> list[Text]:
-        texts = []
-        for fact in subject.facts:
-            asked = [before.format(fact.prompt) for before in self.before] + list(fact.paraphrases)
-            asked += self.rewording.prompts(fact, self.settings.num_paraphrases)
-            texts += [self.asking.text(prompt, fact.object, subject, 0, by_key=True) for prompt in asked]
-        held = others(subject.facts[0].subject, self.settings.num_others, self.settings.seed)
-        texts += [self.asking.text(prompt, None, subject, 0, by_key=True) for prompt in held]
-        return [text for text in texts if text is not None]
-
     def _write(self, subject: Subject, changed: dict[Subject, dict[int, Tensor]]) -> str | None:
         """Finds the rows of a subject; returns why it cannot be."""
-        texts = self._texts(subject)
+        texts = self.asking.texts(subject, 0, by_key=True)
         all_KH = self._rows(subject, {row for own in changed.values() for row in own})
         asked_K = torch.zeros(len(all_KH), dtype=torch.bool)
         asked_K[[key for text in texts for key in text.values]] = True
@@ -189,25 +122,20 @@ class _Learner:
     def _rows(self, subject: Subject, taken: set[int]) -> Tensor:
         """[keys, H]: the row that each key reads in each column; -1 where the n-gram reaches beyond the key, or another
         subject has changed the row."""
-        config = self.site.memory.config
-        rows_KH = torch.full((len(subject.keys), config.num_columns), -1)
+        device = device_of(find_decoder(self.model).module)
+        rows_KH = torch.full((len(subject.keys), self.site.memory.config.num_columns), -1)
         for name in {fact.subject for fact in subject.facts}:
             for spelling in (" " + name.strip(), name.strip()):
                 ids = self.tokenizer(spelling, add_special_tokens=False).input_ids
-                key = subject.keys.index(tuple(int(self.classes_V[one]) for one in ids))
-                rows_KH[key] = inner_rows(ids, self.site.memory, self._device())[self.site.layer]
+                key = subject.keys.index(tuple(int(self.asking.classes_V[one]) for one in ids))
+                rows_KH[key] = inner_rows(ids, self.site.memory, device)[self.site.layer]
         return rows_KH.masked_fill(torch.isin(rows_KH, torch.tensor([*taken], dtype=torch.long)), -1)
-
-    def _device(self) -> torch.device:
-        return device_of(find_decoder(self.model).module)
 
     def _stored(self, rows_U: Tensor) -> Tensor:
         """The table's own rows, [U, C]."""
         memory, layer = self.site.memory, self.site.layer
-        tables, source = tables_of(memory), memory.source
-        scale = source.files[memory.table(layer).name].scale if isinstance(source, StoredTables) else None
-        stored_US = torch.from_numpy(stored_rows(memory, layer, rows_U.numpy()))
-        return decode(stored_US, tables.width, tables.encoding, torch.float32, scale)
+        tables, stored_US = tables_of(memory), torch.from_numpy(stored_rows(memory, layer, rows_U.numpy()))
+        return decode(stored_US, tables.width, tables.encoding, torch.float32, scale_of(memory, layer))
 
     def _by_gradient(self, texts: Sequence[Text], spread: Spread) -> Tensor:
         """What is to be added to the rows, [U, C], by Adam on the rows, from the solved ones on."""
@@ -220,24 +148,21 @@ class _Learner:
             width=spread.width,
             spread=lambda added_UC: spread(start_UC + added_UC),
         )
-        return start_UC + descend(read, sought, self.how).found_PX
+        return start_UC + descend(read, sought, self.how)
 
     def _by_solve(self, texts: Sequence[Text], spread: Spread) -> Tensor:
         """What is to be added to the rows, [U, C]: the smallest change that gives the vector that says the object."""
         one_value = [replace(text, values=(0,) * len(text.written)) for text in texts]
         read = Texts(self.model, one_value, after_memory(self.site))
-        value_D = descend(read, one_value_a_group(read), self.how).found_PX[0] / self.site.scale
-        how = Solving(ridge=self.settings.ridge, rounds=self.settings.rounds)
-        return solve_rows(Texts(self.model, texts, at_rows(self.site)), self.site, spread, value_D, how)
+        value_D = descend(read, one_value_a_group(read), self.how)[0] / self.site.scale
+        return solve_rows(Texts(self.model, texts, at_rows(self.site)), self.site, spread, value_D, self.settings)
 
     @torch.no_grad()
     def _unsaid(self, changed: Mapping[Subject, Mapping[int, Tensor]]) -> list[Subject]:
         """The subjects with a fact that the model with all rows changed does not say."""
         unsaid = []
         for subject in changed:
-            asked = [(fact, one.format(fact.prompt)) for fact in subject.facts for one in self.before]
-            texts = [self.asking.text(prompt, fact.object, subject, 0) for fact, prompt in asked]
-            read = Texts(self.model, [text for text in texts if text is not None], at_rows(self.site))
+            read = Texts(self.model, [text for _, text in self.asking.prompts(subject)], at_rows(self.site))
             if not bool(read.losses(read.logits(None))[1].all()):
                 unsaid.append(subject)
         return unsaid

@@ -1,44 +1,30 @@
 """The one door to learning: facts become a patch by one of the methods, and those that cannot are refused by name."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 from torch import nn
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
+from transformers import PreTrainedTokenizerBase
 
+from engrammar.config import check_choice
 from engrammar.edit.building import merge
 from engrammar.edit.facts import Fact, Refused, as_fact
-from engrammar.edit.gated import GatedSettings, gated_units
-from engrammar.edit.hashed import RowSettings, learn_rows
+from engrammar.edit.gated import GatedReader
+from engrammar.edit.hashed import learn_rows
 from engrammar.edit.patch import Patch, base_of
+from engrammar.edit.probing import GatedSettings
+from engrammar.edit.solving import RowSettings
 from engrammar.edit.units import KeptParts, Part, Unit
 from engrammar.edit.vector import VectorSettings, learn_vector
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 Method = Literal["gated", "vector", "rows"]
 Settings = GatedSettings | VectorSettings | RowSettings
-Units = Callable[[nn.Module, Any, Sequence[Fact], Any, Path | None], list[Unit]]
-Learner = Callable[[nn.Module, Any, Sequence[Fact], str, Any], tuple[Patch, list[Refused]]]
-
-
-def at_once(learner: Learner) -> Units:
-    """All facts as one unit, for a method that learns them together."""
-
-    def units(model: nn.Module, tokenizer: Any, facts: Sequence[Fact], settings: Any, _: Path | None) -> list[Unit]:
-        return [Unit(facts=tuple(facts), learn=lambda: Part(*learner(model, tokenizer, facts, "part", settings)))]
-
-    return units
-
-
-METHODS: Mapping[Method, tuple[Units, type[Settings]]] = {
-    "gated": (gated_units, GatedSettings),
-    "vector": (at_once(learn_vector), VectorSettings),
-    "rows": (at_once(learn_rows), RowSettings),
-}
+SETTINGS: Mapping[Method, type[Settings]] = {"gated": GatedSettings, "vector": VectorSettings, "rows": RowSettings}
 
 
 class Learned(NamedTuple):
@@ -49,20 +35,15 @@ class Learned(NamedTuple):
 
 
 class Request(NamedTuple):
-    """Facts to be learned, in units.
+    """Facts to be learned, in units."""
 
-    Attributes:
-        units: what is learned together; learning one takes seconds to a minute.
-        about: the request as JSON: method, settings, model, facts.
-    """
-
-    units: list[Unit]
-    about: str
+    units: list[Unit]  # what is learned together; learning one takes seconds to a minute
+    about: str  # the request as JSON: method, settings, model, facts
 
 
 def learn(
     model: nn.Module,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: PreTrainedTokenizerBase,
     facts: Iterable[Fact | Mapping[str, Any]],
     *,
     name: str = "facts",
@@ -91,7 +72,7 @@ def learn(
 
 def request(
     model: nn.Module,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: PreTrainedTokenizerBase,
     facts: Iterable[Fact | Mapping[str, Any]],
     *,
     method: Method = "gated",
@@ -104,16 +85,20 @@ def request(
         keep: a folder in which what method "gated" reads for all facts alike is kept, for later requests of the same
             model; a few megabytes, which can be deleted at any time. The patch is the same to the bit.
     """
-    if method not in get_args(Method):
-        raise ValueError(f"method is {method!r}; allowed: {', '.join(get_args(Method))}.")
-    prepare, kind = METHODS[method]
+    check_choice("method", method, Method)
+    kind = SETTINGS[method]
     if settings is not None and not isinstance(settings, kind):
         raise ValueError(f"settings are {type(settings).__name__}; method {method!r} takes {kind.__name__}.")
     chosen = kind() if settings is None else settings
     wanted = [fact if isinstance(fact, Fact) else as_fact(fact) for fact in facts]
     if not wanted:
         raise ValueError("No fact can be written: none was given.")
-    units = prepare(model, tokenizer, wanted, chosen, None if keep is None else Path(keep))
+    if isinstance(chosen, GatedSettings):
+        reader = GatedReader(model, tokenizer, chosen, None if keep is None else Path(keep))
+        units = reader.facts_in_units(wanted)
+    else:
+        learner: Callable[..., Part] = learn_vector if method == "vector" else learn_rows
+        units = [Unit(facts=tuple(wanted), learn=partial(learner, model, tokenizer, wanted, chosen))]
     about = {"method": method, "settings": asdict(chosen), "model": asdict(base_of(model, tokenizer))}
     return Request(units, json.dumps({**about, "facts": [asdict(fact) for fact in wanted]}))
 
@@ -130,8 +115,6 @@ def learn_units(request: Request, *, name: str = "facts", folder: str | Path | N
         ValueError: no fact can be written; the first reason is given. Or the folder is another request's.
         OSError: the disk is full or fails.
     """
-    from tqdm.auto import tqdm  # type: ignore[import-untyped]
-
     kept = None if folder is None else KeptParts(Path(folder), request.about)
     parts: list[Part] = []
     with tqdm(total=sum(len(unit.facts) for unit in request.units), desc="learning", unit=" facts", delay=2) as bar:

@@ -78,7 +78,7 @@ def direct_writes(stack: Stack, text: Text, found_BP: Ints) -> Writes:
     Args:
         found_BP: `find_keys` of all positions of the text, as far as they are known, else -1.
     """
-    entries, starts = stack.of_key(gated=False)
+    entries, starts = stack.direct
     first_new = text.ids_BP.shape[1] - text.num_new
     parts = [[NONE] * 4]
     for step in range(stack.num_direct_steps):
@@ -121,7 +121,7 @@ def candidates(stack: Stack, text: Text, found_BP: Ints) -> Candidates:
     A key that ends inside a longer one, such as "York" after "New", is not a subject of its own. Entries may be
     armed only up to the first id after their key that begins another name, and only at one id.
     """
-    entries, starts = stack.of_key(gated=True)
+    entries, starts = stack.gated
     first_new = text.ids_BP.shape[1] - text.num_new
     last_BP = np.maximum.accumulate(np.where(found_BP >= 0, np.arange(found_BP.shape[1]), -1), axis=1)
     row, token = np.nonzero(~text.first_BT & (last_BP[:, first_new:] >= 0))

@@ -5,15 +5,9 @@ counts as one, since names often begin with an id of one letter. In languages th
 closes too early, or never. Letter: V ids of the tokenizer.
 """
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 from numpy.typing import NDArray
-
-from engrammar.vocabulary import require_tokenizer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 _COMMON = """about above according after again all almost also although always am among an and another answer any are
 around as at be because been before being below beside besides between both but by can could despite did do does done
@@ -28,9 +22,8 @@ within without would yes yet you your"""
 COMMON = frozenset(_COMMON.split())
 
 
-def begins_name(tokenizer: "PreTrainedTokenizerBase") -> NDArray[np.bool_]:
+def begins_name(tokenizer: PreTrainedTokenizerBase) -> NDArray[np.bool_]:
     """Whether each id begins a name, or goes on with one, [V]."""
-    require_tokenizer(tokenizer)
     special = set(tokenizer.all_special_ids)
     texts = [text.strip() for text in tokenizer.batch_decode([[one] for one in range(len(tokenizer))])]
     named = [text[:1].isupper() and text.lower() not in COMMON for text in texts]

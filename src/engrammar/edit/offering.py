@@ -6,21 +6,16 @@ all requests read the same tables.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
-from engrammar.edit.applying import Applied, Edits, add_patch, edits_of, forget_edits, refuse_conflicts
+from engrammar.edit.applying import Applied, Edits, add_patch, edits_of, forget_edits, refuse_beside
 from engrammar.edit.patch import Patch
 from engrammar.edit.stack import Stack
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
-
-def offer_patch(
-    model: nn.Module, patch: Patch | str | Path, tokenizer: "PreTrainedTokenizerBase | None" = None
-) -> None:
+def offer_patch(model: nn.Module, patch: Patch | str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
     """Offers a patch to requests. Passes that no request has chosen it for stay as they are.
 
     Raises:
@@ -74,5 +69,5 @@ def chosen_stack(model: nn.Module, names: Sequence[str]) -> Stack | None:
     if not chosen:
         return edits.hooks.stack
     for index, one in enumerate(chosen):
-        refuse_conflicts(one, [*edits.applied, *chosen[:index]])
+        refuse_beside(one, [*edits.applied, *chosen[:index]])
     return edits.stack_of([*edits.applied, *chosen])

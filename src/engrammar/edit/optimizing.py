@@ -6,17 +6,18 @@ values, D width of a value, P rows of X numbers that are sought, V vocabulary.
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from engrammar.attach.blocks import device_of, find_decoder, hidden_of, in_branches, with_hidden
 from engrammar.attach.passes import cache_in
 
-Adding = Callable[[nn.Module, "Added"], AbstractContextManager[object]]  # in its context a model's passes are changed
+Adding = Callable[[nn.Module, "Added"], RemovableHandle]  # hooks a model, whose passes are changed until it is removed
 MOMENTS, DECAY = (0.9, 0.99), 0.05  # of Adam
 
 
@@ -61,8 +62,7 @@ class Added:
 def at_block(block: int) -> Adding:
     """Values are added to the input of a block, before a memory there reads it, as an exact entry adds them."""
 
-    @contextmanager
-    def adding(model: nn.Module, added: Added) -> Iterator[None]:
+    def adding(model: nn.Module, added: Added) -> RemovableHandle:
         decoder = find_decoder(model)
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
@@ -70,8 +70,7 @@ def at_block(block: int) -> Adding:
             changed = added.to(in_branches(hidden, decoder.hidden_size)).view_as(hidden)
             return with_hidden(changed, decoder.argument, args, kwargs)
 
-        with decoder.blocks[block].register_forward_pre_hook(before, with_kwargs=True, prepend=True):
-            yield
+        return decoder.blocks[block].register_forward_pre_hook(before, with_kwargs=True, prepend=True)
 
     return adding
 
@@ -186,19 +185,8 @@ def one_value_a_group(texts: Texts) -> Sought:
     return Sought(scale_P=scale_G, group_P=torch.arange(num_groups, device=scale_G.device), width=seen_WD.shape[1])
 
 
-@final
-@dataclass(frozen=True, kw_only=True)
-class Found:
-    """found_PX is what was sought; nats of what is wanted, KL elsewhere, and whether all is said, of each group."""
-
-    found_PX: Tensor
-    nats_G: Tensor
-    kl_G: Tensor
-    said_G: Tensor
-
-
-def descend(texts: Texts, sought: Sought, how: Descent) -> Found:
-    """Adam from zero, in the units of what is sought. A group stops when all that it wants is said.
+def descend(texts: Texts, sought: Sought, how: Descent) -> Tensor:
+    """What is sought, found_PX: Adam from zero, in its units. A group stops when all that it wants is said.
 
     What is found of a group does not depend on the others, but for the rounding of other batch shapes.
     """
@@ -206,13 +194,11 @@ def descend(texts: Texts, sought: Sought, how: Descent) -> Found:
     unit_PX = torch.zeros(len(sought.scale_P), sought.width, device=sought.scale_P.device)
     optimizer = torch.optim.Adam([unit_PX.requires_grad_()], lr=how.lr, betas=MOMENTS)
     for step in range(how.steps + 1):
-        logits_KV = texts.logits(sought.values(unit_PX))
-        nats_G, kl_G, said_G = _by_group(texts, logits_KV, num_groups)
-        done_G = said_G & (nats_G + how.kl * kl_G < how.stop)
+        loss_G, said_G = _by_group(texts, texts.logits(sought.values(unit_PX)), how.kl, num_groups)
+        done_G = said_G & (loss_G < how.stop)
         if step == how.steps or bool(done_G.all()):
             break
-        loss = ((nats_G + how.kl * kl_G) * ~done_G).sum()
-        (unit_PX.grad,) = torch.autograd.grad(loss, [unit_PX])
+        (unit_PX.grad,) = torch.autograd.grad((loss_G * ~done_G).sum(), [unit_PX])
         with torch.no_grad():
             before_PX, done_P = unit_PX.clone(), done_G[sought.group_P]
             optimizer.step()
@@ -220,12 +206,12 @@ def descend(texts: Texts, sought: Sought, how: Descent) -> Found:
             size_P1 = unit_PX.square().mean(1, keepdim=True).sqrt()
             unit_PX.mul_((how.most / size_P1.clamp_min(1e-12)).clamp_max(1))
             unit_PX[done_P] = before_PX[done_P]
-    found_PX = (unit_PX * sought.scale_P[:, None]).detach()
-    return Found(found_PX=found_PX, nats_G=nats_G.detach(), kl_G=kl_G.detach(), said_G=said_G)
+    return (unit_PX * sought.scale_P[:, None]).detach()
 
 
-def _by_group(texts: Texts, logits_KV: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each group: the mean nats of its texts that want something, the mean KL of others, whether all is said."""
+def _by_group(texts: Texts, logits_KV: Tensor, kl: float, num_groups: int) -> tuple[Tensor, Tensor]:
+    """Of each group [G]: the mean nats of its texts that want something and `kl` times the mean KL of the others; and
+    whether all is said."""
     loss_N, said_N = texts.losses(logits_KV)
     wants_N = torch.tensor([text.says is not None for text in texts.texts], device=loss_N.device)
 
@@ -234,8 +220,7 @@ def _by_group(texts: Texts, logits_KV: Tensor, num_groups: int) -> tuple[Tensor,
         number_G = nothing_G.index_add(0, texts.group_N, counted_N.float())
         return nothing_G.index_add(0, texts.group_N, loss_N * counted_N) / number_G.clamp_min(1)
 
-    missed_G = mean(~said_N)
-    return mean(wants_N), mean(~wants_N), missed_G == 0
+    return mean(wants_N) + kl * mean(~wants_N), mean(~said_N) == 0
 
 
 @contextmanager

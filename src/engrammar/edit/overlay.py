@@ -63,23 +63,26 @@ class _Replaced(Fetch):
         return rows_NS
 
 
+def _below(source: StoredTables, table: MemoryTable) -> RowStore:
+    """The store of a table, below its overlay if it has one."""
+    store = source.stores[table.name]
+    return store.store if isinstance(store, OverlayStore) else store
+
+
 @final
 class TableOverlay:
     """The overlay of one table of a model."""
 
     def __init__(self, table: MemoryTable) -> None:
         self.table = table
-        self.store: RowStore | None = None  # what is below the overlay
         self.handle: RemovableHandle | None = None
 
     def show(self, delta: RowDelta | None) -> None:
         """Replaces these rows and no others; with None the table is as it was."""
         source = self.table.source
         if isinstance(source, StoredTables):
-            self.store = source.stores[self.table.name] if self.store is None else self.store
-            source.stores[self.table.name] = self.store if delta is None else OverlayStore(self.store, delta)
-            if delta is None:
-                self.store = None
+            below = _below(source, self.table)
+            source.stores[self.table.name] = below if delta is None else OverlayStore(below, delta)
             return
         torch.compiler.reset()  # compiled code does not notice hooks that come or go
         if self.handle is not None:
@@ -146,12 +149,16 @@ def stored_rows(memory: Memory, layer: int, rows_U: NDArray[np.int64]) -> NDArra
     """The rows of a layer's table as they are stored, overlays not counted, [U, S]."""
     table, source = memory.table(layer), memory.source
     if isinstance(source, StoredTables):
-        store = source.stores[table.name]
-        store = store.store if isinstance(store, OverlayStore) else store
-        return store.fetch(rows_U).wait()
+        return _below(source, table).fetch(rows_U).wait()
     assert table.weight is not None
     values_UC = table.weight.detach()[torch.from_numpy(rows_U).to(table.weight.device)].cpu().contiguous()
     return values_UC.view(torch.uint8).numpy().reshape(len(rows_U), -1)
+
+
+def scale_of(memory: Memory, layer: int) -> float | None:
+    """What the values of a layer's whole table are multiplied by as they are stored; None without a scale."""
+    source = memory.source
+    return source.files[memory.table(layer).name].scale if isinstance(source, StoredTables) else None
 
 
 def replace_rows(memory: Memory, new: Mapping[int, tuple[Tensor, Tensor]]) -> tuple[Tables, dict[int, RowDelta]]:
@@ -171,10 +178,9 @@ def replace_rows(memory: Memory, new: Mapping[int, tuple[Tensor, Tensor]]) -> tu
             raise ValueError(f"New rows are {list(values_UC.shape)}; allowed: [{len(rows_U)}, {tables.width}], finite.")
         if len(rows_U) and not 0 <= rows_U[0] <= rows_U[-1] < tables.num_rows[layer]:
             raise ValueError(f"A row is not one of the {tables.num_rows[layer]} rows of layer {layer}.")
-        scale = memory.source.files[memory.table(layer).name].scale if isinstance(memory.source, StoredTables) else None
         deltas[layer] = RowDelta(
             rows_U=rows_U,
-            stored_US=encode(values_UC[order].cpu(), tables.encoding, scale).numpy(),
+            stored_US=encode(values_UC[order].cpu(), tables.encoding, scale_of(memory, layer)).numpy(),
             replaced_U=row_digests(stored_rows(memory, layer, rows_U)),
         )
     return tables, deltas
@@ -186,17 +192,20 @@ def check_tables(patch: Patch, memory: Memory) -> None:
     Raises:
         ValueError: names what differs.
     """
-    assert patch.tables is not None
-    ours = tables_of(memory)
-    for what in ("addressing_sha256", "width", "num_rows", "encoding"):
-        wanted, found = getattr(patch.tables, what), getattr(ours, what)
-        if wanted != found:
-            raise ValueError(
-                f"The patch {patch.name!r} replaces rows of tables with another {what} ({wanted} there, {found} here): "
-                "make it for this model's tables."
-            )
+    require_tables(patch, tables_of(memory), "here")
     for layer, delta in patch.deltas.items():
         check_replaced(patch.name, layer, delta, stored_rows(memory, layer, delta.rows_U))
+
+
+def require_tables(patch: Patch, found: Tables, where: str) -> None:
+    """Raises a ValueError that names the first thing in which tables are not those that row deltas are for."""
+    for what in ("addressing_sha256", "width", "num_rows", "encoding"):
+        there, ours = getattr(patch.tables, what), getattr(found, what)
+        if there != ours:
+            raise ValueError(
+                f"The patch {patch.name!r} replaces rows of tables with another {what} ({there} there, {ours} {where}"
+                "): make it for these tables."
+            )
 
 
 def check_replaced(name: str, layer: int, delta: RowDelta, stored_US: NDArray[np.uint8]) -> None:

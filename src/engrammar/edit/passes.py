@@ -23,15 +23,7 @@ from engrammar.attach.paged import flat_in
 from engrammar.attach.skipping import is_skipped
 from engrammar.edit.exact import Ints
 from engrammar.edit.gating import CODES, NO_WRITE, decide, margins
-from engrammar.edit.lookup import (
-    NO_CANDIDATES,
-    NO_WRITES,
-    NONE,
-    Writes,
-    candidates,
-    direct_writes,
-    find_keys,
-)
+from engrammar.edit.lookup import NO_CANDIDATES, NO_WRITES, NONE, Writes, candidates, direct_writes, find_keys
 from engrammar.edit.rows import ReadRows
 from engrammar.edit.sequences import STACKS, Paged, Reach, Requests, Rows, by_choice
 from engrammar.edit.stack import Stack
@@ -42,12 +34,7 @@ _passes: ContextVar[tuple["Begun", ...]] = ContextVar("engrammar_edit_passes", d
 
 @final
 class EditPass:
-    """The sequences of a pass that share a stack: which keys they hold, and what is to be added where.
-
-    Args:
-        classes_V: the class of each id.
-        width: D.
-    """
+    """The sequences of a pass that share a stack: which keys they hold, and what is to be added where."""
 
     def __init__(self, classes_V: NDArray[np.int32], width: int, sequences: Rows | Requests) -> None:
         self.width, self.sequences = width, sequences
@@ -60,7 +47,7 @@ class EditPass:
             self.candidates = candidates(stack, text, found_BP)
         self.margin_C = np.full(len(self.candidates.entry), -np.inf, np.float32)
         self.codes_BH = sequences.codes()
-        self.rows = ReadRows(stack.rows, self._wanted_rows())
+        self.rows = ReadRows(stack.rows, stack.first_rows, width, self._wanted_rows())
 
     def _wanted_rows(self) -> Ints:
         """The value rows of everything that may be added in this pass."""
@@ -69,7 +56,8 @@ class EditPass:
         under_way = self.codes_BH[:, -1:][self.codes_BH[:, -1:] != NO_WRITE] // CODES
         entry = np.unique(np.concatenate([self.writes.entry, self.candidates.entry, under_way]))
         columns = self.stack.columns
-        steps = [np.arange(first, first + count) for first, count in zip(*(columns[n][entry] for n in STEPS))]
+        first, count = columns["first_step"][entry], columns["num_steps"][entry]
+        steps = [np.arange(*ends) for ends in zip(first, first + count)]
         binding = columns["binding"][entry]
         return np.concatenate([self.stack.steps[np.concatenate([*steps, NONE]), 0], binding[binding >= 0]])
 
@@ -98,7 +86,8 @@ class EditPass:
                 break
             self.codes_BH = codes_BH
         if len(written.entry):
-            pairs = {name: np.concatenate([getattr(self.writes, name), getattr(written, name)]) for name in WRITES}
+            names = ("row", "token", "entry", "step")
+            pairs = {name: np.concatenate([getattr(self.writes, name), getattr(written, name)]) for name in names}
             self.writes = Writes(**pairs)
 
     def _add(self, block: int, hidden: Tensor, streams_BTMD: Tensor) -> Tensor:
@@ -129,13 +118,6 @@ class Begun:
 
     hooks: "EditHooks"
     parts: list[EditPass]
-
-    def at(self, block: int) -> list[EditPass]:
-        """The parts that read or change the input of a block."""
-        return [part for part in self.parts if block in part.stack.blocks]
-
-
-STEPS, WRITES = ("first_step", "num_steps"), ("row", "token", "entry", "step")
 
 
 @final
@@ -240,7 +222,7 @@ class EditHooks:
                 f"Block {block} was called outside a pass of its model, so patches do not know its ids: call the "
                 "model, or undo the patches."
             )
-        parts = current.at(block)
+        parts = [part for part in current.parts if block in part.stack.blocks]
         if not parts:
             return None
         if is_skipped(module):

@@ -10,21 +10,19 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from engrammar.attach.blocks import find_decoder
 from engrammar.attach.fingerprints import fingerprint_of
 from engrammar.config import Encoding, Geometry, MemoryConfig
 from engrammar.tables.encodings import decode
-from engrammar.vocabulary import compress_vocabulary, fingerprint, require_tokenizer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from engrammar.vocabulary import compress_vocabulary, fingerprint
 
 MOST_CLASSES, MOST_STEPS, MOST_ARMED = 16, 16, 1024  # of a key; of an entry; tokens that a key stays armed
 COLUMNS = (
@@ -100,54 +98,34 @@ class ExactEntry:
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RowDelta:
-    """Rows of one layer's hashed table that are replaced.
+    """Rows of one layer's hashed table that are replaced."""
 
-    Attributes:
-        rows_U: int64, ascending row numbers over the layer's whole table.
-        stored_US: uint8, the new rows as they are stored.
-        replaced_U: uint64, the `row_digests` of the rows that they replace.
-    """
-
-    rows_U: NDArray[np.int64]
-    stored_US: NDArray[np.uint8]
-    replaced_U: NDArray[np.uint64]
+    rows_U: NDArray[np.int64]  # ascending row numbers over the layer's whole table
+    stored_US: NDArray[np.uint8]  # the new rows as they are stored
+    replaced_U: NDArray[np.uint64]  # the `row_digests` of the rows that they replace
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Tables:
-    """The hashed tables that row deltas are for.
+    """The hashed tables that row deltas are for."""
 
-    Attributes:
-        addressing_sha256: `addressing_digest` of the memory.
-        encoding: how their rows are stored.
-        width: values of a row.
-        num_rows: rows of each layer's table, by the layer.
-    """
-
-    addressing_sha256: str
-    encoding: Encoding
-    width: int
-    num_rows: Mapping[int, int]
+    addressing_sha256: str  # `addressing_digest` of the memory
+    encoding: Encoding  # how their rows are stored
+    width: int  # values of a row
+    num_rows: Mapping[int, int]  # rows of each layer's table, by the layer
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Base:
-    """The model and the tokenizer that a patch is for.
+    """The model and the tokenizer that a patch is for."""
 
-    Attributes:
-        tokenizer_sha256: `vocabulary.fingerprint` of the tokenizer.
-        classes_sha256: `classes_digest` of the class of each id.
-        num_ids, num_classes: ids of the tokenizer, and the classes that they fall into.
-        model: `attach.fingerprints.fingerprint_of` the model.
-    """
-
-    tokenizer_sha256: str
-    classes_sha256: str
-    num_ids: int
-    num_classes: int
-    model: Mapping[str, Any]
+    tokenizer_sha256: str  # `vocabulary.fingerprint` of the tokenizer
+    classes_sha256: str  # `classes_digest` of the class of each id
+    num_ids: int  # ids of the tokenizer
+    num_classes: int  # the classes that they fall into
+    model: Mapping[str, Any]  # `attach.fingerprints.fingerprint_of` the model
 
     @property
     def num_blocks(self) -> int:
@@ -276,13 +254,12 @@ class Patch:
         return np.stack([self.centres[self.probe_centres], self.directions], axis=1)
 
 
-def base_of(model: nn.Module, tokenizer: "PreTrainedTokenizerBase") -> Base:
+def base_of(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Base:
     """Describes the model and the tokenizer that a patch is for; what is attached to the model does not matter.
 
     Raises:
         ValueError: the model has no decoder blocks that can be found, or no tokenizer was given.
     """
-    require_tokenizer(tokenizer)
     classes_V = compress_vocabulary(tokenizer)
     return Base(
         tokenizer_sha256=fingerprint(tokenizer),
@@ -293,7 +270,7 @@ def base_of(model: nn.Module, tokenizer: "PreTrainedTokenizerBase") -> Base:
     )
 
 
-def subject_keys(text: str, tokenizer: "PreTrainedTokenizerBase", classes_V: NDArray[np.int64]) -> list[Key]:
+def subject_keys(text: str, tokenizer: PreTrainedTokenizerBase, classes_V: NDArray[np.int64]) -> list[Key]:
     """The keys of a subject or phrase, as it reads with and without a space before it: one or two.
 
     Args:
@@ -312,6 +289,13 @@ def subject_keys(text: str, tokenizer: "PreTrainedTokenizerBase", classes_V: NDA
         if key not in found:
             found.append(key)
     return found
+
+
+def value_rows(patch: Patch, entry: int) -> set[int]:
+    """The value rows that an entry reads: those of its steps, and its binding."""
+    of = dict(zip(COLUMNS, patch.entries[entry].tolist()))
+    steps = patch.steps[of["first_step"] : of["first_step"] + of["num_steps"]]
+    return {*steps[:, 0].tolist(), of["binding"]} - {-1}
 
 
 def joined(deltas: Sequence[RowDelta]) -> RowDelta:

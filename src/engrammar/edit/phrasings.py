@@ -172,13 +172,8 @@ NUM_OTHER = 3  # relations at the end that no fact is matched with
 
 
 def _parsed(text: str) -> tuple[Relation, ...]:
-    found: list[str] = []
-    for line in text.strip().splitlines():
-        if line.startswith(" "):
-            found[-1] += " " + line.strip()
-        else:
-            found.append(line)
-    parts = (one.split(": ", 1) for one in found)
+    lines = text.strip().replace("\n  ", " ").splitlines()  # a line that is indented goes on with the one before
+    parts = (line.split(": ", 1) for line in lines)
     return tuple(Relation(kinds=kinds, phrasings=_with_questions(words.split(" | "))) for kinds, words in parts)
 
 

@@ -11,15 +11,54 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from engrammar.edit.forms import Form
-from engrammar.edit.patch import Probe
+from engrammar.edit.patch import MOST_ARMED
 from engrammar.edit.phrasings import NAMES, NUM_OTHER, RELATIONS, about
 from engrammar.edit.ranges import require_most, require_range
 
 Units = Callable[[Sequence[str]], Tensor]  # prompts -> centred hidden states of length 1 at their ends, [N, D]
 Later = Callable[[Sequence[str]], Tensor]  # prompts -> the same where the model goes on after them, [N, J, D]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatedSettings:
+    """How probes are fitted and facts are written.
+
+    Attributes:
+        ridge: of the regressions.
+        match_above: what a classifier must say of a fact's prompts to be their relation.
+        alike_above: what it must say to leave its relation out of what else may be asked.
+        opens_wrongly: the share of other prompts, kept apart from the fit, that may open a probe.
+        at_most_wrongly: the share of the nearest other prompts of its subjects up to which a threshold may be lowered,
+            to let the facts' own prompts in.
+        num_worded: tokens that the model goes on with after a sentence of another relation, where it is not asked
+            either; 0: none are read.
+        probe_depth: where probes read, as a share of the depth. Early blocks confuse relations.
+        armed: tokens after the subject in which the probe may open, if no other name comes before; in a chat, what
+            the template puts before the answer is not counted.
+        strength: the size of a write, in norms of the hidden state before the final norm.
+    """
+
+    ridge: float = 5e-3
+    match_above: float = 0.1
+    alike_above: float = -0.2
+    opens_wrongly: float = 0.06
+    at_most_wrongly: float = 0.2
+    num_worded: int = 6
+    probe_depth: float = 0.93
+    armed: int = 16
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        require_range(self, "over 0", "ridge", "strength")
+        require_range(self, "a number", "match_above", "alike_above")
+        require_range(self, "0 to 1", "opens_wrongly", "at_most_wrongly")
+        require_range(self, "over 0, up to 1", "probe_depth")
+        require_most(self, 64, "num_worded")
+        require_most(self, MOST_ARMED // 2, "armed", least=1)  # a chat's template comes on top of it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,21 +69,19 @@ class Match:
     alike: tuple[int, ...]
 
     @property
+    def phrasings(self) -> tuple[str, ...]:
+        return () if self.relation is None else RELATIONS[self.relation].phrasings
+
+    @property
     def kinds(self) -> str:
         return "plt" if self.relation is None else RELATIONS[self.relation].kinds
 
 
 @final
 class Bank:
-    """The states of all phrasings of a form, each with a name that the model does not know.
+    """The states of all phrasings of a form, each with a name that the model does not know."""
 
-    Attributes:
-        units_ND: the states. later_NJD: those of what the model goes on with.
-        relation_N, phrasing_N: which relation a prompt asks; which phrasing it is, numbered over all relations.
-        texts: the phrasings.
-    """
-
-    def __init__(self, units: Units, later: Later | None, settings: "ProbeSettings", form: Form) -> None:
+    def __init__(self, units: Units, later: Later | None, settings: GatedSettings, form: Form) -> None:
         self.settings = settings
         self.texts = [text for relation in RELATIONS for text in relation.phrasings if form.fits(text)]
         number = {text: index for index, text in enumerate(self.texts)}
@@ -58,8 +95,8 @@ class Bank:
         prompts = [about(text, NAMES[kind]) for _, text, kind in asked]
         self.units_ND = units(prompts)
         self.later_NJD = self.units_ND[:, None][:, :0] if later is None else later(prompts)
-        self.relation_N = torch.tensor([index for index, *_ in asked])
-        self.phrasing_N = torch.tensor([number[text] for _, text, _ in asked])
+        self.relation_N = torch.tensor([index for index, *_ in asked])  # which one a prompt asks
+        self.phrasing_N = torch.tensor([number[text] for _, text, _ in asked])  # which of `texts` it is
         self.classifiers_RD = torch.stack([self._classifier(index) for index in range(len(RELATIONS) - NUM_OTHER)])
 
     def _classifier(self, relation: int) -> Tensor:
@@ -101,35 +138,6 @@ class Bank:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeSettings:
-    """How probes are fitted.
-
-    Attributes:
-        ridge: of the regressions.
-        match_above: what a classifier must say of a fact's prompts to be their relation.
-        alike_above: what it must say to leave its relation out of what else may be asked.
-        opens_wrongly: the share of other prompts, kept apart from the fit, that may open a probe.
-        at_most_wrongly: the share of the nearest other prompts of its subjects up to which a threshold may be lowered,
-            to let the facts' own prompts in.
-        num_worded: tokens that the model goes on with after a sentence of another relation, where it is not asked
-            either; 0: none are read.
-    """
-
-    ridge: float = 5e-3
-    match_above: float = 0.1
-    alike_above: float = -0.2
-    opens_wrongly: float = 0.06
-    at_most_wrongly: float = 0.2
-    num_worded: int = 6
-
-    def __post_init__(self) -> None:
-        require_range(self, "over 0", "ridge")
-        require_range(self, "a number", "match_above", "alike_above")
-        require_range(self, "0 to 1", "opens_wrongly", "at_most_wrongly")
-        require_most(self, 64, "num_worded")
-
-
-@dataclass(frozen=True, kw_only=True)
 class Asked:
     """Prompts of one relation's facts, as units."""
 
@@ -139,15 +147,12 @@ class Asked:
     plain_ND: Tensor  # plain text, and prompts of other forms
 
 
-def fit_probe(probe: Probe, bank: Bank, match: Match, asked: Asked) -> Probe:
-    """The probe with its direction and threshold.
+def fit_probe(bank: Bank, match: Match, asked: Asked) -> tuple[Tensor, float]:
+    """The direction and the threshold of a probe.
 
     The threshold is where a small share of other prompts would open it, each scored by a fit that has not seen it. It
     is lowered to let the facts' own prompts in, as far as that opens it for few others; never so far that half of the
     nearest ones open it.
-
-    Args:
-        probe: its name, block and centre.
     """
     settings = bank.settings
     is_other_N = bank.is_other(match)
@@ -173,22 +178,21 @@ def fit_probe(probe: Probe, bank: Bank, match: Match, asked: Asked) -> Probe:
     threshold = float(torch.quantile(torch.cat(scores), 1 - settings.opens_wrongly))
     lowest, middling = (float(torch.quantile(others, 1 - share)) for share in (settings.at_most_wrongly, 0.5))
     reached = float(torch.quantile((asked.own_FND @ direction_D).amin(1), 0.02)) - MARGIN
-    threshold = max(min(threshold, max(lowest, reached)), middling)
-    return Probe(name=probe.name, block=probe.block, centre=probe.centre, direction=direction_D, threshold=threshold)
+    return direction_D, max(min(threshold, max(lowest, reached)), middling)
 
 
 MARGIN = 0.02  # of a score, whose range is about -1 to 1
 
 
 def with_one(units_ND: Tensor) -> Tensor:
-    """A column of ones beside each state."""
-    return torch.cat([units_ND, torch.ones(len(units_ND), 1)], 1)
+    """A one behind the numbers of each state, for the constant of a regression."""
+    return F.pad(units_ND, (0, 1), value=1.0)
 
 
 def ridge(groups: Sequence[Tensor], strength: float) -> Tensor:
     """Ridge regression to +1 for the first group and -1 for the others, each group weighing the same; [D+1]."""
     groups = [one for one in groups if len(one)]
-    rows = with_one(torch.cat(list(groups)))
+    rows = with_one(torch.cat(groups))
     signs = torch.cat([torch.full((len(one),), 1.0 if one is groups[0] else -1.0) for one in groups])
     weighted = rows * torch.cat([torch.full((len(one), 1), 1 / len(one)) for one in groups])
     return torch.linalg.solve(rows.T @ weighted + strength * torch.eye(rows.shape[1]), weighted.T @ signs)

@@ -3,8 +3,9 @@
 Letters: U distinct rows asked for, D hidden width, S bytes of a stored row.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import final
 
 import numpy as np
@@ -41,43 +42,32 @@ class ValueRows:
 
 
 @final
-class StackedRows:
-    """The value rows of several patches, numbered one patch after the other."""
+class ReadRows:
+    """Some value rows of several patches, read once for a pass. Reading has begun when there is one of these.
 
-    def __init__(self, parts: Sequence[ValueRows], width: int) -> None:
-        self.parts, self.width = parts, width
-        self.first = np.cumsum([0, *[part.store.num_rows for part in parts]])
+    Args:
+        first: the number of each patch's first row, and of all rows: they are numbered one patch after the other.
+    """
 
-    def fetch(self, rows_U: NDArray[np.int64]) -> Callable[[], Tensor]:
-        """Starts reading ascending distinct rows; the function that is returned waits for them, fp32 [U, D]."""
-        bounds = np.searchsorted(rows_U, self.first)
-        started = [
-            (self.parts[index], self.parts[index].store.fetch(rows_U[low:high] - self.first[index]))
+    def __init__(
+        self, parts: Sequence[ValueRows], first: NDArray[np.int64], width: int, wanted: NDArray[np.int64]
+    ) -> None:
+        self.width, self.rows_U = width, np.unique(wanted) if len(wanted) else wanted
+        bounds = np.searchsorted(self.rows_U, first)
+        self._started = [
+            (parts[index], parts[index].store.fetch(self.rows_U[bounds[index] : bounds[index + 1]] - first[index]))
             for index in np.nonzero(np.diff(bounds))[0].tolist()
-            for low, high in [bounds[index : index + 2]]
         ]
 
-        def wait() -> Tensor:
-            values = [
-                decode(torch.from_numpy(fetch.wait()), self.width, part.encoding, torch.float32)
-                for part, fetch in started
-            ]
-            return torch.cat(values) if values else torch.empty(0, self.width)
-
-        return wait
-
-
-@final
-class ReadRows:
-    """Some rows of a stack, read once for a pass."""
-
-    def __init__(self, rows: StackedRows, wanted: NDArray[np.int64]) -> None:
-        self.rows_U = np.unique(wanted) if len(wanted) else wanted
-        self._wait = rows.fetch(self.rows_U)
-        self._values: Tensor | None = None
+    @cached_property
+    def _values_UD(self) -> Tensor:
+        """Waits for the rows."""
+        values = [
+            decode(torch.from_numpy(fetch.wait()), self.width, part.encoding, torch.float32)
+            for part, fetch in self._started
+        ]
+        return torch.cat(values) if values else torch.empty(0, self.width)
 
     def values(self, rows: NDArray[np.int64], device: torch.device) -> Tensor:
         """Rows [..., D] of those that were asked for, on a device."""
-        if self._values is None:
-            self._values = self._wait()
-        return self._values[torch.from_numpy(np.searchsorted(self.rows_U, rows))].to(device)
+        return self._values_UD[torch.from_numpy(np.searchsorted(self.rows_U, rows))].to(device)

@@ -55,7 +55,9 @@ class Rows:
 
     def __init__(self, stack: Stack, inputs: Inputs) -> None:
         self.stack, self.cache, self.keep_all = stack, inputs.cache, keeps_all(inputs.cache)
-        self.state = continue_state(inputs, begin_state(stack)) if inputs.caches else None
+        windows = {FOUND: stack.window} | ({} if stack.decided_at is None else {WRITTEN: stack.window})
+        new = MemoryState(STATE, stack.identity, stack.num_back, windows)
+        self.state = continue_state(inputs, new) if inputs.caches else None
         continued = self.state is not None and self.state.seen > 0
         ids_BT, _, starts_BT = masked_ids(inputs.input_ids, inputs.mask_BT, inputs.position_ids, continued=continued)
         history_BS = ids_BT.new_full((len(ids_BT), stack.num_back), -1)
@@ -238,12 +240,6 @@ def check_choices(state: PagedState, tokens: FlatTokens, number_T: Tensor) -> No
             "A request goes on from a prefix that was read with other patches: prefixes are shared among requests of "
             "the same patches only."
         )
-
-
-def begin_state(stack: Stack) -> MemoryState:
-    """What a stack keeps of a new sequence."""
-    windows = {FOUND: stack.window} | ({} if stack.decided_at is None else {WRITTEN: stack.window})
-    return MemoryState(STATE, stack.identity, stack.num_back, windows)
 
 
 def _at_the_end(shape: tuple[int, ...], known: Ints) -> Ints:

@@ -4,20 +4,64 @@ Letters: N texts, S tokens, W places at which a key ends, H columns, C row width
 width, U rows, Q equations.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any, final
+from typing import Any, Literal, final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from engrammar.attach.attached import AttachedMemory
 from engrammar.attach.blocks import find_decoder
+from engrammar.config import check_choice
+from engrammar.edit.applying import memories_of
+from engrammar.edit.asking import require_asking
 from engrammar.edit.optimizing import Added, Adding, Texts
+from engrammar.edit.ranges import require_range
+from engrammar.edit.states import Reached
 from engrammar.fusion import Fusion
 from engrammar.memory import Memory
+
+By = Literal["gradient", "solve"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowSettings:
+    """How rows are found.
+
+    Attributes:
+        by: "solve": rows that give a vector, which is optimized first; "gradient": from there on, on the
+            rows themselves.
+        layer: the block of the memory whose rows are written; None: its first.
+        steps, stop, kl: as of `VectorSettings`.
+        lr: of Adam, in sizes of the hidden state, or of the solved rows.
+        most: the largest size of the vector, and of what the gradient adds to a solved row, in the same.
+        ridge, rounds: of the solve: its ridge as a share of the mean square, and how often it is linearized anew.
+        num_contexts, num_paraphrases, num_others, seed: as of `VectorSettings`.
+    """
+
+    by: By = "solve"
+    layer: int | None = None
+    steps: int = 40
+    stop: float = 0.15
+    kl: float = 0.5
+    lr: float = 0.3
+    most: float = 8.0
+    ridge: float = 1e-6
+    rounds: int = 8
+    num_contexts: int = 2
+    num_paraphrases: int = 2
+    num_others: int = 4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_choice("by", self.by, By)
+        require_range(self, "over 0", "lr", "most", "ridge")
+        require_range(self, "0 or more", "stop", "kl")
+        require_range(self, "1 or more", "steps", "rounds")
+        require_asking(self)
 
 
 @final
@@ -38,7 +82,7 @@ def find_site(model: nn.Module, layer: int | None) -> Site:
         ValueError: there is none, or several, or it is not read at this block.
     """
     decoder = find_decoder(model)
-    memories = [module for module in decoder.host.modules() if isinstance(module, Memory)]
+    memories = memories_of(decoder.host)
     if len(memories) != 1:
         raise ValueError(f"This model has {len(memories)} memories; rows are learned in a model that has one.")
     (memory,) = memories
@@ -59,14 +103,12 @@ def find_site(model: nn.Module, layer: int | None) -> Site:
 def at_rows(site: Site) -> Adding:
     """Values [.., E] are added to what the memory has looked up at a token."""
 
-    @contextmanager
-    def adding(model: nn.Module, added: Added) -> Iterator[None]:
+    def adding(model: nn.Module, added: Added) -> RemovableHandle:
         def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             hidden_BTMD, embedding_BTE, *rest = args
             return hidden_BTMD, added.to(embedding_BTE[:, :, None]).flatten(2), *rest
 
-        with site.fusion.register_forward_pre_hook(before):
-            yield
+        return site.fusion.register_forward_pre_hook(before)
 
     return adding
 
@@ -74,14 +116,12 @@ def at_rows(site: Site) -> Adding:
 def after_memory(site: Site) -> Adding:
     """Values [.., D] are added to what the memory gives, in the size of the residual stream."""
 
-    @contextmanager
-    def adding(model: nn.Module, added: Added) -> Iterator[None]:
+    def adding(model: nn.Module, added: Added) -> RemovableHandle:
         def after(_: nn.Module, args: tuple[Any, ...], output_BTMD: Tensor) -> Tensor:
             changed_BTMD = added.to(args[0])  # its size is measured where it will be added
             return output_BTMD + (changed_BTMD - args[0]) / site.scale
 
-        with site.fusion.register_forward_hook(after):
-            yield
+        return site.fusion.register_forward_hook(after)
 
     return adding
 
@@ -98,31 +138,22 @@ class Spread:
         return padded[self.index_KH.to(rows_UC.device)].flatten(1)
 
 
-@final
-@dataclass(frozen=True, kw_only=True)
-class Solving:
-    """How rows are solved: the ridge, as a share of the mean square of the derivative; how often it is taken anew."""
-
-    ridge: float
-    rounds: int
-
-
 @torch.no_grad()
-def solve_rows(read: Texts, site: Site, spread: Spread, value_D: Tensor, how: Solving) -> Tensor:
+def solve_rows(read: Texts, site: Site, spread: Spread, value_D: Tensor, settings: RowSettings) -> Tensor:
     """The smallest rows_UC that, added to what the memory looks up, make it give `value_D` more at all written places.
 
     Each round linearizes the fusion anew where the last one ended, and solves by least squares with a ridge.
     """
     rows_UC = torch.zeros(spread.num_rows, spread.width, device=value_D.device)
     wanted_WMD: Tensor | None = None
-    for _ in range(how.rounds):
+    for _ in range(settings.rounds):
         places = read_places(read, site, spread(rows_UC))
         output_WMD = fused(site.fusion, places)
         if wanted_WMD is None:
             wanted_WMD = output_WMD + value_D
         jacobian_QX = _in_rows(linearized(site.fusion, places), spread, read.added.number)
         square_XX = jacobian_QX.T @ jacobian_QX
-        square_XX.diagonal().add_(how.ridge * square_XX.diagonal().mean())
+        square_XX.diagonal().add_(settings.ridge * square_XX.diagonal().mean())
         step_X = torch.linalg.solve(square_XX, jacobian_QX.T @ (wanted_WMD - output_WMD).flatten())
         rows_UC = rows_UC + step_X.view_as(rows_UC)
     return rows_UC
@@ -138,10 +169,6 @@ class Places:
     earlier_WC: Tensor | None
 
 
-class _Reached(Exception):
-    """Ends a pass after the fusion."""
-
-
 def read_places(read: Texts, site: Site, values_KE: Tensor) -> Places:
     """The written places of texts, with values added to what is looked up there. The pass ends at the memory."""
     row_W, token_W = read.added.row, read.added.token + read.num_before
@@ -153,9 +180,9 @@ def read_places(read: Texts, site: Site, values_KE: Tensor) -> Places:
         embedding_BTE = embedding_BTE.index_put((row_W, token_W), added_WE, accumulate=True)
         earlier_WC = _earlier(site.fusion, (hidden_BTMD, embedding_BTE, dead_BT), row_W, token_W)
         found.append((hidden_BTMD[row_W, token_W], embedding_BTE[row_W, token_W], earlier_WC))
-        raise _Reached
+        raise Reached
 
-    with site.fusion.register_forward_pre_hook(before), suppress(_Reached):
+    with site.fusion.register_forward_pre_hook(before), suppress(Reached):
         read.decoder.module(read.ids, attention_mask=read.mask, position_ids=read.positions, use_cache=False)
     hidden_WMD, embedding_WE, earlier_WC = found[0]
     return Places(hidden_WMD=hidden_WMD.float(), embedding_WE=embedding_WE.float(), earlier_WC=earlier_WC)

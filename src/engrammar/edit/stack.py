@@ -8,16 +8,16 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, final
+from typing import final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engrammar.edit.exact import Classes, ExactTable, Ints, distinct_rows, key_lengths, pad_keys
+from engrammar.edit.exact import NOTHING, Classes, ExactTable, Ints, distinct_rows, pad_keys
 from engrammar.edit.patch import COLUMNS, Patch, require_same_names
-from engrammar.edit.rows import StackedRows, ValueRows
+from engrammar.edit.rows import ValueRows
 
 PLACE = [COLUMNS.index(name) for name in ("key", "block", "probe")]
 
@@ -40,23 +40,22 @@ class Stack:
     probe_blocks: Ints
     probes_P2D: Tensor  # centre and direction
     thresholds_P: Tensor
-    rows: StackedRows
+    rows: Sequence[ValueRows]  # of each patch
+    first_rows: Ints  # the number of each patch's first row, and of all rows
 
     @cached_property
     def number(self) -> int:
         """A number over 0 that no stack of other patches has."""
         return 1 + int.from_bytes(hashlib.sha256("".join(self.identity).encode()).digest()[:7], "little")
 
-    def of_key(self, *, gated: bool) -> tuple[Ints, Ints]:
-        """The entries with a probe, or without, in the order of their keys; where those of each key begin, [Q+1]."""
-        return self._gated if gated else self._direct
-
     @cached_property
-    def _gated(self) -> tuple[Ints, Ints]:
+    def gated(self) -> tuple[Ints, Ints]:
+        """The entries with a probe, in the order of their keys; where those of each key begin, [Q+1]."""
         return self._of_key(self.columns["probe"] >= 0)
 
     @cached_property
-    def _direct(self) -> tuple[Ints, Ints]:
+    def direct(self) -> tuple[Ints, Ints]:
+        """As `gated`, without a probe."""
         return self._of_key(self.columns["probe"] < 0)
 
     def _of_key(self, wanted_E: NDArray[np.bool_]) -> tuple[Ints, Ints]:
@@ -72,7 +71,7 @@ class Stack:
     @cached_property
     def num_direct_steps(self) -> int:
         """The most steps of an entry without a probe."""
-        return int(self.columns["num_steps"][self._direct[0]].max(initial=0))
+        return int(self.columns["num_steps"][self.direct[0]].max(initial=0))
 
     @cached_property
     def window(self) -> int:
@@ -87,22 +86,22 @@ class Stack:
     @cached_property
     def decided_at(self) -> int | None:
         """The block before which all probes have been read, so that writes are decided; None without probes."""
-        gated, _ = self._gated
+        gated, _ = self.gated
         return int(self.probe_blocks[self.columns["probe"][gated]].max()) if len(gated) else None
 
     @cached_property
     def blocks(self) -> list[int]:
         """The blocks whose input is read or changed."""
-        probed = self.probe_blocks[self.columns["probe"][self._gated[0]]]
+        probed = self.probe_blocks[self.columns["probe"][self.gated[0]]]
         return sorted({*self.columns["block"].tolist(), *probed.tolist()})
 
 
-def stack_patches(patches: Sequence[Patch], parts: Sequence[ValueRows], identity: tuple[str, ...], width: int) -> Stack:
+def stack_patches(patches: Sequence[Patch], rows: Sequence[ValueRows], identity: tuple[str, ...]) -> Stack:
     """Stacks patches in the order in which they were applied; of entries at one place the last one counts.
 
     Args:
-        parts: the value rows of each patch.
-        width: D.
+        patches: one at least.
+        rows: the value rows of each.
 
     Raises:
         ValueError: a patch writes at a block before that of another one's probe, or takes other ids for names.
@@ -111,7 +110,7 @@ def stack_patches(patches: Sequence[Patch], parts: Sequence[ValueRows], identity
     keys_QK, places, first = _places(patches)
     kept = _last_of_each(places)
     order = kept[np.argsort(places[kept, 0], kind="stable")]
-    entries = _joined([patch.entries for patch in patches], len(COLUMNS))[order]
+    entries = np.concatenate([patch.entries for patch in patches]).astype(np.int64)[order]
     columns = {name: entries[:, index].copy() for index, name in enumerate(COLUMNS)}
     patch_E = _owners([len(patch.entries) for patch in patches])[order]
     columns["key"] = places[order, 0]
@@ -120,24 +119,23 @@ def stack_patches(patches: Sequence[Patch], parts: Sequence[ValueRows], identity
     columns["first_step"] += first["steps"][patch_E]
     alone = np.arange(len(order)) + first["facts"][-1]
     columns["fact"] = np.where(columns["fact"] < 0, alone, columns["fact"] + first["facts"][patch_E])
-    steps = _joined([patch.steps for patch in patches], 2)
+    steps = np.concatenate([patch.steps for patch in patches]).astype(np.int64)
     steps[:, 0] += first["rows"][_owners([len(patch.steps) for patch in patches])]
-    probes = np.concatenate([np.empty((0, 2, width), np.float32), *[patch.probe_pairs() for patch in patches]])
-    thresholds = np.concatenate([np.empty(0, np.float32), *[patch.thresholds for patch in patches]])
     stack = Stack(
         identity=identity,
         table=ExactTable(keys_QK),
-        lengths_Q=key_lengths(keys_QK),
+        lengths_Q=(keys_QK != NOTHING).sum(1),
         columns=columns,
-        strengths=np.concatenate([np.empty((0, 2), np.float32), *[patch.strengths for patch in patches]])[order],
+        strengths=np.concatenate([patch.strengths for patch in patches])[order],
         steps=steps,
         names_V=next((patch.names_V() for patch in patches if len(patch.name_ids)), np.empty(0, np.bool_)),
-        probe_blocks=_joined([patch.probe_blocks[:, None] for patch in patches], 1)[:, 0],
-        probes_P2D=torch.from_numpy(probes),
-        thresholds_P=torch.from_numpy(thresholds),
-        rows=StackedRows(parts, width),
+        probe_blocks=np.concatenate([patch.probe_blocks for patch in patches]).astype(np.int64),
+        probes_P2D=torch.from_numpy(np.concatenate([patch.probe_pairs() for patch in patches])),
+        thresholds_P=torch.from_numpy(np.concatenate([patch.thresholds for patch in patches])),
+        rows=rows,
+        first_rows=first["rows"],
     )
-    gated, _ = stack.of_key(gated=True)
+    gated, _ = stack.gated
     if stack.decided_at is not None and (lowest := stack.columns["block"][gated].min()) < stack.decided_at:
         raise ValueError(
             f"One patch writes at block {lowest} and another one's probe is at block {stack.decided_at}: all probes "
@@ -170,11 +168,10 @@ def _places(patches: Sequence[Patch]) -> tuple[Classes, Ints, dict[str, Ints]]:
         "rows": np.cumsum([0, *[len(patch.values) for patch in patches]]),
         "facts": np.cumsum([0, *[len(patch.facts) for patch in patches]]),
     }
-    longest = max((patch.keys_QK.shape[1] for patch in patches), default=1)
-    padded = [pad_keys(patch.keys_QK, longest) for patch in patches]
-    all_keys = np.concatenate([np.empty((0, longest), np.int32), *padded])
+    longest = max(patch.keys_QK.shape[1] for patch in patches)
+    all_keys = np.concatenate([pad_keys(patch.keys_QK, longest) for patch in patches])
     distinct, number_of = distinct_rows(all_keys)
-    key, block, probe = _joined([patch.entries for patch in patches], len(COLUMNS))[:, PLACE].T
+    key, block, probe = np.concatenate([patch.entries for patch in patches]).astype(np.int64)[:, PLACE].T
     patch_E = _owners([len(patch.entries) for patch in patches])
     names: dict[str, int] = {}
     numbers = [names.setdefault(name, len(names)) for patch in patches for name in patch.probe_names]
@@ -191,8 +188,3 @@ def _last_of_each(places: Ints) -> Ints:
     """The number of the last entry at each place, ascending."""
     last, _ = distinct_rows(places[::-1])
     return np.sort(len(places) - 1 - last)
-
-
-def _joined(arrays: Sequence[NDArray[Any]], num_columns: int) -> Ints:
-    """Matrices below each other, in int64."""
-    return np.concatenate([np.empty((0, num_columns), np.int64), *arrays]).astype(np.int64, copy=False)

@@ -1,29 +1,28 @@
-"""Hidden states of a model at the ends of prompts and along texts, before a block.
+"""Hidden states of a model before a block: at the ends of prompts, at what it goes on with after them, along texts.
 
-Letters: N prompts, T tokens, D hidden width.
+Letters: N prompts, T tokens, J tokens that it goes on with, D hidden width.
 """
 
 import copy
 import inspect
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
+from transformers import PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from engrammar.attach.attaching import attachment_of
 from engrammar.attach.blocks import device_of, find_decoder, hidden_of, in_branches
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 BATCH = 32
 SHARED = 16  # tokens that all prompts begin with, such as those of a chat, from which on they are read once
 
 
-class _Reached(Exception):
-    """Ends a pass at the block whose input is read."""
+class Reached(Exception):
+    """Ends a pass where all that is wanted has been read."""
 
 
 @torch.compiler.set_stance("force_eager")  # compiled code does not notice hooks
@@ -40,24 +39,22 @@ def states(model: nn.Module, ids_NT: Tensor, mask_NT: Tensor, block: int, before
 
     def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found.append(hidden_of(decoder.argument, args, kwargs))
-        raise _Reached
+        raise Reached
 
     with decoder.blocks[block].register_forward_pre_hook(stop, with_kwargs=True):
         try:
             cached = {"use_cache": False} if before is None else {"use_cache": True, "past_key_values": before}
             decoder.module(input_ids=ids_NT, attention_mask=mask_NT, **cached)
-        except _Reached:
+        except Reached:
             return in_branches(found[0], decoder.hidden_size).float().mean(2)
     raise AssertionError("the pass ended before the block")
 
 
-def last_states(model: nn.Module, tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str], block: int) -> Tensor:
+def last_states(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], block: int) -> Tensor:
     """[N, D]: what `block` reads at the last token of each prompt, which stands at the beginning of a text.
 
     Shows a progress bar if it takes more than two seconds.
     """
-    from tqdm.auto import tqdm  # type: ignore[import-untyped]
-
     device = device_of(model)
     rows = [tokenizer(prompt).input_ids for prompt in prompts]
     before = _read_shared(model, rows, block)
@@ -103,7 +100,42 @@ def num_shared(rows: Sequence[list[int]]) -> int:
     return min(same, min(map(len, rows)) - 1)
 
 
-def text_states(model: nn.Module, tokenizer: "PreTrainedTokenizerBase", text: str, block: int) -> Tensor:
+def text_states(model: nn.Module, tokenizer: PreTrainedTokenizerBase, text: str, block: int) -> Tensor:
     """[T-1, D]: what `block` reads along a text, without the first token, which models use as a sink."""
     ids_NT = tokenizer(text, return_tensors="pt").input_ids.to(device_of(model))
     return states(model, ids_NT, torch.ones_like(ids_NT), block)[0, 1:].cpu()
+
+
+@torch.no_grad()
+def worded_states(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], block: int, num: int
+) -> Tensor:
+    """[N, J, D]: what `block` reads at the `num` tokens that the model, greedily, goes on with after each prompt.
+
+    Prompts of one length are read together, so there is no padding. Shows a progress bar after two seconds.
+    """
+    decoder = find_decoder(model)
+    host: Any = decoder.host
+    rows = [tokenizer(prompt).input_ids for prompt in prompts]
+    by_length: dict[int, list[int]] = {}
+    for index, ids in enumerate(rows):
+        by_length.setdefault(len(ids), []).append(index)
+    batches = [own[at : at + BATCH] for own in by_length.values() for at in range(0, len(own), BATCH)]
+    seen: list[Tensor] = []
+
+    def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = hidden_of(decoder.argument, args, kwargs)
+        seen.append(in_branches(hidden, decoder.hidden_size)[:, -1].float().mean(1).cpu())
+
+    found: dict[int, Tensor] = {}
+    with decoder.blocks[block].register_forward_pre_hook(see, with_kwargs=True):
+        for batch in tqdm(batches, desc="wording", unit=f" x{BATCH}", delay=2, leave=False):
+            seen.clear()
+            ids_NT = torch.tensor([rows[index] for index in batch], device=device_of(model))
+            host.generate(
+                ids_NT, attention_mask=torch.ones_like(ids_NT), min_new_tokens=num + 1, max_new_tokens=num + 1,
+                do_sample=False, pad_token_id=int(ids_NT[0, 0]),
+            )  # fmt: skip
+            assert len(seen) == num + 1  # the prompt's end, and each token of `num`
+            found |= zip(batch, torch.stack(seen[1:], 1))
+    return torch.stack([found[index] for index in range(len(rows))])

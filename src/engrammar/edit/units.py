@@ -5,7 +5,7 @@ What a part says depends on the request alone, so a run that was killed and one 
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple, final
@@ -59,7 +59,9 @@ class KeptParts:
             told = json.loads(about.read_text())
             patch = read_patch(rows) if told["patch"] else None
             if patch is None or patch_digest(patch) == told["patch"]:
-                return Part(patch, [_refused(unit.facts, **one) for one in told["refused"]])
+                return Part(
+                    patch, [Refused(fact=unit.facts[one["fact"]], reason=one["reason"]) for one in told["refused"]]
+                )
         part = unit.learn()
         if part.patch is not None:
             write_patch(part.patch, rows)
@@ -80,7 +82,3 @@ def _differs(there: str, here: str) -> str:
         return "; ".join(others) or "other words"
     except (ValueError, AttributeError, TypeError, KeyError):
         return "its request.json is damaged"
-
-
-def _refused(facts: Sequence[Fact], fact: int, reason: str) -> Refused:
-    return Refused(fact=facts[fact], reason=reason)

@@ -5,7 +5,7 @@ Letters: B batch, T tokens, H columns, V ids of the tokenizer.
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,22 +23,15 @@ NGram = tuple[int, ...]  # class ids
 
 @dataclass(frozen=True, kw_only=True)
 class Uses:
-    """What a text reads of a patch.
+    """What a text reads of a patch."""
 
-    Attributes:
-        num_tokens: tokens of the text.
-        keys: how often each key occurs, as the longest that ends at its token.
-        rows: for a layer and a replaced row, how often each n-gram of the text reads it. A row that several n-grams
-            read is a collision: all of them read what was written for one.
-    """
-
-    num_tokens: int = 0
-    keys: Counter[Key] = field(default_factory=Counter)
-    rows: dict[tuple[int, int], Counter[NGram]] = field(default_factory=dict)
+    num_tokens: int
+    keys: Counter[Key]  # how often each key occurs, as the longest that ends at its token
+    rows: dict[tuple[int, int], Counter[NGram]]  # for a layer and a replaced row, how often each n-gram reads it
 
     @property
     def collisions(self) -> dict[tuple[int, int], Counter[NGram]]:
-        """The rows that more than one n-gram reads."""
+        """The rows that more than one n-gram reads: all of them read what was written for one."""
         return {place: ngrams for place, ngrams in self.rows.items() if len(ngrams) > 1}
 
 
@@ -50,7 +43,8 @@ def uses(patch: Patch, batches: Iterable[Tensor], classes_V: NDArray[np.int64], 
         classes_V: `vocabulary.compress_vocabulary` of the tokenizer.
         memory: the memory whose rows the patch replaces; None leaves them out.
     """
-    table, key_of = ExactTable(patch.keys_QK), _keys(patch)
+    table = ExactTable(patch.keys_QK)
+    key_of = [patch.key_of(int(entry)) for entry in np.unique(patch.column("key"), return_index=True)[1]]
     num_tokens, keys = 0, Counter[Key]()
     rows: dict[tuple[int, int], Counter[NGram]] = {}
     for ids_BT in batches:
@@ -71,11 +65,6 @@ def inner_rows(ids: Sequence[int], memory: Memory, device: torch.device) -> dict
     order_H = torch.tensor(memory.config.orders).repeat_interleave(memory.config.num_heads)
     found = memory.addresses(given_BT)
     return {layer: rows_BTH[0, -1].cpu().where(order_H <= len(ids), -1) for layer, rows_BTH in found.items()}
-
-
-def _keys(patch: Patch) -> list[Key]:
-    first = np.unique(patch.column("key"), return_index=True)[1]
-    return [patch.key_of(int(entry)) for entry in first]
 
 
 def _count_rows(patch: Patch, memory: Memory, ids_BT: Tensor, rows: dict[tuple[int, int], Counter[NGram]]) -> None:

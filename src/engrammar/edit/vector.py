@@ -7,25 +7,22 @@ Letters: G subjects, D hidden width.
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
+from transformers import PreTrainedTokenizerBase
 
 from engrammar.attach.blocks import evaluating, find_decoder
-from engrammar.edit.applying import applied_patches, without_patches
-from engrammar.edit.asking import Asking, Rewording, Subject, contexts, others, require_asking, subjects_of
+from engrammar.edit.applying import unpatched
+from engrammar.edit.asking import Asking, Subject, require_asking
 from engrammar.edit.building import build_patch
-from engrammar.edit.facts import Fact, Refused
-from engrammar.edit.optimizing import Descent, Text, Texts, at_block, descend, frozen, one_value_a_group
-from engrammar.edit.patch import ExactEntry, Patch, base_of
+from engrammar.edit.facts import Fact, Refused, told
+from engrammar.edit.optimizing import Descent, Texts, at_block, descend, frozen, one_value_a_group
+from engrammar.edit.patch import ExactEntry, base_of
 from engrammar.edit.ranges import require_range
-from engrammar.vocabulary import compress_vocabulary
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from engrammar.edit.units import Part
 
 NO_PLACE = "its prompt has no token of its subject after the first one, where nothing is written: word it otherwise"
 UNSAID = "its prompt, alone or after a sentence, does not say it within the steps and the largest value"
@@ -68,12 +65,8 @@ class VectorSettings:
 
 
 def learn_vector(
-    model: nn.Module,
-    tokenizer: "PreTrainedTokenizerBase",
-    facts: Sequence[Fact],
-    name: str,
-    settings: VectorSettings = VectorSettings(),
-) -> tuple[Patch, list[Refused]]:
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, facts: Sequence[Fact], settings: VectorSettings
+) -> Part:
     """Makes a patch with a value for each subject, and says which facts could not be learned and why.
 
     Paraphrases that a fact brings are learned too. Facts of one subject share its value.
@@ -81,26 +74,20 @@ def learn_vector(
     Raises:
         ValueError: no fact can be learned; the first reason is given.
     """
-    apart = without_patches(model) if applied_patches(model) else nullcontext()
-    with apart, frozen(model), evaluating(find_decoder(model).host):
-        return _Learner(model, tokenizer, settings).learn(facts, name)
+    with unpatched(model), frozen(model), evaluating(find_decoder(model).host):
+        return _Learner(model, tokenizer, settings).learn(facts)
 
 
 class _Learner:
-    def __init__(self, model: nn.Module, tokenizer: "PreTrainedTokenizerBase", settings: VectorSettings) -> None:
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: VectorSettings) -> None:
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         num_blocks = len(find_decoder(model).blocks)
         self.block = min(round(settings.depth * num_blocks), num_blocks - 1)
-        self.classes_V = compress_vocabulary(tokenizer)
-        self.asking = Asking(tokenizer, self.classes_V)
-        self.rewording = Rewording(model, tokenizer, settings.seed)
-        self.before = ["{}", *(one + " {}" for one in contexts(settings.num_contexts, settings.seed))]
+        self.asking = Asking(model, tokenizer, settings)
 
-    def learn(self, facts: Sequence[Fact], name: str) -> tuple[Patch, list[Refused]]:
-        from tqdm.auto import tqdm  # type: ignore[import-untyped]
-
+    def learn(self, facts: Sequence[Fact]) -> Part:
         refused = {fact: NO_PLACE for fact in facts if not self._asks(fact)}
-        subjects = subjects_of([fact for fact in facts if fact not in refused], self.tokenizer, self.classes_V)
+        subjects = self.asking.subjects([fact for fact in facts if fact not in refused])
         values: list[Tensor] = []
         with tqdm(total=len(subjects), desc="values", unit=" subjects", delay=2) as bar:
             for first in range(0, len(subjects), self.settings.together):
@@ -111,50 +98,35 @@ class _Learner:
         refused |= dict.fromkeys(unsaid, UNSAID)
         kept = [fact for fact in facts if fact not in refused]
         if not kept:
-            raise ValueError(f"No fact can be learned: {next(iter(refused.values()), 'none was given')}.")
+            raise ValueError(f"No fact can be learned: {next(iter(refused.values()))}.")
         entries = [
             ExactEntry(key=key, block=self.block, values=value_D[None], fact=kept.index(own[0]))
             for subject, value_D in zip(subjects, values)
             if (own := [fact for fact in subject.facts if fact not in refused])
             for key in subject.keys
         ]
-        described = [{"subject": f.subject, "prompt": f.prompt, "object": f.object} for f in kept]
-        provenance = {"method": "vector", "settings": repr(self.settings)}
         base = base_of(self.model, self.tokenizer)
-        patch = build_patch(name, base, entries, facts=described, provenance=provenance)
-        return patch, [Refused(fact=fact, reason=reason) for fact, reason in refused.items()]
+        patch = build_patch("part", base, entries, **told(kept, "vector", self.settings))
+        return Part(patch, [Refused(fact=fact, reason=reason) for fact, reason in refused.items()])
 
     def _asks(self, fact: Fact) -> bool:
-        (subject,) = subjects_of([fact], self.tokenizer, self.classes_V)
+        (subject,) = self.asking.subjects([fact])
         return self.asking.text(fact.prompt, fact.object, subject, 0) is not None
 
     def _values(self, subjects: Sequence[Subject]) -> list[Tensor]:
         """The value of each subject, [D]."""
-        texts = [text for group, subject in enumerate(subjects) for text in self._texts(subject, group)]
+        texts = [text for group, subject in enumerate(subjects) for text in self.asking.texts(subject, group)]
         how = Descent(steps=self.settings.steps, stop=self.settings.stop, kl=self.settings.kl, most=self.settings.most)
         read = Texts(self.model, texts, at_block(self.block))
-        found = descend(read, one_value_a_group(read), how)
-        return [value_D.to(ROUND).float().cpu() for value_D in found.found_PX]
-
-    def _texts(self, subject: Subject, group: int) -> list[Text]:
-        """All that is learned of a subject, and what is held."""
-        texts = []
-        for fact in subject.facts:
-            asked = [before.format(fact.prompt) for before in self.before] + list(fact.paraphrases)
-            asked += self.rewording.prompts(fact, self.settings.num_paraphrases)
-            texts += [self.asking.text(prompt, fact.object, subject, group) for prompt in asked]
-        held = others(subject.facts[0].subject, self.settings.num_others, self.settings.seed)
-        texts += [self.asking.text(prompt, None, subject, group) for prompt in held]
-        return [text for text in texts if text is not None]
+        found_GD = descend(read, one_value_a_group(read), how)
+        return [value_D.to(ROUND).float().cpu() for value_D in found_GD]
 
     @torch.no_grad()
     def _unsaid(self, subjects: Sequence[Subject], values: Sequence[Tensor]) -> list[Fact]:
         """The facts whose prompts do not say them."""
         unsaid: list[Fact] = []
         for subject, value_D in zip(subjects, values):
-            asked = [(fact, before.format(fact.prompt)) for fact in subject.facts for before in self.before]
-            made = [(fact, self.asking.text(prompt, fact.object, subject, 0)) for fact, prompt in asked]
-            pairs = [(fact, text) for fact, text in made if text is not None]
+            pairs = self.asking.prompts(subject)
             texts = Texts(self.model, [text for _, text in pairs], at_block(self.block))
             _, said_N = texts.losses(texts.logits(value_D[None].to(texts.ids.device)))
             unsaid += [fact for (fact, _), said in zip(pairs, said_N.tolist()) if not said and fact not in unsaid]

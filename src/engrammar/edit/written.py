@@ -1,8 +1,10 @@
-"""Row deltas written into a folder of tables, for engines that read such folders; and taken back to the bit.
+"""Patches that are kept in the folder of a model, and taken back to the bit.
 
-The folder is replaced as a whole: files that do not change are links to the same data, shards with changed rows are
-copies. Beside them stands the record of each patch, `memory.patch.NAME.safetensors`: a patch that holds the rows that
-were there. Whatever fails, and whenever the process is killed, the folder is the old one or the new one.
+Exact entries are files of their own, which `engrammar generate` and other commands apply: no table holds them. Row
+deltas are written into the folder's tables, for engines that read such folders. The folder is then replaced as a whole:
+files that do not change are links to the same data, shards with changed rows are copies. Beside them stands the record
+of each patch, `memory.patch.NAME.safetensors`: a patch that holds the rows that were there. Whatever fails, and
+whenever the process is killed, the folder is the old one or the new one.
 Letters: U rows, S bytes of a stored row.
 """
 
@@ -19,14 +21,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engrammar.edit.files import patch_digest, read_patch, write_patch
-from engrammar.edit.overlay import check_replaced
-from engrammar.edit.patch import Patch, RowDelta, addressing_digest, row_digests
+from engrammar.edit.overlay import check_replaced, require_tables
+from engrammar.edit.patch import Patch, RowDelta, Tables, addressing_digest, row_digests
 from engrammar.stores.disk import DiskStore
 from engrammar.tables.checksums import MANIFEST, read_manifest, write_manifest, write_page_sums
 from engrammar.tables.folder import TableFile, TableFolder, open_tables
 from engrammar.tables.sealed import REPLACED, put_in_place, reason_of
 
 RECORD = "memory.patch.{}.safetensors"
+KEPT = "engrammar_patches"  # the folder in a model's folder in which exact entries are kept
 
 
 def patch_folder(patch: Patch | str | Path, folder: str | Path) -> None:
@@ -85,6 +88,56 @@ def patches_in(folder: str | Path) -> list[str]:
     return [name.removeprefix(before).removesuffix(after) for name in names]
 
 
+def keep_patch(patch: Patch, folder: str | Path) -> None:
+    """Keeps a patch in the folder of a model, whose own files stay as they are (but for rows that it replaces).
+
+    Raises:
+        ValueError: it is no folder, or holds a patch of that name.
+        OSError: the disk is full or fails; the folder is as it was.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise ValueError(
+            f"{path} is not a folder: patches are kept in the folder of a model (save_pretrained makes one)."
+        )
+    if patch.name in kept_names(path):
+        raise ValueError(f"{path} holds a patch {patch.name!r} already: undo it, or give this one another name.")
+    if patch.deltas:
+        patch_folder(patch, path)
+        return
+    (path / KEPT).mkdir(exist_ok=True)
+    write_patch(patch, path / KEPT / f"{patch.name}.safetensors")
+
+
+def drop_patch(folder: str | Path, name: str) -> None:
+    """Takes a kept patch out of a folder. Its files are as they were.
+
+    Raises:
+        ValueError: it holds no such patch.
+        OSError: the disk is full or fails; the folder is as it was.
+    """
+    path = Path(folder)
+    if name in patches_in(path):
+        unpatch_folder(path, name)
+        return
+    file = path / KEPT / f"{name}.safetensors"
+    if file not in kept_files(path):
+        raise ValueError(f"{path} holds no patch {name!r}; it holds {', '.join(kept_names(path)) or 'none'}.")
+    file.unlink()
+    if not any(file.parent.iterdir()):
+        file.parent.rmdir()
+
+
+def kept_files(folder: str | Path) -> list[Path]:
+    """The files of the patches that are kept in a folder and are not in its tables, in the order of their names."""
+    return sorted((Path(folder) / KEPT).glob("*.safetensors"))
+
+
+def kept_names(folder: str | Path) -> list[str]:
+    """The names of all patches that are kept in a folder."""
+    return sorted([*patches_in(folder), *(file.stem for file in kept_files(folder))])
+
+
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[Path]:
     """Lets one process at a time change a folder; puts back what a killed one had renamed."""
@@ -106,30 +159,20 @@ def _locked(folder: Path) -> Iterator[Path]:
 
 def _tables_for(patch: Patch, folder: Path) -> TableFolder:
     """The tables of a folder, which must be those that a patch is for."""
-    opened, tables = open_tables(folder), patch.tables
-    assert tables is not None
-    found = {
-        "addressing_sha256": addressing_digest(opened.memory, opened.geometry),
-        "width": opened.memory.head_dim,
-        "num_rows": {layer: table.num_rows for layer, table in opened.tables.items()},
-        "encoding": opened.encoding,
-    }
-    for what, here in found.items():
-        there = getattr(tables, what)
-        if there != here:
-            raise ValueError(
-                f"The patch {patch.name!r} replaces rows of tables with another {what} ({there} there, {here} in "
-                f"{folder}): make it for these tables."
-            )
+    opened = open_tables(folder)
+    found = Tables(
+        addressing_sha256=addressing_digest(opened.memory, opened.geometry),
+        encoding=opened.encoding,
+        width=opened.memory.head_dim,
+        num_rows={layer: table.num_rows for layer, table in opened.tables.items()},
+    )
+    require_tables(patch, found, f"in {folder}")
     return opened
 
 
 def _stored_rows(table: TableFile, delta: RowDelta) -> NDArray[np.uint8]:
-    store = DiskStore(table)
-    try:
+    with contextlib.closing(DiskStore(table)) as store:
         return store.fetch(delta.rows_U).wait()
-    finally:
-        store.close()
 
 
 def _rewrite(opened: TableFolder, deltas: Mapping[int, RowDelta], record: str, content: Patch | None) -> None:

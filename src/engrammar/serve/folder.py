@@ -13,7 +13,7 @@ from huggingface_hub import snapshot_download
 
 from engrammar.attach.attaching import require_attachment
 from engrammar.edit import applied_patches, apply_patch
-from engrammar.edit.kept import kept_files
+from engrammar.edit.written import kept_files
 from engrammar.model.saving import local_folder
 from engrammar.tables.sealed import written_beside
 from engrammar.train.attached import load_base

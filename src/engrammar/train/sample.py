@@ -14,7 +14,7 @@ from engrammar.attach import load_attached
 from engrammar.config import check_setting
 from engrammar.edit.applying import apply_patch
 from engrammar.edit.forms import in_chat
-from engrammar.edit.kept import kept_files
+from engrammar.edit.written import kept_files
 from engrammar.model.configuration import EngrammarConfig, load_config
 from engrammar.model.modeling import EngrammarForCausalLM
 from engrammar.stores.base import RowStore

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, final
 
 from engrammar.edit import Patch, apply_patch, read_patch
-from engrammar.edit.building import conflicts, in_conflict
+from engrammar.edit.building import refuse_conflicts
 from engrammar.edit.files import patch_digest
 from engrammar.edit.overlay import TableOverlay, check_tables
 from engrammar.edit.patch import joined
@@ -38,7 +38,8 @@ def read_patches(paths: Sequence[Path], *, self_test: bool) -> list[Patch]:
                 f"The patch {patch.name!r} adds to hidden states, and whether it is for this model is found out by the "
                 "self-test: do not turn it off."
             )
-        refuse_conflicts(patch, patches)
+        for other in patches:
+            refuse_conflicts(other, patch)
         patches.append(patch)
     return patches
 
@@ -73,14 +74,15 @@ class Offer:
     def _put_together(self, chosen: tuple[str, ...]) -> Stack | None:
         own = [one for one in self.on_request if one.name in chosen]
         for index, one in enumerate(own):
-            refuse_conflicts(one, [*self.for_all, *own[:index]])
+            for other in (*self.for_all, *own[:index]):
+                refuse_conflicts(other, one)
         patches = [one for one in (*self.for_all, *own) if len(one.entries)]
         if not patches:
             return None
         digests = tuple(map(patch_digest, patches))
         stores = [ArrayStore(f"the values of {one.name}", digest, one.values) for one, digest in zip(patches, digests)]
         rows = [ValueRows(store=store, encoding=patch.encoding) for store, patch in zip(stores, patches)]
-        return stack_patches(patches, rows, digests, patches[0].base.hidden_size)
+        return stack_patches(patches, rows, digests)
 
 
 def read_offer(for_all: Sequence[Path], on_request: Sequence[Path], *, self_test: bool = True) -> Offer:
@@ -102,13 +104,6 @@ def read_offer(for_all: Sequence[Path], on_request: Sequence[Path], *, self_test
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"Two patches are called {twice!r}: leave one out, or give it another name.")
     return offer
-
-
-def refuse_conflicts(patch: Patch, others: Sequence[Patch]) -> None:
-    """Raises a ValueError if patches change something that this one changes differently."""
-    for other in others:
-        if found := conflicts(other, patch):
-            raise ValueError(in_conflict(other.name, patch.name, found))
 
 
 def replace_patched_rows(memory: Memory | None, patches: Sequence[Patch]) -> None:

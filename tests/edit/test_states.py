@@ -5,8 +5,7 @@ import torch
 from attached_models import base_model, tokenizer
 from engrammar.edit import Fact, GatedSettings
 from engrammar.edit.gated import GatedReader
-from engrammar.edit.states import last_states
-from engrammar.edit.wording import worded_states
+from engrammar.edit.states import last_states, worded_states
 
 PROMPTS = ["w9 w3 w4", "w5", "w9 w7 w8", "w10 w11 w12 w13"]
 
