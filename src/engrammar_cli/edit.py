@@ -173,8 +173,11 @@ def _uses(patch: Any, tokenizer: Any, text: Path) -> tuple[int, Counter[tuple[in
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {text} ({error}): give a text file in UTF-8.") from error
     ids = tokenizer(read, return_tensors="pt", add_special_tokens=False).input_ids
-    found = uses(patch, ids.split(TOKENS, 1), compress_vocabulary(tokenizer))
-    return found.num_tokens, found.keys
+    back, classes_V = patch.keys_QK.shape[1] - 1, compress_vocabulary(tokenizer)  # a key may begin in the piece before
+    firsts = range(TOKENS, ids.shape[1], TOKENS)
+    pieces = [ids[:, :TOKENS], *(ids[:, first - back : first + TOKENS] for first in firsts)]
+    twice = uses(patch, [ids[:, first - back : first] for first in firsts], classes_V)
+    return ids.shape[1], uses(patch, pieces, classes_V).keys - twice.keys
 
 
 def apply(model: Positional[Path], patch: Positional[Path], /) -> None:

@@ -9,6 +9,7 @@ from attached_models import base_model, tokenizer
 from edited_models import OURS
 from engrammar.edit.files import read_patch
 from engrammar.edit.learning import SETTINGS
+from engrammar_cli import edit
 from engrammar_cli.main import main
 from steerable_models import FACTS, SEEDS, steerable
 
@@ -70,13 +71,18 @@ def test_a_patch_is_applied_in_a_folder_undone_and_forgotten(folder, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == plain
 
 
-def test_what_a_patch_touches_is_shown(folder, capsys):
+def test_what_a_patch_touches_is_shown(folder, capsys, monkeypatch):
     model, patch = str(folder / "model"), str(folder / "p.safetensors")
     (folder / "text.txt").write_text("w1 w3 w4 w2 w2 w3 w4 w30")
     main(["edit", "learn", model, str(folder / "facts.jsonl"), "--out", patch])
+    capsys.readouterr()
     main(["edit", "show", patch, "--model", model, "--text", str(folder / "text.txt")])
     said = capsys.readouterr().out
     assert "2 of 8 tokens of" in said and "2 times 'w3w4'" in said.replace(" w4", "w4").replace("W", "w")
+    for size in (2, 3, 5):  # a key that begins in one piece of the text and ends in the next is one
+        monkeypatch.setattr(edit, "TOKENS", size)
+        main(["edit", "show", patch, "--model", model, "--text", str(folder / "text.txt")])
+        assert capsys.readouterr().out == said
     assert said.count("of 20 phrasings reach") == 3
     with pytest.raises(SystemExit):
         main(["edit", "show", patch, "--text", str(folder / "text.txt")])

@@ -333,7 +333,7 @@ def test_kept_prefixes_of_a_patched_model_are_refused(tmp_path):
     kept = keep_prefix(model, items, tmp_path / "prefix")
     apply_patch(model, patch)
     with pytest.raises(ValueError, match="Blocks that a patch writes at are skipped"):
-        model(input_ids=ids[:1], kept_hidden=kept[0]["kept_hidden"][None])
+        model(**{name: value[None] for name, value in kept[0].items()})
 
 
 def test_a_pass_that_is_under_way_ends_as_it_began():

@@ -71,6 +71,23 @@ def test_a_proof_fails_where_the_fact_is_still_there(llama, patch):
     assert not proof.holds and proof.keys and proof.rows and proof.told
 
 
+def test_nothing_is_proved_on_a_model_that_has_the_patch(llama, patch):
+    """Every answer would be as it was, since it was already the fact's."""
+    apply_patch(llama, patch, tokenizer())
+    try:
+        with pytest.raises(ValueError, match="is applied: undo it, since answers without it are needed"):
+            prove_forgotten(forget(patch, "w3 w4"), llama, tokenizer(), 2)
+    finally:
+        undo_patch(llama)
+
+
+def test_facts_without_a_prompt_stay(llama, patch):
+    facts = [{**row, "prompt": None} if row["subject"] == "w7 w8" else row for row in patch.facts]
+    facts = [{name: value for name, value in row.items() if value is not None} for row in facts]
+    done = forget(replace(patch, facts=facts), "w3 w4")
+    assert prove_forgotten(done, llama, tokenizer(), 2).holds
+
+
 def test_forgotten_and_learned_again_is_a_fresh_edit(llama, patch):
     other = Fact(subject="w3 w4", prompt=FACTS[0].prompt, object="w25")
     again = learn(llama, tokenizer(), [other, *FACTS[1:]], settings=SETTINGS).patch

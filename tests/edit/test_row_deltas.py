@@ -9,7 +9,7 @@ import torch
 
 from attached_models import base_model
 from edited_models import OURS, WITH_MEMORY, model_of_kind, small_patch, spoken_ids, tokenizer
-from engrammar.attach import load_attached, save_attached
+from engrammar.attach import detach, load_attached, save_attached
 from engrammar.edit import (
     applied_patches,
     apply_patch,
@@ -34,7 +34,7 @@ from engrammar.train.placement import place_tables
 
 def bits(model, ids: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        return model(ids, use_cache=False).logits.view(torch.int32)
+        return model(ids, use_cache=False).logits.float().view(torch.int32)
 
 
 def memory_of(model) -> Memory:
@@ -51,6 +51,28 @@ def test_a_model_whose_rows_a_patch_replaces_is_not_placed():
     undo_patch(model, "rows")
     place_tables(model)
     assert torch.equal(bits(model, ids), plain)
+
+
+def test_patches_are_undone_on_a_model_that_was_cast():
+    """The rows that a patch holds are of the precision in which it was applied."""
+    model, ids = model_of_kind(OURS), spoken_ids(2, 9)
+    for name, part in (("a", slice(0, 2)), ("b", slice(2, 4))):
+        apply_patch(model, row_patch(model, name, ids, part)[0], tokenizer())
+    model.bfloat16()
+    undo_patch(model, "a")
+    only_b = model_of_kind(OURS)
+    apply_patch(only_b, row_patch(only_b, "b", ids, slice(2, 4))[0], tokenizer())
+    assert applied_patches(model) == ["b"]
+    assert torch.equal(bits(model, ids), bits(only_b.bfloat16(), ids))
+    assert torch.equal(bits(undo_patch(model), ids), bits(model_of_kind(OURS).bfloat16(), ids))
+
+
+def test_a_memory_whose_rows_a_patch_replaces_is_not_detached():
+    model, ids = model_of_kind(WITH_MEMORY), spoken_ids(2, 9)
+    apply_patch(model, row_patch(model, "rows", ids)[0], tokenizer())
+    with pytest.raises(ValueError, match="A patch replaces rows of the memory 'default'"):
+        detach(model)
+    detach(undo_patch(model))
 
 
 def read_rows(model, ids: torch.Tensor) -> dict[int, torch.Tensor]:

@@ -8,7 +8,7 @@ import torch
 from attached_models import random_ids, tokenizer
 from edited_models import OURS, WITH_MEMORY, model_of_kind
 from engrammar.attach.blocks import find_decoder
-from engrammar.edit import Fact, VectorSettings, apply_patch, learn, undo_patch
+from engrammar.edit import Fact, VectorSettings, apply_patch, forget, learn, undo_patch
 from engrammar.edit.asking import Asking, asking, contexts, others
 from engrammar.edit.optimizing import Descent, Texts, at_block, descend, frozen, one_value_a_group
 from engrammar.edit.vector import NO_PLACE, UNSAID
@@ -125,6 +125,11 @@ def test_facts_of_one_subject_share_a_value():
     assert not refused and len(patch.values) == 1
     apply_patch(model, patch, tokenizer())
     assert all(says(model, fact) for fact in pair)
+    undo_patch(model)
+    for fact in pair:  # what one fact would leave is the other's
+        with pytest.raises(ValueError, match="'w3 w4' has one value for .*forget all facts of the subject"):
+            forget(patch, "w3 w4", fact.prompt)
+    assert forget(patch, "w3 w4").after is None
 
 
 def test_weights_take_gradients_as_before_and_nothing_is_left_behind():

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from engrammar.addressing import derive_geometry
 from engrammar.attach.attached import AttachedMemory, Place
-from engrammar.attach.blocks import Decoder, device_of, find_decoder, host_of, is_plain, measure
+from engrammar.attach.blocks import PATCHES, Decoder, device_of, find_decoder, host_of, is_plain, measure
 from engrammar.attach.fingerprints import fingerprint_of
 from engrammar.attach.folder import write_adapter
 from engrammar.attach.passes import HOME, Attachment
@@ -107,10 +107,14 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     Its parameters can be trained if they could be before.
 
     Raises:
-        ValueError: the model has no such memory.
+        ValueError: the model has no such memory, or a patch replaces rows of it.
     """
     attachment = require_attachment(model, name)
     names = list(attachment) if name is None else [name]
+    patched = [memory for memory, _ in getattr(getattr(host_of(model), PATCHES, None), "overlays", ())]
+    for one in names:
+        if attachment.memories()[one].memory in patched:
+            raise ValueError(f"A patch replaces rows of the memory {one!r}: undo the patch first.")
     for one in names:
         del attachment[one]
         del attachment.closed[one]

@@ -111,6 +111,8 @@ class Attachment(nn.ModuleDict):
     def before_pass(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Starts reading the rows of this pass."""
         memories = {name: memory for name, memory in self.memories().items() if not self.is_off(name)}
+        # A KeyboardInterrupt may have left a pass behind: torch calls no hook after one.
+        others = tuple(one for one in _passes.get() if one.attachment is not self)
         begun = Pass(attachment=self)
         given = dict(zip(self.arguments, args)) | kwargs
         check_continues(given, memories)
@@ -122,7 +124,7 @@ class Attachment(nn.ModuleDict):
             keep_all = keeps_all(inputs.cache)
             reads = {name: _read(name, memory, inputs, keep_all) for name, memory in memories.items()}
             begun = Pass(attachment=self, reads=reads, keep_all=keep_all, cache=inputs.cache)
-        _passes.set((*_passes.get(), begun))
+        _passes.set((*others, begun))
 
     @torch.compiler.disable
     def before_block(

@@ -5,7 +5,7 @@ Letters: V ids of the tokenizer.
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, final
@@ -28,7 +28,7 @@ from engrammar.attach.blocks import (
     host_of,
 )
 from engrammar.attach.fingerprints import check_base
-from engrammar.config import check_choice
+from engrammar.config import Encoding, check_choice
 from engrammar.edit.building import refuse_conflicts
 from engrammar.edit.checking import check_patch
 from engrammar.edit.files import patch_digest, read_patch, refuse, value_table
@@ -83,6 +83,16 @@ class Edits:
             if name in [one.patch.name for one in patches]:
                 raise ValueError(f"A patch {name!r} is {what} already: undo it, or give this one another name.")
 
+    def require_one_vocabulary(self, patch: Patch) -> None:
+        """Raises a ValueError if a patch knows ids by other classes than one that is applied or offered."""
+        for other in (one.patch for one in (*self.applied, *self.offered)):
+            has_keys = len(other.entries) and len(patch.entries)
+            if has_keys and other.base.classes_sha256 != patch.base.classes_sha256:
+                raise ValueError(
+                    f"The patch {patch.name!r} is for a tokenizer with other classes of ids ({patch.base.num_ids} ids) "
+                    f"than {other.name!r} ({other.base.num_ids} ids), which is on this model: undo that one first."
+                )
+
     def stack_of(self, applied: Sequence[Applied]) -> Stack | None:
         """The exact entries of some patches as one; None if there are none.
 
@@ -109,17 +119,19 @@ class Edits:
         reach = Reach.of([one for one in (stack, *alone) if one is not None]) if offered else None
         kept = {*applied, *offered}
         gone = [one.rows.store for one in (*self.applied, *self.offered) if one not in kept]
-        self.applied, self.offered = applied, offered
         wanted: dict[tuple[Memory, int], list[Any]] = {place: [] for place in self.overlays}
+        encodings: dict[Memory, Encoding] = {}
         for one in applied:
             for layer, delta in one.patch.deltas.items():
-                assert one.memory is not None
+                assert one.memory is not None and one.patch.tables is not None
                 wanted.setdefault((one.memory, layer), []).append(delta)
+                encodings[one.memory] = one.patch.tables.encoding
         for place, deltas in wanted.items():
             overlay = self.overlays.setdefault(place, TableOverlay(place[0].table(place[1])))
-            overlay.show(joined(deltas) if deltas else None)
+            overlay.show(joined(deltas) if deltas else None, encodings.get(place[0]))
             if not deltas:
                 del self.overlays[place]
+        self.applied, self.offered = applied, offered
         self.hooks.place(stack, gone, reach)
 
 
@@ -133,7 +145,8 @@ def apply_patch(
 ) -> nn.Module:
     """Applies a patch to a model, in place, beside those that are applied. Weights and files stay as they are.
 
-    The next pass sees it. A cache that was filled before is refused, since its keys and values are of other edits.
+    The next pass sees it. A cache that was filled before is refused, since its keys and values are of other edits. (Not
+    where a patch only replaces rows, nor once the last patch is undone: begin with a new cache.)
 
     Args:
         model: the model that the patch is for; a memory may be attached to it, PEFT may have wrapped it.
@@ -184,13 +197,15 @@ def add_patch(
     is_new = edits is None
     edits = Edits(decoder) if edits is None else edits
     edits.require_free(patch.name)
-    classes_V = _classes(patch, edits, tokenizer)
+    edits.require_one_vocabulary(patch)
+    classes_V, before_V = _classes(patch, edits, tokenizer), edits.hooks.classes_V
     held = None if not patch.deltas else _memory(patch, decoder)
     one = _with_rows(patch, path, memory, held)
     try:
         edits.hooks.classes_V = classes_V
         add(edits, one)
     except BaseException:
+        edits.hooks.classes_V = before_V
         one.rows.store.close()
         raise
     if is_new:
@@ -235,20 +250,27 @@ def applied_patches(model: nn.Module) -> list[str]:
 def without_patches(model: nn.Module) -> Iterator[None]:
     """Switches exact entries off inside a `with` block, in every thread; row deltas stay.
 
+    They are on again when the last of several such blocks has ended, in whatever order they end. A cache that was
+    filled with patches is not continued without them.
+
     Raises:
         ValueError: no patch is applied.
     """
     hooks = _require_edits(model).hooks
-    before, hooks.is_on = hooks.is_on, False
+    with hooks.lock:
+        hooks.closed += 1
     try:
         yield
     finally:
-        hooks.is_on = before
+        with hooks.lock:
+            hooks.closed -= 1
 
 
-def unpatched(model: nn.Module) -> AbstractContextManager[None]:
-    """`without_patches`, where a model may also have none."""
-    return without_patches(model) if applied_patches(model) else nullcontext()
+@contextmanager
+def unpatched(model: nn.Module) -> Iterator[None]:
+    """`without_patches`, where a model may also have none, and in evaluation: how facts are learned."""
+    with without_patches(model) if applied_patches(model) else nullcontext(), evaluating(host_of(model)):
+        yield
 
 
 def edits_of(model: nn.Module) -> Edits | None:

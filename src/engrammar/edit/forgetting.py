@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from engrammar.attach.blocks import device_of
 from engrammar.edit.answers import answer, phrasings_of, probe_of, says
-from engrammar.edit.applying import apply_patch, edits_of, undo_patch
+from engrammar.edit.applying import applied_patches, apply_patch, edits_of, undo_patch
 from engrammar.edit.building import build_patch
 from engrammar.edit.facts import Fact, as_fact
 from engrammar.edit.patch import Key, Patch, RowDelta, value_rows
@@ -80,6 +80,7 @@ def forget(
         named = sorted({row.get("subject", "") for row in patch.facts})
         shown = ", ".join(map(repr, named[:5])) + (f" and {len(named) - 5} more" if len(named) > 5 else "")
         raise ValueError(f"The patch {patch.name!r} holds no such fact about {subject!r}; it is about {shown}.")
+    _check_alone(patch, gone)
     deltas = _deltas_without(patch, gone, model, tokenizer) if patch.deltas else {}
     numbers = {old: new for new, old in enumerate(i for i in range(len(patch.facts)) if i not in gone)}
     kept = [replace(one, fact=numbers.get(one.fact, -1)) for one in patch.exact_entries() if one.fact not in gone]
@@ -99,6 +100,19 @@ def forget(
         encoding=patch.encoding,
     )
     return Forgotten(facts=facts, before=patch, after=after)
+
+
+def _check_alone(patch: Patch, gone: Sequence[int]) -> None:
+    """Raises a ValueError if some facts have a value together with others, as method "vector" gives a subject one."""
+    own = {one.fact for one in patch.exact_entries()}
+    for index, row in enumerate(patch.facts):
+        shared = [i for i, other in enumerate(patch.facts) if other.get("subject") == row.get("subject")]
+        if own and index not in own and not own.isdisjoint(shared) and 0 < len({*shared} & {*gone}) < len(shared):
+            named = ", ".join(repr(patch.facts[i].get("prompt")) for i in shared)
+            raise ValueError(
+                f"{row.get('subject')!r} has one value for {named}: forget all facts of the subject (give no prompt), "
+                "and learn again what should stay."
+            )
 
 
 def _deltas_without(patch: Patch, gone: Sequence[int], model: Any, tokenizer: Any) -> dict[int, RowDelta]:
@@ -162,7 +176,12 @@ def prove_forgotten(done: Forgotten, model: Any, tokenizer: PreTrainedTokenizerB
 
     Args:
         model: the model, without the patch.
+
+    Raises:
+        ValueError: the patch is applied, so that there is no answer without it.
     """
+    if done.before.name in applied_patches(model):
+        raise ValueError(f"The patch {done.before.name!r} is applied: undo it, since answers without it are needed.")
     prompts = {p: f.object for f in done.facts for p in phrasings_of(f, probe_of(done.before, f))}
     plain = answer(model, tokenizer, list(prompts), num_tokens)
     now = plain
@@ -177,7 +196,8 @@ def prove_forgotten(done: Forgotten, model: Any, tokenizer: PreTrainedTokenizerB
     if done.after is None:
         return Proof(keys=0, rows=0, answered=answered, told=told)
     gone = {(fact.subject, fact.prompt) for fact in done.facts}
-    others = {i for i, row in enumerate(done.before.facts) if (row["subject"], row["prompt"]) not in gone} | {-1}
+    facts = [(row.get("subject"), row.get("prompt")) for row in done.before.facts]
+    others = {index for index, named in enumerate(facts) if named not in gone} | {-1}
     is_other_E = np.isin(done.before.column("fact"), sorted(others))
     keys, rows = _keys_and_rows(done.before, ~is_other_E)
     other_keys, other_rows = _keys_and_rows(done.before, is_other_E)

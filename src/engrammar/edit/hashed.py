@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import PreTrainedTokenizerBase
 
-from engrammar.attach.blocks import device_of, evaluating, find_decoder
-from engrammar.edit.applying import edits_of, unpatched
+from engrammar.attach.blocks import device_of, find_decoder
+from engrammar.edit.applying import unpatched
 from engrammar.edit.asking import Asking, Subject
 from engrammar.edit.building import build_patch
 from engrammar.edit.facts import Fact, Refused, told
@@ -44,10 +44,7 @@ def learn_rows(
         ValueError: the model has no memory, or several, or patches with row deltas are applied; or no fact can be
             learned.
     """
-    edits = edits_of(model)
-    if edits is not None and edits.overlays:
-        raise ValueError("Patches that replace rows are applied: undo them, since rows are learned on the table's own.")
-    with unpatched(model), frozen(model), evaluating(find_decoder(model).host):
+    with unpatched(model), frozen(model):
         return _Learner(model, tokenizer, settings).learn(facts)
 
 

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import PreTrainedTokenizerBase
 
 from engrammar.config import check_choice
+from engrammar.edit.applying import edits_of
 from engrammar.edit.building import merge
 from engrammar.edit.facts import Fact, Refused, as_fact
 from engrammar.edit.gated import GatedReader
@@ -90,6 +91,11 @@ def request(
     if settings is not None and not isinstance(settings, kind):
         raise ValueError(f"settings are {type(settings).__name__}; method {method!r} takes {kind.__name__}.")
     chosen = kind() if settings is None else settings
+    edits = edits_of(model)
+    if edits is not None and edits.overlays:
+        raise ValueError(
+            "Patches that replace rows are applied: undo them, since facts are learned on the table's own."
+        )
     wanted = [fact if isinstance(fact, Fact) else as_fact(fact) for fact in facts]
     if not wanted:
         raise ValueError("No fact can be written: none was given.")

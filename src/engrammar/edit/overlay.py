@@ -3,6 +3,7 @@
 Letters: B batch, T tokens, H columns, C row width, E = H*C, U replaced rows, N rows asked for, S bytes of a stored row.
 """
 
+import copy
 from collections.abc import Mapping
 from typing import Any, final
 
@@ -35,6 +36,9 @@ class OverlayStore(RowStore):
 
     def _fetch(self, rows_N: NDArray[np.int64]) -> Fetch:
         return _Replaced(self.store.fetch(rows_N), self.delta, rows_N)
+
+    def _detach(self) -> None:
+        self.store = copy.deepcopy(self.store)
 
     def close(self) -> None:
         self.store.close()
@@ -77,8 +81,12 @@ class TableOverlay:
         self.table = table
         self.handle: RemovableHandle | None = None
 
-    def show(self, delta: RowDelta | None) -> None:
-        """Replaces these rows and no others; with None the table is as it was."""
+    def show(self, delta: RowDelta | None, encoding: Encoding | None = None) -> None:
+        """Replaces these rows and no others; with None the table is as it was.
+
+        Args:
+            encoding: that of the rows in front of a parameter; None: as the parameter is now.
+        """
         source = self.table.source
         if isinstance(source, StoredTables):
             below = _below(source, self.table)
@@ -89,17 +97,17 @@ class TableOverlay:
             self.handle.remove()
             self.handle = None
         if delta is not None:
-            self.handle = self.table.register_forward_hook(_Replacing(delta, self.table))
+            self.handle = self.table.register_forward_hook(_Replacing(delta, self.table, encoding))
 
 
 @final
 class _Replacing:
     """A hook that replaces rows among those that a table of parameters has looked up."""
 
-    def __init__(self, delta: RowDelta, table: MemoryTable) -> None:
+    def __init__(self, delta: RowDelta, table: MemoryTable, encoding: Encoding | None) -> None:
         weight_RC = table.weight
         assert weight_RC is not None
-        encoding = PARAMETERS[weight_RC.dtype]
+        encoding = PARAMETERS[weight_RC.dtype] if encoding is None else encoding
         self.rows_U = torch.from_numpy(delta.rows_U)
         self.values_UC = decode(torch.from_numpy(delta.stored_US), table.shape[1], encoding, weight_RC.dtype)
 
@@ -110,7 +118,7 @@ class _Replacing:
         is_replaced_BTH = rows_U[at_BTH] == rows_BTH
         if not bool(is_replaced_BTH.any()):
             return embedding_BTE
-        new_BTHC = self.values_UC.to(embedding_BTE.device)[at_BTH]
+        new_BTHC = self.values_UC.to(embedding_BTE)[at_BTH]  # which may have been cast since
         kept_BTHC = embedding_BTE.unflatten(-1, (rows_BTH.shape[-1], -1))
         return torch.where(is_replaced_BTH[..., None], new_BTHC, kept_BTHC).flatten(-2)
 

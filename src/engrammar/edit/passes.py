@@ -15,21 +15,31 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers.cache_utils import Cache
 
 from engrammar.attach.around import note_ids
 from engrammar.attach.blocks import Decoder, first_parameters, hidden_of, in_branches, with_hidden
-from engrammar.attach.inputs import read_inputs
+from engrammar.attach.inputs import CACHES, read_inputs
 from engrammar.attach.paged import flat_in
 from engrammar.attach.skipping import is_skipped
+from engrammar.attach.state import state_in
 from engrammar.edit.exact import Ints
 from engrammar.edit.gating import CODES, NO_WRITE, decide, margins
 from engrammar.edit.lookup import NO_CANDIDATES, NO_WRITES, NONE, Writes, candidates, direct_writes, find_keys
 from engrammar.edit.rows import ReadRows
-from engrammar.edit.sequences import STACKS, Paged, Reach, Requests, Rows, by_choice
+from engrammar.edit.sequences import STACKS, STATE, Paged, Reach, Requests, Rows, by_choice
 from engrammar.edit.stack import Stack
 from engrammar.stores.base import RowStore
 
 _passes: ContextVar[tuple["Begun", ...]] = ContextVar("engrammar_edit_passes", default=())
+
+
+def refuse_filled(given: Mapping[str, Any]) -> None:
+    """Raises a ValueError if a pass without patches is to go on from a cache that was filled with some."""
+    cache = next((given[name] for name in CACHES if isinstance(given.get(name), Cache)), None)
+    state = state_in(cache, STATE) if hasattr(cache, "layers") else None
+    if state is not None and state.seen:
+        raise ValueError("The cache was filled with patches that are off or undone now: pass a new cache.")
 
 
 @final
@@ -130,7 +140,7 @@ class EditHooks:
         self.stack: Stack | None = None  # what is applied
         self.reach: Reach | None = None  # that of all stacks among which requests choose in a paged cache, if they do
         self.classes_V = np.empty(0, np.int32)  # the class of each id
-        self.is_on = True  # whether passes look keys up
+        self.closed = 0  # how many `without_patches` blocks are open, in all threads; then no keys are looked up
         self.under_way, self.lock = 0, threading.Lock()  # passes that have begun and not ended, in all threads
         self.places = [*decoder.blocks, *([] if final_norm is None else [final_norm])]
         self.closing: list[RowStore] = []
@@ -185,10 +195,12 @@ class EditHooks:
     @torch.compiler.disable
     def before_pass(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Finds the keys of this pass."""
+        self._drop_interrupted()
         stack, reach = self.stack, self.reach
-        if not self.is_on or (stack is None and reach is None):
-            return
         given: Mapping[str, Any] = dict(zip(self.arguments, args)) | kwargs
+        if self.closed or self._is_idle():
+            refuse_filled(given)
+            return
         tokens = flat_in(given)
         chosen = None if tokens is None or reach is None else getattr(tokens.cache, STACKS, None)
         sequences: list[Rows | Requests] = []
@@ -207,6 +219,16 @@ class EditHooks:
             self.threads.add(threading.get_ident())
         _passes.set((*_passes.get(), begun))
 
+    def _drop_interrupted(self) -> None:
+        """Forgets passes of this thread that a KeyboardInterrupt ended: torch calls no hook after one."""
+        passes = _passes.get()
+        others = tuple(one for one in passes if one.hooks is not self)
+        if len(others) < len(passes):
+            _passes.set(others)
+            with self.lock:
+                self.under_way -= len(passes) - len(others)
+                self._tidy()
+
     @torch.compiler.disable
     def before(
         self, block: int, argument: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -214,7 +236,7 @@ class EditHooks:
         """Adds to the input of a block, or of the final norm."""
         current = next((one for one in reversed(_passes.get()) if one.hooks is self), None)
         if current is None:
-            if not self.is_on or self.stack is None or block not in self.stack.blocks:
+            if self.closed or self.stack is None or block not in self.stack.blocks:
                 return None
             if threading.get_ident() not in self.threads and not torch.is_grad_enabled():
                 return None  # a pass that was under way before there were hooks

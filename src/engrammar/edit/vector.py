@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import PreTrainedTokenizerBase
 
-from engrammar.attach.blocks import evaluating, find_decoder
+from engrammar.attach.blocks import find_decoder
 from engrammar.edit.applying import unpatched
 from engrammar.edit.asking import Asking, Subject, require_asking
 from engrammar.edit.building import build_patch
@@ -74,7 +74,7 @@ def learn_vector(
     Raises:
         ValueError: no fact can be learned; the first reason is given.
     """
-    with unpatched(model), frozen(model), evaluating(find_decoder(model).host):
+    with unpatched(model), frozen(model):
         return _Learner(model, tokenizer, settings).learn(facts)
 
 

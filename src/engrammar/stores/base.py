@@ -4,6 +4,7 @@ To a store a row is bytes; `tables.encodings` knows what they mean. The store to
 Letters: R rows of the table, U rows asked for (in any order, repeats allowed), S bytes of a stored row.
 """
 
+import copy
 from abc import ABC, abstractmethod
 from typing import Any, Self, final
 
@@ -74,8 +75,13 @@ class RowStore(ABC):
 
     @final
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """A copy of a model reads from the same store; open files and sockets have no copies."""
-        return self
+        """A copy of a model reads the same rows, which are not copied. Closing one leaves the other open."""
+        copied = copy.copy(self)
+        copied._detach()
+        return copied
+
+    def _detach(self) -> None:  # noqa: B027 (most stores hold nothing that is theirs alone)
+        """Gives a shallow copy what must be its own, since `close` releases it."""
 
     @abstractmethod
     def close(self) -> None:

@@ -9,6 +9,7 @@ Letters: U rows asked for (u: of one slice), V positions of them that missed, M 
 A sets, W = 8 ways, P = A W places, S bytes of a row, K counts of the sketch.
 """
 
+import copy
 from typing import final
 
 import numpy as np
@@ -154,6 +155,9 @@ class CachedStore(RowStore):
         if self._sets is None:
             raise ValueError(f"The cache of {self.name} is closed.")
         return self._sets
+
+    def _detach(self) -> None:
+        self._segment, self._store = None, copy.deepcopy(self._store)
 
     def close(self) -> None:
         with self._lock.writing:

@@ -330,6 +330,10 @@ class DiskStore(RowStore):
         source.ask(fetch)
         return fetch
 
+    def _detach(self) -> None:
+        if self._source is not None:
+            self._open(self._source.files)
+
     def close(self) -> None:
         source, self._source = self._source, None  # the files are closed with the last fetch that uses them
         if source is not None:

@@ -53,6 +53,9 @@ class RamStore(RowStore):
         # mode "clip" does not check it again.
         return Arrived(self._rows_RS.take(rows_U, 0, None, "clip"))
 
+    def _detach(self) -> None:
+        self._segment = None
+
     def close(self) -> None:
         self._rows_RS = np.empty((0, self.row_bytes), np.uint8)
         if self._segment is not None:

@@ -209,6 +209,10 @@ class RemoteStore(RowStore):
         rows_U = rows_U.copy()  # the caller may change theirs while the thread reads
         return RemoteFetch(self, rows_U, self._reader.submit(self._read, rows_U))
 
+    def _detach(self) -> None:
+        self._pool = None
+        self._start_reader()
+
     def close(self) -> None:
         self._closed = True
         if self._owner == os.getpid():
