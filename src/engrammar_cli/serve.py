@@ -52,6 +52,7 @@ def serve(
         token_file: A file with a token. Whoever has it may apply and undo patches; without it nobody may.
     """
     require("serve")
+    from engrammar.edit.written import kept_files
     from engrammar.serve.openai.asked import Limits
     from engrammar.serve.openai.engine import Engine
     from engrammar.serve.openai.loading import load_served, read_token
@@ -63,7 +64,8 @@ def serve(
     token = read_token(token_file)
     where: Any = memory if name is None else pool_store(adapter or Path(model), name, address)
     serving = {"memory": where, "cache_rows": cache_rows, "sharing": sharing}
-    loaded = load_served(model, adapter=adapter, patches=patch, on_request=patch_on_request, device=device, **serving)
+    patches = [*kept_files(model), *patch]
+    loaded = load_served(model, adapter=adapter, patches=patches, on_request=patch_on_request, device=device, **serving)
     if max_length is None:
         max_length = min(getattr(loaded[0].config, "max_position_embeddings", cache_tokens), cache_tokens)
     sizes = {"max_requests": max_requests, "cache_tokens": cache_tokens, "batch_tokens": batch_tokens}

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from engrammar.cells import Column, as_text, cells, titles
 from engrammar.config import check_choice, check_setting
+from engrammar.edit import apply_patch, kept_files
 from engrammar.off import adding_modules, memory_off
 from engrammar.train.attached import load_base
 from engrammar.train.recipe import BaseRecipe
@@ -99,6 +100,8 @@ def load_model(
         )
     if tokenizer.eos_token_id is None:
         raise ValueError(f"The tokenizer in {folder} has no end-of-text token, which lm-eval needs: set eos_token.")
+    for patch in kept_files(folder):
+        apply_patch(model, patch, tokenizer)
     return model.to(accelerator()), tokenizer
 
 

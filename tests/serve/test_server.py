@@ -1,19 +1,24 @@
 """Our server gives, to many clients at once, the greedy tokens of `generate`; it refuses what it would not do."""
 
+import asyncio
+import copy
 import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import openai
 import pytest
 import torch
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import batches
 from engrammar import EngrammarForCausalLM
 from engrammar.attach.paged import PagedState
 from engrammar.edit import apply_patch, base_of, build_patch, replace_rows, undo_patch, write_patch
+from engrammar.serve.openai.engine import _next
 from engrammar.serve.openai.text import TextStream
 from models import save_micro
 from servers import NAME, NEW, TOKEN, ask, client_of, complete, serving
@@ -101,10 +106,12 @@ def test_a_stream_is_the_whole_in_pieces_and_ends_at_a_stop_text(server, tokeniz
     assert "".join(piece.choices[0].text for piece in pieces[:-1]) == whole.choices[0].text
     assert [one for piece in pieces[:-1] for one in piece.choices[0].token_ids] == expected[text]
     assert pieces[-2].choices[0].finish_reason == "length" and pieces[-1].usage == whole.usage
-    stop = whole.choices[0].text[3:5]
+    stop, before = whole.choices[0].text[3:5], server.engine.counts.copy()
     stopped = complete(server, text, stop=[stop])
     assert stopped.choices[0].text == whole.choices[0].text.partition(stop)[0]
     assert stopped.choices[0].finish_reason == "stop"
+    assert server.engine.counts["finished"] == before["finished"] + 1
+    assert server.engine.counts["cancelled"] == before["cancelled"]
 
 
 def test_a_chat_is_the_completion_of_its_template(server, tokenizer):
@@ -161,6 +168,7 @@ def test_a_request_that_is_cancelled_ends(server):
         ({"prompt": []}, 400, "prompt is not a text"),
         ({"prompt": [5, 300]}, 400, "ids from 0 to"),
         ({"prompt": ""}, 400, "The prompt has no tokens"),
+        ({"prompt": ["To", "be\ud800"]}, 400, "half a character"),
         ({"prompt": "To", "stop": [1]}, 400, "stop is not a text"),
         ({"prompt": "To", "stream": "yes"}, 400, 'stream is "yes"'),
     ],
@@ -234,6 +242,31 @@ def test_after_a_failure_the_model_is_started_again(folder, tokenizer, expected,
         assert ask(server, "/health")[0] == 200 and engine.counts["starts"] == 2
 
 
+def test_ids_that_the_model_has_no_embedding_of_are_refused(folder, tokenizer, expected):
+    """They would end the thread that runs the model, and with it the requests of all clients."""
+    longer = copy.deepcopy(tokenizer)
+    longer.add_tokens(["<unknown>"])
+    with serving(load(folder), longer) as server:
+        for prompt in ("To <unknown>", [5, len(tokenizer)]):
+            status, answer = ask(server, "/v1/completions", json.dumps({"model": NAME, "prompt": prompt}).encode())
+            assert status == 400 and f"ids from 0 to {len(tokenizer) - 1}" in answer["error"]["message"]
+        assert complete(server, TEXTS[0]).choices[0].token_ids == expected[TEXTS[0]]
+        assert server.engine.counts["starts"] == 1
+
+
+def test_a_request_that_a_stopping_model_drops_is_told(folder, tokenizer, monkeypatch):
+    with serving(load(folder), tokenizer) as server:
+        monkeypatch.setattr(server.engine.manager, "add_request", lambda *_, **__: None)
+        with pytest.raises(openai.InternalServerError, match="it stops after an error"):
+            complete(server, TEXTS[0])
+        assert server.engine.held == server.engine.running == 0
+
+
+def test_a_request_waits_for_the_manager_that_it_was_given_to():
+    """Another one may have been started meanwhile."""
+    assert asyncio.run(_next(asyncio.Queue(), SimpleNamespace(is_running=lambda: False))) is None
+
+
 def patch_of_rows(model, tokenizer, path):
     """A patch that replaces every row of the first memory layer."""
     layer = model.model.memory.config.layers[0]
@@ -284,6 +317,29 @@ def test_text_waits_for_whole_letters_and_for_what_may_become_a_stop_text(tokeni
     pieces = [stream.put(one) for one in ids]
     assert not any("\ufffd" in piece for piece in pieces) and not "".join(pieces).endswith("t")
     assert "".join(pieces) + stream.end() == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("prompt", ["Question: what is \ufffd", "The capital is é"])
+def test_a_prompt_that_ends_in_half_a_letter_is_no_part_of_the_answer(tokenizer, prompt):
+    ids = tokenizer(prompt).input_ids
+    ids = ids if prompt.endswith("\ufffd") else ids[:-1]
+    assert tokenizer.decode(ids).endswith("\ufffd")
+    answer = tokenizer(" be the question").input_ids
+    stream = TextStream(tokenizer, ids, ("Question", "capital"))
+    pieces = [stream.put(one) for one in answer]
+    assert "".join(pieces) + stream.end() == " be the question" and not stream.stopped
+
+
+def test_letters_of_bytes_that_a_broken_one_takes_along_are_text_and_no_error():
+    """As tokenizers with byte fallback decode them, those of Llama 2, Mistral and Gemma."""
+    bytes_of = {f"<0x{byte:02X}>": byte for byte in range(256)}
+    model = models.BPE({**bytes_of, "a": 256, "b": 257, "\u2581": 258}, [], byte_fallback=True)
+    backend = Tokenizer(model)
+    parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(parts)
+    stream = TextStream(PreTrainedTokenizerFast(tokenizer_object=backend), [256, 257], ())
+    said = "".join(stream.put(one) for one in (0xC3, 0xA9, 0xE2, 256, 258, 257))
+    assert said + stream.end() == "é\ufffda b"
 
 
 def test_a_thread_that_holds_a_place_gives_it_back(server):

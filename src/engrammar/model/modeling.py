@@ -185,7 +185,7 @@ class EngrammarModel(EngrammarPreTrainedModel):
         if self.memory is None or input_ids is None:
             raise ValueError("`retrieved` needs a model with memory, and the input_ids it was made for.")
         retrieved.check_made_for(input_ids)
-        if retrieved.cache is not cache:
+        if retrieved.cache is not cache and not retrieved.own_history:  # what was given comes before flat tokens
             raise ValueError(
                 "`retrieved` was made with another cache than this pass has, so its rows have another history: give "
                 "`retrieve` and the model the same past_key_values."

@@ -59,7 +59,7 @@ async def answer(engine: Engine, prompts_BT: Tensor, new_tokens: int) -> int:
     asked = Asked(prompts=prompts, max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
 
     async def one(ids: list[int]) -> int:
-        async with aclosing(engine.tokens(ids, asked, None, [])) as tokens:  # type: ignore[type-var]
+        async with aclosing(engine.tokens(ids, asked, None, [])) as tokens:
             return sum([len(new) async for new in tokens])
 
     async with engine.turn():

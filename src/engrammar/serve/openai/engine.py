@@ -5,7 +5,7 @@ import itertools
 import logging
 import math
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import ExitStack, asynccontextmanager
 from functools import lru_cache
 from typing import Any, final
@@ -89,6 +89,11 @@ class Engine:
         # transformers begins to stop, then fails the requests, and then records the error.
         return "the model stops after an error" if status.local_status == status.HARD_STOP else None
 
+    @property
+    def num_ids(self) -> int:
+        """Ids that the model and its tokenizer both know."""
+        return min(len(self.tokenizer), len(self.model.get_input_embeddings().weight))
+
     def reserve(self, num_answers: int) -> None:
         """Takes places for answers; `release` gives them back.
 
@@ -136,8 +141,11 @@ class Engine:
             async with self.ended:
                 self.ended.notify_all()
 
-    async def tokens(self, prompt: Ids, asked: Asked, seed: int | None, ends: list[int]) -> AsyncIterator[Ids]:
-        """The tokens of one answer, as they come; they end with one of `ends`, or at `asked.max_tokens`.
+    async def tokens(
+        self, prompt: Ids, asked: Asked, seed: int | None, ends: list[int]
+    ) -> AsyncGenerator[Ids, bool | None]:
+        """The tokens of one answer, as they come. They end with one of `ends`, at `asked.max_tokens`, or when the caller
+        sends True.
 
         Raises:
             Refused: the model has failed, or a patch cannot be chosen.
@@ -150,10 +158,13 @@ class Engine:
         seen, outcome = 0, "cancelled"
         try:
             carried = {"drawing": drawing, "choice": choice}
-            given.add_request(prompt, name, asked.max_tokens, streaming=True, eos_token_id=ends or [NO_END], **carried)
+            ending = ends or [NO_END]
+            if not given.add_request(prompt, name, asked.max_tokens, streaming=True, eos_token_id=ending, **carried):
+                outcome = "failed"
+                raise Refused("The model failed (it stops after an error): try again.", 503, "model_failed")
             self.counts["prompt_tokens"] += len(prompt)
             while outcome == "cancelled":
-                output = await self._next(came)
+                output = await _next(came, given)
                 if output is None or output.error is not None:
                     outcome = "failed"
                     why = "it has stopped" if output is None else output.error
@@ -161,23 +172,15 @@ class Engine:
                 new, seen = output.generated_tokens[seen:], len(output.generated_tokens)
                 self.counts["new_tokens"] += len(new)
                 outcome = "finished" if output.is_finished() else outcome
-                if new:
-                    yield new
+                if new and (yield new):
+                    outcome = "stopped"
+                    return
         finally:
-            if outcome == "cancelled":
+            if outcome in ("cancelled", "stopped"):
                 given.cancel_request(name)
                 given.output_router.result_handlers.pop(name, None)
             self.sampler.end(drawing)
-            self.counts[outcome] += 1
-
-    async def _next(self, came: "asyncio.Queue[Any]") -> Any:
-        """What comes next; None if the thread that runs the model has died."""
-        while True:
-            try:
-                return await asyncio.wait_for(came.get(), timeout=1)
-            except TimeoutError:
-                if not self.manager.is_running() and came.empty():
-                    return None
+            self.counts["finished" if outcome == "stopped" else outcome] += 1
 
     async def change(self, make: Callable[[], object]) -> None:
         """Changes the model when no request is under way.
@@ -222,3 +225,13 @@ class Engine:
         self.manager.stop(block=True, hard_stop=True)
         self.manager.destroy()
         self.undo.close()
+
+
+async def _next(came: "asyncio.Queue[Any]", given: Any) -> Any:
+    """What comes next; None if the thread has died that runs the manager which the request was given to."""
+    while True:
+        try:
+            return await asyncio.wait_for(came.get(), timeout=1)
+        except TimeoutError:
+            if not given.is_running() and came.empty():
+                return None

@@ -7,7 +7,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -54,13 +54,15 @@ class Server:
         text = TextStream(self.engine.tokenizer, ids, asked.stop)
         seed = None if asked.seed is None else asked.seed + index
         ends, last = [] if asked.ignore_eos else self.ends, -1
-        async with aclosing(self.engine.tokens(ids, asked, seed, ends)) as tokens:  # type: ignore[type-var]
+        async with aclosing(self.engine.tokens(ids, asked, seed, ends)) as tokens:
             async for new in tokens:
                 said, taken = "", []
                 for last in new:
                     said += text.put(last)
                     taken.append(last)
                     if text.stopped:
+                        with suppress(StopAsyncIteration):
+                            await tokens.asend(True)
                         yield Piece(index=index, text=said, ids=taken, finish="stop")
                         return
                 yield Piece(index=index, text=said, ids=taken)
@@ -96,7 +98,7 @@ class Server:
     async def answer(self, request: Request, kind: Kind) -> Response:
         """Answers a request for completions or a chat."""
         body = await body_of(request.stream(), MOST_BYTES)
-        asked = read_asked(body, kind, self.name, self.engine.tokenizer, self.engine.limits)
+        asked = read_asked(body, kind, self.name, self.engine.tokenizer, self.engine.limits, self.engine.num_ids)
         self.engine.choice(asked.patches)  # refused before a stream begins
         self.engine.reserve(len(asked.sequences))
         about = {

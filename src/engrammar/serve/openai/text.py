@@ -4,6 +4,8 @@ from typing import Any, final
 
 from tokenizers.decoders import DecodeStream
 
+BROKEN = "\ufffd"  # what half a letter is decoded to
+
 CONTEXT = 8  # ids of the prompt before the answer: a tokenizer may leave out the space of a text's first word
 
 
@@ -14,11 +16,19 @@ class TextStream:
     def __init__(self, tokenizer: Any, prompt: list[int], stop: tuple[str, ...]) -> None:
         self.tokenizer, self.stop = tokenizer.backend_tokenizer, stop
         self.stopped = False  # whether a stop text has come; what follows it is not read
-        self.decoding, self.held = DecodeStream(prompt[-CONTEXT:], skip_special_tokens=True), ""
+        self.held, self.context = "", prompt[-CONTEXT:]
+        # `DecodeStream` would give a context that ends in half a letter back with the first text.
+        while self.tokenizer.decode(self.context, skip_special_tokens=True).endswith(BROKEN):
+            self.context.pop()
+        self.decoding = DecodeStream(self.context, skip_special_tokens=True)
 
     def put(self, token: int) -> str:
         """The text that is certain after one more token; it may be empty."""
-        self.held += self.decoding.step(self.tokenizer, token) or ""
+        try:
+            self.held += self.decoding.step(self.tokenizer, token) or ""
+        except Exception:  # tokenizers': with byte fallback, a broken letter takes the letters before it along
+            self.decoding = DecodeStream(self.context, skip_special_tokens=True)
+            self.held += BROKEN + (self.decoding.step(self.tokenizer, token) or "")
         found = [place for place in (self.held.find(one) for one in self.stop) if place >= 0]
         if found:
             self.stopped = True

@@ -8,6 +8,7 @@ from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.model_executor.models.transformers import TransformersMoEForCausalLM
 
+from engrammar.edit import kept_files
 from engrammar.model.modeling import EngrammarForCausalLM
 from engrammar.model.saving import local_folder
 from engrammar.serve.vllm.backbone import state_name
@@ -34,7 +35,8 @@ class ServedForCausalLM(TransformersMoEForCausalLM):
         memory = self.config.memory_config
         self.folder = local_folder(self.model_config.model, {"revision": self.model_config.revision})
         self.settings = memory_settings(vllm_config, None if memory is None else self.folder)
-        offer = read_offer(self.settings.patches, self.settings.offered, self_test=self.settings.self_test)
+        for_all = (*kept_files(self.folder), *self.settings.patches)
+        offer = read_offer(for_all, self.settings.offered, self_test=self.settings.self_test)
         self.patches = offer.for_all
         self.patcher = patcher_of(self, vllm_config, offer)
         states = [] if self.patcher is None else [self.patcher.state]
