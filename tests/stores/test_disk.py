@@ -359,6 +359,26 @@ def test_many_fetches_are_waited_for_in_any_order(queues, tmp_path):
     store.close()
 
 
+def test_a_fetch_that_is_lost_in_a_cycle_does_not_give_a_closed_queue_back(tmp_path, queues):
+    """As after a pass that failed: its traceback holds the fetch, and Python finalizes a cycle's parts in any order."""
+    table, rows_RS = make_table(tmp_path)
+    store = DiskStore(table, queues=queues)
+
+    class Cycle:
+        pass
+
+    for _ in range(NUM_LANES + 3):
+        lost = Cycle()
+        lost.itself, lost.fetch = lost, store.fetch(np.arange(7))
+        queue = lost.fetch._queue
+        del lost
+        queue.close()  # first, and then the fetch
+        del queue
+        gc.collect()
+    assert np.array_equal(store.fetch(np.arange(50)).wait(), rows_RS[:50])
+    store.close()
+
+
 def test_threads_may_fetch_and_wait_at_once(queues, tmp_path):
     table, rows_RS = make_table(tmp_path, 2000, cuts=(900,))
     store, wrong = DiskStore(table, depth=32, queues=queues), []

@@ -45,6 +45,7 @@ class ReadQueue(ABC):
 
     memory: NDArray[np.uint8]  # the bytes of all slots; it starts at a page boundary
     in_flight: int  # how many reads were started but not collected yet; their slots must not be touched
+    closed = False  # whether it can be used no more
 
     @abstractmethod
     def start(self, descriptor_N: Ints, byte_N: Ints, slot_N: Ints, pages_N: Ints) -> None:
@@ -132,7 +133,7 @@ class AioQueue(ReadQueue):
         # A context belongs to the process that made it; in a fork its number may be another context's.
         if self._context and self._process == os.getpid():
             self._call(self._destroy, self._context)  # waits for what is in flight
-        self._context = ctypes.c_ulong(0)
+        self._context, self.closed = ctypes.c_ulong(0), True
 
     def __del__(self) -> None:
         self.close()

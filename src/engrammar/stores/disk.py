@@ -70,6 +70,12 @@ class _Source:
                 logger.info("%s: small reads wait behind large ones at times (%s).", self.files.name, why)
             self.told_of_lanes = True
             return None
+        if queue.closed:  # Python may finalize a queue before the fetch that gives it back, if both are in a cycle
+            try:
+                return self.queues(SMALL)
+            except OSError:
+                self.lanes.put(queue)
+                return None
         # The queue may still have reads of a fetch that was never waited for.
         while queue.in_flight and len(queue.collect(0, 0)[0]):
             pass

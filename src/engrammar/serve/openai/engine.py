@@ -144,8 +144,8 @@ class Engine:
     async def tokens(
         self, prompt: Ids, asked: Asked, seed: int | None, ends: list[int]
     ) -> AsyncGenerator[Ids, bool | None]:
-        """The tokens of one answer, as they come. They end with one of `ends`, at `asked.max_tokens`, or when the caller
-        sends True.
+        """The tokens of one answer, as they come. They end with one of `ends`, at `asked.max_tokens`, or when True is
+        sent.
 
         Raises:
             Refused: the model has failed, or a patch cannot be chosen.
