@@ -52,7 +52,7 @@ def serve(
         token_file: A file with a token. Whoever has it may apply and undo patches; without it nobody may.
     """
     require("serve")
-    from engrammar.edit.written import kept_files
+    from engrammar.edit import kept_files
     from engrammar.serve.openai.asked import Limits
     from engrammar.serve.openai.engine import Engine
     from engrammar.serve.openai.loading import load_served, read_token
@@ -64,12 +64,16 @@ def serve(
     token = read_token(token_file)
     where: Any = memory if name is None else pool_store(adapter or Path(model), name, address)
     serving = {"memory": where, "cache_rows": cache_rows, "sharing": sharing}
-    patches = [*kept_files(model), *patch]
-    loaded = load_served(model, adapter=adapter, patches=patches, on_request=patch_on_request, device=device, **serving)
-    if max_length is None:
-        max_length = min(getattr(loaded[0].config, "max_position_embeddings", cache_tokens), cache_tokens)
+    patch = (*kept_files(model), *patch)
+    loaded = load_served(model, adapter=adapter, patches=patch, on_request=patch_on_request, device=device, **serving)
     sizes = {"max_requests": max_requests, "cache_tokens": cache_tokens, "batch_tokens": batch_tokens}
-    run(Server(Engine(*loaded, Limits(max_length=max_length, **sizes)), served_name or model, token), host, port)
+    engine = Engine(*loaded, Limits(max_length=_longest(max_length, loaded[0].config, cache_tokens), **sizes))
+    run(Server(engine, served_name or model, token), host, port)
+
+
+def _longest(given: int | None, config: Any, cache_tokens: int) -> int:
+    """Tokens of a prompt and its answer: as many as are given, or what the model was made for and the cache keeps."""
+    return min(getattr(config, "max_position_embeddings", cache_tokens), cache_tokens) if given is None else given
 
 
 def vllm(model: Positional[str], /, out: Path, adapter: Path | None = None, patch: tuple[Path, ...] = ()) -> None:

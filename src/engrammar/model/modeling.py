@@ -88,26 +88,23 @@ class EngrammarModel(EngrammarPreTrainedModel):
         `output_hidden_states` adds the embedding, and the mean of the branches after each block but the last.
 
         Args:
-            retrieved: what `retrieve` returned for the same arguments, if it was called ahead. (Flat tokens, each with
-                a history of its own, leave no cache.)
+            retrieved: what `retrieve` returned for the same arguments, if it was called ahead.
 
         Raises:
-            ValueError: a model with memory got no `input_ids`, or `retrieved` is for other ids or another cache; an id
-                is outside the vocabulary; the mask is not [B, positions]; or positions continue tokens that are not
-                there.
+            ValueError: a model with memory got no `input_ids`, or `retrieved` for other ids or another cache; an id is
+                outside the vocabulary; the mask is not [B, positions]; or positions continue tokens that are not there.
         """
         self._check_inputs(input_ids, inputs_embeds)
-        given_cache = past_key_values
-        if use_cache and past_key_values is None and not (retrieved is not None and retrieved.own_history):
+        is_new = bool(use_cache) and past_key_values is None and (retrieved is None or not retrieved.own_history)
+        if is_new:
             past_key_values = DynamicCache(config=self.config)
         if self.looks_up and retrieved is None:
             assert input_ids is not None
             retrieved = self.retrieve(input_ids, attention_mask, position_ids, past_key_values)
         elif retrieved is not None:
-            self._check_retrieved(retrieved, input_ids, given_cache)
-            if past_key_values is not None and given_cache is None:  # a new cache, which `retrieve` did not see
-                assert input_ids is not None
-                self._keep_ids(input_ids, new_positions(attention_mask, input_ids, None), past_key_values)
+            self._check_retrieved(retrieved, input_ids, None if is_new else past_key_values)
+            if is_new:
+                self._begin_history(input_ids, attention_mask, past_key_values)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         inputs_embeds = self.embed(inputs_embeds, retrieved)
@@ -195,6 +192,11 @@ class EngrammarModel(EngrammarPreTrainedModel):
                 "Each token was given a history of its own, but not a convolution window of its own: pass "
                 "retrieved.windows too, or whole rows, or a cache."
             )
+
+    def _begin_history(self, input_ids: Tensor | None, attention_mask: Masks, cache: Cache | None) -> None:
+        """Keeps the ids of a pass whose rows were retrieved before it made its cache."""
+        assert input_ids is not None and cache is not None
+        self._keep_ids(input_ids, new_positions(attention_mask, input_ids, None), cache)
 
     def _keep_ids(self, input_ids: Tensor, mask_BT: Tensor | None, cache: Cache) -> Tensor:
         """Appends `input_ids` to the ids kept in the cache and returns the N-1 before them, -1 where there are none.

@@ -112,12 +112,11 @@ class Asked:
         return [ids for ids in self.prompts for _ in range(self.num_answers)]
 
 
-def read_asked(raw: bytes, kind: Kind, name: str, tokenizer: Any, limits: Limits, num_ids: int) -> Asked:
+def read_asked(raw: bytes, kind: Kind, name: str, tokenizer: Any, limits: Limits) -> Asked:
     """Reads the body of a request.
 
     Args:
         name: the name that the model is served under.
-        num_ids: ids that the model and its tokenizer both know.
 
     Raises:
         Refused: it is not JSON, names another model, asks for what is not served, or for more than the limits.
@@ -137,7 +136,7 @@ def read_asked(raw: bytes, kind: Kind, name: str, tokenizer: Any, limits: Limits
     options = body.get("stream_options") or {}
     if not isinstance(options, dict) or options.keys() - {"include_usage", "include_obfuscation"}:
         raise Refused("stream_options may hold include_usage, and nothing else.")
-    prompts = (_chat if kind == "chat" else _prompts)(body, tokenizer, num_ids)
+    prompts = _chat(body, tokenizer) if kind == "chat" else _prompts(body, tokenizer)
     longest = max(map(len, prompts))
     seed = body.get("seed")
     asked = Asked(
@@ -221,13 +220,13 @@ def read_names(named: Any) -> tuple[str, ...]:
     return tuple(named)
 
 
-def _prompts(body: Mapping[str, Any], tokenizer: Any, num_ids: int) -> list[Ids]:
+def _prompts(body: Mapping[str, Any], tokenizer: Any) -> list[Ids]:
     prompt = body.get("prompt")
     if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and isinstance(prompt[0], int)):
         prompt = [prompt]
     if not isinstance(prompt, list) or not prompt:
         raise Refused("prompt is not a text, a list of ids, or a list of these.")
-    return [_ids(tokenizer(_text(one)).input_ids if isinstance(one, str) else one, num_ids) for one in prompt]
+    return [_ids(tokenizer(_text(one)).input_ids if isinstance(one, str) else one, len(tokenizer)) for one in prompt]
 
 
 def _text(text: str) -> str:
@@ -239,16 +238,13 @@ def _text(text: str) -> str:
 
 def _ids(ids: Any, num_ids: int) -> Ids:
     if not isinstance(ids, list) or not all(type(one) is int and 0 <= one < num_ids for one in ids):
-        raise Refused(
-            f"prompt holds something that is neither a text nor a list of ids from 0 to {num_ids - 1}, which are those "
-            "that the model knows."
-        )
+        raise Refused(f"prompt holds something that is neither a text nor a list of ids from 0 to {num_ids - 1}.")
     if not ids:
         raise Refused("The prompt has no tokens: give at least one.")
     return ids
 
 
-def _chat(body: Mapping[str, Any], tokenizer: Any, num_ids: int) -> list[Ids]:
+def _chat(body: Mapping[str, Any], tokenizer: Any) -> list[Ids]:
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise Refused("messages is not a list of messages.")
@@ -259,7 +255,7 @@ def _chat(body: Mapping[str, Any], tokenizer: Any, num_ids: int) -> list[Ids]:
         ids = tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=True, return_dict=True)
     except Exception as error:  # a template raises what it likes
         raise Refused(f"The chat template refuses these messages ({' '.join(str(error).split())[:200]}).") from error
-    return [_ids(list(ids["input_ids"]), num_ids)]
+    return [_ids(list(ids["input_ids"]), len(tokenizer))]
 
 
 def _message(message: Any) -> dict[str, Any]:

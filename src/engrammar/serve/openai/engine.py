@@ -89,10 +89,11 @@ class Engine:
         # transformers begins to stop, then fails the requests, and then records the error.
         return "the model stops after an error" if status.local_status == status.HARD_STOP else None
 
-    @property
-    def num_ids(self) -> int:
-        """Ids that the model and its tokenizer both know."""
-        return min(len(self.tokenizer), len(self.model.get_input_embeddings().weight))
+    def check_ids(self, prompts: list[Ids]) -> None:
+        """Raises a Refused if the model has no embedding of an id; a tokenizer may have been given more tokens."""
+        largest, num_ids = max(map(max, prompts)), len(self.model.get_input_embeddings().weight)
+        if largest >= num_ids:
+            raise Refused(f"The prompt has the id {largest}, and this model knows ids from 0 to {num_ids - 1}.")
 
     def reserve(self, num_answers: int) -> None:
         """Takes places for answers; `release` gives them back.

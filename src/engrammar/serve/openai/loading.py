@@ -16,6 +16,8 @@ from engrammar.train.attached import load_base
 from engrammar.train.recipe import BaseRecipe
 from engrammar.train.sample import load, load_with_adapter
 
+PLAIN = {"memory": "ram", "cache_rows": 0, "sharing": "none"}  # settings of a memory that say nothing
+
 
 def load_served(
     name: str,
@@ -31,7 +33,7 @@ def load_served(
     Args:
         name: a folder, or a name on the Hub.
         adapter: the folder of a memory that was attached to it.
-        patches: files of patches, which are applied in this order.
+        patches: files of patches, which are applied in this order; those kept in the folder are not by themselves.
         on_request: files of patches that requests may choose.
         device: where the model is; its rows are where `serving` says.
         serving: where the memory's tables are: see `ServingSettings`, whose `where` is `memory` here.
@@ -43,15 +45,16 @@ def load_served(
     found = torch.accelerator.current_accelerator(check_available=True)
     known = ("cpu",) if found is None else ("cpu", found.type)
     check_setting("device", device, device.partition(":")[0] in known, f"{', '.join(known)} on this machine")
+    ours = is_ours(name)
+    has_memory = adapter is not None or (ours and load_config(local_folder(name, {})).memory is not None)
+    if not has_memory and any(serving.get(one, plain) != plain for one, plain in PLAIN.items()):
+        raise ValueError(f"{name} has no memory, so nothing is said about where it is: leave that out.")
     if adapter is not None:
         model, tokenizer = load_with_adapter(name, adapter, **serving)
-    elif not is_ours(name):
-        if serving.get("memory", "ram") != "ram" or serving.get("cache_rows"):
-            raise ValueError(f"{name} has no memory, so nothing is said about where it is: leave that out.")
+    elif not ours:
         model, tokenizer = load_base(BaseRecipe(model=name))
     else:
-        folder = local_folder(name, {})
-        model, tokenizer = load(folder, **({} if load_config(folder).memory is None else serving))
+        model, tokenizer = load(local_folder(name, {}), **(serving if has_memory else {}))
     model.to(device)
     for patch in patches:
         apply_patch(model, patch, tokenizer)

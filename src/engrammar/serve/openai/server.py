@@ -98,7 +98,8 @@ class Server:
     async def answer(self, request: Request, kind: Kind) -> Response:
         """Answers a request for completions or a chat."""
         body = await body_of(request.stream(), MOST_BYTES)
-        asked = read_asked(body, kind, self.name, self.engine.tokenizer, self.engine.limits, self.engine.num_ids)
+        asked = read_asked(body, kind, self.name, self.engine.tokenizer, self.engine.limits)
+        self.engine.check_ids(asked.prompts)
         self.engine.choice(asked.patches)  # refused before a stream begins
         self.engine.reserve(len(asked.sequences))
         about = {
