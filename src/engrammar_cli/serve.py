@@ -52,10 +52,9 @@ def serve(
         token_file: A file with a token. Whoever has it may apply and undo patches; without it nobody may.
     """
     require("serve")
-    from engrammar.edit import kept_files
     from engrammar.serve.openai.asked import Limits
     from engrammar.serve.openai.engine import Engine
-    from engrammar.serve.openai.loading import load_served, read_token
+    from engrammar.serve.openai.loading import load_served, read_token, with_kept
     from engrammar.serve.openai.server import Server, run
     from engrammar.train.sample import pool_store
 
@@ -64,7 +63,7 @@ def serve(
     token = read_token(token_file)
     where: Any = memory if name is None else pool_store(adapter or Path(model), name, address)
     serving = {"memory": where, "cache_rows": cache_rows, "sharing": sharing}
-    patch = (*kept_files(model), *patch)
+    patch = with_kept(model, patch)
     loaded = load_served(model, adapter=adapter, patches=patch, on_request=patch_on_request, device=device, **serving)
     sizes = {"max_requests": max_requests, "cache_tokens": cache_tokens, "batch_tokens": batch_tokens}
     engine = Engine(*loaded, Limits(max_length=_longest(max_length, loaded[0].config, cache_tokens), **sizes))

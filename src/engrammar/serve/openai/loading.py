@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from engrammar.config import check_setting
-from engrammar.edit import apply_patch
+from engrammar.edit import apply_patch, kept_files
 from engrammar.edit.offering import offer_patch
 from engrammar.model.configuration import EngrammarConfig, load_config
 from engrammar.model.saving import local_folder
@@ -61,6 +61,11 @@ def load_served(
     for patch in on_request:
         offer_patch(model, patch, tokenizer)
     return model.eval(), tokenizer
+
+
+def with_kept(name: str, patches: Sequence[Path]) -> tuple[Path, ...]:
+    """The files of the patches that are kept in a model's folder (`engrammar edit apply`), and of others."""
+    return (*kept_files(name), *patches)
 
 
 def is_ours(name: str) -> bool:
