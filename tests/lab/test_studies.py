@@ -10,10 +10,12 @@ from engrammar.model.budget import count_parameters, solve_budget
 from engrammar.model.presets import preset
 from engrammar.train.recipe import load_recipe, to_yaml
 from engrammar_cli.main import main
+from engrammar_lab import studies
 from engrammar_lab.catalogue import HORIZONS, SCALES, STUDIES, studies_at
 from engrammar_lab.machine import describe_machine
 from engrammar_lab.report.studies import apart
 from engrammar_lab.studies import _most_apart, committed, finished, plan, recipes, run_study
+from processes import fork_server
 
 TINY = (
     "data.vocab_size=300",
@@ -157,7 +159,11 @@ def test_the_rates_that_the_sweep_tried_are_runs_of_the_horizon(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_study_runs_a_second_call_trains_nothing_again_and_a_stranger_finds_the_same(text, tmp_path, capsys):
+def test_a_study_runs_a_second_call_trains_nothing_again_and_a_stranger_finds_the_same(
+    text, tmp_path, capsys, monkeypatch
+):
+    """In forks of one process that has loaded torch; the 100m recipe, below, trains in processes that start anew."""
+    monkeypatch.setattr(studies, "get_context", lambda _: fork_server())
     how = {"runs": tmp_path / "runs", "seeds": 1, "jobs": 2, "results": tmp_path / "results", "overrides": text}
     first = run_study("boundary", **how)
     assert [run["point"] for run in first["runs"]] == list(STUDIES["boundary"].points)
