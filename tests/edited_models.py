@@ -31,7 +31,7 @@ def key(*ids: int) -> tuple[int, ...]:
 
 
 def model_of_kind(kind: str, **settings):
-    """A model without patches: one of transformers' families, ours (it takes settings), or one with a memory attached."""
+    """A model without patches: one of transformers' families, ours (with settings), or one with an attached memory."""
     if kind == WITH_MEMORY:
         return attached_model("llama").requires_grad_(False)
     if kind != OURS:

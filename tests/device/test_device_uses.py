@@ -107,7 +107,12 @@ def test_facts_are_learned(kind, monkeypatch):
         monkeypatch.setattr(gated, name, fewer)
     asked = [("w3 w4", "w20"), ("w5 w6", "w21")]
     facts = [Fact(subject=subject, prompt=f"w9 {subject} w10", object=words) for subject, words in asked]
-    check_learned(lambda: model_of_kind(kind) if kind == "llama" else steerable(kind), facts, "gated", gated.GatedSettings(num_worded=2))
+    check_learned(
+        lambda: model_of_kind(kind) if kind == "llama" else steerable(kind),
+        facts,
+        "gated",
+        gated.GatedSettings(num_worded=2),
+    )
 
 
 def test_facts_are_learned_as_vectors():
@@ -129,7 +134,9 @@ def check_learned(make, facts, method, settings) -> None:
 def test_facts_are_learned_in_rows(by):
     found = []
     for model in both(lambda: steerable(WITH_MEMORY)):
-        patch, _ = learn(model, tokenizer(), ROW_FACTS[:1], method="rows", settings=replace(SETTINGS, by=by, rounds=2, steps=20))
+        patch, _ = learn(
+            model, tokenizer(), ROW_FACTS[:1], method="rows", settings=replace(SETTINGS, by=by, rounds=2, steps=20)
+        )
         found.append({layer: delta.rows_U.tolist() for layer, delta in patch.deltas.items()})
     assert found[0] == found[1] and found[0]
 
