@@ -14,7 +14,6 @@ from fetched import DATA, fetch
 
 torch.set_num_threads(1)  # small tensors: more threads only wait for each other, and the last bit depends on them
 os.environ["OMP_NUM_THREADS"] = "1"  # the same for the processes that tests start
-os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # torch's own processes for compiling would each load torch
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy")  # another test may be using the processor
 

@@ -156,10 +156,9 @@ def test_checkpointed_gradients_are_equal_with_a_cache_too(reentrant, cached):
 @pytest.mark.slow
 @torch.no_grad()
 def test_a_compiled_forward_pass_is_equal():
-    """One block, with memory of one head and two experts: compiling is slow."""
-    memory = tiny_memory("paper") | {"layers": [0], "num_heads": 1}
-    one = {"num_hidden_layers": 1, "first_k_dense_replace": 0, "n_routed_experts": 2, "num_experts_per_tok": 1}
-    model, ids = tiny_model("paper", 2, memory=memory, **one), random_ids()
+    """One block, with memory and experts: compiling is slow."""
+    one = {"num_hidden_layers": 1, "first_k_dense_replace": 0, "memory": tiny_memory("paper") | {"layers": [0]}}
+    model, ids = tiny_model("paper", 2, **one), random_ids()
     model.model.memory.require_classes()
     compiled = torch.compile(model)
     torch.testing.assert_close(compiled(ids, use_cache=False).logits, model(ids).logits, atol=1e-5, rtol=0)
