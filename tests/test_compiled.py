@@ -21,7 +21,7 @@ from row_patches import row_patch
 
 EXACT = {"rtol": 0.0, "atol": 1e-5}
 NEW = 6
-# Where it is not about the backbone: experts, whose loop breaks the graph again and again, take most of compiling.
+# Where it is not about the backbone: experts, whose loop breaks the graph again and again, are compiled for long.
 DENSE = {"first_k_dense_replace": 4}
 Change = Callable[[nn.Module], None]
 
@@ -35,7 +35,7 @@ def _compiled_anew() -> Iterator[None]:
 
 @pytest.fixture
 def ours(tmp_path: Path) -> nn.Module:
-    """Our model without experts, its rows in RAM: compiling it takes a tenth of the time of one that holds them."""
+    """Our model without experts, its rows in RAM: compiling it takes a fifth of the time of one that holds them."""
     model_of_kind(OURS, **DENSE).save_pretrained(tmp_path)
     return EngrammarForCausalLM.from_pretrained(tmp_path, memory="ram").eval().requires_grad_(False)
 
