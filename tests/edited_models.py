@@ -30,15 +30,15 @@ def key(*ids: int) -> tuple[int, ...]:
     return tuple(int(classes()[one]) for one in ids)
 
 
-def model_of_kind(kind: str):
-    """A model without patches: one of transformers' families, ours, or one with a memory attached."""
+def model_of_kind(kind: str, **settings):
+    """A model without patches: one of transformers' families, ours (with settings), or one with an attached memory."""
     if kind == WITH_MEMORY:
         return attached_model("llama").requires_grad_(False)
     if kind != OURS:
         return base_model(kind).requires_grad_(False)
     torch.manual_seed(0)
     sizes = {"vocab_size": VOCABULARY, "num_classes": int(classes().max()) + 1, "fill_class": int(classes()[2])}
-    model = EngrammarForCausalLM(tiny_config("paper", 2, **sizes)).eval().requires_grad_(False)
+    model = EngrammarForCausalLM(tiny_config("paper", 2, **sizes, **settings)).eval().requires_grad_(False)
     model.model.memory.num_ids = VOCABULARY
     model.model.memory.set_classes(torch.from_numpy(classes()))
     with torch.no_grad():

@@ -11,7 +11,7 @@ from attached_models import attached_model, base_model, memory_config, random_id
 from edited_models import OURS, WITH_MEMORY, model_of_kind, spoken_ids
 from engrammar.attach import attach, detach, disabled, fill_rows, keep_prefix, load_attached, save_attached
 from engrammar.attach.attaching import attachment_of
-from engrammar.edit import Fact, VectorSettings, apply_patch, learn, undo_patch
+from engrammar.edit import Fact, VectorSettings, apply_patch, gated, learn, undo_patch
 from engrammar.off import memory_off
 from engrammar.released import Qwen4ExpForCausalLM
 from engrammar.stores.serving import stored_tables_of
@@ -69,7 +69,7 @@ def test_steps_of_training_are_the_cpus(kind, memory):
         model = tiny_model("paper", 2).train() if kind == "ours" else attached_model("llama").train()
         model.to(device)
         optimizer, losses = build_optimizer(model, OptimizerSettings(max_grad_norm=1.0, memory=memory), **ADAM), []
-        for seed in range(4):
+        for seed in range(2):
             ids = (spoken_ids(4, 11, seed) % 50 + 3).to(device)
             loss = model(input_ids=ids, labels=ids).loss
             loss.backward()
@@ -100,10 +100,19 @@ def test_rows_are_replaced(kind):
 
 
 @pytest.mark.parametrize("kind", ["llama", WITH_MEMORY])
-def test_facts_are_learned(kind):
+def test_facts_are_learned(kind, monkeypatch):
+    """With fewer prompts for a probe than elsewhere, and fewer words that the model goes on with."""
+    for name, fewer in (("NUM_SUBJECTS", 4), ("NUM_ASKS", 2), ("NUM_OTHERS", 3)):
+        assert getattr(gated, name) > fewer
+        monkeypatch.setattr(gated, name, fewer)
     asked = [("w3 w4", "w20"), ("w5 w6", "w21")]
     facts = [Fact(subject=subject, prompt=f"w9 {subject} w10", object=words) for subject, words in asked]
-    check_learned(lambda: model_of_kind(kind) if kind == "llama" else steerable(kind), facts, "gated", None)
+    check_learned(
+        lambda: model_of_kind(kind) if kind == "llama" else steerable(kind),
+        facts,
+        "gated",
+        gated.GatedSettings(num_worded=2),
+    )
 
 
 def test_facts_are_learned_as_vectors():
@@ -125,7 +134,9 @@ def check_learned(make, facts, method, settings) -> None:
 def test_facts_are_learned_in_rows(by):
     found = []
     for model in both(lambda: steerable(WITH_MEMORY)):
-        patch, _ = learn(model, tokenizer(), ROW_FACTS[:1], method="rows", settings=replace(SETTINGS, by=by))
+        patch, _ = learn(
+            model, tokenizer(), ROW_FACTS[:1], method="rows", settings=replace(SETTINGS, by=by, rounds=2, steps=20)
+        )
         found.append({layer: delta.rows_U.tolist() for layer, delta in patch.deltas.items()})
     assert found[0] == found[1] and found[0]
 

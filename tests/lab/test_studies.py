@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,12 @@ from engrammar.model.budget import count_parameters, solve_budget
 from engrammar.model.presets import preset
 from engrammar.train.recipe import load_recipe, to_yaml
 from engrammar_cli.main import main
+from engrammar_lab import studies
 from engrammar_lab.catalogue import HORIZONS, SCALES, STUDIES, studies_at
 from engrammar_lab.machine import describe_machine
 from engrammar_lab.report.studies import apart
 from engrammar_lab.studies import _most_apart, committed, finished, plan, recipes, run_study
+from processes import fork_server
 
 TINY = (
     "data.vocab_size=300",
@@ -156,8 +159,17 @@ def test_the_rates_that_the_sweep_tried_are_runs_of_the_horizon(tmp_path):
             assert horizon[f"{tokens}, {share}", 0].out in folders, (tokens, share, rate)
 
 
+@pytest.fixture
+def forked(monkeypatch):
+    """Runs are forks of one process that has loaded torch, which takes seconds."""
+    with monkeypatch.context() as patched:
+        patched.setattr(studies, "get_context", lambda _: fork_server())
+        yield patched
+
+
 @pytest.mark.slow
-def test_a_study_runs_a_second_call_trains_nothing_again_and_a_stranger_finds_the_same(text, tmp_path, capsys):
+def test_a_study_runs_a_second_call_trains_nothing_again_and_a_stranger_finds_the_same(text, tmp_path, capsys, forked):
+    """The stranger's process starts anew."""
     how = {"runs": tmp_path / "runs", "seeds": 1, "jobs": 2, "results": tmp_path / "results", "overrides": text}
     first = run_study("boundary", **how)
     assert [run["point"] for run in first["runs"]] == list(STUDIES["boundary"].points)
@@ -171,7 +183,9 @@ def test_a_study_runs_a_second_call_trains_nothing_again_and_a_stranger_finds_th
     check = ["rerun", "boundary", "end of text", "--out", str(tmp_path / "own"), "--results", str(tmp_path / "results")]
     again["runs"].append({**again["runs"][0], "seed": 1, "bits_per_byte": again["runs"][0]["bits_per_byte"] + 0.001})
     (tmp_path / "results" / "boundary.json").write_text(json.dumps(again))
-    assert rerun_of(check) == 0
+    with forked.context() as anew:
+        anew.setattr(studies, "get_context", get_context)
+        assert rerun_of(check) == 0
     assert "Equal to the last bit." in capsys.readouterr().out
     again["machine"]["instructions"] = "abacus"
     for moved, fails in ((0.01, False), (0.1, True)):  # the deviation, 0.0007, allows for 0.064: one degree of freedom
@@ -195,6 +209,7 @@ def test_two_runs_of_a_point_are_apart_as_the_pooled_deviation_says():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_the_100m_recipe_trains_when_its_model_is_made_small(text, tmp_path):
     small = {
         "hidden_size": 32,

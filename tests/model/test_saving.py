@@ -98,8 +98,8 @@ def test_a_changed_file_is_refused_or_changes_no_logit(saved, tmp_path, settings
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", MODES, ids=str)
 def test_hundreds_of_changed_files_are_refused_or_change_no_logit(saved, tmp_path, settings):
-    refused, _ = check_mutations(saved, tmp_path, 120, settings)
-    assert refused > 1000
+    refused, _ = check_mutations(saved, tmp_path, 60, settings)
+    assert refused > 500
 
 
 def check_old_folder(saved, tmp_path, each):
@@ -127,7 +127,7 @@ def test_errors_of_a_damaged_folder_without_manifest_are_one_sentence(saved, tmp
 
 @pytest.mark.slow
 def test_errors_of_hundreds_of_damaged_folders_without_manifest_are_one_sentence(saved, tmp_path):
-    assert check_old_folder(saved, tmp_path, 100) > 200
+    assert check_old_folder(saved, tmp_path, 40) > 80
 
 
 def test_every_file_is_listed_and_verified(saved, tmp_path):

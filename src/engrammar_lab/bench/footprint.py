@@ -129,7 +129,7 @@ def bench_footprint(quick: bool, file: TableFile) -> dict[str, Any]:
         `shared`: per store, what `measure_processes` returns for each number of processes. `long`: what
         `measure_long_run` returns.
     """
-    warm_gib, plan = (0.0625, (20_000, 0.5)) if quick else (1, (100_000, 5.0))
+    warm_gib, plan = (0.0625, (20_000, 0.1)) if quick else (1, (100_000, 5.0))
     num_tokens = 10_240 if quick else 1_000_000
     gib = file.num_rows * file.row_bytes / 2**30
     table = first_rows(file.shards[0].path, int(warm_gib * 2**30), 256)

@@ -68,7 +68,7 @@ FULL = Plan(
     num_fresh=8,
     max_dense_rows=1_000_000,  # on larger tables a step takes seconds and 20 GB
 )
-QUICK = Plan(sizes=(10_000, 100_000), batch=2, num_batches=4, repeats=4, num_fresh=1, max_dense_rows=100_000)
+QUICK = Plan(sizes=(10_000, 100_000), batch=2, num_batches=2, repeats=2, num_fresh=1, max_dense_rows=100_000)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -98,7 +98,7 @@ def bench_step(quick: bool) -> dict[str, Any]:
         matrix rate measured in the same run. `memory_tax` is the share of throughput that memory costs. `rows` is
         what `bench_rows` returns.
     """
-    repeats, warmup = (8, 2) if quick else (40, 4)
+    repeats, warmup = (4, 1) if quick else (40, 4)
     pair = _pair()
     ids = [draw_ids(pair["moe"].vocab_size, BATCH, seed=seed) for seed in range(8)]
     steppers = {name: _stepper(config, ids) for name, config in pair.items()}

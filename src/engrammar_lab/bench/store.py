@@ -48,7 +48,7 @@ class Plan:
 
 
 FULL = Plan(file_gib=16, warm_gib=1, num_rows=100_000, num_few=200, rounds=5)
-QUICK = Plan(file_gib=0.5, warm_gib=0.0625, num_rows=20_000, num_few=50, rounds=2)
+QUICK = Plan(file_gib=0.25, warm_gib=0.0625, num_rows=20_000, num_few=50, rounds=2)
 
 
 def measure_warm(plan: Plan, path: Path, row_bytes: int) -> dict[str, dict[str, float]]:

@@ -13,7 +13,7 @@ from engrammar_lab.bench.load_clients import CANCELLED, LOST, RIGHT, WRONG, Clie
 from engrammar_lab.bench.load_faults import damage, replaced
 from engrammar_lab.bench.loopback import why_no_pool
 
-TINY = Plan(minutes=1.0, rows_per_head=4001, prompts=12, clients=4, pause=0.05)
+TINY = Plan(minutes=1.0, rows_per_head=4001, prompts=6, clients=4, pause=0.1)
 FAILED = {"error": {"code": "model_failed", "type": "server_error"}}
 ANSWERS = {1: (200, {"choices": [{"token_ids": [5, 6, 7, 8]}]}), 2: (503, FAILED), 3: None}
 

@@ -7,6 +7,7 @@ import pytest
 from committed import RESULTS
 from engrammar_lab.bench import report, sharded
 from engrammar_lab.bench.sharded import KINDS, RANKS, table, verdict
+from processes import succeed_on_ranks
 
 
 def check(result):
@@ -27,7 +28,17 @@ def check(result):
 
 
 @pytest.mark.slow
-def test_quick_sharded_bench_is_on_one_curve_with_equal_shares():
+def test_quick_sharded_bench_is_on_one_curve_with_equal_shares(tmp_path, monkeypatch):
+    """torchrun starts two ranks; one and four are forks, which need not load torch."""
+    by_torchrun = sharded._torchrun
+
+    def started(num_ranks, num_steps):
+        if num_ranks == 2:
+            return by_torchrun(num_ranks, num_steps)
+        succeed_on_ranks(num_ranks, tmp_path, sharded._run_rank, out := tmp_path / "runs.json", num_steps)
+        return json.loads(out.read_text())
+
+    monkeypatch.setattr(sharded, "_torchrun", started)
     result = json.loads(json.dumps(report.run("sharded", True)))
     assert result["quick"] and all(row["differences"]["fp64"] < 1e-5 for row in result["ranks"])
     check(result)
