@@ -16,7 +16,7 @@ from engrammar.attach.attached import AttachedMemory, Place
 from engrammar.attach.blocks import PATCHES, Decoder, device_of, find_decoder, host_of, is_plain, measure
 from engrammar.attach.fingerprints import fingerprint_of
 from engrammar.attach.folder import write_adapter
-from engrammar.attach.passes import HOME, Attachment
+from engrammar.attach.passes import HOME, Attachment, own_parameters
 from engrammar.config import Geometry, MemoryConfig, check_choice, check_setting
 from engrammar.tables.shards import is_table
 from engrammar.vocabulary import compress_vocabulary, fingerprint, require_tokenizer
@@ -97,7 +97,7 @@ def put(decoder: Decoder, attached: AttachedMemory, name: str) -> None:
     attachment.hook(decoder)
     if is_first:
         decoder.host.save_pretrained = partial(_save_pretrained, decoder.host)  # type: ignore[assignment]
-        attachment.trained = [p for p in _own_parameters(decoder.host, attachment) if p.requires_grad]
+        attachment.trained = [p for p in own_parameters(decoder.host, attachment) if p.requires_grad]
         set_trainable(decoder.host, "memory")
 
 
@@ -122,7 +122,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     attachment.hook(decoder)
     if not len(attachment):
         trained = {id(parameter) for parameter in attachment.trained}
-        for parameter in _own_parameters(decoder.host, attachment):
+        for parameter in own_parameters(decoder.host, attachment):
             parameter.requires_grad_(id(parameter) in trained)
         delattr(decoder.host, HOME)
         del decoder.host.save_pretrained
@@ -165,7 +165,7 @@ def set_trainable(model: nn.Module, what: Trained) -> None:
     check_choice("what", what, Trained)
     attachment = require_attachment(model, None)
     attachment.requires_grad_(True)
-    own = _own_parameters(host_of(model), attachment)
+    own = own_parameters(host_of(model), attachment)
     if what == "joint" and not all(map(is_plain, own)):
         raise ValueError("The model's own weights are quantized, so only the memory can be trained: set 'memory'.")
     for parameter in own:
@@ -222,16 +222,6 @@ def save_base(
     given = host.state_dict() if state_dict is None else state_dict
     own = {key: value for key, value in given.items() if not key.startswith(f"{HOME}.")}
     type(host).save_pretrained(host, save_directory, state_dict=own, **kwargs)  # type: ignore[attr-defined]
-
-
-def _own_parameters(host: nn.Module, attachment: Attachment) -> list[nn.Parameter]:
-    """The parameters of the base: neither a memory's, nor those that PEFT added."""
-    others = {id(parameter) for parameter in attachment.parameters()}
-    for module in host.modules():
-        for added in getattr(module, "adapter_layer_names", ()):
-            if isinstance(layers := getattr(module, added, None), nn.Module):
-                others |= {id(parameter) for parameter in layers.parameters()}
-    return [parameter for parameter in host.parameters() if id(parameter) not in others]
 
 
 def attachment_of(model: nn.Module) -> Attachment | None:

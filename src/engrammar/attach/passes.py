@@ -92,10 +92,14 @@ class Attachment(nn.ModuleDict):
 
     def before_load(self, host: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
         """Refuses the weights of the base alone, which is what transformers' Trainer resumes from."""
-        own = {f"{prefix}{name}" for name, _ in host.named_parameters()}
-        ours = {name for name in own if name.startswith(f"{prefix}{HOME}.")}
-        plain = {name for name in own - ours if ".lora_" not in name}
-        if not plain.isdisjoint(state_dict) and ours.isdisjoint(state_dict):
+        own = {id(parameter) for parameter in own_parameters(host, self)}
+        for ends in (host.get_input_embeddings(), host.get_output_embeddings()):  # type: ignore[operator]
+            own -= (
+                {id(parameter) for parameter in ends.parameters()} if ends is not None else set()
+            )  # PEFT may save them
+        base = {f"{prefix}{name}" for name, parameter in host.named_parameters() if id(parameter) in own}
+        has_ours = any(name.startswith(f"{prefix}{HOME}.") for name in state_dict)
+        if not has_ours and not base.isdisjoint(state_dict):
             raise ValueError(
                 "These weights are the base's alone, and the attached memories would stay as they are: resume with "
                 "EngrammarTrainer (transformers' Trainer cannot load memories), or call load_attached on the base."
@@ -226,3 +230,13 @@ def cache_in(output: Any) -> Cache | None:
     """The cache that a decoder returns."""
     values: Iterable[Any] = output if isinstance(output, tuple) else [getattr(output, name, None) for name in CACHES]
     return next((value for value in values if isinstance(value, Cache) and hasattr(value, "layers")), None)
+
+
+def own_parameters(host: nn.Module, attachment: Attachment) -> list[nn.Parameter]:
+    """The parameters of the base: neither a memory's, nor those that PEFT added."""
+    others = {id(parameter) for parameter in attachment.parameters()}
+    for module in host.modules():
+        for added in getattr(module, "adapter_layer_names", ()):
+            if isinstance(layers := getattr(module, added, None), nn.Module):
+                others |= {id(parameter) for parameter in layers.parameters()}
+    return [parameter for parameter in host.parameters() if id(parameter) not in others]
