@@ -94,9 +94,8 @@ class Attachment(nn.ModuleDict):
         """Refuses the weights of the base alone, which is what transformers' Trainer resumes from."""
         own = {id(parameter) for parameter in own_parameters(host, self)}
         for ends in (host.get_input_embeddings(), host.get_output_embeddings()):  # type: ignore[operator]
-            own -= (
-                {id(parameter) for parameter in ends.parameters()} if ends is not None else set()
-            )  # PEFT may save them
+            if ends is not None:  # adapters of PEFT may hold them
+                own -= {id(parameter) for parameter in ends.parameters()}
         base = {f"{prefix}{name}" for name, parameter in host.named_parameters() if id(parameter) in own}
         has_ours = any(name.startswith(f"{prefix}{HOME}.") for name in state_dict)
         if not has_ours and not base.isdisjoint(state_dict):
