@@ -277,6 +277,12 @@ def plainly_patched(model, entries: list[ExactEntry], tests: list[Probe], ids: t
         yield
 
 
+def bits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """The bits of a whole pass's logits."""
+    with torch.no_grad():
+        return model(ids, use_cache=False).logits.float().view(torch.int32)
+
+
 def everything(model: nn.Module) -> dict:
     """What a model consists of: attributes and hooks of every module, and which parameters are trained."""
     found = {}

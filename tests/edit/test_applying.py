@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import nn
 
 import engrammar
 from attached_models import attached_model, base_model, random_ids
@@ -15,6 +14,7 @@ from edited_models import (
     BLOCKS,
     OURS,
     WITH_MEMORY,
+    bits,
     everything,
     key,
     model_of_kind,
@@ -47,11 +47,6 @@ from engrammar.vocabulary import compress_vocabulary
 KINDS = ["llama", "gpt2", "qwen3_moe", "deepseek_v4", "gemma3_text", "falcon_h1", WITH_MEMORY, OURS]
 EXACT = {"rtol": 0.0, "atol": 1e-5}
 OTHER_KEYS = (40, 42, 44, 46)  # ids of words that `quiet_ids` leaves out
-
-
-def bits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return model(ids, use_cache=False).logits.view(torch.int32)
 
 
 def quiet_ids(rows: int, tokens: int) -> torch.Tensor:

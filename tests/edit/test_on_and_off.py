@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from attached_models import base_model
-from edited_models import OURS, model_of_kind, rich_patch, small_patch, spoken_ids, tokenizer
+from edited_models import OURS, bits, model_of_kind, rich_patch, small_patch, spoken_ids, tokenizer
 from engrammar.attach.blocks import find_decoder
 from engrammar.edit import (
     Fact,
@@ -21,11 +21,6 @@ from engrammar.edit import (
 )
 from engrammar.edit.applying import memories_of, unpatched
 from engrammar.edit.offering import offer_patch
-
-
-def bits(model, ids: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return model(ids, use_cache=False).logits.view(torch.int32)
 
 
 def patched_model(kind: str = "llama"):

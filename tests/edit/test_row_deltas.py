@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from attached_models import base_model
-from edited_models import OURS, WITH_MEMORY, model_of_kind, small_patch, spoken_ids, tokenizer
+from edited_models import OURS, WITH_MEMORY, bits, model_of_kind, small_patch, spoken_ids, tokenizer
 from engrammar.attach import detach, load_attached, save_attached
 from engrammar.edit import (
     applied_patches,
@@ -30,11 +30,6 @@ from engrammar.tables.convert import quantize
 from engrammar.tables.folder import open_tables
 from engrammar.tables.verify import read_table
 from engrammar.train.placement import place_tables
-
-
-def bits(model, ids: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return model(ids, use_cache=False).logits.float().view(torch.int32)
 
 
 def memory_of(model) -> Memory:

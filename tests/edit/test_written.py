@@ -11,7 +11,7 @@ import torch
 
 import engrammar.edit.written as written
 from attached_models import base_model
-from edited_models import WITH_MEMORY, model_of_kind, small_patch, spoken_ids, tokenizer
+from edited_models import WITH_MEMORY, bits, model_of_kind, small_patch, spoken_ids, tokenizer
 from engrammar.attach import load_attached, save_attached
 from engrammar.edit import (
     apply_patch,
@@ -33,11 +33,6 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def bits(model, ids: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return model(ids, use_cache=False).logits.view(torch.int32)
 
 
 def served(folder: Path, memory="disk"):
