@@ -3,6 +3,7 @@
 Models are tiny and random. The patch has entries of every kind, and the prompts hold its keys and what it says.
 """
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from attached_models import attached_model, base_model, tokenizer
 from edited_models import OURS, model_of_kind, rich_patch, small_patch, spoken_ids
 from engrammar import EngrammarForCausalLM
 from engrammar.attach import load_attached, save_attached
-from engrammar.edit import apply_patch, write_patch
+from engrammar.edit import apply_patch, keep_patch, read_patch, write_patch
 from engrammar.edit.sequences import FOUND, WRITTEN
 from engrammar.serve.folder import link_folder
 from engrammar.serve.vllm.patching import Slots
@@ -150,6 +151,15 @@ def test_compiled_as_vllm_compiles_by_default(request, which):
     folder, settings, expected = request.getfixturevalue(which)
     with engine(folder, settings, enforce_eager=False) as llm:
         check_twice(llm, expected)
+
+
+@pytest.mark.slow
+def test_a_patch_that_is_kept_in_the_folder_is_applied(ours, tmp_path):
+    folder, settings, expected = ours
+    kept = shutil.copytree(folder, tmp_path / "kept")
+    keep_patch(read_patch(settings["patches"][0]), kept)
+    with engine(kept, {}) as llm:
+        check_equal(served(llm, asked()), expected)
 
 
 def test_without_the_patch_answers_are_others(ours, plain):
