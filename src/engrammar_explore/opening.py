@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from engrammar.edit import Patch, kept_files, read_patch
+from engrammar.edit import Patch, read_patch
 from engrammar.memory import Memory
-from engrammar.serve.openai.loading import is_ours, load_served
+from engrammar.serve.openai.loading import is_ours, load_served, with_kept
 from engrammar_explore.census import Census
 from engrammar_explore.looking import LookSettings
 from engrammar_explore.session import Explored, Session
@@ -33,7 +33,7 @@ def open_session(source: Source, settings: LookSettings | None = None) -> Sessio
     Raises:
         ValueError: something is missing, damaged, or of another model.
     """
-    patches: list[Patch] = [read_patch(path) for path in (*kept_files(source.model), *source.patches)]
+    patches: list[Patch] = [read_patch(path) for path in with_kept(source.model, source.patches)]
     model, tokenizer = open_model(source)
     census = None if source.census is None else Census(source.census, memory_in(model), tokenizer)
     title = Path(source.model).name + (f" with {source.adapter.name}" if source.adapter else "")

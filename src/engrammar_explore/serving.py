@@ -27,7 +27,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from engrammar.edit import Fact
-from engrammar.serve.openai.asked import Refused, body_of
+from engrammar.serve.openai.asked import Refused, body_of, whole_characters
 from engrammar_explore.export import page_of
 from engrammar_explore.guarding import Guard
 from engrammar_explore.session import Session
@@ -190,22 +190,14 @@ def _text(given: Mapping[str, Any]) -> str:
     text = given.get("text")
     if not isinstance(text, str):
         raise ValueError("There is no text.")
-    return _whole_characters(text)
-
-
-def _whole_characters(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError("The text has half a character: paste it again.") from error
-    return text
+    return whole_characters(text)
 
 
 def _line(given: Mapping[str, Any], name: str) -> str:
     line = given.get(name)
     if not isinstance(line, str) or len(line) > MOST_LINE:
         raise ValueError(f"{name} is no text of up to {MOST_LINE:,} characters.")
-    return _whole_characters(line)
+    return whole_characters(line)
 
 
 def _lines(given: Mapping[str, Any], name: str) -> list[str]:

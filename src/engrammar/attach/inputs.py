@@ -48,7 +48,7 @@ def read_inputs(decoder: nn.Module, given: Mapping[str, Any]) -> Inputs:
                 f"A memory keeps its state in a cache of transformers, and {name} is none: detach the memory, or call "
                 "the model in disabled(model)."
             )
-    cache = next((given[name] for name in CACHES if given.get(name) is not None), None)
+    cache = cache_given(given)
     if cache is not None and not (isinstance(cache, Cache) and hasattr(cache, "layers")):
         raise ValueError(
             f"A {type(cache).__name__} has no place for a memory's state: pass a DynamicCache or StaticCache, or "
@@ -72,6 +72,11 @@ def read_inputs(decoder: nn.Module, given: Mapping[str, Any]) -> Inputs:
         seen=seen,
         caches=caches,
     )
+
+
+def cache_given(given: Mapping[str, Any]) -> Any:
+    """What a pass was given as its cache, of whatever kind; None if it was given none."""
+    return next((given[name] for name in CACHES if given.get(name) is not None), None)
 
 
 def new_mask(attention_mask: Any, input_ids: Tensor, seen: int | None) -> Tensor | None:

@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache
 from engrammar.attach.around import note_ids
 from engrammar.attach.attached import AttachedMemory, Owner, first_tokens
 from engrammar.attach.blocks import Decoder, first_parameters, hidden_of, with_hidden
-from engrammar.attach.inputs import CACHES, Inputs, read_inputs
+from engrammar.attach.inputs import CACHES, Inputs, cache_given, read_inputs
 from engrammar.attach.paged import FlatTokens, PagedPass, begin_paged, flat_in
 from engrammar.attach.skipping import begin_skipping, end_skipping, restore_blocks
 from engrammar.attach.state import MemoryState, keeps_all, positions_in, state_in
@@ -216,8 +216,7 @@ def continue_state(inputs: Inputs, begin: MemoryState) -> MemoryState:
 
 def check_continues(given: Mapping[str, Any], memories: Collection[str]) -> None:
     """Raises a ValueError if a cache holds tokens that a memory has seen which is not in this pass."""
-    cache = next((given[name] for name in CACHES if isinstance(given.get(name), Cache)), None)
-    for layer in getattr(cache, "layers", ()):
+    for layer in getattr(cache_given(given), "layers", ()):
         is_ours = isinstance(layer, MemoryState) and isinstance(layer.config, Owner)
         if is_ours and layer.seen and layer.name not in memories:
             raise ValueError(

@@ -41,8 +41,7 @@ def learn_rows(
     Facts of one subject share rows; a row that an earlier subject has changed stays as that one wants it.
 
     Raises:
-        ValueError: the model has no memory, or several, or patches with row deltas are applied; or no fact can be
-            learned.
+        ValueError: the model has no memory, or several; or no fact can be learned.
     """
     with unpatched(model), frozen(model):
         return _Learner(model, tokenizer, settings).learn(facts)

@@ -15,11 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers.cache_utils import Cache
 
 from engrammar.attach.around import note_ids
 from engrammar.attach.blocks import Decoder, first_parameters, hidden_of, in_branches, with_hidden
-from engrammar.attach.inputs import CACHES, read_inputs
+from engrammar.attach.inputs import cache_given, read_inputs
 from engrammar.attach.paged import flat_in
 from engrammar.attach.skipping import is_skipped
 from engrammar.attach.state import state_in
@@ -36,7 +35,7 @@ _passes: ContextVar[tuple["Begun", ...]] = ContextVar("engrammar_edit_passes", d
 
 def refuse_filled(given: Mapping[str, Any]) -> None:
     """Raises a ValueError if a pass without patches is to go on from a cache that was filled with some."""
-    cache = next((given[name] for name in CACHES if isinstance(given.get(name), Cache)), None)
+    cache = cache_given(given)
     state = state_in(cache, STATE) if hasattr(cache, "layers") else None
     if state is not None and state.seen:
         raise ValueError("The cache was filled with patches that are off or undone now: pass a new cache.")

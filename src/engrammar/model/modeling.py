@@ -314,8 +314,9 @@ class EngrammarForCausalLM(EngrammarPreTrainedModel, GenerationMixin):
         )
         hidden_BTD = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
         logits, loss = None, None
-        as_usual = {"ignore_index", "shift_labels"}.isdisjoint(kwargs) and is_plain_linear(self.lm_head)
-        if labels is not None and self.training and self.chunked_loss and as_usual:
+        chunks = labels is not None and self.training and self.chunked_loss
+        if chunks and {"ignore_index", "shift_labels"}.isdisjoint(kwargs) and is_plain_linear(self.lm_head):
+            assert labels is not None
             loss = chunked_cross_entropy(hidden_BTD, self.lm_head.weight, labels, kwargs.get("num_items_in_batch"))
         else:
             logits = self.lm_head(hidden_BTD)

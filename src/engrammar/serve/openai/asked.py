@@ -226,13 +226,18 @@ def _prompts(body: Mapping[str, Any], tokenizer: Any) -> list[Ids]:
         prompt = [prompt]
     if not isinstance(prompt, list) or not prompt:
         raise Refused("prompt is not a text, a list of ids, or a list of these.")
-    return [_ids(tokenizer(_text(one)).input_ids if isinstance(one, str) else one, len(tokenizer)) for one in prompt]
+    return [
+        _ids(tokenizer(whole_characters(one)).input_ids if isinstance(one, str) else one, len(tokenizer))
+        for one in prompt
+    ]
 
 
-def _text(text: str) -> str:
-    """A text that tokenizers take: JSON may hold half of a character that takes two."""
-    if any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise Refused("A text holds half a character (a lone surrogate): send whole characters.")
+def whole_characters(text: str) -> str:
+    """The text; raises a Refused if tokenizers would not take it, since JSON may hold half a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise Refused("The text has half a character: give it again, whole.") from error
     return text
 
 
@@ -272,4 +277,4 @@ def _content(content: Any) -> str:
     parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
     if not all(isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in parts):
         raise Refused("A message's content is not a text; this server takes texts only.")
-    return _text("".join(part["text"] for part in parts))
+    return whole_characters("".join(part["text"] for part in parts))
